@@ -1,0 +1,59 @@
+"""grpo_jax: critic-free policy optimisation of language models, in JAX.
+
+    g  =  mean_p  w_p * g_p        g_p: the policy gradient of prompt p, centred rewards
+
+One [P] vector of prompt weights is the whole difference between the methods at the
+centre of the family: w_p = 1 is REINFORCE, w_p = 1 / (std_p + eps) is GRPO. Everything
+here computes that vector, applies it, or measures what it does.
+
+Shapes: P prompts, G group_size, L prompt tokens, T completion tokens, V vocab, D width.
+Rollouts are [P, G, T] everywhere: the group is an axis.
+"""
+
+import importlib
+
+_HOMES = {
+    "grpo_jax.advantages": (
+        "inverse_std",
+        "centred_advantages",
+        "leave_one_out_advantages",
+        "whitened_advantages",
+        "expected_group_std",
+    ),
+    "grpo_jax.preconditioner": (
+        "PromptWeights",
+        "std_weights",
+        "unit_weights",
+        "scale_by_prompt_weights",
+        "scale_by_group_std",
+        "mean_over_prompts",
+    ),
+    "grpo_jax.objectives": (
+        "Objective",
+        "OBJECTIVES",
+        "per_prompt_losses",
+        "policy_loss",
+    ),
+    "grpo_jax.logprobs": ("token_logprobs",),
+    "grpo_jax.models.config": ("ModelConfig",),
+    "grpo_jax.models.decoder": ("Policy", "init_policy", "next_token_logits"),
+    "grpo_jax.rollouts.types": ("Rollouts",),
+    "grpo_jax.rollouts.sampling": ("sample", "completion_logprobs"),
+    "grpo_jax.tasks": ("Example", "Task", "load_task"),
+    "grpo_jax.training.config": ("TrainConfig",),
+    "grpo_jax.training.loop": ("train", "TrainResult"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str):
+    # Looked up on first use: the maths should not pay for the trainer's imports.
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'grpo_jax' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
+    return value
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,135 @@
+"""Group statistics: baselines and inverse scales of rewards [P, G].
+
+A missing reward is NaN: it takes no part in its group's statistics and its advantage is
+exactly 0. A tied group (max == min) carries no signal: its inverse scale is exactly 0.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class GroupStatistics(NamedTuple):
+    """What the functions below are made of, per prompt."""
+
+    present: jax.Array  # [P, G] bool, the reward is there
+    count: jax.Array  # [P], rewards present, in the rewards' dtype
+    mean: jax.Array  # [P], 0 for an empty group
+    centred: jax.Array  # [P, G], reward - mean; exactly 0 if missing or tied
+    tied: jax.Array  # [P] bool: all present rewards equal, or none present
+
+
+def group_statistics(rewards: jax.Array) -> GroupStatistics:
+    """Mean, deviations and ties of each prompt's rewards [P, G], NaNs left out."""
+    if rewards.ndim != 2:
+        raise ValueError(
+            f"rewards must be [num_prompts, group_size], got {rewards.shape}; "
+            "reshape flat rewards with rewards.reshape(-1, group_size)."
+        )
+    rewards = jax.lax.stop_gradient(jnp.asarray(rewards, _float(rewards)))
+    present = ~jnp.isnan(rewards)
+    filled = jnp.where(present, rewards, 0)
+    count = present.sum(1).astype(rewards.dtype)
+    mean = filled.sum(1) / jnp.maximum(count, 1)
+    highest = jnp.where(present, rewards, -jnp.inf).max(1)
+    lowest = jnp.where(present, rewards, jnp.inf).min(1)
+    tied = highest <= lowest
+    keep = present & ~tied[:, None]
+    centred = jnp.where(keep, filled - mean[:, None], 0)
+    return GroupStatistics(present, count, mean, centred, tied)
+
+
+def inverse_std(rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 0) -> jax.Array:
+    """GRPO's preconditioner: one scale per prompt, s_p = 1 / (std_p + eps).
+
+    Args:
+        rewards: [P, G] float32, each row the rewards of one prompt's group; constants.
+        eps: Added to the std, in reward units; caps the scale at 1 / eps.
+        ddof: 0 for the population std, 1 for the sample std (TRL, Tunix).
+
+    Returns:
+        [P], in 1 / reward units. Exactly 0 for a group whose rewards tie: its float32
+        std is a rounding residue, and dividing by it would invent a signal.
+
+    Raises:
+        ValueError: `rewards` is not rank 2, or has no more than `ddof` columns.
+
+    References:
+        Shao et al. 2024, arXiv:2402.03300 (the division); Ge et al. 2026,
+        arXiv:2601.23135 (why it is an adaptive per-prompt step).
+    """
+    std, tied = group_std(rewards, ddof=ddof)
+    return jnp.where(tied, 0.0, 1.0 / jnp.where(tied, 1.0, std + eps))
+
+
+def group_std(rewards: jax.Array, *, ddof: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Std [P] of each group, exactly 0 where it is tied, and which are tied [P]."""
+    if rewards.ndim == 2 and rewards.shape[1] <= ddof:
+        raise ValueError(
+            f"rewards must be [num_prompts, group_size > {ddof}], got {rewards.shape}; "
+            "raise group_size or lower ddof."
+        )
+    statistics = group_statistics(rewards)
+    variance = (statistics.centred**2).sum(1) / jnp.maximum(statistics.count - ddof, 1)
+    tied = statistics.tied
+    return jnp.where(tied, 0.0, jnp.sqrt(jnp.where(tied, 1.0, variance))), tied
+
+
+def centred_advantages(rewards: jax.Array) -> jax.Array:
+    """[P, G] reward minus its group's mean, in reward units."""
+    return group_statistics(rewards).centred
+
+
+def leave_one_out_advantages(rewards: jax.Array) -> jax.Array:
+    """[P, G] reward minus the mean of the others: `centred_advantages` * G / (G - 1).
+
+    The baseline is independent of the sample, so the gradient is unbiased
+    (Ahmadian et al. 2024, arXiv:2402.14740; as a U-statistic, arXiv:2603.01162).
+    """
+    statistics = group_statistics(rewards)
+    others = jnp.maximum(statistics.count - 1, 1)
+    return statistics.centred * (statistics.count / others)[:, None]
+
+
+def whitened_advantages(
+    rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 0
+) -> jax.Array:
+    """[P, G] `centred_advantages` times `inverse_std` (GRPO, arXiv:2402.03300)."""
+    scale = inverse_std(rewards, eps=eps, ddof=ddof)
+    return centred_advantages(rewards) * scale[:, None]
+
+
+def expected_group_std(p: jax.Array, group_size: int) -> jax.Array:
+    """w_G(p) = E[std of G Bernoulli(p) rewards]: what a finite group's std estimates.
+
+    The mean gradient of std-normalised advantages is w_G(p) * Delta_p where the ideal
+    is sigma_p * Delta_p: at G = 2 and 3 it is sigma^2 up to a constant, a pure rescale
+    of REINFORCE, and for p much below 1 / G it saturates at sqrt(G - 1) * sigma^2.
+
+    Args:
+        p: [...] pass rates in [0, 1].
+        group_size: G, at least 2.
+
+    Returns:
+        [...], population std (ddof 0), summed exactly over the binomial.
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2, got {group_size}.")
+    p = jnp.asarray(p, _float(p))[..., None]
+    k = jnp.arange(1, group_size, dtype=p.dtype)  # groups with a mixed outcome
+    log_choose = (
+        jax.lax.lgamma(jnp.asarray(group_size + 1, p.dtype))
+        - jax.lax.lgamma(k + 1)
+        - jax.lax.lgamma(group_size - k + 1)
+    )
+    inside = (p > 0) & (p < 1)
+    safe = jnp.where(inside, p, 0.5)
+    log_mass = log_choose + k * jnp.log(safe) + (group_size - k) * jnp.log1p(-safe)
+    std = jnp.sqrt(k / group_size * (1 - k / group_size))
+    return jnp.where(inside, jnp.exp(log_mass) * std, 0.0).sum(-1)
+
+
+def _float(x):
+    """float32, or float64 for float64 input."""
+    return jnp.promote_types(jnp.result_type(x), jnp.float32)

@@ -1,0 +1,104 @@
+"""`grpo-jax`: builds a config, calls the library, prints what it answers. No maths."""
+
+import sys
+
+from grpo_jax.errors import ConfigError, nearest
+from grpo_jax.training.config import TrainConfig, load_config_file
+
+_USAGE = """\
+usage: grpo-jax COMMAND [...]
+
+  train    train a policy, from prompts to a finished report
+           (`grpo-jax train --help` lists every setting)
+  report   RUN_DIR [RUN_DIR ...] [--output FILE]: write the report of a run, or of
+           several overlaid
+"""
+# Shorter spellings of the settings that every run names.
+_SHORT = {"--task": "--task.name", "--objective": "--objective.name"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code (0 done, 1 failed, 2 bad input)."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"train": _train, "report": _report}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] not in commands:
+        return _bad(
+            f"unknown command {argv[0]!r}; {nearest(argv[0], commands)}"
+            f"commands: {', '.join(commands)}."
+        )
+    try:
+        return commands[argv[0]](argv[1:])
+    except ConfigError as error:
+        return _bad(str(error))
+
+
+def _bad(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _train(argv):
+    import tyro
+
+    base = TrainConfig()
+    if argv and argv[0].partition("=")[0] == "--config":
+        given = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
+        if not given:
+            raise ConfigError("--config needs a .yaml, .yml or .json file.")
+        argv = argv[1 if "=" in argv[0] else 2 :]
+        base = load_config_file(given)
+    elif "--config" in [arg.partition("=")[0] for arg in argv]:
+        raise ConfigError("--config FILE comes first, flags that change it after it.")
+    argv = [
+        _SHORT.get(flag, flag) + equals + value
+        for flag, equals, value in (arg.partition("=") for arg in argv)
+    ]
+    try:
+        config = tyro.cli(
+            TrainConfig,
+            default=base,
+            args=argv,
+            prog="grpo-jax train",
+            description="Train a policy. --config FILE.yaml|json comes first, flags on "
+            "top of it; --task and --objective are short for their .name.",
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    from grpo_jax.training.loop import NonFiniteGradients, train
+
+    try:
+        train(config)
+    except NonFiniteGradients as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _report(argv):
+    from pathlib import Path
+
+    output, directories = None, []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--output":
+            output = next(arguments, None)
+            if output is None:
+                raise ConfigError("--output needs a file.")
+        elif argument.startswith("-"):
+            raise ConfigError(
+                f"unknown option {argument!r}; {nearest(argument, ['--output'])}"
+                "usage: grpo-jax report RUN_DIR [RUN_DIR ...] [--output FILE]."
+            )
+        else:
+            directories.append(Path(argument))
+    if not directories:
+        raise ConfigError("report needs at least one run directory.")
+    from grpo_jax.training.report import write_report
+
+    default = directories[0] / "report.html" if len(directories) == 1 else "report.html"
+    print(f"report: {write_report(directories, Path(output or default))}")
+    return 0

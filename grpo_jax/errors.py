@@ -1,0 +1,23 @@
+"""The one error a user is meant to read: bad input, found before anything starts."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A run that cannot start as it was asked for; the message says what to change."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """'did you mean ...? ' or nothing."""
+    near = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
+    """The error for a name that is not among its choices, with the nearest one."""
+    choices = sorted(choices)
+    return ConfigError(
+        f"unknown {kind} {name!r}; {nearest(name, choices)}"
+        f"choices: {', '.join(choices)}."
+    )

@@ -1,0 +1,89 @@
+"""Log-probabilities and entropy of tokens from hidden states, chunk by chunk.
+
+Logits of shape [..., T, V] never exist: each chunk's are made, reduced and forgotten,
+and made again in the backward pass. No custom derivative rules, so reverse mode,
+forward mode and forward-over-forward all work.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# float32 logits alive at once, at most: a larger vocabulary means shorter chunks,
+# so that peak memory does not grow with V beyond the weights' own share.
+MAX_LOGITS = 2**24
+
+
+def token_logprobs(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    token_ids: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    chunk_size: int = 512,
+    with_entropy: bool = False,
+):
+    """Log-probs of `token_ids` under softmax(hidden @ unembedding / temperature).
+
+    Args:
+        hidden: [..., T, D], any float dtype.
+        unembedding: [D, V].
+        token_ids: [..., T] int32 in [0, V).
+        temperature: The policy's, positive; the log-probs are of the tempered policy.
+        chunk_size: Tokens whose logits are alive at once (counted over all leading
+            axes; the T axis is what is cut); fewer where V is large, so that no
+            more than `MAX_LOGITS` logits are.
+        with_entropy: Also return the entropy of each token's distribution.
+
+    Returns:
+        [..., T] float32 in nats, or with `with_entropy` a pair of them.
+
+    Raises:
+        ValueError: shapes do not fit together, or chunk_size < 1.
+    """
+    *lead, length, width = hidden.shape
+    if unembedding.ndim != 2 or unembedding.shape[0] != width:
+        raise ValueError(
+            f"unembedding must be [{width}, V] to fit hidden {hidden.shape}, "
+            f"got {unembedding.shape}; transpose an embedding matrix."
+        )
+    if token_ids.shape != (*lead, length):
+        raise ValueError(
+            f"token_ids must be {(*lead, length)} to fit hidden {hidden.shape}, "
+            f"got {token_ids.shape}."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    rows = max(1, hidden.size // max(1, length * width))
+    tokens = min(chunk_size, max(1, MAX_LOGITS // unembedding.shape[1]))
+    # Equal chunks of at most `tokens` tokens: T is padded by fewer than one per chunk.
+    num_chunks = -(-length // max(1, tokens // rows))
+    step = -(-length // num_chunks)
+    padding = [(0, 0)] * len(lead) + [(0, num_chunks * step - length)]
+
+    def chunked(x, padding):
+        x = jnp.pad(x, padding)
+        x = x.reshape(*lead, num_chunks, step, *x.shape[len(lead) + 1 :])
+        return jnp.moveaxis(x, len(lead), 0)
+
+    @jax.checkpoint
+    def one_chunk(hidden, token_ids):
+        logits = jnp.matmul(
+            hidden.reshape(-1, width), unembedding, preferred_element_type=jnp.float32
+        ).reshape(*hidden.shape[:-1], -1)
+        logits = logits / temperature
+        log_total = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]
+        if not with_entropy:
+            return (chosen - log_total,)
+        probs = jnp.exp(logits - log_total[..., None])
+        return chosen - log_total, log_total - (probs * logits).sum(-1)
+
+    outputs = jax.lax.map(
+        lambda chunk: one_chunk(*chunk),
+        (chunked(hidden, [*padding, (0, 0)]), chunked(token_ids, padding)),
+    )
+    outputs = [
+        jnp.moveaxis(x, 0, len(lead)).reshape(*lead, num_chunks * step)[..., :length]
+        for x in outputs
+    ]
+    return tuple(outputs) if with_entropy else outputs[0]

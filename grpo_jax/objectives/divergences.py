@@ -1,0 +1,21 @@
+"""Divergence axis: per-token estimators of KL(policy || reference), in nats.
+
+Schulman's k1 = -log rho and k3 = rho - 1 - log rho, rho = reference / policy. k1 is
+unbiased in value but its gradient in a loss has mean zero on policy, so it belongs in
+the reward; k3 is non-negative and its gradient does constrain.
+"""
+
+import jax
+import jax.numpy as jnp
+
+DIVERGENCES = ("k1", "k3")
+_MAX_LOG_RATIO = 20.0
+
+
+def divergence(kind: str, logprobs: jax.Array, reference: jax.Array) -> jax.Array:
+    """[P, G, T]. The log-ratio is clamped to +-20, so exp never overflows, and beyond
+    the clamp the gradient is 0 rather than 0 * inf."""
+    log_rho = jnp.clip(reference - logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    if kind == "k1":
+        return -log_rho
+    return jnp.expm1(log_rho) - log_rho

@@ -1,0 +1,129 @@
+"""START HERE. GRPO's division by std is a per-prompt preconditioner.
+
+    g  =  mean_p  w_p * g_p        g_p: prompt p's policy gradient (centred rewards)
+
+w_p = 1 gives REINFORCE, w_p = 1 / (std_p + eps) gives GRPO: the advantages of a group
+share one factor, and a gradient is linear in its advantages. So the division can happen
+in three equal places, and a property test holds them together:
+
+1. on the advantages: `whitened_advantages`, or an `Objective` with scale="std";
+2. on per-prompt gradients [P, ...]: `scale_by_group_std` in an optax chain (this file);
+3. on the cotangent of the [P] losses: `jax.vjp(per_prompt_losses, ...)` pulled back
+   through w / P. One backward pass, no [P, params] memory; the trainer does this.
+
+Where it stops holding: KL, entropy and weight-decay terms are not proportional to the
+advantage, so they are added after the weights. And the mean divides by P, tied groups
+(weight 0) included: dropping them, as dynamic sampling does, changes that P.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo_jax.advantages import group_statistics, group_std
+
+
+class PromptWeights(NamedTuple):
+    """A rule that weighs prompts: a pure pair of functions, optax-style.
+
+    Attributes:
+        init: () -> state, any pytree (checkpointed with the optimizer's).
+        weights: (rewards [P, G], state) -> (weights [P], state).
+    """
+
+    init: Callable[[], Any]
+    weights: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def unit_weights() -> PromptWeights:
+    """w_p = 1: plain REINFORCE."""
+    return PromptWeights(
+        init=lambda: (),
+        weights=lambda rewards, state: (
+            jnp.ones_like(group_statistics(rewards).mean),
+            state,
+        ),
+    )
+
+
+def std_weights(
+    *, eps: float = 1e-6, ddof: int = 0, power: float = 1.0
+) -> PromptWeights:
+    """w_p = (std_p + eps)^-power, exactly 0 for a tied group.
+
+    The family's members ascend different objectives (binary rewards, exact std):
+    power 0 ascends sum p_x (REINFORCE), 1 sum 2 asin sqrt p_x (GRPO), 2 sum logit p_x.
+
+    Args:
+        eps: Added to the std, in reward units.
+        ddof: 0 for the population std, 1 for the sample std.
+        power: How much of the std is divided out.
+
+    References:
+        Ge et al. 2026, arXiv:2601.23135 (the preconditioner view of power 1).
+    """
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}.")
+
+    def weights(rewards, state):
+        std, tied = group_std(rewards, ddof=ddof)
+        return jnp.where(tied, 0.0, jnp.where(tied, 1.0, std + eps) ** -power), state
+
+    return PromptWeights(init=lambda: (), weights=weights)
+
+
+class ScaleByPromptWeightsState(NamedTuple):
+    weights_state: Any  # the rule's own
+
+
+def scale_by_prompt_weights(
+    prompt_weights: PromptWeights,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies prompt p's gradient by its weight.
+
+    `update` takes per-prompt gradients, leaves [P, *param_shape], plus the keyword
+    `rewards` [P, G], and keeps the prompt axis: chain `mean_over_prompts` after it.
+    """
+
+    def init_fn(params):
+        del params
+        return ScaleByPromptWeightsState(prompt_weights.init())
+
+    def update_fn(updates, state, params=None, *, rewards, **extra_args):
+        del params, extra_args
+        weights, weights_state = prompt_weights.weights(rewards, state.weights_state)
+
+        def precondition(path, g):  # g: [P, *param_shape]
+            if g.shape[:1] != weights.shape:
+                raise ValueError(
+                    f"gradient {jax.tree_util.keystr(path)} must be [{weights.size}, "
+                    f"*param_shape], one per prompt, got {g.shape}; differentiate the "
+                    "[P] losses (jax.jacrev), not their mean."
+                )
+            return g * jnp.expand_dims(weights, range(1, g.ndim)).astype(g.dtype)
+
+        updates = jax.tree_util.tree_map_with_path(precondition, updates)
+        return updates, ScaleByPromptWeightsState(weights_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_group_std(
+    *, eps: float = 1e-6, ddof: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies prompt p's gradient by `inverse_std(rewards)[p]`: GRPO as a transform.
+
+    `optax.chain(scale_by_group_std(), mean_over_prompts(), optax.adamw(lr))`, then
+    `tx.update(grads, state, params, rewards=rewards)`.
+    """
+    return scale_by_prompt_weights(std_weights(eps=eps, ddof=ddof))
+
+
+def mean_over_prompts() -> optax.GradientTransformation:
+    """[P, ...] -> [...]: after the weights, before clipping, adam and weight decay."""
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda g: g.mean(0), updates)
+    )

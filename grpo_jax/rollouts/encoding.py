@@ -1,0 +1,93 @@
+"""Text to padded token arrays and back, with the lengths rounded to few shapes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.tasks.types import Example
+
+_SMALLEST = 16  # tokens: shorter buckets save nothing
+
+
+def encode_all(tokenizer, texts: Sequence[str], what: str) -> list[list[int]]:
+    """Token ids of each text, without special tokens added.
+
+    Raises:
+        ConfigError: a text is empty or holds what the tokenizer cannot encode.
+    """
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids:
+            raise ConfigError(f"{what} must not be empty, got {text!r}.")
+        if tokenizer.unk_token is None and tokenizer.pad_token_id in ids:
+            raise ConfigError(f"{what} {text!r} has a character without a token.")
+    return encoded
+
+
+def bucket(length: int) -> int:
+    """The padded length for `length` tokens: itself up to 16, else a multiple of 16 or
+    of an eighth of the power of two above it: at most 8 shapes per doubling."""
+    if length <= _SMALLEST:
+        return length
+    step = max(_SMALLEST, 2 ** (length - 1).bit_length() // 8)
+    return -(-length // step) * step
+
+
+def completion_buckets(max_new_tokens: int) -> list[int]:
+    """Lengths that sampled completions are trimmed to before the update: T, T/2, T/4.
+
+    Few, so that all their programs are compiled before the first step.
+    """
+    halves = {-(-max_new_tokens // 2**i) for i in range(3)}
+    return sorted(
+        {bucket(n) for n in halves if n >= 4 * _SMALLEST and n < max_new_tokens}
+        | {max_new_tokens}
+    )
+
+
+def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int):
+    """(ids, mask), each [len(rows), length] int32, padded on the left."""
+    ids = np.full((len(rows), length), pad_id, np.int32)
+    mask = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = row
+        mask[i, length - len(row) :] = 1
+    return ids, mask
+
+
+def answer_rollouts(
+    tokenizer, examples: Sequence[Example], prompt_length: int, length: int
+) -> Rollouts:
+    """Examples as rollouts of one completion, the answer and EOS: [N, 1, length].
+
+    `behaviour_logprobs` are 0: nobody sampled them.
+    """
+    prompts, prompt_mask = pad_left(
+        encode_all(tokenizer, [e.prompt for e in examples], "a prompt"),
+        prompt_length,
+        tokenizer.pad_token_id,
+    )
+    answers = encode_all(tokenizer, [e.answer for e in examples], "an answer")
+    completions = np.full((len(examples), 1, length), tokenizer.pad_token_id, np.int32)
+    mask = np.zeros_like(completions)
+    for i, answer in enumerate(answers):
+        completions[i, 0, : len(answer) + 1] = [*answer, tokenizer.eos_token_id]
+        mask[i, 0, : len(answer) + 1] = 1
+    zeros = np.zeros(completions.shape, np.float32)
+    return Rollouts(prompts, prompt_mask, completions, mask, zeros)
+
+
+def decode_groups(tokenizer, completions, mask) -> list[list[str]]:
+    """Text of completions [P, G, T], EOS and padding left out."""
+    p, g, _ = completions.shape
+    eos = tokenizer.eos_token_id
+    rows = [
+        [int(t) for t in ids[: int(n)] if t != eos]
+        for ids, n in zip(
+            completions.reshape(p * g, -1), mask.sum(-1).reshape(-1), strict=True
+        )
+    ]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [texts[i * g : (i + 1) * g] for i in range(p)]

@@ -1,0 +1,343 @@
+"""Sampling: one prefill per prompt, one compiled loop for all completions.
+
+The loop is one `while_loop` per cache length (32, 64, 128, ... tokens), so that early
+tokens do not pay for reading the cache of late ones; each ends as soon as every
+completion has. A token's randomness is a function of (key, prompt, sample, token) and
+of nothing else, so a sample does not depend on what else is in the batch.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from grpo_jax.logprobs import token_logprobs
+from grpo_jax.models.attention import causal_attention, shared_prefix_attention
+from grpo_jax.models.decoder import Policy, completion_hidden, split_prompts
+from grpo_jax.rollouts.types import Rollouts
+
+_FIRST_CACHE = 32  # tokens; each next cache is twice as long
+_BLOCK = 128  # tokens whose probabilities are summed before one of them is searched
+
+
+def sample(
+    policy: Policy,
+    prompt_ids: jax.Array,
+    prompt_mask: jax.Array,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    key: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int,
+    pad_id: int,
+    prompt_indices: jax.Array | None = None,
+) -> Rollouts:
+    """Samples a group of completions for every prompt.
+
+    Args:
+        policy: What to sample from.
+        prompt_ids: [P, L] int32, padded on either side.
+        prompt_mask: [P, L], 1 on tokens; every row holds at least one.
+        group_size: G, completions per prompt.
+        max_new_tokens: T; a completion without EOS by then is cut there.
+        key: One per step, typed: `fold_in(run_key, step)`.
+        temperature: Positive; part of the policy, also where log-probs are recomputed.
+        top_k, top_p: Truncation of the distribution (evaluation); the log-probs
+            returned are those of the truncated, renormalised distribution.
+        eos_id: Ends a completion, and is its last token.
+        pad_id: Fills completions after their end.
+        prompt_indices: [P] int32 naming the prompts for the randomness, so that a
+            prompt gets the same samples in any batch; default 0..P-1.
+
+    Returns:
+        `Rollouts` without rewards.
+
+    Raises:
+        ValueError: shapes do not fit, or an argument is outside its range.
+    """
+    if prompt_ids.ndim != 2 or prompt_ids.shape != prompt_mask.shape:
+        raise ValueError(
+            "prompt_ids and prompt_mask must be [P, L] alike, got "
+            f"{prompt_ids.shape} and {prompt_mask.shape}."
+        )
+    for name, value in (("group_size", group_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if not isinstance(temperature, jax.Array) and not temperature > 0:
+        raise ValueError(
+            f"temperature must be positive, got {temperature}; "
+            "for greedy decoding use top_k=1."
+        )
+    if top_k is not None and not 1 <= top_k:
+        raise ValueError(f"top_k must be at least 1, got {top_k}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
+    if prompt_indices is None:
+        prompt_indices = jnp.arange(prompt_ids.shape[0])
+    return _sample(
+        policy,
+        jnp.asarray(prompt_ids, jnp.int32),
+        jnp.asarray(prompt_mask, jnp.int32),
+        jnp.asarray(prompt_indices, jnp.int32),
+        key,
+        jnp.asarray(temperature, jnp.float32),
+        jnp.asarray(eos_id, jnp.int32),
+        jnp.asarray(pad_id, jnp.int32),
+        group_size=group_size,
+        max_new_tokens=max_new_tokens,
+        top_k=top_k,
+        top_p=top_p,
+    )
+
+
+@partial(jax.jit, static_argnames=("group_size", "max_new_tokens", "top_k", "top_p"))
+def _sample(
+    policy,
+    prompts,
+    prompt_mask,
+    prompt_indices,
+    key,
+    temperature,
+    eos_id,
+    pad_id,
+    *,
+    group_size,
+    max_new_tokens,
+    top_k,
+    top_p,
+):
+    config, model = policy.config, policy.module()
+    num_prompts, g, t_max = prompts.shape[0], group_size, max_new_tokens
+    split = split_prompts(prompts, prompt_mask)
+    prefix_keys, prefix_values = _prefill(model, prompts, split)
+    blocks = _unstack(model.layers, config.num_layers)
+    unembedding = model.unembedding_matrix()
+    sample_keys = jax.vmap(
+        lambda i: jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, i)))(
+            jnp.arange(g)
+        )
+    )(prompt_indices)  # [P, G]
+
+    # Made outside the loop: inside, XLA makes it again for every layer and row.
+    rotary_by_step = model.rotary(
+        split.length[:, None] + jnp.arange(t_max)[:, None, None]
+    )
+
+    def step(cache_length, carry):
+        t, token, done, keys, values, completions, mask, logprobs = carry
+        rotary = jax.tree.map(lambda x: x[t], rotary_by_step)
+        seen = (jnp.arange(cache_length) <= t)[None]  # [1, U]
+        x = model.embedding(token)  # [P, G, D]
+        for i, block in enumerate(blocks):
+            q, k, v = block.qkv(x, rotary)
+            keys[i] = _write(keys[i], k[..., None], t, axis=4)
+            values[i] = _write(values[i], v[:, :, :, None], t, axis=3)
+            attended = shared_prefix_attention(
+                q[:, :, None],
+                prefix_keys[i],
+                prefix_values[i],
+                split.prefix_mask,
+                keys[i],
+                values[i],
+                seen,
+            )[:, :, 0]
+            x = block.output(x, attended)
+        hidden = model.final_norm(x).reshape(-1, config.width)
+        logits = jnp.matmul(
+            hidden, unembedding, preferred_element_type=jnp.float32
+        ).reshape(*token.shape, -1)
+        token, logprob = _draw(sample_keys, t, logits / temperature, top_k, top_p)
+        token = jnp.where(done, pad_id, token)
+        completions = _write(completions, token[..., None], t, axis=2)
+        mask = _write(mask, (~done[..., None]).astype(jnp.int32), t, axis=2)
+        logprobs = _write(logprobs, jnp.where(done, 0.0, logprob)[..., None], t, axis=2)
+        done = done | (token == eos_id)
+        return t + 1, token, done, keys, values, completions, mask, logprobs
+
+    shape = (num_prompts, g)
+    first = jnp.broadcast_to(split.last_token[:, None], shape)
+    heads, n = (*shape, config.num_kv_heads), config.num_layers
+    dtype = config.compute_dtype
+    carry = (
+        jnp.zeros((), jnp.int32),
+        first,
+        jnp.zeros(shape, bool),
+        [jnp.zeros((*heads, config.head_dim, 0), dtype)] * n,
+        [jnp.zeros((*heads, 0, config.head_dim), dtype)] * n,
+        jnp.full((*shape, t_max), pad_id),
+        jnp.zeros((*shape, t_max), jnp.int32),
+        jnp.zeros((*shape, t_max), jnp.float32),
+    )
+    for end in cache_lengths(t_max):
+        t, token, done, keys, values, *rest = carry
+        keys = [_lengthen(x, end, axis=4) for x in keys]
+        values = [_lengthen(x, end, axis=3) for x in values]
+        carry = jax.lax.while_loop(
+            lambda carry, end=end: (carry[0] < end) & ~carry[2].all(),
+            partial(step, end),
+            (t, token, done, keys, values, *rest),
+        )
+    completions, mask, logprobs = carry[-3:]
+    return Rollouts(prompts, prompt_mask, completions, mask, logprobs)
+
+
+def cache_lengths(max_new_tokens: int) -> list[int]:
+    """The cache lengths a sampling loop goes through, the last being max_new_tokens."""
+    lengths, length = [], _FIRST_CACHE
+    while length < max_new_tokens:
+        lengths.append(length)
+        length *= 2
+    return [*lengths, max_new_tokens]
+
+
+def completion_logprobs(
+    policy: Policy,
+    rollouts: Rollouts,
+    *,
+    temperature: float | jax.Array = 1.0,
+) -> jax.Array:
+    """[P, G, T] log-probs of the completions: the teacher-forced twin of `sample`'s.
+
+    Those of the whole, untruncated distribution; 0 after each completion's end.
+    """
+    model = policy.module()
+    hidden = completion_hidden(
+        model, rollouts.prompts, rollouts.prompt_mask, rollouts.completions
+    )
+    logprobs = token_logprobs(
+        hidden,
+        model.unembedding_matrix(),
+        rollouts.completions,
+        temperature=temperature,
+    )
+    return jnp.where(rollouts.completion_mask.astype(bool), logprobs, 0.0)
+
+
+def _prefill(model, prompts, split):
+    """Each layer's keys [P, KV, d, L] and values [P, KV, L, d] of the prefixes."""
+
+    rotary = model.rotary(split.positions)
+
+    def layer(block, x):
+        q, k, v = block.qkv(x, rotary)
+        x = block.output(x, causal_attention(q, k, v, split.prefix_mask))
+        return x, (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
+
+    _, (keys, values) = model.scan(layer, model.embedding(prompts))
+    return list(keys), list(values)
+
+
+def _unstack(layers, num_layers):
+    """One module per layer: a loop over time should not slice the stack every token."""
+    graph, stacked = nnx.split(layers)
+    return [
+        _FusedBlock(nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked)))
+        for i in range(num_layers)
+    ]
+
+
+class _FusedBlock:
+    """A block whose parallel projections are one product each, for short rows."""
+
+    def __init__(self, block):
+        self.project = _side_by_side(block.q, block.k, block.v)
+        self.gate_and_up = _side_by_side(block.gate, block.up)
+        self.qkv = partial(type(block).qkv, self)
+        self.output = partial(type(block).output, self)
+        self._block = block
+
+    def __getattr__(self, name):
+        return getattr(self._block, name)
+
+
+def _side_by_side(*linears):
+    """The linear maps of one input as one: x -> their outputs."""
+    dtype = linears[0].dtype
+    kernel = jnp.concatenate([x.kernel[...] for x in linears], axis=1).astype(dtype)
+    ends = np.cumsum([x.kernel.shape[1] for x in linears])[:-1]
+    biases = [x.bias[...] for x in linears if x.bias is not None]
+    bias = jnp.concatenate(biases).astype(dtype) if biases else None
+
+    def apply(x):
+        y = x @ kernel
+        return jnp.split(y if bias is None else y + bias, ends, axis=-1)
+
+    return apply
+
+
+def _write(cache, x, t, axis):
+    return jax.lax.dynamic_update_slice_in_dim(cache, x, t, axis=axis)
+
+
+def _lengthen(cache, length, axis):
+    padding = [(0, 0)] * cache.ndim
+    padding[axis] = (0, length - cache.shape[axis])
+    return jnp.pad(cache, padding)
+
+
+def _draw(sample_keys, t, logits, top_k, top_p):
+    """One token and its log-prob for every row of tempered logits [P, G, V]."""
+    if top_k is not None:
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if top_p is not None and top_p < 1:
+        ordered = -jnp.sort(-logits, axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+        before = before - jax.nn.softmax(ordered, axis=-1)  # mass above each token
+        last = (before < top_p).sum(-1, keepdims=True) - 1
+        floor = jnp.take_along_axis(ordered, last, axis=-1)
+        logits = jnp.where(logits < floor, -jnp.inf, logits)
+    u = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t))))(
+        sample_keys
+    )
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    token, total = inverse_cdf(u, weights)
+    chosen = jnp.take_along_axis(logits - top, token[..., None], axis=-1)[..., 0]
+    return token, chosen - jnp.log(total)
+
+
+def inverse_cdf(u: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The token where the cumulated weights first exceed u times their total.
+
+    One uniform per token instead of V Gumbels: 13 times faster at V = 2,048 on a CPU.
+    In two levels, blocks and then one block's tokens, which keeps the rounding of the
+    sums at that of V / 128 terms and of 128.
+
+    Args:
+        u: [...] uniform in [0, 1).
+        weights: [..., V] non-negative, not all zero.
+
+    Returns:
+        Tokens [...] int32, never one of weight 0, and the weights' total [...].
+    """
+    *lead, v = weights.shape
+    padded = jnp.pad(weights, [(0, 0)] * len(lead) + [(0, -v % _BLOCK)])
+    blocks = padded.reshape(*lead, -1, _BLOCK)
+    cumulated = jnp.cumsum(blocks.sum(-1), axis=-1)  # [..., V / block]
+    total = cumulated[..., -1]
+    target = u * total
+    index = _first_above(cumulated, target)
+    before = jnp.where(
+        index > 0,
+        jnp.take_along_axis(cumulated, jnp.maximum(index - 1, 0)[..., None], -1)[
+            ..., 0
+        ],
+        0.0,
+    )
+    block = jnp.take_along_axis(blocks, index[..., None, None], axis=-2)[..., 0, :]
+    within = _first_above(before[..., None] + jnp.cumsum(block, axis=-1), target)
+    # Rounding may leave the block's sum below the target: its last possible token.
+    last = _BLOCK - 1 - jnp.argmax((block > 0)[..., ::-1], axis=-1)
+    return index * _BLOCK + jnp.minimum(within, last), total
+
+
+def _first_above(cumulated, target):
+    """Index of the first entry above target; the last index where there is none."""
+    below = (cumulated <= target[..., None]).sum(-1)
+    return jnp.minimum(below, cumulated.shape[-1] - 1)

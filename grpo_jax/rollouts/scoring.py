@@ -1,0 +1,38 @@
+"""From completions to rewards; a reward that fails is missing, not fatal."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from grpo_jax.tasks.types import Example
+
+
+class Scores(NamedTuple):
+    rewards: np.ndarray  # [P, G] float32, NaN where missing
+    errors: list[str]  # what the reward function raised, one per failure
+
+
+def score(
+    reward: Callable[[Example, str], float],
+    examples: Sequence[Example],
+    completions: Sequence[Sequence[str]],
+) -> Scores:
+    """Rewards of P examples' G completions each.
+
+    A reward function that raises, or returns NaN, infinity or no number at all, leaves
+    that sample's reward missing (NaN): it takes no part in the update.
+    """
+    rewards = np.full((len(completions), len(completions[0])), np.nan, np.float32)
+    errors = []
+    for p, (example, group) in enumerate(zip(examples, completions, strict=True)):
+        for g, completion in enumerate(group):
+            try:
+                value = float(reward(example, completion))
+            except Exception as error:  # whatever a user's function raises
+                errors.append(f"{type(error).__name__}: {error}")
+                continue
+            if math.isfinite(value):
+                rewards[p, g] = value
+    return Scores(rewards, errors)

@@ -1,0 +1,26 @@
+"""What a sampling phase hands to scoring and to the update."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Rollouts(NamedTuple):
+    """Prompts and their groups of completions; the group is an axis.
+
+    Attributes:
+        prompts: [P, L] int32 token ids, padded on either side.
+        prompt_mask: [P, L] int32, 1 on the prompt's tokens.
+        completions: [P, G, T] int32, pad_id after each completion's end.
+        completion_mask: [P, G, T] int32, 1 on sampled tokens, EOS included.
+        behaviour_logprobs: [P, G, T] float32, of the distribution each token was drawn
+            from (temperature and any truncation included); 0 after the end.
+        rewards: [P, G] float32, NaN where a reward is missing; None before scoring.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    completions: jax.Array
+    completion_mask: jax.Array
+    behaviour_logprobs: jax.Array
+    rewards: jax.Array | None = None

@@ -1,0 +1,104 @@
+"""Chains: mod-10 arithmetic with a scratchpad, generated, nothing to download.
+
+Prompt `3+4*2=`, answer `7,4`: the running value mod 10 after each operation, left to
+right, for 1 to 4 operations from + - *. Exactly one completion is right. The warm
+start first learns the task, then demonstrations whose steps are spoiled, multiplications
+most: a policy with very different pass rates from prompt to prompt.
+"""
+
+import itertools
+
+import numpy as np
+
+from grpo_jax.tasks.tokenizers import character_tokenizer
+from grpo_jax.tasks.types import Example, Task, WarmStart, exact_match
+
+OPERATIONS = "+-*"
+LENGTHS = (1, 2, 3, 4)  # operations in a prompt
+# Share of steps whose stated result is replaced by a random digit in the second stage.
+SPOILED = {"+": 0.1, "-": 0.4, "*": 0.7}
+ALPHABET = "0123456789" + OPERATIONS + "=,"
+
+
+def make_chains(
+    *, train_prompts: int | None = None, heldout_prompts: int | None = None, seed: int
+) -> Task:
+    """Trained and held-out prompts, equally many of each length as far as they go.
+
+    Held-out prompts are in neither stage of the warm start.
+    """
+    train_prompts, heldout_prompts = train_prompts or 2048, heldout_prompts or 512
+    rng = np.random.default_rng([seed, 0])
+    train, heldout = [], []
+    for i, operations in enumerate(LENGTHS):
+        held, trained = (
+            n // len(LENGTHS) + (i < n % len(LENGTHS))
+            for n in (heldout_prompts, train_prompts)
+        )
+        prompts = _distinct_prompts(rng, operations, held + trained)
+        if len(prompts) < held + trained:  # few there are: a tenth of them is held out
+            held = min(held, len(prompts) // 10)
+        heldout += prompts[:held]
+        train += prompts[held : held + trained]
+    excluded = frozenset(heldout)
+
+    def demonstrations(rng, count, spoiled):
+        examples = []
+        while len(examples) < count:
+            prompt = _random_prompt(rng, int(rng.choice(LENGTHS)))
+            if prompt not in excluded:
+                rates = SPOILED if spoiled else dict.fromkeys(OPERATIONS, 0.0)
+                examples.append(Example(prompt, _answer(prompt, rng, rates)))
+        return examples
+
+    return Task(
+        name="chains",
+        train=[Example(prompt, _answer(prompt)) for prompt in train],
+        heldout=[Example(prompt, _answer(prompt)) for prompt in heldout],
+        tokenizer=character_tokenizer(ALPHABET),
+        reward=exact_match,
+        single_answer=True,
+        warm_start=WarmStart(
+            demonstrations=demonstrations,
+            target_pass_rate=0.85,
+            max_steps=1200,
+            noisy_steps=150,
+        ),
+        note="Held-out prompts need the same skill as trained ones and were in neither "
+        "the warm start nor the training: their pass rate measures generalisation.",
+    )
+
+
+def _random_prompt(rng, operations):
+    digits = rng.integers(10, size=operations + 1)
+    signs = rng.choice(list(OPERATIONS), size=operations)
+    return "".join(f"{d}{s}" for d, s in zip(digits, [*signs, "="], strict=True))
+
+
+def _distinct_prompts(rng, operations, count):
+    """`count` different prompts in random order, or all there are."""
+    total = 10 * 30**operations
+    if count * 2 > total:
+        every = [
+            "".join(parts) + "="
+            for parts in itertools.product(
+                "0123456789", *([OPERATIONS, "0123456789"] * operations)
+            )
+        ]
+        return [every[i] for i in rng.permutation(len(every))][:count]
+    prompts = {}
+    while len(prompts) < count:
+        prompts[_random_prompt(rng, operations)] = None
+    return list(prompts)
+
+
+def _answer(prompt, rng=None, spoiled=None):
+    """The scratchpad; a spoiled step's digit is what the next step goes on from."""
+    value, results = int(prompt[0]), []
+    for sign, digit in zip(prompt[1:-1:2], prompt[2:-1:2], strict=True):
+        b = int(digit)
+        value = {"+": value + b, "-": value - b, "*": value * b}[sign] % 10
+        if spoiled and rng.random() < spoiled[sign]:
+            value = int(rng.integers(10))
+        results.append(str(value))
+    return ",".join(results)

@@ -1,0 +1,82 @@
+"""The calculator annotations of GSM8K, `<<48/2=24>>`: left side in, right side out.
+
+Real data at the size of a laptop (Cobbe et al. 2021, arXiv:2110.14168). Exactly one
+completion is right. To a small model these are facts more than a skill: expect trained
+prompts to be memorised and held-out ones to stay where they are.
+"""
+
+import re
+
+import numpy as np
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.tasks.files import train_and_test
+from grpo_jax.tasks.tokenizers import character_tokenizer
+from grpo_jax.tasks.types import Example, Task, WarmStart, exact_match
+
+ALPHABET = "0123456789+-*/().="
+MAX_PROMPT, MAX_ANSWER = 12, 6  # characters, without the prompt's "="
+_ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
+
+
+def make_gsm8k_expressions(
+    *,
+    path: str | None,
+    train_prompts: int | None = None,
+    heldout_prompts: int | None = None,
+    seed: int,
+) -> Task:
+    """A pool of training expressions; held-out ones are of the test file only."""
+    train_prompts, heldout_prompts = train_prompts or 256, heldout_prompts or 512
+    train_rows, test_rows = train_and_test(path, ("openai/gsm8k", "main"), ["answer"])
+    known, unseen = _expressions(train_rows), _expressions(test_rows)
+    seen = {prompt for prompt, _ in known}
+    unseen = [example for example in unseen if example.prompt not in seen]
+    for name, wanted, available in (
+        ("train_prompts", train_prompts, len(known)),
+        ("heldout_prompts", heldout_prompts, len(unseen)),
+    ):
+        if available < wanted:
+            raise ConfigError(
+                f"task.{name} must be at most {available}, the expressions found, "
+                f"got {wanted}."
+            )
+    rng = np.random.default_rng([seed, 1])
+    pool = [known[i] for i in rng.permutation(len(known))[:train_prompts]]
+    heldout = [unseen[i] for i in rng.permutation(len(unseen))[:heldout_prompts]]
+
+    def demonstrations(rng, count, spoiled):
+        del spoiled  # every demonstration is right: facts half learned are noisy enough
+        return [known[i] for i in rng.integers(len(known), size=count)]
+
+    return Task(
+        name="gsm8k-expressions",
+        train=pool,
+        heldout=heldout,
+        tokenizer=character_tokenizer(ALPHABET),
+        reward=exact_match,
+        single_answer=True,
+        warm_start=WarmStart(
+            demonstrations=demonstrations,
+            target_pass_rate=0.22,
+            max_steps=1500,
+            batch_size=256,
+        ),
+        note="These are facts, not a shared skill: a model this small memorises the "
+        "trained expressions, and nothing carries over to the held-out ones.",
+    )
+
+
+def _expressions(rows):
+    """Distinct short expressions in order of appearance; those with two answers go."""
+    answers = {}
+    for row in rows:
+        for left, right in _ANNOTATION.findall(row["answer"]):
+            short = len(left) <= MAX_PROMPT and len(right) <= MAX_ANSWER
+            if short and set(left + right) <= set(ALPHABET):
+                answers.setdefault(left, set()).add(right)
+    return [
+        Example(f"{left}=", next(iter(rights)))
+        for left, rights in answers.items()
+        if len(rights) == 1
+    ]

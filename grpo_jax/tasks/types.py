@@ -1,0 +1,58 @@
+"""What a task is: prompts with answers, a tokenizer, and a reward."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Example(NamedTuple):
+    prompt: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """How a task's model learns to answer at all, before reinforcement learning.
+
+    `demonstrations(rng, count, spoiled)` returns that many Examples to imitate, with
+    answers spoiled on purpose in the second stage.
+    """
+
+    demonstrations: Callable[[np.random.Generator, int, bool], list[Example]]
+    target_pass_rate: float  # clean learning stops when this is measured
+    max_steps: int
+    noisy_steps: int = 0
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """Prompts to train on and prompts only to be evaluated.
+
+    Attributes:
+        train, heldout: Disjoint examples.
+        tokenizer: A Hugging Face fast tokenizer with pad and eos tokens.
+        reward: (example, completion text without EOS) -> float; NaN or an exception
+            mean that the reward is missing.
+        single_answer: Exactly one completion is right, `example.answer` and EOS, so the
+            pass rate exp(log-prob of the answer) is exact without sampling.
+        warm_start: None where the model must come with a policy worth training.
+        note: One sentence for the report on what held-out figures can show.
+    """
+
+    name: str
+    train: list[Example]
+    heldout: list[Example]
+    tokenizer: Any
+    reward: Callable[[Example, str], float]
+    single_answer: bool = False
+    warm_start: WarmStart | None = None
+    note: str = ""
+
+
+def exact_match(example: Example, completion: str) -> float:
+    """1 for the answer and nothing else, 0 otherwise."""
+    return float(completion == example.answer)

@@ -1,0 +1,72 @@
+"""What a run will hold in memory, estimated before anything is allocated."""
+
+import math
+from typing import NamedTuple
+
+from grpo_jax.logprobs import MAX_LOGITS
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.training.step import MicroBatch
+
+
+def num_parameters(c: ModelConfig) -> int:
+    """Of a decoder of that shape, norms and biases included."""
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    layer = c.width * (2 * heads + 2 * kv) + 3 * c.width * c.mlp_width + 2 * c.width
+    layer += (heads + 2 * kv) * c.qk_bias + 2 * c.head_dim * c.qk_norm
+    embeddings = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
+    return c.num_layers * layer + embeddings + c.width
+
+
+class Memory(NamedTuple):
+    """Bytes on the device."""
+
+    state: int  # parameters, Adam's two moments, the reference policy
+    cache: int  # keys and values while sampling
+    update: int  # gradients, one micro-batch's activations, one chunk of logits
+
+    @property
+    def peak(self) -> int:
+        """Sampling and the update do not overlap."""
+        return self.state + max(self.cache, self.update)
+
+
+def estimate_memory(
+    c: ModelConfig,
+    *,
+    prompts: int,
+    group_size: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    micro: MicroBatch,
+    reference: bool,
+) -> Memory:
+    """Bytes from shapes alone: leading terms, good to a few tens of percent."""
+    parameters = num_parameters(c)
+    size = 4 if c.compute_dtype == "float32" else 2
+    cached = prompts * (prompt_tokens + group_size * max_new_tokens)
+    cache = 2 * cached * c.num_layers * c.num_kv_heads * c.head_dim * size
+    tokens = micro.prompts * (prompt_tokens + micro.samples * max_new_tokens)
+    scores = micro.prompts * micro.samples * c.num_heads * max_new_tokens
+    scores *= prompt_tokens + max_new_tokens
+    wide = 4 * c.width + 4 * c.mlp_width + 4 * c.num_heads * c.head_dim
+    kept = {"full": c.width, "dots": wide, "none": 2 * wide}[c.remat]
+    layer = tokens * 2 * wide * size + 2 * scores * 4
+    stack = c.num_layers * tokens * kept * size
+    if c.remat == "none":
+        stack += c.num_layers * scores * 4
+    logits = 3 * 4 * min(MAX_LOGITS, 512 * c.vocab_size, tokens * c.vocab_size)
+    return Memory(
+        state=parameters * 4 * (4 if reference else 3),
+        cache=cache,
+        update=parameters * 4 * 2 + stack + layer + logits,
+    )
+
+
+def readable(count: float, unit: str = "") -> str:
+    """1234567 -> '1.23M': three significant digits, decimal prefixes."""
+    if count < 1000:
+        return f"{count:.0f}{unit}"
+    power = min(4, int(math.log10(count) // 3))
+    value = count / 1000**power
+    digits = max(0, 2 - int(math.log10(value)))
+    return f"{value:.{digits}f}{' kMGT'[power].strip()}{unit}"

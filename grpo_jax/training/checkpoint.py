@@ -1,0 +1,163 @@
+"""Checkpoints: orbax, asynchronous, the latest few and the best.
+
+A checkpoint is the whole `TrainState` and the data position. What is half written when
+a process dies is never taken for a checkpoint, and one that cannot be read is passed
+over for the one before it, with a warning.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Checkpoints:
+    """Saves and restores; a context manager, so that every exit waits for saves."""
+
+    def __init__(self, directory: Path, *, keep: int, warn: Callable[[str], None]):
+        import orbax.checkpoint as ocp
+
+        self._ocp, self._warn = ocp, warn
+        self._directory = directory
+        policies = ocp.checkpoint_managers
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_score,
+            best_mode="max",
+            cleanup_tmp_directories=True,
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(keep),
+                    policies.BestN(
+                        n=1,
+                        get_metric_fn=_score,
+                        reverse=False,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+        )
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._saved = self._manager.latest_step()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.wait()
+        try:
+            self._manager.close()
+        except Exception as error:
+            self._warn(f"closing the checkpoints failed: {_first_line(error)}")
+
+    def save(self, step: int, state: Any, data: dict, score: float) -> None:
+        """Starts saving `step`; a failure is a warning, now or at the next call."""
+        if step == self._saved:
+            return
+        args = self._ocp.args.Composite(
+            state=self._ocp.args.StandardSave(state._asdict()),
+            data=self._ocp.args.JsonSave(data),
+        )
+        try:
+            self._manager.save(step, args=args, metrics={"score": float(score)})
+            self._saved = step
+        except Exception as error:  # a full disk must not end a run that still learns
+            self._failed(step, error)
+
+    def wait(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(self._saved, error)
+
+    def _failed(self, step, error):
+        self._saved = None
+        steps = self._manager.all_steps(read=True)
+        newest = f"the newest whole one is of step {max(steps)}" if steps else "none is"
+        self._warn(
+            f"checkpoint of step {step} failed ({_first_line(error)}); {newest}."
+        )
+
+    def restore(self, template: Any) -> tuple[Any, dict] | None:
+        """(state, data) of the newest checkpoint that can be read; None: there is none.
+
+        Args:
+            template: A state of the same shapes, dtypes and shardings.
+        """
+        ocp = self._ocp
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            template._asdict(),
+        )
+        for step in sorted(self._manager.all_steps(read=True), reverse=True):
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract),
+                data=ocp.args.JsonRestore(),
+            )
+            try:
+                found = self._manager.restore(step, args=args)
+                return type(template)(**found["state"]), found["data"]
+            except Exception as error:  # orbax has a kind for every way to be broken
+                self._warn(
+                    f"checkpoint of step {step} cannot be read "
+                    f"({_first_line(error)}); trying the one before it."
+                )
+                # Out of the way: saving this step again would be refused.
+                self._set_aside(step)
+        return None
+
+    def _set_aside(self, step):
+        source = self._directory / str(step)
+        if source.exists():
+            source.rename(self._directory.parent / f"unreadable-checkpoint-{step}")
+            self._manager.reload()
+
+
+def _score(metrics):
+    return metrics["score"]
+
+
+def _first_line(error):
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def save_params(
+    path: Path, params: Any, metadata: dict[str, str] | None = None
+) -> None:
+    """A dict of parameters as one safetensors file, whole or not at all."""
+    from safetensors.numpy import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    arrays = {name: np.ascontiguousarray(x) for name, x in _named(params).items()}
+    save_file(arrays, temporary, metadata=metadata)
+    temporary.replace(path)
+
+
+def load_params(path: Path, template: Any) -> tuple[Any, dict[str, str]]:
+    """(parameters shaped like `template`, the file's metadata).
+
+    Raises:
+        ValueError: a parameter is missing or has another shape.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    for name, x in _named(template).items():
+        shape = found[name].shape if name in found else "nothing"
+        if shape != x.shape:
+            raise ValueError(f"{path}: {name} must be {x.shape}, found {shape}.")
+    leaves = [found[name] for name in _named(template)]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves), metadata
+
+
+def _named(params):
+    return {
+        ".".join(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }

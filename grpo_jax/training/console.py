@@ -1,0 +1,90 @@
+"""What a person sees while it runs: a live bar in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def step_facts(metrics: dict) -> str:
+    """The step's numbers in one line, the same for the bar and for plain lines."""
+
+    def show(name, pattern):
+        value = metrics.get(name)
+        return "nan" if value is None else pattern.format(value)
+
+    facts = [
+        f"reward {show('reward/mean', '{:.3f}')}",
+        f"informative {show('group/informative', '{:.0%}')}",
+        f"std {show('group/std_mean', '{:.3f}')}",
+    ]
+    if "kl/mean" in metrics:
+        facts.append(f"kl {show('kl/mean', '{:.4f}')}")
+    facts += [
+        f"entropy {show('entropy/sampled', '{:.2f}')}",
+        f"mismatch {show('mismatch/max_abs', '{:.0e}')}",
+        f"sample {show('time/sample_s', '{:.2f}')}s",
+        f"score {show('time/score_s', '{:.2f}')}s",
+        f"update {show('time/update_s', '{:.2f}')}s",
+    ]
+    if metrics.get("reward/missing"):
+        facts.append(f"MISSING REWARDS {metrics['reward/missing']:.0f}")
+    if metrics.get("update/skipped_in_a_row"):
+        facts.append("UPDATE SKIPPED")
+    return "  ".join(facts)
+
+
+class Console:
+    """Prints to stdout, and shows progress between `start` and `stop`."""
+
+    def __init__(self, lines_every: int):
+        self._lines_every = lines_every
+        self._terminal = sys.stdout.isatty()
+        self._bar = self._task = None
+
+    def say(self, message: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(message, markup=False, highlight=False)
+        else:
+            print(message, flush=True)
+
+    def warn(self, message: str) -> None:
+        self.say(f"warning: {message}")
+
+    def start(self, done: int, total: int) -> None:
+        self._first, self._total, self._began = done, total, time.monotonic()
+        if not self._terminal:
+            return
+        from rich import progress
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            progress.BarColumn(bar_width=20),
+            progress.TextColumn("{task.fields[speed]}"),
+            progress.TextColumn("{task.fields[facts]}"),
+        )
+        self._task = self._bar.add_task(
+            "", total=total, completed=done, speed="", facts=""
+        )
+        self._bar.start()
+
+    def step(self, done: int, metrics: dict) -> None:
+        """One more step: metrics are those of the step before, already on the host."""
+        elapsed = time.monotonic() - self._began
+        rate = (done - self._first) / max(elapsed, 1e-9)
+        left = format_seconds((self._total - done) / max(rate, 1e-9))
+        speed = f"{rate:.2f} step/s  ETA {left}"
+        facts = step_facts(metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, speed=speed, facts=facts)
+        elif done % self._lines_every == 0 or done in (self._first + 1, self._total):
+            self.say(f"step {done}/{self._total}  {speed}  {facts}")
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

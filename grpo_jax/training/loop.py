@@ -1,0 +1,713 @@
+"""The loop: owns the host, the clock and the disk; the maths is in step.py.
+
+A step is sample -> score -> update. The device's work is waited for where its result is
+needed: the completions before scoring, the new parameters before they are sampled from;
+metrics are written while the device samples the next step.
+"""
+
+import dataclasses
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.advantages import group_std
+from grpo_jax.errors import ConfigError, unknown_name
+from grpo_jax.models.decoder import Policy, init_policy
+from grpo_jax.objectives.presets import OBJECTIVES, Objective
+from grpo_jax.rollouts.encoding import (
+    answer_rollouts,
+    bucket,
+    completion_buckets,
+    decode_groups,
+    encode_all,
+    pad_left,
+)
+from grpo_jax.rollouts.sampling import sample
+from grpo_jax.rollouts.scoring import score
+from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.tasks import Task, load_task
+from grpo_jax.training import instrument
+from grpo_jax.training.budget import estimate_memory, num_parameters, readable
+from grpo_jax.training.checkpoint import Checkpoints, load_params, save_params
+from grpo_jax.training.config import TrainConfig
+from grpo_jax.training.console import Console
+from grpo_jax.training.metrics import (
+    JsonLines,
+    count_compiles,
+    keep_until,
+    mean_interval,
+    to_numbers,
+    wilson_interval,
+)
+from grpo_jax.training.paths import cache_directory, use_compile_cache
+from grpo_jax.training.run_directory import claim
+from grpo_jax.training.step import (
+    Batch,
+    batch_logprobs,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    micro_batch,
+    objective_weights,
+)
+from grpo_jax.training.warm_start import (
+    answer_logprobs,
+    warm_start,
+    warm_start_settings,
+)
+
+SKIPPED_LIMIT = 5  # non-finite gradients in a row that end a run
+
+
+class TrainResult(NamedTuple):
+    """What a run left behind."""
+
+    run_dir: Path
+    metrics: dict[str, Any]  # the last line of metrics.jsonl
+    finished: bool  # False: stopped by a signal, to be resumed
+
+
+class NonFiniteGradients(RuntimeError):
+    """Too many updates in a row had no finite gradient; the batch was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known before anything is allocated."""
+
+    task: Task
+    objective: Objective
+    model: Any  # ModelConfig with the tokenizer's vocabulary
+    prompts: list[list[int]]  # token ids of the trained prompts
+    prompt_length: int
+    max_new_tokens: int
+    buckets: list[int]  # completion lengths of the update
+    micro: Any  # MicroBatch, of the longest bucket
+    headline: str
+
+
+def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
+    """Checks a config against its task and fixes every shape.
+
+    Raises:
+        ConfigError: the run cannot work as configured.
+    """
+    objective = resolve_objective(config)
+    if task is None:
+        task = load_task(config.task.name, **_without(config.task, "name"))
+    tokenizer, sampling = task.tokenizer, config.sampling
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        missing = "EOS" if tokenizer.eos_token_id is None else "padding"
+        raise ConfigError(
+            f"the tokenizer of task {task.name} has no {missing} token; set one "
+            "(a completion could never end)."
+        )
+    if not task.train or not task.heldout:
+        raise ConfigError(
+            f"task {task.name} must have trained and held-out prompts, got "
+            f"{len(task.train)} and {len(task.heldout)}."
+        )
+    if len(task.train) < sampling.prompts:
+        raise ConfigError(
+            f"sampling.prompts must be at most {len(task.train)}, the task's trained "
+            f"prompts, got {sampling.prompts}."
+        )
+    examples = task.train + task.heldout
+    prompts = encode_all(tokenizer, [e.prompt for e in examples], "a prompt")
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    limit = sampling.max_prompt_tokens
+    if limit is not None and len(prompts[longest]) > limit:
+        raise ConfigError(
+            f"sampling.max_prompt_tokens is {limit}, but the prompt "
+            f"{examples[longest].prompt[:60]!r} has {len(prompts[longest])} tokens; "
+            "raise the limit or shorten the prompts."
+        )
+    answers = encode_all(tokenizer, [e.answer for e in examples], "an answer")
+    needed = max(len(answer) for answer in answers) + 1
+    max_new_tokens = sampling.max_new_tokens or needed
+    if task.single_answer and max_new_tokens < needed:
+        raise ConfigError(
+            f"sampling.max_new_tokens must be at least {needed} for task {task.name}, "
+            f"its longest answer and EOS, got {max_new_tokens}."
+        )
+    vocab_size = config.model.vocab_size or len(tokenizer)
+    if vocab_size < len(tokenizer):
+        raise ConfigError(
+            f"model.vocab_size must be at least {len(tokenizer)}, the tokenizer's, "
+            f"got {vocab_size}; leave it out to take the tokenizer's."
+        )
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    prompt_length = bucket(len(prompts[longest]))
+    p, g = sampling.prompts, sampling.group_size
+    micro = micro_batch(p, g, prompt_length, max_new_tokens, config.micro_batch_tokens)
+    memory = estimate_memory(
+        model,
+        prompts=p,
+        group_size=g,
+        prompt_tokens=prompt_length,
+        max_new_tokens=max_new_tokens,
+        micro=micro,
+        reference=bool(objective.kl_coef),
+    )
+    headline = (
+        f"{config.objective.name} on {task.name}: {objective.formula()} | "
+        f"{p} prompts x {g} samples, {prompt_length} + {max_new_tokens} tokens, "
+        f"micro-batch {micro.prompts} x {micro.samples} | "
+        f"{readable(num_parameters(model))} parameters, {model.compute_dtype} | "
+        f"about {readable(memory.peak, 'B')} on the device"
+    )
+    return Plan(
+        task,
+        objective,
+        model,
+        prompts[: len(task.train)],
+        prompt_length,
+        max_new_tokens,
+        completion_buckets(max_new_tokens),
+        micro,
+        headline,
+    )
+
+
+def resolve_objective(config: TrainConfig) -> Objective:
+    """The preset with the config's overrides."""
+    choice = config.objective
+    if choice.name not in OBJECTIVES:
+        raise unknown_name("objective", choice.name, OBJECTIVES)
+    given = {k: v for k, v in _without(choice, "name").items() if v is not None}
+    try:
+        return dataclasses.replace(OBJECTIVES[choice.name], **given)
+    except ValueError as error:
+        raise ConfigError(f"objective {choice.name}: {error}") from error
+
+
+def _without(record, name):
+    values = dataclasses.asdict(record)
+    del values[name]
+    return values
+
+
+def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
+    """Runs (or continues) a training run, from prompts to a finished report.
+
+    Args:
+        config: What to run.
+        task: A task of your own, instead of the one config.task names.
+
+    Returns:
+        `TrainResult`: the run's directory and the last step's metrics.
+
+    Raises:
+        ConfigError: the run cannot start as configured; nothing was written.
+        NonFiniteGradients: five updates in a row had to be skipped.
+    """
+    plan = make_plan(config, task)
+    directory = claim(config)
+    use_compile_cache()
+    with _Signals() as signals:
+        return _Run(config, plan, directory, signals).train()
+
+
+class _Signals:
+    """The first SIGTERM or SIGINT asks the run to save and end; the second kills it."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self._before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread: the caller's signals stay theirs
+                break
+        return self
+
+    def _handle(self, number, frame):
+        self.asked = True
+        for other in self._before:
+            signal.signal(other, signal.SIG_DFL)  # so the next one ends it at once
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """One process's part of a run; `train` is its only entrance."""
+
+    def __init__(self, config: TrainConfig, plan: Plan, directory: Path, signals):
+        self.config, self.plan, self.directory = config, plan, directory
+        self.signals = signals
+        self.console = Console(config.log.lines_every)
+        self.compiles = count_compiles()
+        self.temperature = config.sampling.temperature
+        self.tokenizer = plan.task.tokenizer
+        # Derived keys: parameters, training samples, evaluation samples.
+        root = jax.random.key(config.seed)
+        self.init_key, self.run_key, self.eval_key = (
+            jax.random.fold_in(root, i) for i in range(3)
+        )
+
+    def train(self) -> TrainResult:
+        self.console.say(self.plan.headline)
+        self.console.say(f"run directory: {self.directory}")
+        self.tokenizer.save_pretrained(self.directory / "tokenizer")
+        policy = init_policy(self.plan.model, self.init_key)
+        start = self._starting_params(policy)
+        if start is None:
+            self.console.say("stopped during the warm start; nothing to resume.")
+            return TrainResult(self.directory, {}, False)
+        self._build(policy.replace(start))
+        checkpoints = Checkpoints(
+            self.directory / "checkpoints",
+            keep=self.config.checkpoint.keep,
+            warn=self.console.warn,
+        )
+        with checkpoints:
+            self.checkpoints = checkpoints
+            state, position, score = self._starting_state()
+            self._open_files(int(state.step))
+            try:
+                return self._loop(state, position, score)
+            finally:
+                self.console.stop()
+                for file in self.files.values():
+                    file.close()
+
+    # ---- before the first step
+
+    def _starting_params(self, policy: Policy):
+        """The policy at step 0, which is also the reference policy."""
+        file, config, plan = (
+            self.directory / "initial.safetensors",
+            self.config,
+            self.plan,
+        )
+        if file.exists():
+            return jax.tree.map(jnp.asarray, load_params(file, policy.params)[0])
+        params = policy.params
+        if config.warm_start.enabled and plan.task.warm_start is not None:
+            settings = warm_start_settings(config.warm_start, plan.task)
+            began = time.monotonic()
+            result = warm_start(
+                policy,
+                plan.task,
+                settings,
+                seed=config.seed,
+                prompt_length=plan.prompt_length,
+                length=plan.max_new_tokens,
+                temperature=self.temperature,
+                cache=cache_directory() / "warm_starts",
+                report=lambda stage, step, rate: (
+                    self.console.say(
+                        f"warm start, {stage}: step {step}, pass rate {rate:.3f}"
+                    )
+                    if step % 100 == 0
+                    else None
+                ),
+                stop=lambda: self.signals.asked,
+            )
+            if result is None:
+                return None
+            how = "cached" if result.cached else f"{time.monotonic() - began:.0f} s"
+            self.console.say(
+                f"warm start: {result.steps} supervised steps, pass rate "
+                f"{result.pass_rate:.3f} on trained prompts ({how})"
+            )
+            if not result.cached and result.steps >= settings.max_steps:
+                self.console.warn(
+                    "the warm start ended at its step limit, not at its target pass "
+                    f"rate of {settings.target_pass_rate}."
+                )
+            params = result.policy.params
+        save_params(file, params)
+        return params
+
+    def _build(self, start: Policy):
+        """Compiled programs, and the fixed sets of prompts they run on."""
+        config, plan, objective = self.config, self.plan, self.plan.objective
+        self.policy = start
+        self.uses_reference = bool(objective.kl_coef)
+        # A copy: the start's own buffers are given away to the first update.
+        self.reference = (
+            start.replace(jax.tree.map(jnp.copy, start.params))
+            if self.uses_reference
+            else None
+        )
+        total = config.steps * config.updates_per_rollout
+        self.schedule = make_schedule(config.optimizer, total)
+        self.optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.weights = objective_weights(objective)
+        self.sample = partial(
+            sample,
+            max_new_tokens=plan.max_new_tokens,
+            temperature=self.temperature,
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+        )
+        self.micro = {t: self._micro(t) for t in plan.buckets}
+        self.updates, self.rescore = {}, {}
+        for t, micro in self.micro.items():
+            make = partial(
+                make_train_step,
+                start,
+                objective,
+                self.optimizer,
+                prompt_weights=self.weights,
+                micro=micro,
+                temperature=self.temperature,
+                max_length=plan.max_new_tokens,
+            )
+            self.updates[t] = [
+                jax.jit(make(advances_step=last), donate_argnums=0)
+                for last in (
+                    (False, True) if config.updates_per_rollout > 1 else (True,)
+                )
+            ]
+            self.rescore[t] = jax.jit(
+                lambda policy, rollouts, micro=micro: batch_logprobs(
+                    policy, rollouts, self.temperature, micro
+                )
+            )
+        pick = np.random.default_rng([config.seed, 3]).permutation(len(plan.task.train))
+        count = min(config.evaluation.prompts, len(plan.task.train))
+        self.eval_sets = {
+            "train": [plan.task.train[i] for i in pick[:count]],
+            "heldout": plan.task.heldout,
+        }
+        self.probe_ids = pick[: min(config.instrument.prompts, len(pick))]
+        self.answers = {}
+        if plan.task.single_answer:
+            probes = [plan.task.train[i] for i in self.probe_ids]
+            for name, examples in {**self.eval_sets, "probe": probes}.items():
+                self.answers[name] = answer_rollouts(
+                    self.tokenizer, examples, plan.prompt_length, plan.max_new_tokens
+                )
+
+    def _micro(self, length):
+        s = self.config.sampling
+        return micro_batch(
+            s.prompts,
+            s.group_size,
+            self.plan.prompt_length,
+            length,
+            self.config.micro_batch_tokens,
+        )
+
+    def _starting_state(self):
+        state = init_state(self.policy.params, self.optimizer, self.weights)
+        if not self.config.resume:
+            return state, 0, None
+        restored = self.checkpoints.restore(state)
+        if restored is None:
+            self.console.warn("no whole checkpoint to resume from; starting at step 0.")
+            return state, 0, None
+        state, data = restored
+        self.console.say(f"resumed at step {int(state.step)}.")
+        return state, data["position"], data["score"]
+
+    def _open_files(self, step):
+        self.files = {}
+        for name in ("metrics", "samples", "instrument"):
+            path = self.directory / f"{name}.jsonl"
+            if path.exists():
+                # At step 0 everything is written again, the look at the start included.
+                keep_until(path, step if step else -1)
+            self.files[name] = JsonLines(path)
+
+    def _compile_updates(self, state):
+        """Every program of the update, before the first step needs it."""
+        s, shape = self.config.sampling, jax.ShapeDtypeStruct
+        p, g, length = s.prompts, s.group_size, self.plan.prompt_length
+        self.programs, self.rescore_programs = {}, {}
+        for t, updates in self.updates.items():
+            ids, floats = shape((p, g, t), jnp.int32), shape((p, g, t), jnp.float32)
+            prompt = shape((p, length), jnp.int32)
+            rewards = shape((p, g), jnp.float32)
+            rollouts = Rollouts(prompt, prompt, ids, ids, floats, rewards)
+            several = self.config.updates_per_rollout > 1
+            batch = Batch(
+                rollouts,
+                floats if several else None,
+                floats if self.uses_reference else None,
+            )
+            self.programs[t] = [u.lower(state, batch).compile() for u in updates]
+            if several or self.uses_reference:
+                rescore = self.rescore[t].lower(self.policy, rollouts)
+                self.rescore_programs[t] = rescore.compile()
+
+    # ---- one step
+
+    def _prompt_order(self, epoch):
+        rng = np.random.default_rng([self.config.seed, 4, epoch])
+        return rng.permutation(len(self.plan.prompts))
+
+    def _next_prompts(self, position):
+        """Indices of the next P trained prompts; an epoch is a fresh permutation."""
+        wanted, indices = self.config.sampling.prompts, []
+        while len(indices) < wanted:
+            epoch, offset = divmod(position + len(indices), len(self.plan.prompts))
+            indices += list(
+                self._prompt_order(epoch)[offset : offset + wanted - len(indices)]
+            )
+        return np.asarray(indices)
+
+    def _rollouts(self, params, indices, key, group_size):
+        ids, mask = pad_left(
+            [self.plan.prompts[i] for i in indices],
+            self.plan.prompt_length,
+            self.tokenizer.pad_token_id,
+        )
+        return self.sample(
+            self.policy.replace(params),
+            ids,
+            mask,
+            group_size=group_size,
+            key=key,
+            prompt_indices=np.asarray(indices, np.int32),
+        )
+
+    def _trimmed(self, rollouts: Rollouts) -> Rollouts:
+        """Completions cut to the shortest bucket that holds them all."""
+        longest = int(rollouts.completion_mask.sum(-1).max())
+        t = next(t for t in self.plan.buckets if t >= longest)
+        return rollouts._replace(
+            completions=rollouts.completions[..., :t],
+            completion_mask=rollouts.completion_mask[..., :t],
+            behaviour_logprobs=rollouts.behaviour_logprobs[..., :t],
+        )
+
+    def _loop(self, state, position, best) -> TrainResult:
+        config = self.config
+        began = time.monotonic()
+        self._compile_updates(state)
+        row = {}
+        if int(state.step) == 0:
+            row = self._look(state.params, 0)
+            best = row.get("eval/heldout_pass_rate", best)
+        self.console.say(f"ready after {time.monotonic() - began:.1f} s")
+        self.console.start(int(state.step), config.steps)
+        step, pending = int(state.step), None
+        while step < config.steps and not self.signals.asked:
+            step_began = time.monotonic()
+            indices = self._next_prompts(position)
+            key = jax.random.fold_in(self.run_key, step)
+            sampled = self._rollouts(
+                state.params, indices, key, config.sampling.group_size
+            )
+            if pending is not None:  # written while the device samples
+                row = self._write(*pending)
+            rollouts = jax.device_get(sampled)
+            times = {"time/sample_s": time.monotonic() - step_began}
+
+            scored = time.monotonic()
+            rollouts, errors, texts = self._score(self._trimmed(rollouts), indices)
+            batch = self._batch(state.params, rollouts)
+            times["time/score_s"] = time.monotonic() - scored
+
+            updating = time.monotonic()
+            programs = self.programs[rollouts.completions.shape[-1]]
+            for i in range(config.updates_per_rollout):
+                last = i == config.updates_per_rollout - 1
+                program = programs[-1] if last else programs[0]
+                state, metrics = program(state, batch)
+            jax.block_until_ready(state)
+            times["time/update_s"] = time.monotonic() - updating
+            step, position = step + 1, position + len(indices)
+
+            if errors:
+                self.console.warn(
+                    f"step {step}: {len(errors)} rewards missing: {errors[0][:200]}"
+                )
+            self._log_samples(step, indices, texts, rollouts)
+            looked = {}
+            if self._due(step):
+                looked = self._look(state.params, step)
+                best = looked.get("eval/heldout_pass_rate", best)
+            self._stop_if_not_finite(state, step, rollouts, position, best)
+            times["time/step_s"] = time.monotonic() - step_began
+            pending = (step, metrics, times | looked)
+            if step % config.checkpoint.every == 0:
+                # The line first: a checkpoint's step is never missing from the file.
+                row, pending = self._write(*pending), None
+                self._save(state, step, position, best)
+        if pending is not None:
+            row = self._write(*pending)
+        if step:
+            self._save(state, step, position, best)
+        self.checkpoints.wait()
+        self.console.stop()
+        finished = step >= config.steps
+        if not finished:
+            self.console.say(
+                f"stopped at step {step}, saved; continue with --resume "
+                f"--run-dir {self.directory}"
+            )
+        self._report(finished)
+        return TrainResult(self.directory, row, finished)
+
+    def _score(self, rollouts, indices):
+        texts = decode_groups(
+            self.tokenizer, rollouts.completions, rollouts.completion_mask
+        )
+        examples = [self.plan.task.train[i] for i in indices]
+        scores = score(self.plan.task.reward, examples, texts)
+        return rollouts._replace(rewards=scores.rewards), scores.errors, texts
+
+    def _batch(self, params, rollouts) -> Batch:
+        t = rollouts.completions.shape[-1]
+        old = reference = None
+        if self.config.updates_per_rollout > 1:
+            old = self.rescore_programs[t](self.policy.replace(params), rollouts)
+        if self.uses_reference:
+            reference = self.rescore_programs[t](self.reference, rollouts)
+        return Batch(jax.tree.map(jnp.asarray, rollouts), old, reference)
+
+    def _stop_if_not_finite(self, state, step, rollouts, position, best):
+        if int(state.skipped_in_a_row) < SKIPPED_LIMIT:
+            return
+        file = self.directory / f"nonfinite-step-{step}.npz"
+        np.savez(file, step=step, **rollouts._asdict())
+        self._save(state, step, position, best)
+        raise NonFiniteGradients(
+            f"{SKIPPED_LIMIT} updates in a row had a non-finite gradient; stopped at "
+            f"step {step}. Its rollouts are in {file}, the parameters (not touched by "
+            "the skipped updates) in the checkpoint of the same step. A lower "
+            "optimizer.learning_rate or a warm-up is the usual cure."
+        )
+
+    # ---- looking and writing
+
+    def _due(self, step):
+        config = self.config
+        everies = (config.evaluation.every, config.instrument.every)
+        return step == config.steps or any(
+            every and step % every == 0 for every in everies
+        )
+
+    def _look(self, params, step) -> dict[str, float]:
+        """Evaluation and instrument where they are due, with their own files."""
+        config = self.config
+        at_end = step in (0, config.steps)
+        metrics = {}
+        if at_end or (config.evaluation.every and step % config.evaluation.every == 0):
+            metrics |= self._evaluate(params, step)
+        every = config.instrument.every
+        if every and (at_end or step % every == 0) and "probe" in self.answers:
+            metrics |= self._instrument(params, step)
+        if step == 0:
+            self._write(0, {}, metrics)
+        return metrics
+
+    def _exact(self, params, name):
+        answers = self.answers[name]
+        return np.exp(
+            np.asarray(
+                answer_logprobs(self.policy.replace(params), answers, self.temperature)
+            )
+        )
+
+    def _evaluate(self, params, step):
+        metrics = {}
+        key = jax.random.fold_in(self.eval_key, step)
+        for name in ("train", "heldout"):
+            if not self.plan.task.single_answer:
+                solved = self._sampled_rewards(params, self.eval_sets[name], key)
+                rate, low, high = mean_interval(solved)
+            else:
+                rate, low, high = mean_interval(self._exact(params, name))
+            metrics[f"eval/{name}_pass_rate"] = rate
+            metrics[f"eval/{name}_low"], metrics[f"eval/{name}_high"] = low, high
+        if self.plan.task.single_answer:
+            solved = self._sampled_rewards(params, self.eval_sets["heldout"], key)
+            share = wilson_interval(int((solved == 1).sum()), len(solved))
+            name = "eval/heldout_sampled"
+            metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = share
+        return metrics
+
+    def _sampled_rewards(self, params, examples, key):
+        """Reward of one sample per example; a missing one counts 0 here."""
+        ids, mask = pad_left(
+            encode_all(self.tokenizer, [e.prompt for e in examples], "a prompt"),
+            self.plan.prompt_length,
+            self.tokenizer.pad_token_id,
+        )
+        rollouts = jax.device_get(
+            self.sample(self.policy.replace(params), ids, mask, group_size=1, key=key)
+        )
+        texts = decode_groups(
+            self.tokenizer, rollouts.completions, rollouts.completion_mask
+        )
+        return np.nan_to_num(
+            score(self.plan.task.reward, examples, texts).rewards[:, 0]
+        )
+
+    def _instrument(self, params, step):
+        key = jax.random.fold_in(self.eval_key, step)
+        sampled = self._rollouts(
+            params, self.probe_ids, key, self.config.sampling.group_size
+        )
+        scored, _, _ = self._score(jax.device_get(sampled), self.probe_ids)
+        std, _ = group_std(scored.rewards)
+        row, metrics = instrument.look(
+            self.policy.replace(params),
+            self.answers["probe"],
+            np.asarray(std),
+            self._exact(params, "probe"),
+            self.temperature,
+        )
+        self.files["instrument"].write({"step": step} | row)
+        return metrics
+
+    def _write(self, step, metrics, host):
+        updates = step * self.config.updates_per_rollout
+        row = {"step": step} | to_numbers(metrics) | host
+        if step:
+            row["learning_rate"] = float(self.schedule(updates - 1))
+        row["compiles"] = self.compiles()
+        self.files["metrics"].write(row)
+        if step:
+            self.console.step(step, row)
+        if "eval/heldout_pass_rate" in row:
+            self.console.say(
+                f"step {step}: pass rate {row['eval/train_pass_rate']:.3f} on trained "
+                f"prompts, {row['eval/heldout_pass_rate']:.3f} on held-out ones"
+            )
+        return row
+
+    def _log_samples(self, step, indices, texts, rollouts):
+        every = self.config.log.samples_every
+        if not every or step % every:
+            return
+        rewards = np.where(np.isnan(rollouts.rewards), None, rollouts.rewards)
+        for p in range(min(self.config.log.samples_prompts, len(indices))):
+            example = self.plan.task.train[indices[p]]
+            self.files["samples"].write(
+                {
+                    "step": step,
+                    "prompt": example.prompt,
+                    "answer": example.answer,
+                    "completions": texts[p],
+                    "rewards": [None if r is None else float(r) for r in rewards[p]],
+                }
+            )
+
+    def _save(self, state, step, position, best):
+        data = {"position": int(position), "score": best}
+        score = -float("inf") if best is None else best
+        self.checkpoints.save(step, state, data, score)
+
+    def _report(self, finished):
+        from grpo_jax.training.report import write_report
+
+        path = write_report([self.directory], self.directory / "report.html")
+        if finished:
+            self.console.say(f"report: {path}")

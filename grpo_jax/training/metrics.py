@@ -1,0 +1,126 @@
+"""What a run writes: metrics.jsonl, one object a step, every field documented here."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+# Field -> what it is. A run writes no other.
+FIELDS = {
+    "step": "rollouts trained on so far; 0 is the start, before any update",
+    "reward/mean": "mean reward of the step's samples, missing ones left out",
+    "reward/missing": "samples whose reward function raised or returned no number",
+    "group/informative": "fraction of groups whose rewards are not all equal",
+    "group/std_mean": "mean over prompts of the within-prompt std (ddof 0)",
+    "weights/mean": "mean prompt weight (1 / (std + eps) under std-normalisation)",
+    "weights/max": "largest prompt weight",
+    "completion/length_mean": "tokens per completion, EOS included",
+    "tokens/completion": "completion tokens of the step",
+    "entropy/sampled": "nats per token, the sampled estimate -mean(log-prob)",
+    "kl/mean": "nats per token to the starting policy (only with a reference)",
+    "ratio/mean": "mean over tokens of policy / behaviour policy; 1 on policy",
+    "ratio/clipped": "fraction of tokens without gradient for being clipped",
+    "mismatch/max_abs": "max |sampler's - trainer's| token log-prob, in nats",
+    "loss/policy": "the surrogate part of the loss; 0 on policy by construction",
+    "loss/kl": "the KL part of the loss",
+    "gradient/norm": "global norm before clipping",
+    "update/norm": "global norm of the parameters' change",
+    "update/skipped_in_a_row": "updates skipped in a row for a non-finite gradient",
+    "learning_rate": "of the step's last update",
+    "time/sample_s": "seconds until the completions were on the host",
+    "time/score_s": "seconds of reward functions and of recomputed log-probs",
+    "time/update_s": "seconds of the update, the device's work included",
+    "time/step_s": "seconds of the whole step, evaluation included",
+    "compiles": "programs compiled since the process started",
+    "eval/train_pass_rate": "mean pass rate of the evaluated trained prompts",
+    "eval/train_low": "lower end of its 95 % interval over prompts",
+    "eval/train_high": "upper end",
+    "eval/heldout_pass_rate": "mean pass rate of the held-out prompts",
+    "eval/heldout_low": "lower end of its 95 % interval over prompts",
+    "eval/heldout_high": "upper end",
+    "eval/heldout_sampled": "share of held-out prompts solved by one sample each",
+    "eval/heldout_sampled_low": "lower end of its 95 % Wilson interval",
+    "eval/heldout_sampled_high": "upper end",
+    "geometry/mean_abs_cosine": "mean |cos| between the probe prompts' gradients",
+    "geometry/std_cosine": "std of those cosines",
+    "geometry/small_fraction": "fraction of pairs with |cos| < 0.1",
+}
+
+
+class JsonLines:
+    """An append-only file of objects; every line is on disk when `write` returns."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file; a last line cut short by a killed process is left out."""
+    if not path.exists():
+        return []
+    rows, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if i + 1 < len(lines):
+                raise
+    return rows
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines after `step`: what a resumed run is going to write again."""
+    rows = [row for row in read_lines(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.replace(path)
+
+
+def to_numbers(metrics: dict[str, Any]) -> dict[str, float | int | None]:
+    """Device scalars as Python numbers; None for what is not finite."""
+
+    def number(x):
+        x = np.asarray(x).item()
+        return x if isinstance(x, int) or math.isfinite(x) else None
+
+    return {name: number(x) for name, x in jax.device_get(metrics).items()}
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """(mean, low, high): a 95 % normal interval over independent values in [0, 1]."""
+    mean = float(values.mean())
+    half = (
+        1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 1
+    )
+    return mean, max(0.0, mean - half), min(1.0, mean + half)
+
+
+def wilson_interval(successes: int, total: int) -> tuple[float, float, float]:
+    """(share, low, high): the 95 % Wilson score interval of a binomial share."""
+    z, share = 1.96, successes / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total)
+    half *= (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
+    return share, max(0.0, centre - half), min(1.0, centre + half)
+
+
+def count_compiles() -> Callable[[], int]:
+    """A function that returns how many programs were compiled since this call."""
+    count = 0
+
+    def on_event(name, *_, **__):
+        nonlocal count
+        count += name == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    return lambda: count

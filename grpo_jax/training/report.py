@@ -1,0 +1,400 @@
+"""report.html: one self-contained file that says what a run did, or several beside each
+other. Plots are inline SVG; nothing is fetched when it is opened."""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from grpo_jax.advantages import expected_group_std
+from grpo_jax.errors import ConfigError
+from grpo_jax.objectives.presets import OBJECTIVES
+from grpo_jax.training.config import differences
+from grpo_jax.training.metrics import FIELDS, read_lines
+from grpo_jax.training.run_directory import read_config_dict
+
+COLOURS = ("#2f5d8a", "#c0562f", "#4d8a4a", "#7b569c", "#8a7a2f", "#3f8f8f")
+
+
+class Run(NamedTuple):
+    name: str
+    directory: Path
+    config: dict
+    versions: dict
+    metrics: list[dict]
+    samples: list[dict]
+    probes: list[dict]  # instrument.jsonl
+
+    def series(self, field: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of a metric, where it was written and finite."""
+        rows = [(r["step"], r[field]) for r in self.metrics if r.get(field) is not None]
+        return np.asarray([r[0] for r in rows]), np.asarray([r[1] for r in rows], float)
+
+
+def read_run(directory: Path) -> Run:
+    """Raises ConfigError where the directory holds no run, or one without a step."""
+    directory = Path(directory)
+    config = read_config_dict(directory)
+    metrics = read_lines(directory / "metrics.jsonl")
+    if not metrics:
+        raise ConfigError(f"{directory} has no metrics yet; nothing to report.")
+    return Run(
+        directory.name or str(directory),
+        directory,
+        config,
+        json.loads((directory / "config.json").read_text())["versions"],
+        metrics,
+        read_lines(directory / "samples.jsonl"),
+        read_lines(directory / "instrument.jsonl"),
+    )
+
+
+def write_report(directories: Sequence[Path], output: Path) -> Path:
+    """One HTML file about the runs in `directories`, overlaid where there are several.
+
+    Raises:
+        ConfigError: a directory holds no run.
+    """
+    runs = [read_run(directory) for directory in directories]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        runs = [run._replace(name=str(run.directory)) for run in runs]
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    page = environment.from_string(_PAGE).render(
+        title=" and ".join(run.name for run in runs),
+        runs=[_facts(run) for run in runs],
+        figures=[f for f in _figures(runs) if f is not None],
+        samples=[(run.name, _last_samples(run)) for run in runs],
+        differing=_config_differences(runs),
+        configs=[(run.name, json.dumps(run.config, indent=1)) for run in runs],
+        fields=FIELDS,
+    )
+    temporary = output.with_suffix(".tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(output)
+    return output
+
+
+def _facts(run: Run) -> dict:
+    """What the top of the page says of one run."""
+    facts = {
+        "name": run.name,
+        "versions": run.versions,
+        "steps": run.metrics[-1]["step"],
+    }
+    facts["asked"] = run.config["steps"]
+    objective = run.config["objective"]["name"]
+    facts["objective"] = objective
+    facts["source"] = OBJECTIVES[objective].source if objective in OBJECTIVES else ""
+    facts["task"] = run.config["task"]["name"]
+    facts["rows"] = []
+    for name, label in (("train", "trained prompts"), ("heldout", "held-out prompts")):
+        rows = [r for r in run.metrics if f"eval/{name}_pass_rate" in r]
+        if rows:
+            facts["rows"].append((label, _rate(rows[0], name), _rate(rows[-1], name)))
+    seconds = [
+        run.series(f"time/{phase}_s")[1] for phase in ("sample", "score", "update")
+    ]
+    if all(len(s) for s in seconds):
+        facts["phases"] = [
+            (phase, f"{np.median(s):.3f}")
+            for phase, s in zip(("sample", "score", "update"), seconds, strict=True)
+        ]
+    mismatch = run.series("mismatch/max_abs")[1]
+    facts["mismatch"] = f"{mismatch.max():.1e}" if len(mismatch) else "none yet"
+    missing = run.series("reward/missing")[1]
+    facts["missing"] = int(missing.sum())
+    facts["verdict"] = _verdict(run)
+    return facts
+
+
+def _rate(row, name):
+    return (
+        f"{row[f'eval/{name}_pass_rate']:.3f} "
+        f"[{row[f'eval/{name}_low']:.3f}, {row[f'eval/{name}_high']:.3f}]"
+    )
+
+
+def _verdict(run: Run) -> list[str]:
+    """Plain sentences on what happened, from the first and last evaluation."""
+    rows = [r for r in run.metrics if "eval/heldout_pass_rate" in r]
+    if len(rows) < 2:
+        return ["Too few evaluations to say what changed."]
+    sentences = []
+    for name, label in (("train", "trained"), ("heldout", "held-out")):
+        a, b = rows[0], rows[-1]
+        before, after = a[f"eval/{name}_pass_rate"], b[f"eval/{name}_pass_rate"]
+        apart = b[f"eval/{name}_low"] > a[f"eval/{name}_high"]
+        below = b[f"eval/{name}_high"] < a[f"eval/{name}_low"]
+        change = "rose" if apart else "fell" if below else "did not change measurably"
+        sentences.append(
+            f"The pass rate on {label} prompts {change}: {before:.3f} at step "
+            f"{a['step']}, {after:.3f} at step {b['step']}."
+        )
+    note = run.config.get("task_note")
+    return [*sentences, note] if note else sentences
+
+
+def _config_differences(runs):
+    first = runs[0]
+    return [(run.name, differences(first.config, run.config)) for run in runs[1:]]
+
+
+def _last_samples(run: Run) -> list[dict]:
+    """The first and the last entry's prompts, completions counted by text."""
+    if not run.samples:
+        return []
+    steps = sorted({row["step"] for row in run.samples})
+    shown = []
+    for row in run.samples:
+        if row["step"] not in (steps[0], steps[-1]):
+            continue
+        counts = {}
+        for text, reward in zip(row["completions"], row["rewards"], strict=True):
+            counts[(text, reward)] = counts.get((text, reward), 0) + 1
+        top = sorted(counts.items(), key=lambda item: -item[1])[:6]
+        shown.append(row | {"top": [(t, r, n) for (t, r), n in top]})
+    return shown
+
+
+# ---- figures
+
+
+def _figures(runs):
+    return [
+        _curves(
+            runs,
+            "Pass rate",
+            ("eval/train", "eval/heldout"),
+            "Mean pass rate of trained (full line) and held-out (dashed) prompts, with "
+            "95 % intervals over prompts.",
+        ),
+        _lines(runs, "Within-prompt std", "group/std_mean", smooth=True),
+        _lines(runs, "Informative groups", "group/informative", smooth=True, top=1.0),
+        _pass_rate_and_std(runs),
+        _lines(runs, "Orthogonality", "geometry/mean_abs_cosine", marker="o"),
+        _lines(runs, "Reward", "reward/mean", smooth=True),
+        _lines(runs, "Entropy", "entropy/sampled", smooth=True),
+        _lines(runs, "KL to the start", "kl/mean", smooth=True),
+        _lines(runs, "Sampler/trainer mismatch", "mismatch/max_abs", log=True),
+        _phases(runs),
+    ]
+
+
+def _plot(title: str, caption: str, draw: Callable) -> dict:
+    """Runs draw(axes) and returns the figure as inline SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {
+        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "grpo_jax",
+    }  # fmt: skip
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
+        draw(axes)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=7.5)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    svg = buffer.getvalue()
+    return {"title": title, "caption": caption, "svg": svg[svg.index("<svg") :]}
+
+
+def _curves(runs, title, prefixes, caption):
+    if not any(len(run.series(f"{p}_pass_rate")[0]) for run in runs for p in prefixes):
+        return None
+
+    def draw(axes):
+        for run, colour in zip(runs, _colours(runs), strict=True):
+            for prefix, style in zip(prefixes, ("-", "--"), strict=True):
+                steps, values = run.series(f"{prefix}_pass_rate")
+                label = prefix.split("/")[1] if len(runs) == 1 else None
+                if len(runs) > 1 and style == "-":
+                    label = run.name
+                axes.plot(steps, values, style, color=colour, label=label)
+                low, high = (
+                    run.series(f"{prefix}_{end}")[1] for end in ("low", "high")
+                )
+                axes.fill_between(steps, low, high, color=colour, alpha=0.13, lw=0)
+        axes.set(xlabel="step", ylabel="pass rate", ylim=(0, 1))
+
+    return _plot(title, caption, draw)
+
+
+def _lines(runs, title, field, *, smooth=False, log=False, top=None, marker=None):
+    if not any(len(run.series(field)[0]) for run in runs):
+        return None
+
+    def draw(axes):
+        for run, colour in zip(runs, _colours(runs), strict=True):
+            steps, values = run.series(field)
+            label = run.name if len(runs) > 1 else None
+            if smooth and len(values) >= 10:
+                width = max(2, len(values) // 20)
+                axes.plot(steps, values, color=colour, alpha=0.25, lw=0.8)
+                values = np.convolve(values, np.ones(width) / width, mode="valid")
+                steps = steps[width - 1 :]
+            axes.plot(steps, values, color=colour, label=label, marker=marker, ms=3)
+        axes.set(xlabel="step")
+        if log:
+            axes.set_yscale("log")
+        elif top is not None:
+            axes.set_ylim(0, top)
+        else:
+            axes.set_ylim(bottom=0)
+
+    return _plot(title, FIELDS[field][0].upper() + FIELDS[field][1:] + ".", draw)
+
+
+def _pass_rate_and_std(runs):
+    """Each probe prompt's exact pass rate against the std its sampled group showed."""
+    runs = [run for run in runs if run.probes]
+    if not runs:
+        return None
+
+    def draw(axes):
+        grid = np.linspace(0, 1, 101)
+        group = runs[0].config["sampling"]["group_size"]
+        axes.plot(
+            grid, np.sqrt(grid * (1 - grid)), color="#999", lw=1, label="sigma(p)"
+        )
+        axes.plot(
+            grid,
+            np.asarray(expected_group_std(grid, group)),
+            color="#999",
+            ls=":",
+            label=f"what groups of {group} show on average",
+        )
+        for run, colour in zip(runs, _colours(runs), strict=True):
+            prefix = f"{run.name}, " if len(runs) > 1 else ""
+            ends = ((run.probes[0], "o", "none"), (run.probes[-1], "o", colour))
+            for row, marker, face in ends:
+                axes.scatter(
+                    row["pass_rate"],
+                    row["group_std"],
+                    s=22,
+                    marker=marker,
+                    facecolors=face,
+                    edgecolors=colour,
+                    label=f"{prefix}step {row['step']}",
+                )
+        axes.set(xlabel="exact pass rate of a probe prompt", ylabel="std of its group")
+        axes.set_xlim(-0.03, 1.03)
+
+    caption = (
+        "Each probe prompt at the start (open) and at the end (full). Where a group "
+        "shows no spread it is tied: its weight is exactly 0."
+    )
+    return _plot("Pass rate against std", caption, draw)
+
+
+def _phases(runs):
+    if not any(len(run.series("time/update_s")[0]) for run in runs):
+        return None
+
+    def draw(axes):
+        shades = ("#2f5d8a", "#b9a44c", "#c0562f")
+        for i, run in enumerate(runs):
+            left = 0.0
+            for phase, shade in zip(("sample", "score", "update"), shades, strict=True):
+                values = run.series(f"time/{phase}_s")[1]
+                width = float(np.median(values)) if len(values) else 0.0
+                axes.barh(
+                    i, width, left=left, color=shade, label=phase if i == 0 else None
+                )
+                left += width
+        axes.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=7)
+        axes.set(xlabel="seconds a step (median)")
+
+    return _plot("Time per phase", "Median seconds of each phase of a step.", draw)
+
+
+def _colours(runs):
+    return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto;
+  padding: 0 1em; color: #222; }
+h1 { font-size: 1.5em; margin-bottom: .2em; } h2 { font-size: 1.15em; margin-top: 2em; }
+table { border-collapse: collapse; } td, th { padding: .15em .9em .15em 0;
+  text-align: left; vertical-align: top; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr));
+  gap: 1.2em 2em; } figure { margin: 0; } figure svg { width: 100%; height: auto; }
+figcaption { color: #555; font-size: .88em; } figure h3 { margin: 0; font-size: 1em; }
+code, pre { font: 13px ui-monospace, monospace; } pre { background: #f6f6f4;
+  padding: .8em; overflow-x: auto; } .muted { color: #666; }
+.right { color: #2c7a3f; } .wrong { color: #a8442a; } p { margin: .4em 0; }
+</style></head><body>
+<h1>{{ title }}</h1>
+{% for run in runs %}
+<section>
+{% if runs | length > 1 %}<h2>{{ run.name }}</h2>{% endif %}
+{% for sentence in run.verdict %}<p>{{ sentence }}</p>{% endfor %}
+<table>
+<tr><th></th><th>first</th><th>last</th></tr>
+{% for label, first, last in run.rows %}
+<tr><td>pass rate, {{ label }} [95 %]</td><td>{{ first }}</td><td>{{ last }}</td></tr>
+{% endfor %}
+</table>
+<p class="muted">{{ run.objective }} on {{ run.task }}, step {{ run.steps }} of
+{{ run.asked }}; {% if run.phases %}median seconds a step:
+{% for phase, seconds in run.phases %}
+{{ phase }} {{ seconds }}{{ ", " if not loop.last }}
+{%- endfor %}; {% endif %}
+largest sampler/trainer log-prob mismatch {{ run.mismatch }} nats;
+rewards missing: {{ run.missing }}. {{ run.source }}.</p>
+</section>
+{% endfor %}
+{% for name, rows in differing %}
+<p><b>{{ name }}</b> differs from {{ runs[0].name }} in:
+{% if rows %}{% for row in rows %}<code>{{ row }}</code>{{ "; " if not loop.last }}
+{%- endfor %}{% else %}nothing{% endif %}.</p>
+{% endfor %}
+<h2>Curves</h2>
+<div class="figures">
+{% for figure in figures %}
+<figure><h3>{{ figure.title }}</h3>{{ figure.svg | safe }}
+<figcaption>{{ figure.caption }}</figcaption></figure>
+{% endfor %}
+</div>
+<h2>Samples</h2>
+{% for name, rows in samples %}
+{% if samples | length > 1 %}<h3>{{ name }}</h3>{% endif %}
+{% if not rows %}<p class="muted">None were logged.</p>{% endif %}
+<table>
+{% for row in rows %}
+<tr><td>step {{ row.step }}</td><td><code>{{ row.prompt }}</code></td>
+<td>{% for text, reward, count in row.top %}
+<span class="{{ 'right' if reward and reward > 0 else 'wrong' }}">
+<code>{{ text }}</code> x{{ count }}</span>{{ ",&ensp;" | safe if not loop.last }}
+{% endfor %}</td><td class="muted">answer <code>{{ row.answer }}</code></td></tr>
+{% endfor %}
+</table>
+{% endfor %}
+<h2>Config and versions</h2>
+{% for run in runs %}
+<p class="muted">{% for package, version in run.versions.items() %}{{ package }}
+ {{ version }}{{ ", " if not loop.last }}{% endfor %}</p>
+{% endfor %}
+{% for name, config in configs %}
+<details><summary>config of {{ name }}</summary><pre>{{ config }}</pre></details>
+{% endfor %}
+<details><summary>fields of metrics.jsonl</summary><table>
+{% for field, meaning in fields.items() %}
+<tr><td><code>{{ field }}</code></td><td>{{ meaning }}</td></tr>{% endfor %}
+</table></details>
+</body></html>
+"""

@@ -1,0 +1,113 @@
+"""A run's directory: what it holds, whose it is, and whether it may be continued."""
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.training.config import TrainConfig, differences, from_dict, to_dict
+
+# What may differ between a run and its continuation: nothing the maths depends on. How
+# long it goes on is one of them as long as the learning rate does not depend on it.
+FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "log.")
+
+
+def claim(config: TrainConfig) -> Path:
+    """The directory this run may write to, created; with the run's config in it.
+
+    Raises:
+        ConfigError: it holds another run, or this one and `resume` is not set, or there
+            is nothing to resume; nothing was changed.
+    """
+    directory = (
+        _default_directory(config) if not config.run_dir else Path(config.run_dir)
+    )
+    file = directory / "config.json"
+    if config.resume and not file.exists():
+        raise ConfigError(
+            f"nothing to resume in {directory}: it holds no config.json; "
+            "check --run-dir, or leave --resume out to start there."
+        )
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"run_dir must be a directory, {directory} is a file.")
+    if not config.resume and directory.exists() and any(directory.iterdir()):
+        if not file.exists():
+            raise ConfigError(
+                f"{directory} is not empty and holds no run; choose another --run-dir."
+            )
+        changed = _changed(read_config_dict(directory), config)
+        if changed:
+            raise ConfigError(
+                f"{directory} holds a run with another config ({'; '.join(changed)}); "
+                "choose another --run-dir."
+            )
+        raise ConfigError(
+            f"{directory} holds this run already; continue it with --resume, or choose "
+            "another --run-dir."
+        )
+    if config.resume:
+        constant = config.optimizer.schedule == "constant"
+        free = (*FREE_ON_RESUME, "steps:") if constant else FREE_ON_RESUME
+        changed = [
+            row
+            for row in _changed(read_config_dict(directory), config)
+            if not row.startswith(free)
+        ]
+        if changed:
+            raise ConfigError(
+                f"cannot resume {directory} with another config "
+                f"({'; '.join(changed)}); give the same one, or another --run-dir."
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(
+        json.dumps({"config": to_dict(config), "versions": versions()}, indent=2)
+    )
+    temporary.replace(file)
+    return directory
+
+
+def _default_directory(config):
+    stem = f"{config.task.name}-{config.objective.name}-seed{config.seed}"
+    directory, number = Path("runs") / stem, 1
+    while directory.exists():
+        number += 1
+        directory = Path("runs") / f"{stem}-{number}"
+    return directory
+
+
+def _changed(old, config):
+    rows = differences(old, to_dict(config))
+    return [row for row in rows if not row.startswith(("run_dir", "resume"))]
+
+
+def read_config_dict(directory: Path) -> dict[str, Any]:
+    """The config a run was started with, as nested dicts.
+
+    Raises:
+        ConfigError: the directory holds no run.
+    """
+    file = Path(directory) / "config.json"
+    try:
+        return json.loads(file.read_text())["config"]
+    except FileNotFoundError as error:
+        raise ConfigError(f"{directory} holds no run: no config.json there.") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged ({error}); it cannot be used.") from error
+
+
+def read_config(directory: Path) -> TrainConfig:
+    return from_dict(TrainConfig, read_config_dict(directory))
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the machine, and the packages that numbers depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
