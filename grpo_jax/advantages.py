@@ -27,7 +27,7 @@ def group_statistics(rewards: jax.Array) -> GroupStatistics:
             f"rewards must be [num_prompts, group_size], got {rewards.shape}; "
             "reshape flat rewards with rewards.reshape(-1, group_size)."
         )
-    rewards = jax.lax.stop_gradient(jnp.asarray(rewards, _float(rewards)))
+    rewards = jax.lax.stop_gradient(jnp.asarray(rewards, float))
     present = ~jnp.isnan(rewards)
     filled = jnp.where(present, rewards, 0)
     count = present.sum(1).astype(rewards.dtype)
@@ -116,7 +116,7 @@ def expected_group_std(p: jax.Array, group_size: int) -> jax.Array:
     """
     if group_size < 2:
         raise ValueError(f"group_size must be at least 2, got {group_size}.")
-    p = jnp.asarray(p, _float(p))[..., None]
+    p = jnp.asarray(p, float)[..., None]
     k = jnp.arange(1, group_size, dtype=p.dtype)  # groups with a mixed outcome
     log_choose = (
         jax.lax.lgamma(jnp.asarray(group_size + 1, p.dtype))
@@ -128,8 +128,3 @@ def expected_group_std(p: jax.Array, group_size: int) -> jax.Array:
     log_mass = log_choose + k * jnp.log(safe) + (group_size - k) * jnp.log1p(-safe)
     std = jnp.sqrt(k / group_size * (1 - k / group_size))
     return jnp.where(inside, jnp.exp(log_mass) * std, 0.0).sum(-1)
-
-
-def _float(x):
-    """float32, or float64 for float64 input."""
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)

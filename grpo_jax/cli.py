@@ -64,7 +64,6 @@ def _train(argv):
             prog="grpo-jax train",
             description="Train a policy. --config FILE.yaml|json comes first, flags on "
             "top of it; --task and --objective are short for their .name.",
-            config=(tyro.conf.FlagConversionOff,),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -53,6 +53,8 @@ def token_logprobs(
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    # float32 even from bfloat16, float64 from float64.
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     rows = max(1, hidden.size // max(1, length * width))
     tokens = min(chunk_size, max(1, MAX_LOGITS // unembedding.shape[1]))
     # Equal chunks of at most `tokens` tokens: T is padded by fewer than one per chunk.
@@ -68,7 +70,7 @@ def token_logprobs(
     @jax.checkpoint
     def one_chunk(hidden, token_ids):
         logits = jnp.matmul(
-            hidden.reshape(-1, width), unembedding, preferred_element_type=jnp.float32
+            hidden.reshape(-1, width), unembedding, preferred_element_type=dtype
         ).reshape(*hidden.shape[:-1], -1)
         logits = logits / temperature
         log_total = jax.nn.logsumexp(logits, axis=-1)

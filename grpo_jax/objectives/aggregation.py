@@ -22,7 +22,7 @@ def token_coefficients(
         completion_mask: [P, G, T], all 0 in a completion that is missing.
         max_length: Tokens the "constant" kind divides by; default T.
     """
-    mask = completion_mask.astype(jnp.float32)
+    mask = completion_mask.astype(float)
     lengths = mask.sum(-1, keepdims=True)
     count = (lengths > 0).sum(1, keepdims=True)  # [P, 1, 1]
     share = mask / jnp.maximum(count, 1)

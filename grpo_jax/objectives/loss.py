@@ -86,9 +86,9 @@ def policy_loss(objective: Objective, **arrays) -> tuple[jax.Array, dict]:
 
 
 def present_mask(completion_mask: jax.Array, rewards: jax.Array) -> jax.Array:
-    """[P, G, T] float32: the mask without completions whose reward is missing."""
+    """[P, G, T] float: the mask without completions whose reward is missing."""
     present = group_statistics(rewards).present
-    return completion_mask.astype(jnp.float32) * present[..., None]
+    return completion_mask.astype(float) * present[..., None]
 
 
 def shaped_rewards(objective, rewards, behaviour_logprobs, reference_logprobs, mask):

@@ -1,8 +1,8 @@
 """Chains: mod-10 arithmetic with a scratchpad, generated, nothing to download.
 
 Prompt `3+4*2=`, answer `7,4`: the running value mod 10 after each operation, left to
-right, for 1 to 4 operations from + - *. Exactly one completion is right. The warm
-start first learns the task, then demonstrations whose steps are spoiled, multiplications
+right, for 1 to 4 operations from + - *. Exactly one completion is right. The warm start
+first learns the task, then demonstrations whose steps are spoiled, multiplications
 most: a policy with very different pass rates from prompt to prompt.
 """
 

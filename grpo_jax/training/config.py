@@ -129,9 +129,7 @@ class TrainConfig:
     run_dir: str | None = None  # default: runs/TASK-OBJECTIVE-seedN, numbered if taken
     steps: int = 120  # rollouts; each is updates_per_rollout optimizer updates
     updates_per_rollout: int = 1  # more than 1: behaviour log-probs recomputed once
-    micro_batch_tokens: int = (
-        16_384  # tokens of one backward pass; the split is derived
-    )
+    micro_batch_tokens: int = 16384  # tokens of one backward pass; the split is derived
     seed: int = 0  # of parameters, order of prompts and sampling
     resume: bool = False  # continue the run in run_dir
 

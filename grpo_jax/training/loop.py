@@ -209,10 +209,14 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         NonFiniteGradients: five updates in a row had to be skipped.
     """
     plan = make_plan(config, task)
-    directory = claim(config)
+    directory = claim(config, plan.task.note)
     use_compile_cache()
     with _Signals() as signals:
         return _Run(config, plan, directory, signals).train()
+
+
+def _named_interval(name, stem, interval):
+    return dict(zip((name, f"{stem}_low", f"{stem}_high"), interval, strict=True))
 
 
 class _Signals:
@@ -618,23 +622,23 @@ class _Run:
     def _evaluate(self, params, step):
         metrics = {}
         key = jax.random.fold_in(self.eval_key, step)
+        exact = self.plan.task.single_answer
         for name in ("train", "heldout"):
-            if not self.plan.task.single_answer:
-                solved = self._sampled_rewards(params, self.eval_sets[name], key)
-                rate, low, high = mean_interval(solved)
+            if exact:
+                interval = mean_interval(self._exact(params, name))
             else:
-                rate, low, high = mean_interval(self._exact(params, name))
-            metrics[f"eval/{name}_pass_rate"] = rate
-            metrics[f"eval/{name}_low"], metrics[f"eval/{name}_high"] = low, high
-        if self.plan.task.single_answer:
-            solved = self._sampled_rewards(params, self.eval_sets["heldout"], key)
-            share = wilson_interval(int((solved == 1).sum()), len(solved))
-            name = "eval/heldout_sampled"
-            metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = share
+                interval = self._sampled_pass_rate(params, self.eval_sets[name], key)
+            metrics |= _named_interval(
+                f"eval/{name}_pass_rate", f"eval/{name}", interval
+            )
+        if exact:
+            name, examples = "eval/heldout_sampled", self.eval_sets["heldout"]
+            interval = self._sampled_pass_rate(params, examples, key)
+            metrics |= _named_interval(name, name, interval)
         return metrics
 
-    def _sampled_rewards(self, params, examples, key):
-        """Reward of one sample per example; a missing one counts 0 here."""
+    def _sampled_pass_rate(self, params, examples, key):
+        """Share, with its interval, of examples solved (reward 1) by a sample each."""
         ids, mask = pad_left(
             encode_all(self.tokenizer, [e.prompt for e in examples], "a prompt"),
             self.plan.prompt_length,
@@ -646,9 +650,8 @@ class _Run:
         texts = decode_groups(
             self.tokenizer, rollouts.completions, rollouts.completion_mask
         )
-        return np.nan_to_num(
-            score(self.plan.task.reward, examples, texts).rewards[:, 0]
-        )
+        rewards = score(self.plan.task.reward, examples, texts).rewards
+        return wilson_interval(int((rewards >= 1).sum()), len(examples))
 
     def _instrument(self, params, step):
         key = jax.random.fold_in(self.eval_key, step)

@@ -24,6 +24,7 @@ class Run(NamedTuple):
     directory: Path
     config: dict
     versions: dict
+    note: str  # what the task says of its held-out figures
     metrics: list[dict]
     samples: list[dict]
     probes: list[dict]  # instrument.jsonl
@@ -41,11 +42,13 @@ def read_run(directory: Path) -> Run:
     metrics = read_lines(directory / "metrics.jsonl")
     if not metrics:
         raise ConfigError(f"{directory} has no metrics yet; nothing to report.")
+    facts = json.loads((directory / "config.json").read_text())
     return Run(
         directory.name or str(directory),
         directory,
         config,
-        json.loads((directory / "config.json").read_text())["versions"],
+        facts["versions"],
+        facts["note"],
         metrics,
         read_lines(directory / "samples.jsonl"),
         read_lines(directory / "instrument.jsonl"),
@@ -137,8 +140,7 @@ def _verdict(run: Run) -> list[str]:
             f"The pass rate on {label} prompts {change}: {before:.3f} at step "
             f"{a['step']}, {after:.3f} at step {b['step']}."
         )
-    note = run.config.get("task_note")
-    return [*sentences, note] if note else sentences
+    return [*sentences, run.note] if run.note else sentences
 
 
 def _config_differences(runs):
@@ -201,7 +203,7 @@ def _plot(title: str, caption: str, draw: Callable) -> dict:
     with plt.rc_context(style):
         figure, axes = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
         draw(axes)
-        if axes.get_legend_handles_labels()[0]:
+        if axes.get_legend_handles_labels()[0] and axes.get_legend() is None:
             axes.legend(frameon=False, fontsize=7.5)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -309,12 +311,12 @@ def _phases(runs):
             for phase, shade in zip(("sample", "score", "update"), shades, strict=True):
                 values = run.series(f"time/{phase}_s")[1]
                 width = float(np.median(values)) if len(values) else 0.0
-                axes.barh(
-                    i, width, left=left, color=shade, label=phase if i == 0 else None
-                )
+                label = phase if i == 0 else None
+                axes.barh(i, width, 0.5, left=left, color=shade, label=label)
                 left += width
         axes.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=7)
-        axes.set(xlabel="seconds a step (median)")
+        axes.set(xlabel="seconds a step (median)", ylim=(-0.6, len(runs) + 0.3))
+        axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper left")
 
     return _plot("Time per phase", "Median seconds of each phase of a step.", draw)
 

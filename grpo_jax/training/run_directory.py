@@ -14,8 +14,12 @@ from grpo_jax.training.config import TrainConfig, differences, from_dict, to_dic
 FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "log.")
 
 
-def claim(config: TrainConfig) -> Path:
+def claim(config: TrainConfig, note: str = "") -> Path:
     """The directory this run may write to, created; with the run's config in it.
+
+    Args:
+        config: The run's.
+        note: What the report should say of the task.
 
     Raises:
         ConfigError: it holds another run, or this one and `resume` is not set, or there
@@ -62,9 +66,8 @@ def claim(config: TrainConfig) -> Path:
             )
     directory.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({"config": to_dict(config), "versions": versions()}, indent=2)
-    )
+    facts = {"config": to_dict(config), "versions": versions(), "note": note}
+    temporary.write_text(json.dumps(facts, indent=2))
     temporary.replace(file)
     return directory
 

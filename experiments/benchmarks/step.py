@@ -1,0 +1,203 @@
+"""Time of one GRPO step: sample and update, against the machine's own matmul peak.
+
+Shape of work (the defaults): a Qwen2-style decoder, 6 layers, width 256, MLP 688, 4 heads
+of 64, 2 KV heads, tied vocabulary of 2,048, float32; 8 prompts x 8 samples, 64 prompt and
+128 sampled tokens, no early stop, one AdamW update per rollout, no KL.
+
+    python experiments/benchmarks/step.py [--json] [--steps 6] [--compute-dtype bfloat16]
+
+Figures of several machines are in BUILD_NOTES.md. Compare programs only within one run:
+alternate them and take medians.
+"""
+
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import grpo_jax as gj
+from grpo_jax.training.budget import num_parameters
+from grpo_jax.training.config import OptimizerConfig
+from grpo_jax.training.step import (
+    Batch,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    micro_batch,
+    objective_weights,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int = 6  # timed, after one that compiles
+    prompts: int = 8
+    group_size: int = 8
+    prompt_tokens: int = 64
+    new_tokens: int = 128
+    layers: int = 6
+    width: int = 256
+    mlp_width: int = 688
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    vocab: int = 2048
+    compute_dtype: str = "float32"
+    remat: str = "dots"
+    micro_batch_tokens: int = 2304  # 2 prompts of the default shape
+    objective: str = "grpo"
+    json: bool = False  # end with one line of JSON
+
+
+def matmul_peak(dtype, size):
+    """FLOP/s of a square product, the best of several."""
+    a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    product = jax.jit(lambda a: a @ a)
+    jax.block_until_ready(product(a))
+    seconds = []
+    for _ in range(8):
+        began = time.perf_counter()
+        jax.block_until_ready(product(a))
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def arithmetic(c: Config, model: gj.ModelConfig):
+    """(sampling, training) FLOP with the prompt encoded once per group: 2 per weight and
+    token forward, 6 with the backward pass, attention included, recomputation not."""
+    dense = num_parameters(model) - model.vocab_size * model.width
+    head = model.vocab_size * model.width
+    prompt = c.prompts * c.prompt_tokens
+    new = c.prompts * c.group_size * c.new_tokens
+    pairs = new * (c.prompt_tokens + c.new_tokens / 2) + prompt * c.prompt_tokens / 2
+    attention = 2 * c.layers * pairs * c.heads * c.head_dim
+    forward = 2 * (dense * (prompt + new) + head * new + attention)
+    return forward, 3 * forward
+
+
+def main(c: Config):
+    model = gj.ModelConfig(
+        vocab_size=c.vocab,
+        num_layers=c.layers,
+        width=c.width,
+        mlp_width=c.mlp_width,
+        num_heads=c.heads,
+        num_kv_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        qk_bias=True,
+        compute_dtype=c.compute_dtype,
+        remat=c.remat,
+    )
+    device = jax.devices()[0]
+    peak = matmul_peak(c.compute_dtype, 2048 if device.platform == "cpu" else 8192)
+    policy = gj.init_policy(model, jax.random.key(0))
+    objective = dataclasses.replace(gj.OBJECTIVES[c.objective], kl_coef=0.0)
+    config = OptimizerConfig(learning_rate=1e-4)
+    optimizer = make_optimizer(config, make_schedule(config, c.steps))
+    weights = objective_weights(objective)
+    micro = micro_batch(
+        c.prompts, c.group_size, c.prompt_tokens, c.new_tokens, c.micro_batch_tokens
+    )
+    step = make_train_step(
+        policy,
+        objective,
+        optimizer,
+        prompt_weights=weights,
+        micro=micro,
+        temperature=1.0,
+        max_length=c.new_tokens,
+    )
+    update = jax.jit(step, donate_argnums=0)
+    state = init_state(policy.params, optimizer, weights)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(
+        3, c.vocab, size=(c.prompts, c.prompt_tokens), dtype=np.int32
+    )
+    rewards = jnp.asarray(rng.random((c.prompts, c.group_size)) < 0.5, jnp.float32)
+
+    def one_step(state, i):
+        began = time.perf_counter()
+        rollouts = gj.sample(
+            policy.replace(state.params),
+            prompts,
+            np.ones_like(prompts),
+            group_size=c.group_size,
+            max_new_tokens=c.new_tokens,
+            key=jax.random.fold_in(jax.random.key(1), i),
+            eos_id=-1,  # no token ends a completion
+            pad_id=0,
+        )
+        jax.block_until_ready(rollouts)
+        sampled = time.perf_counter()
+        # The ratio is against the sampler's own log-probs.
+        batch = Batch(
+            rollouts._replace(rewards=rewards), rollouts.behaviour_logprobs, None
+        )
+        state, _ = update(state, batch)
+        jax.block_until_ready(state)
+        return state, rollouts, sampled - began, time.perf_counter() - sampled
+
+    began = time.perf_counter()
+    state, *_ = one_step(state, 0)
+    first = time.perf_counter() - began
+    times = []
+    for i in range(1, c.steps + 1):
+        before = jax.tree.map(jnp.copy, state.params)
+        state, rollouts, *both = one_step(state, i)
+        times.append(both)
+    scored = jax.jit(gj.completion_logprobs)(policy.replace(before), rollouts)
+    mismatch = float(jnp.abs(scored - rollouts.behaviour_logprobs).max())
+    sample_s, update_s = (statistics.median(t[i] for t in times) for i in (0, 1))
+    total = statistics.median(sum(t) for t in times)
+    sampling, training = arithmetic(c, model)
+    tokens = c.prompts * c.group_size * c.new_tokens
+    stats = device.memory_stats() or {}
+    memory = stats.get(
+        "peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    result = {
+        "median_step_s": round(total, 4),
+        "sample_s": round(sample_s, 4),
+        "update_s": round(update_s, 4),
+        "first_step_s": round(first, 2),
+        "sampled_tokens_per_s": round(tokens / sample_s),
+        "tokens_per_s": round(tokens / total),
+        "sample_share_of_peak": round(sampling / sample_s / peak, 4),
+        "update_share_of_peak": round(training / update_s / peak, 4),
+        "times_the_floor": round(total / ((sampling + training) / peak), 2),
+        "matmul_peak_gflops": round(peak / 1e9, 1),
+        "peak_memory_mb": round(memory / 1e6, 1),
+        "mismatch_max_abs": mismatch,
+        "parameters": num_parameters(model),
+        "micro_batch": [micro.prompts, micro.samples],
+        "device": device.device_kind,
+        "jax": jax.__version__,
+    }
+    for name, value in result.items():
+        print(f"{name:24} {value}")
+    if c.json:
+        print(json.dumps(result))
+
+
+def parse(argv):
+    """`--name value` for every field of Config; no package beyond the core's."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    values, arguments = {}, iter(argv)
+    for argument in arguments:
+        name = argument.removeprefix("--").replace("-", "_")
+        if not argument.startswith("--") or name not in fields:
+            raise SystemExit(f"unknown option {argument}; options: {', '.join(fields)}")
+        kind = type(fields[name].default)
+        values[name] = True if kind is bool else kind(next(arguments))
+    return Config(**values)
+
+
+if __name__ == "__main__":
+    main(parse(sys.argv[1:]))

@@ -1,0 +1,24 @@
+import os
+import tempfile
+from pathlib import Path
+
+# Before jax and transformers are imported anywhere.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault(
+    "GRPO_JAX_CACHE", str(Path(tempfile.gettempdir()) / f"grpo-jax-tests-{os.getuid()}")
+)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from grpo_jax.training.paths import use_compile_cache  # noqa: E402
+
+use_compile_cache()
+
+
+@pytest.fixture
+def x64():
+    """Everything in float64, for identities that must be exact."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,59 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# A model that compiles and warm-starts in seconds, with some groups that are not tied.
+TINY_FLAGS = [
+    "--model.width", "32", "--model.mlp-width", "48", "--model.head-dim", "8",
+    "--warm-start.max-steps", "200", "--warm-start.noisy-steps", "0",
+    "--sampling.prompts", "6", "--sampling.group-size", "8",
+    "--evaluation.prompts", "32", "--task.heldout-prompts", "32",
+    "--instrument.every", "0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def grpo_jax(tmp_path):
+    """Starts `python -m grpo_jax ...` with TINY_FLAGS for `train`; kills it at the end."""
+    started = []
+
+    def start(*arguments, code=None, **options):
+        command = [sys.executable, "-m", "grpo_jax", *map(str, arguments)]
+        if arguments[:1] == ("train",):
+            command += TINY_FLAGS
+        if code is not None:
+            command = [sys.executable, "-c", code, *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            **options,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def run(grpo_jax):
+    """Runs a command to its end and returns (exit code, output)."""
+
+    def to_end(*arguments, **options):
+        process = grpo_jax(*arguments, **options)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    return to_end

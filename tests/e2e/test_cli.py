@@ -1,0 +1,85 @@
+"""The command line: exit codes and messages a person can act on."""
+
+import json
+
+import pytest
+
+from grpo_jax.cli import main
+
+
+def answer(capsys, *argv):
+    """(exit code, everything printed)."""
+    try:
+        code = main(list(argv))
+    except SystemExit as stop:  # tyro's way out
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, " ".join((captured.out + captured.err).split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["train", "--task", "chain"], "did you mean 'chains'?"),
+        (["train", "--objective", "gpro"], "did you mean 'grpo'?"),
+        (["train", "--sampling.group-sise", "4"], "--sampling.group-size"),
+        (["train", "--sampling.group-size", "1"], "group_size must be at least 2"),
+        (["train", "--sampling.temperature", "0"], "temperature must be positive"),
+        (["train", "--sampling.temperature", "-1"], "temperature must be positive"),
+        (["train", "--steps", "0"], "steps must be at least 1"),
+        (["train", "--steps", "many"], "--steps"),
+        (["train", "--model.num-heads", "3"], "must divide num_heads"),
+        (["train", "--task.path", "/nowhere"], "reads no file"),
+        (["train", "--objective.kl-coef", "-1"], "kl_coef must not be negative"),
+        (["train", "--resume"], "give --run-dir"),
+        (["train", "--config", "missing.yaml"], "cannot read --config"),
+        (["train", "--config", "notes.txt"], ".yaml, .yml or .json"),
+        (["report", "nowhere"], "holds no run"),
+        (["report"], "at least one run directory"),
+        (["report", "--ouput", "x"], "did you mean '--output'?"),
+    ],
+)
+def test_bad_input_exits_with_2(capsys, argv, words):
+    code, text = answer(capsys, *argv)
+    assert code == 2 and words in text
+
+
+def test_gsm8k_without_its_data_names_the_directory(capsys, tmp_path):
+    argv = ["train", "--task", "gsm8k-expressions", "--task.path"]
+    code, text = answer(capsys, *argv, str(tmp_path / "none"))
+    assert code == 2 and "task.path must be a directory" in text
+    (tmp_path / "train.jsonl").write_text('{"answer": "<<1+1=2>>"}\n{"answer": 3}\n')
+    (tmp_path / "test.jsonl").write_text("")
+    code, text = answer(capsys, *argv, str(tmp_path))
+    assert code == 2 and "train.jsonl, line 2: field 'answer' is 3" in text
+    (tmp_path / "train.jsonl").write_text('{"answer": "<<1+1=2>>"}\n')
+    code, text = answer(capsys, *argv, str(tmp_path))
+    assert code == 2 and "test.jsonl is empty" in text
+
+
+def test_config_file_comes_first_and_flags_win(capsys, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("optimizer:\n  learning_rat: 1e-5\n")
+    code, text = answer(capsys, "train", "--config", str(file))
+    assert code == 2 and "did you mean 'learning_rate'?" in text
+    file.write_text("optimizer: {learning_rate: 1e-5}\nsampling: {group_size: 1}\n")
+    code, text = answer(capsys, "train", "--config", str(file))
+    assert code == 2 and "group_size must be at least 2" in text
+    file.write_text("optimizer: {learning_rate: 1e-5}\nsteps: 7\n")
+    code, text = answer(capsys, "train", "--config", str(file), "--steps", "0")
+    assert code == 2 and "steps must be at least 1" in text
+
+
+def test_help_lists_settings_with_their_meaning(capsys):
+    code, text = answer(capsys, "train", "--help")
+    assert code == 0 and "--sampling.group-size" in text
+    assert "G, completions per prompt" in text
+    code, text = answer(capsys, "--help")
+    assert code == 0 and "report" in text
+
+
+def test_damaged_config_of_a_run_is_named(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": 3})[:5])
+    code, text = answer(capsys, "report", str(tmp_path))
+    assert code == 2 and "config.json is damaged" in text

@@ -1,0 +1,170 @@
+"""Killed, interrupted, out of disk: what a run leaves behind, and that it goes on."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from grpo_jax.training.metrics import read_lines
+
+STEPS = 14
+FLAGS = ("--steps", STEPS, "--checkpoint.every", 3, "--evaluation.every", 4)
+
+
+def final_params(directory):
+    """Every array of the last checkpoint, by path."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager((directory / "checkpoints").absolute()) as manager:
+        assert manager.latest_step() == STEPS
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        import jax
+
+        leaves = jax.tree.leaves(manager.restore(STEPS, args=args)["state"])
+    return [np.asarray(x) for x in leaves]
+
+
+def numbers(directory):
+    """metrics.jsonl without what the clock and the compiler decide."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and k != "compiles"}
+        for row in read_lines(directory / "metrics.jsonl")
+    ]
+
+
+def wait_for_step(process, directory, step, seconds=120):
+    """Until metrics.jsonl holds that step; the process must still be running."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        file = directory / "metrics.jsonl"
+        if file.exists() and f'"step": {step},' in file.read_text():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} did not come within {seconds} s")
+
+
+@pytest.mark.parametrize(
+    "steps", [(6,), pytest.param((1, 3, 6, 9, 12), marks=pytest.mark.slow)], ids=len
+)
+def test_kills_leave_the_same_parameters(grpo_jax, run, tmp_path, steps):
+    code, output = run("train", "--run-dir", tmp_path / "whole", *FLAGS)
+    assert code == 0, output
+    rows = numbers(tmp_path / "whole")
+    assert max(row.get("group/informative", 0) for row in rows) > 0
+    killed, rng = tmp_path / "killed", random.Random(0)
+    for i, step in enumerate(steps):
+        resume = ["--resume"] if i else []
+        process = grpo_jax("train", "--run-dir", killed, *resume, *FLAGS)
+        wait_for_step(process, killed, step)
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        process.communicate()
+    code, output = run("train", "--run-dir", killed, "--resume", *FLAGS)
+    assert code == 0, output
+    for a, b in zip(
+        final_params(tmp_path / "whole"), final_params(killed), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert numbers(killed) == numbers(tmp_path / "whole")
+
+
+def test_sigterm_saves_and_exits_with_0(grpo_jax, run, tmp_path):
+    directory = tmp_path / "run"
+    flags = ("--steps", 100_000, "--checkpoint.every", 100_000)
+    process = grpo_jax("train", "--run-dir", directory, *flags)
+    wait_for_step(process, directory, 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "saved; continue with --resume" in output
+    saved = [int(p.name) for p in (directory / "checkpoints").iterdir()]
+    assert saved == [read_lines(directory / "metrics.jsonl")[-1]["step"]]
+    code, output = run(
+        "train", "--run-dir", directory, "--resume", "--steps", saved[0] + 2
+    )
+    assert code == 0 and f"resumed at step {saved[0]}" in output, output
+
+
+SLOW_REWARD = """
+import sys, time, dataclasses
+from grpo_jax import load_task, TrainConfig, train, ModelConfig
+from grpo_jax.training.config import SamplingConfig, WarmStartConfig
+def reward(example, completion):
+    print("scoring", flush=True)
+    time.sleep(2)
+    return 1.0
+task = dataclasses.replace(load_task("chains", heldout_prompts=8), reward=reward,
+                           single_answer=False)
+train(TrainConfig(run_dir=sys.argv[1], warm_start=WarmStartConfig(enabled=False),
+    model=ModelConfig(width=16, mlp_width=24, head_dim=4),
+    sampling=SamplingConfig(prompts=2, group_size=2)), task=task)
+"""
+
+
+def test_a_second_sigterm_stops_at_once(grpo_jax, tmp_path):
+    process = grpo_jax(tmp_path / "run", code=SLOW_REWARD)
+    while "scoring" not in (line := process.stdout.readline()):
+        assert line, "ended before its first reward"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None  # the first one lets the step end
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM and time.monotonic() - began < 2
+
+
+def test_unreadable_newest_checkpoint_is_passed_over(run, tmp_path):
+    directory = tmp_path / "run"
+    flags = ("--steps", 6, "--checkpoint.every", 3)
+    assert run("train", "--run-dir", directory, *flags)[0] == 0
+    before = numbers(directory)
+    for file in (directory / "checkpoints" / "6" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    code, output = run("train", "--run-dir", directory, "--resume", *flags)
+    assert code == 0, output
+    assert "checkpoint of step 6 cannot be read" in output
+    assert "resumed at step 3" in output
+    assert numbers(directory) == before
+
+
+def test_stray_directory_is_no_checkpoint(run, tmp_path):
+    directory = tmp_path / "run"
+    flags = ("--steps", 3, "--checkpoint.every", 3)
+    assert run("train", "--run-dir", directory, *flags)[0] == 0
+    (directory / "checkpoints" / "99").mkdir()
+    code, output = run(
+        "train", "--run-dir", directory, "--resume", *flags[:1], 4, *flags[2:]
+    )
+    assert code == 0 and "resumed at step 3" in output, output
+
+
+def test_full_disk_loses_checkpoints_and_not_the_run(run, tmp_path):
+    """A file-size limit stands for the full disk: large writes fail, lines go through."""
+    directory = tmp_path / "run"
+    flags = ("--steps", 6, "--checkpoint.every", 3)
+    assert run("train", "--run-dir", directory, *flags)[0] == 0  # fills the caches
+    shutil.rmtree(directory)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, resource.RLIM_INFINITY))
+
+    code, output = run(
+        "train", "--run-dir", directory, "--steps", 4, "--checkpoint.every", 2,
+        preexec_fn=limit,
+    )  # fmt: skip
+    assert "checkpoint of step 2 failed" in output, output
+    assert read_lines(directory / "metrics.jsonl")[-1]["step"] == 4
+    assert json.loads((directory / "config.json").read_text())["config"]["steps"] == 4
+    code, output = run(
+        "train", "--run-dir", directory, "--resume", "--steps", 4,
+        "--checkpoint.every", 2,
+    )  # fmt: skip
+    assert code == 0 and "no whole checkpoint" in output, output

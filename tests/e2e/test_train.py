@@ -1,0 +1,233 @@
+"""Whole runs in this process: what they write, learn, survive and refuse."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+import grpo_jax as gj
+from grpo_jax.errors import ConfigError
+from grpo_jax.training.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    InstrumentConfig,
+    LogConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    WarmStartConfig,
+)
+from grpo_jax.training.loop import NonFiniteGradients
+from grpo_jax.training.metrics import FIELDS, read_lines
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def small_config(run_dir, **changes):
+    defaults = dict(
+        run_dir=str(run_dir),
+        steps=6,
+        model=gj.ModelConfig(width=16, mlp_width=24, head_dim=4),
+        sampling=SamplingConfig(prompts=4, group_size=4),
+        warm_start=WarmStartConfig(enabled=False),
+        evaluation=EvaluationConfig(every=3, prompts=16),
+        instrument=InstrumentConfig(every=0),
+        checkpoint=CheckpointConfig(every=3),
+        log=LogConfig(samples_every=2),
+    )
+    return gj.TrainConfig(**(defaults | changes))
+
+
+def digits_task(reward=None):
+    """Answer any digit: reachable without a warm start, so that rewards vary."""
+
+    def share_of_digits(example, completion):
+        return sum(c.isdigit() for c in completion) / 8
+
+    task = gj.load_task("chains", heldout_prompts=16)
+    return dataclasses.replace(
+        task, reward=reward or share_of_digits, single_answer=False, warm_start=None
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run with everything on: three updates a rollout, instrument, KL."""
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    config = small_config(
+        directory,
+        updates_per_rollout=3,
+        instrument=InstrumentConfig(every=3, prompts=4),
+        micro_batch_tokens=100,
+        warm_start=WarmStartConfig(max_steps=20, noisy_steps=0),
+    )
+    return gj.train(config)
+
+
+def test_run_directory_holds_what_it_should(finished):
+    names = {path.name for path in finished.run_dir.iterdir()}
+    assert names >= {
+        "config.json", "metrics.jsonl", "samples.jsonl", "instrument.jsonl",
+        "checkpoints", "report.html", "tokenizer", "initial.safetensors",
+    }  # fmt: skip
+    steps = [row["step"] for row in read_lines(finished.run_dir / "metrics.jsonl")]
+    assert steps == list(range(7)) and finished.finished
+
+
+def test_every_field_is_documented_and_the_promised_ones_are_there(finished):
+    rows = read_lines(finished.run_dir / "metrics.jsonl")
+    assert {field for row in rows for field in row} <= set(FIELDS)
+    promised = {
+        "step", "reward/mean", "group/informative", "group/std_mean",
+        "mismatch/max_abs", "time/sample_s", "time/score_s", "time/update_s",
+        "tokens/completion",
+    }  # fmt: skip
+    assert all(promised <= set(row) for row in rows[1:])
+    evaluated = [row for row in rows if "eval/train_pass_rate" in row]
+    assert [row["step"] for row in evaluated] == [0, 3, 6]
+    assert all("eval/heldout_pass_rate" in row for row in evaluated)
+    assert max(row["mismatch/max_abs"] for row in rows[1:]) < 1e-5
+
+
+def test_nothing_is_compiled_after_the_first_steps(finished):
+    rows = read_lines(finished.run_dir / "metrics.jsonl")
+    compiled = [row["compiles"] for row in rows]
+    assert compiled[1] > 0 and len(set(compiled[2:])) == 1
+
+
+def test_tokenizer_beside_the_checkpoints_reads_the_task(finished):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(finished.run_dir / "tokenizer")
+    ids = tokenizer("3+4*2=")["input_ids"]
+    assert tokenizer.decode(ids) == "3+4*2=" and tokenizer.eos_token_id == 1
+
+
+def test_report_is_one_file_that_fetches_nothing(finished):
+    page = (finished.run_dir / "report.html").read_text()
+    assert page.count("<svg") >= 8
+    assert "src=" not in page and "<link" not in page and "<script" not in page
+    for section in ("Pass rate", "Within-prompt std", "Orthogonality", "Samples"):
+        assert section in page
+
+
+def test_reports_of_two_runs_are_overlaid(finished, tmp_path):
+    from grpo_jax.cli import main
+
+    other = gj.train(
+        small_config(tmp_path / "other", objective=ObjectiveConfig(name="reinforce"))
+    )
+    output = tmp_path / "both.html"
+    runs = [str(finished.run_dir), str(other.run_dir)]
+    assert main(["report", *runs, "--output", str(output)]) == 0
+    page = output.read_text()
+    assert "objective.name: &#39;grpo&#39; -&gt; &#39;reinforce&#39;" in page
+    assert page.count("finished") > 2 and page.count("other") > 2
+
+
+def test_reward_rises(tmp_path):
+    config = small_config(
+        tmp_path / "run", steps=25, optimizer=OptimizerConfig(learning_rate=1e-2)
+    )
+    result = gj.train(config, task=digits_task())
+    rows = read_lines(result.run_dir / "metrics.jsonl")
+    rewards = [row["reward/mean"] for row in rows[1:]]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.1
+
+
+def test_same_seed_same_numbers(tmp_path):
+    def rewards(name):
+        result = gj.train(small_config(tmp_path / name), task=digits_task())
+        rows = read_lines(result.run_dir / "metrics.jsonl")
+        return [(row.get("reward/mean"), row.get("gradient/norm")) for row in rows]
+
+    assert rewards("a") == rewards("b")
+
+
+def test_rewards_that_fail_are_masked_counted_and_shown(tmp_path, capsys):
+    calls = iter(range(10**6))
+
+    def reward(example, completion):
+        i = next(calls)
+        if i % 5 == 0:
+            raise RuntimeError("the verifier is down")
+        return math.nan if i % 5 == 1 else float(i % 2)
+
+    result = gj.train(small_config(tmp_path / "run"), task=digits_task(reward))
+    rows = read_lines(result.run_dir / "metrics.jsonl")[1:]
+    assert result.finished and len(rows) == 6
+    assert all(row["reward/missing"] >= 4 for row in rows)  # 2 of every 5 of 16
+    assert all(math.isfinite(row["reward/mean"]) for row in rows)
+    assert "RuntimeError: the verifier is down" in capsys.readouterr().out
+
+
+def test_five_non_finite_gradients_end_the_run_with_the_batch_saved(tmp_path):
+    def reward(example, completion):
+        return 3e38 if len(completion) % 2 else -3e38
+
+    config = small_config(
+        tmp_path / "run", steps=50, objective=ObjectiveConfig(name="reinforce")
+    )
+    with pytest.raises(NonFiniteGradients, match="non-finite gradient") as stopped:
+        gj.train(config, task=digits_task(reward))
+    (saved,) = (tmp_path / "run").glob("nonfinite-step-*.npz")
+    assert saved.name in str(stopped.value)
+    arrays = np.load(saved)
+    assert arrays["completions"].shape == (4, 4, 8)
+    assert set(arrays) >= {"prompts", "completion_mask", "rewards", "step"}
+    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["update/skipped_in_a_row"] == 5
+
+
+# ---- what cannot start, and leaves nothing behind
+
+
+def refused(config, task=None):
+    with pytest.raises(ConfigError) as error:
+        gj.train(config, task=task)
+    return str(error.value)
+
+
+def test_another_runs_directory_is_refused(finished, tmp_path):
+    config = small_config(finished.run_dir, seed=3)
+    message = refused(config)
+    assert "seed: 0 -> 3" in message and "another --run-dir" in message
+    held = json.loads((finished.run_dir / "config.json").read_text())["config"]
+    assert held["seed"] == 0
+
+
+def test_the_same_run_without_resume_is_refused(tmp_path):
+    config = small_config(tmp_path / "run", steps=2)
+    gj.train(config, task=digits_task())
+    assert "continue it with --resume" in refused(config, digits_task())
+
+
+def test_resume_with_another_config_is_refused(finished):
+    config = small_config(finished.run_dir, seed=3, resume=True)
+    assert "seed: 0 -> 3" in refused(config)
+
+
+def test_resume_of_nothing_is_refused(tmp_path):
+    message = refused(small_config(tmp_path / "none", resume=True))
+    assert "nothing to resume" in message and not (tmp_path / "none").exists()
+
+
+def test_tokenizer_without_eos_is_refused(tmp_path):
+    task = digits_task()
+    task.tokenizer.eos_token = None
+    message = refused(small_config(tmp_path / "run"), task)
+    assert "no EOS token" in message and not (tmp_path / "run").exists()
+
+
+def test_long_prompts_are_refused(tmp_path):
+    sampling = SamplingConfig(prompts=4, group_size=4, max_prompt_tokens=6)
+    message = refused(small_config(tmp_path / "run", sampling=sampling))
+    assert "max_prompt_tokens is 6" in message and "has 10 tokens" in message
+
+
+def test_too_few_new_tokens_are_refused(tmp_path):
+    sampling = SamplingConfig(prompts=4, group_size=4, max_new_tokens=5)
+    message = refused(small_config(tmp_path / "run", sampling=sampling))
+    assert "max_new_tokens must be at least 8" in message

@@ -1,0 +1,82 @@
+"""Small models, rollouts and tasks that several tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import grpo_jax as gj
+from grpo_jax.training.config import OptimizerConfig
+from grpo_jax.training.step import (
+    Batch,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    objective_weights,
+)
+
+TINY = gj.ModelConfig(
+    vocab_size=19,
+    width=16,
+    mlp_width=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+)
+
+
+def tiny_policy(seed=0, **changes):
+    import dataclasses
+
+    config = dataclasses.replace(TINY, **changes)
+    policy = gj.init_policy(config, jax.random.key(seed))
+    # Larger weights: at their initial size every distribution is nearly uniform.
+    return policy.replace(jax.tree.map(lambda x: x * 2.0, policy.params))
+
+
+def random_prompts(num_prompts, length, *, seed=0, shortest=1, side="left"):
+    """(ids, mask) of prompts of different lengths, tokens 2 and up."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(2, TINY.vocab_size, size=(num_prompts, length))
+    lengths = rng.integers(shortest, length + 1, size=num_prompts)
+    places = np.arange(length)
+    mask = places[None] < lengths[:, None]
+    if side == "left":
+        mask = mask[:, ::-1]
+    return np.where(mask, ids, 0).astype(np.int32), mask.astype(np.int32)
+
+
+def random_rollouts(policy, num_prompts=4, group_size=6, length=5, tokens=7, seed=0):
+    """Sampled from the policy (EOS 1, padding 0), with rewards in {0, .5, 1}."""
+    ids, mask = random_prompts(num_prompts, length, seed=seed)
+    rollouts = gj.sample(
+        policy,
+        ids,
+        mask,
+        group_size=group_size,
+        max_new_tokens=tokens,
+        key=jax.random.key(seed),
+        eos_id=1,
+        pad_id=0,
+    )
+    rng = np.random.default_rng(seed)
+    rewards = rng.choice([0.0, 0.5, 1.0], size=(num_prompts, group_size))
+    return rollouts._replace(rewards=jnp.asarray(rewards, jnp.float32))
+
+
+def one_update(policy, objective, batch: Batch, micro, optimizer=None, max_length=7):
+    """(new state, metrics) of one jitted train step with plain SGD-like defaults."""
+    config = OptimizerConfig(learning_rate=1e-2)
+    optimizer = optimizer or make_optimizer(config, make_schedule(config, 10))
+    weights = objective_weights(objective)
+    step = make_train_step(
+        policy,
+        objective,
+        optimizer,
+        prompt_weights=weights,
+        micro=micro,
+        temperature=1.0,
+        max_length=max_length,
+    )
+    return jax.jit(step)(init_state(policy.params, optimizer, weights), batch)

@@ -1,0 +1,205 @@
+"""The update's gradient, on a model, under everything that must not change it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import grpo_jax as gj
+from grpo_jax.training.step import Batch, MicroBatch, batch_logprobs
+from tests.helpers import one_update, random_rollouts, tiny_policy
+
+P, G, T = 4, 6, 7
+
+
+@pytest.fixture(autouse=True)
+def no_silent_broadcasting():
+    """Flax's own layers broadcast: strictness is for the maths layer's tests."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def full_batch(policy, objective, seed=0):
+    rollouts = random_rollouts(policy, P, G, tokens=T, seed=seed)
+    rollouts = rollouts._replace(rewards=rollouts.rewards.at[0, 1].set(jnp.nan))
+    other = tiny_policy(seed=5)
+    reference = gj.completion_logprobs(other, rollouts)
+    return Batch(rollouts, None, reference if objective.kl_coef else None)
+
+
+def gradient(policy, objective, batch, micro=MicroBatch(P, G)):  # noqa: B008
+    """Gradients as an SGD step of rate 1 applies them."""
+    state, metrics = one_update(policy, objective, batch, micro, optax.sgd(1.0), T)
+    changes = jax.tree.map(jnp.subtract, policy.params, state.params)
+    return changes, metrics
+
+
+def assert_close(actual, expected):
+    """Every leaf to float32's rounding, relative to the gradient's largest entry."""
+    scale = max(abs(x).max() for x in jax.tree.leaves(expected))
+    assert scale > 1e-3  # there is a gradient at all
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale),
+        actual,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("name", list(gj.OBJECTIVES))
+def test_step_is_the_gradient_of_policy_loss(name):
+    objective, policy = gj.OBJECTIVES[name], tiny_policy()
+    batch = full_batch(policy, objective)
+    r = batch.rollouts
+
+    def loss(params):
+        logprobs = batch_logprobs(policy.replace(params), r, 1.0, MicroBatch(P, G))
+        sampled = r.behaviour_logprobs if objective.kl_in == "reward" else logprobs
+        return gj.policy_loss(
+            objective,
+            logprobs=logprobs,
+            behaviour_logprobs=jax.lax.stop_gradient(sampled),
+            rewards=r.rewards,
+            completion_mask=r.completion_mask,
+            reference_logprobs=batch.reference_logprobs,
+            max_length=T,
+        )[0]
+
+    expected = jax.jit(jax.grad(loss))(policy.params)
+    assert_close(gradient(policy, objective, batch)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "micro"),
+    [*((name, (1, 3)) for name in gj.OBJECTIVES), ("grpo", (2, 6)), ("rloo", (4, 2))],
+)
+def test_any_micro_batch_split_gives_the_same_gradient(name, micro):
+    objective, policy = gj.OBJECTIVES[name], tiny_policy()
+    batch = full_batch(policy, objective)
+    expected, whole = gradient(policy, objective, batch)
+    actual, split = gradient(policy, objective, batch, MicroBatch(*micro))
+    assert_close(actual, expected)
+    for key in whole:
+        np.testing.assert_allclose(split[key], whole[key], rtol=1e-4, atol=1e-5)
+
+
+def test_permuting_prompts_changes_no_gradient():
+    objective, policy = gj.OBJECTIVES["grpo"], tiny_policy()
+    batch = full_batch(policy, objective)
+    order = np.array([2, 0, 3, 1])
+    permuted = jax.tree.map(lambda x: x[order], batch)
+    expected, _ = gradient(policy, objective, batch)
+    assert_close(gradient(policy, objective, permuted)[0], expected)
+
+
+def test_padding_of_prompts_and_completions_changes_no_gradient():
+    """Three more columns on either side of the prompts and after the completions."""
+    objective, policy = gj.OBJECTIVES["dr_grpo"], tiny_policy()
+    batch = full_batch(policy, objective)
+    r = batch.rollouts
+    around, after = ((0, 0), (2, 3)), ((0, 0), (0, 0), (0, 3))
+    padded = gj.Rollouts(
+        jnp.pad(r.prompts, around, constant_values=7),
+        jnp.pad(r.prompt_mask, around),
+        jnp.pad(r.completions, after, constant_values=9),
+        jnp.pad(r.completion_mask, after),
+        jnp.pad(r.behaviour_logprobs, after),
+        r.rewards,
+    )
+    expected, _ = gradient(policy, objective, batch)
+    assert_close(gradient(policy, objective, Batch(padded, None, None))[0], expected)
+
+
+def test_remat_changes_no_gradient():
+    objective, policy = gj.OBJECTIVES["grpo"], tiny_policy()
+    objective = dataclasses.replace(objective, kl_coef=0.0)
+    batch = full_batch(policy, objective)
+    expected, _ = gradient(policy, objective, batch)
+    for remat in ("none", "dots"):
+        other = tiny_policy(remat=remat)
+        assert_close(gradient(other, objective, batch)[0], expected)
+
+
+def test_on_policy_ratio_is_exactly_one():
+    objective, policy = gj.OBJECTIVES["grpo"], tiny_policy()
+    _, metrics = gradient(policy, objective, full_batch(policy, objective))
+    assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-6)
+    assert metrics["ratio/clipped"] == 0
+    assert metrics["mismatch/max_abs"] < 1e-5
+
+
+def test_old_logprobs_of_the_same_policy_give_the_on_policy_gradient():
+    objective, policy = gj.OBJECTIVES["grpo"], tiny_policy()
+    batch = full_batch(policy, objective)
+    expected, _ = gradient(policy, objective, batch)
+    old = gj.completion_logprobs(policy, batch.rollouts)
+    actual, _ = gradient(policy, objective, batch._replace(old_logprobs=old))
+    assert_close(actual, expected)
+
+
+def test_a_non_finite_gradient_changes_nothing_but_the_count():
+    objective, policy = gj.OBJECTIVES["reinforce"], tiny_policy()
+    batch = full_batch(policy, objective)
+    rollouts = batch.rollouts
+    huge = rollouts._replace(rewards=rollouts.rewards * 3e38)
+    state, metrics = one_update(
+        policy, objective, Batch(huge, None, None), MicroBatch(P, G)
+    )
+    jax.tree.map(np.testing.assert_array_equal, state.params, policy.params)
+    assert state.skipped_in_a_row == 1 and state.updates == 0 and state.step == 1
+    assert not np.isfinite(metrics["gradient/norm"]) and metrics["update/norm"] == 0
+
+
+def test_doubling_the_vocabulary_costs_no_more_than_its_weights():
+    """Temp memory of an update from V = 32k to 64k: the weights' gradient, doubled by
+    the optimizer's own temporaries, and no logits."""
+    objective = gj.OBJECTIVES["dr_grpo"]
+
+    def temp_bytes(vocab_size):
+        config = dataclasses.replace(
+            tiny_policy().config, vocab_size=vocab_size, width=64
+        )
+        policy = jax.eval_shape(lambda: gj.init_policy(config, jax.random.key(0)))
+        shape = jax.ShapeDtypeStruct
+        ids, floats = (shape((4, 8, 128), x) for x in (jnp.int32, jnp.float32))
+        prompts, rewards = shape((4, 16), jnp.int32), shape((4, 8), jnp.float32)
+        batch = Batch(
+            gj.Rollouts(prompts, prompts, ids, ids, floats, rewards), None, None
+        )
+        step, state = update_of(policy, objective)
+        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temp_bytes(2**15), temp_bytes(2**16)
+    weights = 64 * 2**15 * 4  # the added [D, V] in bytes
+    logits = 4 * 8 * 128 * 2**15 * 4  # what a whole [P, G, T, V] would add
+    assert large - small <= 3 * weights < logits / 16
+
+
+def update_of(policy, objective):
+    """A train step and its abstract state, for compiling without running."""
+    from grpo_jax.training.config import OptimizerConfig
+    from grpo_jax.training.step import (
+        init_state,
+        make_optimizer,
+        make_schedule,
+        make_train_step,
+        objective_weights,
+    )
+
+    config = OptimizerConfig()
+    optimizer = make_optimizer(config, make_schedule(config, 10))
+    weights = objective_weights(objective)
+    step = make_train_step(
+        policy,
+        objective,
+        optimizer,
+        prompt_weights=weights,
+        micro=MicroBatch(4, 8),
+        temperature=1.0,
+        max_length=128,
+    )
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, weights), policy.params)
+    return step, state

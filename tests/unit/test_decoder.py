@@ -1,0 +1,94 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax import ModelConfig, init_policy, next_token_logits
+from grpo_jax.models.decoder import split_prompts
+
+SMALL = ModelConfig(
+    vocab_size=9, num_layers=2, width=8, mlp_width=12, num_heads=2, num_kv_heads=1,
+    head_dim=4, qk_bias=True, qk_norm=True, tie_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return init_policy(SMALL, jax.random.key(0))
+
+
+def logits(policy, rows, mask=None):
+    mask = None if mask is None else np.array(mask, np.int32)
+    return np.asarray(jax.jit(next_token_logits)(policy, np.int32(rows), mask))
+
+
+def test_logits_do_not_see_the_future(policy):
+    a, b = logits(policy, [[1, 2, 3, 4]]), logits(policy, [[1, 2, 8, 8]])
+    np.testing.assert_allclose(a[:, :2], b[:, :2], rtol=1e-5, atol=1e-6)
+    assert np.abs(a[:, 2:] - b[:, 2:]).max() > 1e-2
+
+
+def test_logits_depend_on_the_order_of_the_past(policy):
+    a, b = logits(policy, [[1, 2, 3, 4]]), logits(policy, [[2, 1, 3, 4]])
+    assert np.abs(a[:, -1] - b[:, -1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_logits(policy, side):
+    row, padding = [1, 2, 3], [7, 7]
+    expected = logits(policy, [row])
+    if side == "left":
+        actual = logits(policy, [padding + row], [[0, 0, 1, 1, 1]])[:, 2:]
+    else:
+        actual = logits(policy, [row + padding], [[1, 1, 1, 0, 0]])[:, :3]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_rematerialisation_changes_no_gradient(policy, remat):
+    def loss(params, remat):
+        config = dataclasses.replace(SMALL, remat=remat)
+        other = init_policy(config, jax.random.key(1)).replace(params)
+        return (next_token_logits(other, np.int32([[1, 2, 3]])) ** 2).sum()
+
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    actual, expected = grad(policy.params, remat), grad(policy.params, "full")
+    assert jax.tree.all(
+        jax.tree.map(lambda a, e: np.allclose(a, e, 1e-4, 1e-5), actual, expected)
+    )
+
+
+def test_split_prompts_finds_the_last_token_wherever_the_padding_is():
+    prompts = np.int32([[0, 0, 5, 6, 7], [5, 6, 7, 0, 0], [0, 0, 0, 0, 8]])
+    mask = np.int32([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 1]])
+    split = jax.jit(split_prompts)(prompts, mask)
+    np.testing.assert_array_equal(split.last_token, [7, 7, 8])
+    np.testing.assert_array_equal(split.length, [2, 2, 0])
+    expected = [[0, 0, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(split.prefix_mask, expected)
+    np.testing.assert_array_equal(split.positions[0, 2:4], [0, 1])
+    np.testing.assert_array_equal(split.positions[1, :2], [0, 1])
+
+
+def test_parameters_stay_float32_under_a_bfloat16_compute_dtype():
+    config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    policy = init_policy(config, jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(policy.params)} == {np.dtype("float32")}
+    assert logits(policy, [[1, 2, 3]]).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_layers=0), "num_layers must be at least 1, got 0"),
+        (dict(width=-8), "width must be at least 1, got -8"),
+        (dict(num_heads=4, num_kv_heads=3), "num_kv_heads must divide num_heads=4"),
+        (dict(head_dim=5), "head_dim must be even, got 5"),
+        (dict(compute_dtype="float16"), r"compute_dtype must be one of \('float32'"),
+        (dict(remat="some"), r"remat must be one of \('none', 'dots', 'full'\)"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)

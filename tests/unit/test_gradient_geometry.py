@@ -1,0 +1,43 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.gradient_geometry import cosine_statistics, exact_cosines
+
+
+# The gradient of x . a + y * b in (x, y) is (a, b): the cosines of those vectors.
+def test_exact_cosines_are_those_of_the_gradients():
+    params = {"x": jnp.ones(2), "y": jnp.ones(())}
+    examples = {"a": np.float32([[3, 0], [0, 2], [-1, 0]]), "b": np.float32([4, 0, 0])}
+
+    def value(params, example):
+        return params["x"] @ example["a"] + params["y"] * example["b"]
+
+    actual = jax.jit(lambda p, e: exact_cosines(value, p, e))(params, examples)
+    expected = [[1, 0, -0.6], [0, 1, 0], [-0.6, 0, 1]]
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_zero_gradient_has_cosine_zero():
+    actual = jax.jit(lambda p, e: exact_cosines(lambda p, e: p @ e, p, e))(
+        jnp.ones(2), np.float32([[1, 1], [0, 0]])
+    )
+    np.testing.assert_allclose(actual, [[1, 0], [0, 0]], atol=1e-6)
+
+
+# Pairs (0.5, -0.05, 0.15): mean 0.2, mean of |cos| 0.7/3, two of three positive.
+def test_cosine_statistics():
+    cosines = np.float32([[1, 0.5, -0.05], [0.5, 1, 0.15], [-0.05, 0.15, 1]])
+    statistics = jax.jit(cosine_statistics)(cosines)
+    np.testing.assert_allclose(statistics.mean, 0.2, rtol=1e-5)
+    np.testing.assert_allclose(statistics.std, np.std([0.5, -0.05, 0.15]), rtol=1e-5)
+    np.testing.assert_allclose(statistics.mean_abs, 0.7 / 3, rtol=1e-5)
+    np.testing.assert_allclose(statistics.positive_fraction, 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(statistics.small_fraction, 1 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (4,)])
+def test_cosines_must_be_a_square_of_two_or_more(shape):
+    with pytest.raises(ValueError, match=r"cosines must be \[P >= 2, P\], got \("):
+        cosine_statistics(np.zeros(shape, np.float32))

@@ -1,0 +1,250 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax import OBJECTIVES, per_prompt_losses, policy_loss
+from grpo_jax.objectives.aggregation import AGGREGATIONS, token_coefficients
+from grpo_jax.objectives.divergences import divergence
+
+GRPO = OBJECTIVES["grpo"]
+
+
+def batch(seed=0, shape=(2, 3, 4)):
+    """Arrays of an off-policy batch with ragged completions."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, shape[2] + 1, shape[:2])
+    lengths[0, 0] = shape[2] - 1  # at least one token of padding
+    logprobs, noise = rng.normal(-2, 0.5, shape), rng.normal(0, 0.2, (2, *shape))
+    arrays = dict(
+        logprobs=logprobs,
+        behaviour_logprobs=logprobs + noise[0],
+        reference_logprobs=logprobs + noise[1],
+        rewards=rng.normal(0, 1, shape[:2]),
+    )
+    arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
+    mask = np.arange(shape[2]) < lengths[..., None]
+    return arrays | dict(completion_mask=mask.astype(np.int32))
+
+
+def loss_and_grads(objective, arrays, argument="logprobs"):
+    def loss(x):
+        return policy_loss(objective, **arrays | {argument: x})[0]
+
+    return jax.jit(jax.value_and_grad(loss))(arrays[argument])
+
+
+@pytest.mark.parametrize(
+    ("axis", "choices"),
+    [
+        ("baseline", "none, mean, leave_one_out"),
+        ("scale", "none, std"),
+        ("ratio", "none, token"),
+        ("surrogate", "logp, ppo"),
+        (
+            "aggregation",
+            "sequence_mean_token_mean, sequence_mean_token_sum, constant",
+        ),
+        ("divergence", "k1, k3"),
+        ("kl_in", "loss, reward"),
+    ],
+)
+def test_an_unknown_choice_lists_the_choices(axis, choices):
+    message = f"^{axis} must be one of {choices}, got 'nonsense'"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(GRPO, **{axis: "nonsense"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(clip=(0.0, 0.2)), r"clip must be .* got \(0.0, 0.2\)"),
+        (dict(clip=(1.0, 0.2)), r"clip must be .* got \(1.0, 0.2\)"),
+        (dict(clip=(0.2, 0.0)), r"clip must be .* got \(0.2, 0.0\)"),
+        (dict(kl_coef=-0.1), "kl_coef must not be negative, got -0.1"),
+        (dict(std_eps=-1.0), "std_eps must not be negative .* got -1.0 and 0"),
+        (dict(std_ddof=2), "std_ddof must be 0 or 1, got 1e-06 and 2"),
+        (dict(divergence="k1"), "k1 in the loss constrains nothing.*kl_in='reward'"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(GRPO, **changes)
+
+
+@pytest.mark.parametrize("changes", [dict(kl_in="reward"), dict(kl_coef=0.0)])
+def test_k1_is_fine_in_the_reward_and_where_it_is_not_used(changes):
+    objective = dataclasses.replace(GRPO, divergence="k1", **changes)
+    loss, grads = loss_and_grads(objective, batch())
+    assert np.isfinite(loss) and np.isfinite(grads).all()
+
+
+def test_clip_may_be_wide_above():
+    assert dataclasses.replace(GRPO, clip=(0.2, 10.0)).clip == (0.2, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("reinforce", "mean_i sum_t -A log pi;  A = R - mean"),
+        (
+            "rloo",
+            "mean_i sum_t -A log pi;  A = R - mean of others, "
+            "R less sum_t 0.03 k1(pi, ref)",
+        ),
+        (
+            "grpo",
+            "mean_i mean_t [-min(r A, clip(r, 0.8, 1.2) A), r = pi / pi_old] + "
+            "0.04 k3(pi, ref);  A = (R - mean) / (std + 1e-06)",
+        ),
+        (
+            "dr_grpo",
+            "mean_i sum_t/T -min(r A, clip(r, 0.8, 1.2) A), r = pi / pi_old;  "
+            "A = R - mean",
+        ),
+    ],
+)
+def test_formula(name, formula):
+    assert OBJECTIVES[name].formula() == formula
+
+
+def test_formula_shows_every_number_that_is_changed():
+    changed = dataclasses.replace(
+        GRPO, clip=(0.3, 0.4), std_eps=0.01, std_ddof=1, kl_coef=0.5, baseline="none"
+    )
+    formula = changed.formula()
+    assert "clip(r, 0.7, 1.4)" in formula and "0.5 k3" in formula
+    assert formula.endswith("A = (R) / (std + 0.01, ddof 1)")
+
+
+def test_the_table_is_read_only():
+    with pytest.raises(TypeError):
+        OBJECTIVES["mine"] = GRPO
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GRPO.clip = (0.1, 0.1)
+
+
+def test_a_missing_reference_is_refused():
+    arrays = batch() | dict(reference_logprobs=None)
+    message = "reference_logprobs must be given, kl_coef is 0.04; .*kl_coef=0"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda a: policy_loss(GRPO, **a))(arrays)
+
+
+def test_a_name_is_no_objective():
+    with pytest.raises(ValueError, match="must be an Objective, got 'grpo'; look"):
+        policy_loss("grpo", **batch())
+
+
+@pytest.mark.parametrize(
+    ("argument", "shape", "message"),
+    [
+        ("logprobs", (6, 4), r"logprobs must be \[P, G, T\], got \(6, 4\); reshape"),
+        ("behaviour_logprobs", (2, 3, 5), r"behaviour_logprobs must be \(2, 3, 4\)"),
+        ("completion_mask", (2, 3), r"completion_mask must be \(2, 3, 4\)"),
+        ("rewards", (3, 2), r"rewards must be \(2, 3\) .* got \(3, 2\)"),
+        ("rewards", (6,), r"rewards must be \(2, 3\) .* got \(6,\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(argument, shape, message):
+    arrays = batch() | {argument: np.zeros(shape, np.float32)}
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda a: per_prompt_losses(GRPO, **a))(arrays)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "constant", ["behaviour_logprobs", "rewards", "reference_logprobs"]
+)
+def test_only_the_policys_logprobs_have_a_gradient_besides(name, constant):
+    if name == "grpo" and constant == "reference_logprobs":
+        pytest.skip("a KL in the loss is a function of both policies")
+    _, grads = loss_and_grads(OBJECTIVES[name], batch(), constant)
+    assert (np.asarray(grads) == 0).all()
+    _, grads = loss_and_grads(OBJECTIVES[name], batch())
+    assert np.abs(grads).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("garbage", [1e4, -1e4])
+def test_what_padding_holds_changes_nothing(name, garbage):
+    arrays = batch()
+    padding = arrays["completion_mask"] == 0
+    spoiled = dict(arrays)
+    for argument in ("logprobs", "behaviour_logprobs", "reference_logprobs"):
+        spoiled[argument] = np.where(padding, np.float32(garbage), arrays[argument])
+    loss, grads = loss_and_grads(OBJECTIVES[name], arrays)
+    actual, actual_grads = loss_and_grads(OBJECTIVES[name], spoiled)
+    np.testing.assert_array_equal(actual, loss)
+    np.testing.assert_array_equal(actual_grads, grads)
+    assert (np.asarray(grads)[padding] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["reinforce", "grpo", "dr_grpo"])
+def test_padding_may_even_hold_nan(name):
+    arrays = batch()
+    padding = arrays["completion_mask"] == 0
+    loss, grads = loss_and_grads(OBJECTIVES[name], arrays)
+    for argument in ("logprobs", "behaviour_logprobs", "reference_logprobs"):
+        arrays[argument] = np.where(padding, np.float32("nan"), arrays[argument])
+    actual, actual_grads = loss_and_grads(OBJECTIVES[name], arrays)
+    np.testing.assert_array_equal(actual, loss)
+    np.testing.assert_array_equal(actual_grads, grads)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("shift", [-200.0, 200.0])
+def test_far_off_policy_stays_finite(name, shift):
+    arrays = batch()
+    arrays["logprobs"] = arrays["behaviour_logprobs"] + np.float32(shift)
+    loss, grads = loss_and_grads(OBJECTIVES[name], arrays)
+    assert np.isfinite(loss) and np.isfinite(grads).all()
+
+
+def test_on_policy_ratio_is_one_and_nothing_is_clipped():
+    arrays = batch()
+    arrays["behaviour_logprobs"] = arrays["logprobs"]
+    _, metrics = jax.jit(lambda a: policy_loss(GRPO, **a))(arrays)
+    np.testing.assert_allclose(metrics["ratio/mean"], 1, rtol=1e-6)
+    assert metrics["ratio/clipped"] == 0
+
+
+def test_no_kl_is_reported_without_a_reference():
+    arrays = batch() | dict(reference_logprobs=None)
+    _, metrics = jax.jit(lambda a: policy_loss(OBJECTIVES["dr_grpo"], **a))(arrays)
+    assert set(metrics) == {"ratio/mean", "ratio/clipped"}
+
+
+@pytest.mark.parametrize("kind", AGGREGATIONS)
+def test_coefficients_leave_empty_completions_out(kind):
+    mask = np.array([[[1, 1, 0], [0, 0, 0], [1, 0, 0]]], np.int32)
+    coefficients = jax.jit(token_coefficients, static_argnums=(0, 2))
+    actual = np.asarray(coefficients(kind, mask, None))
+    others = np.asarray(coefficients(kind, mask[:, [0, 2]], None))
+    np.testing.assert_allclose(actual[:, [0, 2]], others)
+    assert (actual[mask == 0] == 0).all()
+
+
+# rho = 2 and 1/2: k1 = -ln rho, k3 = rho - 1 - ln rho.
+def test_divergences():
+    reference = np.log(np.float32([2, 0.5, 1]))
+    logprobs, ln2 = np.zeros(3, np.float32), np.log(2)
+    k1, k3 = (
+        jax.jit(divergence, static_argnums=0)(kind, logprobs, reference)
+        for kind in ("k1", "k3")
+    )
+    np.testing.assert_allclose(k1, [-ln2, ln2, 0], rtol=1e-6)
+    np.testing.assert_allclose(k3, [1 - ln2, ln2 - 0.5, 0], rtol=1e-6)
+
+
+# The mean of either estimator under the policy is KL(policy || reference).
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_divergences_are_unbiased(kind):
+    policy = np.float32([0.5, 0.3, 0.2])
+    reference = np.float32([0.2, 0.2, 0.6])
+    tokens = jax.jit(divergence, static_argnums=0)(
+        kind, np.log(policy), np.log(reference)
+    )
+    expected = (policy * np.log(policy / reference)).sum()
+    np.testing.assert_allclose((policy * tokens).sum(), expected, rtol=1e-5)
