@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
         return _bad(str(error))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _bad(message):

@@ -21,3 +21,9 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
         f"unknown {kind} {name!r}; {nearest(name, choices)}"
         f"choices: {', '.join(choices)}."
     )
+
+
+def check_choice(axis: str, value: str, choices: Iterable[str]) -> None:
+    """ValueError, with the choices, unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{axis} must be one of {', '.join(choices)}, got {value!r}.")

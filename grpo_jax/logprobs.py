@@ -30,8 +30,8 @@ def token_logprobs(
         token_ids: [..., T] int32 in [0, V).
         temperature: The policy's, positive; the log-probs are of the tempered policy.
         chunk_size: Tokens whose logits are alive at once (counted over all leading
-            axes; the T axis is what is cut); fewer where V is large, so that no
-            more than `MAX_LOGITS` logits are.
+            axes); fewer where V is large, so that no more than `MAX_LOGITS` logits
+            are. The T axis is what is cut, so one position of all rows is the least.
         with_entropy: Also return the entropy of each token's distribution.
 
     Returns:

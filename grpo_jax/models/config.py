@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from grpo_jax.errors import check_choice
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -45,7 +47,7 @@ class ModelConfig:
             ("compute_dtype", ("float32", "bfloat16")),
             ("remat", ("none", "dots", "full")),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {choices}, got {getattr(self, name)!r}."
-                )
+            check_choice(name, getattr(self, name), choices)
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")

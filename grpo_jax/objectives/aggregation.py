@@ -8,6 +8,8 @@ before any micro-batching, so every split of the batch gives the same gradient.
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.errors import check_choice
+
 AGGREGATIONS = ("sequence_mean_token_mean", "sequence_mean_token_sum", "constant")
 
 
@@ -22,6 +24,7 @@ def token_coefficients(
         completion_mask: [P, G, T], all 0 in a completion that is missing.
         max_length: Tokens the "constant" kind divides by; default T.
     """
+    check_choice("aggregation", kind, AGGREGATIONS)
     mask = completion_mask.astype(float)
     lengths = mask.sum(-1, keepdims=True)
     count = (lengths > 0).sum(1, keepdims=True)  # [P, 1, 1]

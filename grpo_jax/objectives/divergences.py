@@ -8,6 +8,8 @@ the reward; k3 is non-negative and its gradient does constrain.
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.errors import check_choice
+
 DIVERGENCES = ("k1", "k3")
 _MAX_LOG_RATIO = 20.0
 
@@ -15,6 +17,7 @@ _MAX_LOG_RATIO = 20.0
 def divergence(kind: str, logprobs: jax.Array, reference: jax.Array) -> jax.Array:
     """[P, G, T]. The log-ratio is clamped to +-20, so exp never overflows, and beyond
     the clamp the gradient is 0 rather than 0 * inf."""
+    check_choice("divergence", kind, DIVERGENCES)
     log_rho = jnp.clip(reference - logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     if kind == "k1":
         return -log_rho

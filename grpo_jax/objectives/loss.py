@@ -95,8 +95,9 @@ def shaped_rewards(objective, rewards, behaviour_logprobs, reference_logprobs, m
     """[P, G] rewards, less kl_coef * sum_t KL where the objective puts KL there."""
     if not (objective.kl_coef and objective.kl_in == "reward"):
         return rewards
-    kl = divergence(objective.divergence, behaviour_logprobs, reference_logprobs)
-    return rewards - objective.kl_coef * jax.lax.stop_gradient((kl * mask).sum(-1))
+    gap = jnp.where(mask > 0, behaviour_logprobs - reference_logprobs, 0.0)
+    kl = divergence(objective.divergence, gap, jnp.zeros_like(gap))  # 0 at gap 0
+    return rewards - objective.kl_coef * jax.lax.stop_gradient(kl.sum(-1))
 
 
 def baselined(objective: Objective, rewards: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import dataclasses
 from types import MappingProxyType
 from typing import Literal
 
+from grpo_jax.errors import check_choice
 from grpo_jax.objectives.aggregation import AGGREGATIONS
 from grpo_jax.objectives.divergences import DIVERGENCES
 from grpo_jax.objectives.ratios import RATIOS
@@ -44,20 +45,16 @@ class Objective:
 
     def __post_init__(self):
         for axis, choices in _CHOICES.items():
-            if getattr(self, axis) not in choices:
-                raise ValueError(
-                    f"{axis} must be one of {', '.join(choices)}, "
-                    f"got {getattr(self, axis)!r}."
-                )
+            check_choice(axis, getattr(self, axis), choices)
         low, high = self.clip
         if not (0 < low < 1 and high > 0):
             raise ValueError(
                 f"clip must be (low in (0, 1), high > 0), got {self.clip}; "
                 "it keeps the ratio in [1 - low, 1 + high]."
             )
-        if self.kl_coef < 0:
+        if not self.kl_coef >= 0:
             raise ValueError(f"kl_coef must not be negative, got {self.kl_coef}.")
-        if self.std_eps < 0 or self.std_ddof not in (0, 1):
+        if not self.std_eps >= 0 or self.std_ddof not in (0, 1):
             raise ValueError(
                 "std_eps must not be negative and std_ddof must be 0 or 1, "
                 f"got {self.std_eps} and {self.std_ddof}."

@@ -80,14 +80,22 @@ def answer_rollouts(
 
 
 def decode_groups(tokenizer, completions, mask) -> list[list[str]]:
-    """Text of completions [P, G, T], EOS and padding left out."""
+    """Text of completions [P, G, T] without their final EOS and what follows it.
+
+    Every other token shows, padding sampled as a token included, and an id that the
+    tokenizer does not know as U+FFFD: different completions stay different.
+    """
     p, g, _ = completions.shape
-    eos = tokenizer.eos_token_id
-    rows = [
-        [int(t) for t in ids[: int(n)] if t != eos]
-        for ids, n in zip(
-            completions.reshape(p * g, -1), mask.sum(-1).reshape(-1), strict=True
+    lengths, known = mask.sum(-1), len(tokenizer)
+    texts = []
+    for ids, length in zip(
+        completions.reshape(p * g, -1), lengths.reshape(-1), strict=True
+    ):
+        ids = ids[:length].tolist()
+        if ids and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()
+        text = tokenizer.decode(
+            [i for i in ids if i < known], skip_special_tokens=False
         )
-    ]
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        texts.append(text + "\ufffd" * sum(i >= known for i in ids))
     return [texts[i * g : (i + 1) * g] for i in range(p)]

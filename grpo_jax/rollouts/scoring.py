@@ -1,6 +1,5 @@
 """From completions to rewards; a reward that fails is missing, not fatal."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from grpo_jax.tasks.types import Example
 
 class Scores(NamedTuple):
     rewards: np.ndarray  # [P, G] float32, NaN where missing
-    errors: list[str]  # what the reward function raised, one per failure
+    errors: list[str]  # why, one per missing reward
 
 
 def score(
@@ -21,7 +20,8 @@ def score(
 ) -> Scores:
     """Rewards of P examples' G completions each.
 
-    A reward function that raises, or returns NaN, infinity or no number at all, leaves
+    A reward function that raises, or returns NaN, what is infinite in float32, or no
+    number at all, leaves
     that sample's reward missing (NaN): it takes no part in the update.
     """
     rewards = np.full((len(completions), len(completions[0])), np.nan, np.float32)
@@ -29,10 +29,16 @@ def score(
     for p, (example, group) in enumerate(zip(examples, completions, strict=True)):
         for g, completion in enumerate(group):
             try:
-                value = float(reward(example, completion))
-            except Exception as error:  # whatever a user's function raises
+                with np.errstate(over="ignore"):
+                    value = np.float32(float(reward(example, completion)))
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # whatever a user's function raises
                 errors.append(f"{type(error).__name__}: {error}")
                 continue
-            if math.isfinite(value):
+            if np.isfinite(value):
                 rewards[p, g] = value
+            else:
+                errors.append(f"the reward is {value}")
     return Scores(rewards, errors)

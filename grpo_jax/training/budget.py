@@ -54,7 +54,9 @@ def estimate_memory(
     stack = c.num_layers * tokens * kept * size
     if c.remat == "none":
         stack += c.num_layers * scores * 4
-    logits = 3 * 4 * min(MAX_LOGITS, 512 * c.vocab_size, tokens * c.vocab_size)
+    rows = micro.prompts * micro.samples
+    chunk = max(rows, min(512, MAX_LOGITS // c.vocab_size))
+    logits = 3 * 4 * min(chunk, tokens) * c.vocab_size
     return Memory(
         state=parameters * 4 * (4 if reference else 3),
         cache=cache,

@@ -6,12 +6,15 @@ over for the one before it, with a warning.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from grpo_jax.errors import ConfigError
 
 
 class Checkpoints:
@@ -52,16 +55,22 @@ class Checkpoints:
         except Exception as error:
             self._warn(f"closing the checkpoints failed: {_first_line(error)}")
 
-    def save(self, step: int, state: Any, data: dict, score: float) -> None:
-        """Starts saving `step`; a failure is a warning, now or at the next call."""
+    def save(self, step: int, state: Any, data: dict, score: float | None) -> None:
+        """Starts saving `step`; a failure is a warning, now or at the next call.
+
+        Args:
+            score: What "best" goes by; None where this step was not evaluated.
+        """
         if step == self._saved:
             return
+        self.wait()  # so that a failure is told of the step it belongs to
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(state._asdict()),
             data=self._ocp.args.JsonSave(data),
         )
         try:
-            self._manager.save(step, args=args, metrics={"score": float(score)})
+            score = float("-inf") if score is None else float(score)
+            self._manager.save(step, args=args, metrics={"score": score})
             self._saved = step
         except Exception as error:  # a full disk must not end a run that still learns
             self._failed(step, error)
@@ -72,9 +81,13 @@ class Checkpoints:
         except Exception as error:
             self._failed(self._saved, error)
 
+    def _steps_on_disk(self):
+        self._manager.reload()
+        return self._manager.all_steps()
+
     def _failed(self, step, error):
         self._saved = None
-        steps = self._manager.all_steps(read=True)
+        steps = self._steps_on_disk()
         newest = f"the newest whole one is of step {max(steps)}" if steps else "none is"
         self._warn(
             f"checkpoint of step {step} failed ({_first_line(error)}); {newest}."
@@ -83,36 +96,53 @@ class Checkpoints:
     def restore(self, template: Any) -> tuple[Any, dict] | None:
         """(state, data) of the newest checkpoint that can be read; None: there is none.
 
+        Newer ones that cannot be read are moved out of the directory, so that their
+        steps can be saved again.
+
         Args:
             template: A state of the same shapes, dtypes and shardings.
+
+        Raises:
+            ConfigError: there are checkpoints and none can be read; nothing is moved.
         """
+        unreadable = []
         ocp = self._ocp
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             template._asdict(),
         )
-        for step in sorted(self._manager.all_steps(read=True), reverse=True):
+        for step in sorted(self._steps_on_disk(), reverse=True):
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract),
                 data=ocp.args.JsonRestore(),
             )
             try:
                 found = self._manager.restore(step, args=args)
-                return type(template)(**found["state"]), found["data"]
             except Exception as error:  # orbax has a kind for every way to be broken
                 self._warn(
                     f"checkpoint of step {step} cannot be read "
                     f"({_first_line(error)}); trying the one before it."
                 )
-                # Out of the way: saving this step again would be refused.
-                self._set_aside(step)
+                unreadable.append(step)
+                continue
+            self._set_aside(unreadable)
+            self._saved = step
+            return type(template)(**found["state"]), found["data"]
+        if unreadable:
+            raise ConfigError(
+                f"none of the checkpoints {unreadable} in {self._directory} can be "
+                "read (see the warnings above); nothing was changed. Were they written "
+                "by other versions of the packages?"
+            )
+        self._saved = None
         return None
 
-    def _set_aside(self, step):
-        source = self._directory / str(step)
-        if source.exists():
-            source.rename(self._directory.parent / f"unreadable-checkpoint-{step}")
-            self._manager.reload()
+    def _set_aside(self, steps):
+        for step in steps:
+            target = self._directory.parent / f"unreadable-checkpoint-{step}"
+            shutil.rmtree(target, ignore_errors=True)  # of an earlier resume
+            (self._directory / str(step)).rename(target)
+        self._manager.reload()
 
 
 def _score(metrics):
@@ -127,13 +157,17 @@ def _first_line(error):
 def save_params(
     path: Path, params: Any, metadata: dict[str, str] | None = None
 ) -> None:
-    """A dict of parameters as one safetensors file, whole or not at all."""
+    """A dict of parameters as one safetensors file, whole or not at all (OSError)."""
     from safetensors.numpy import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     arrays = {name: np.ascontiguousarray(x) for name, x in _named(params).items()}
-    save_file(arrays, temporary, metadata=metadata)
+    try:
+        save_file(arrays, temporary, metadata=metadata)
+    except Exception as error:  # safetensors' own kind, a full disk among its causes
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error
     temporary.replace(path)
 
 
@@ -141,17 +175,21 @@ def load_params(path: Path, template: Any) -> tuple[Any, dict[str, str]]:
     """(parameters shaped like `template`, the file's metadata).
 
     Raises:
-        ValueError: a parameter is missing or has another shape.
+        ConfigError: the file cannot be read, or a parameter is missing or has another
+            shape.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="numpy") as file:
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read {path}: {error}.") from error
     for name, x in _named(template).items():
         shape = found[name].shape if name in found else "nothing"
         if shape != x.shape:
-            raise ValueError(f"{path}: {name} must be {x.shape}, found {shape}.")
+            raise ConfigError(f"{path}: {name} must be {x.shape}, found {shape}.")
     leaves = [found[name] for name in _named(template)]
     return jax.tree.unflatten(jax.tree.structure(template), leaves), metadata
 

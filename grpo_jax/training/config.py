@@ -5,13 +5,16 @@ No jax here: `--help` and a mistyped flag should answer at once.
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from grpo_jax.errors import ConfigError, nearest
+from grpo_jax.errors import ConfigError, check_choice, nearest
 from grpo_jax.models.config import ModelConfig
+
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +102,7 @@ class InstrumentConfig:
 class CheckpointConfig:
     """What can be resumed: the latest `keep` and the best on held-out prompts."""
 
-    every: int = 25  # steps; also at the end and on SIGTERM
+    every: int = 20  # steps; also at the end and on SIGTERM
     keep: int = 2  # latest ones kept, besides the best
 
 
@@ -134,52 +137,23 @@ class TrainConfig:
     resume: bool = False  # continue the run in run_dir
 
     def __post_init__(self):
-        s, positive = self.sampling, {"steps": self.steps}
-        positive["sampling.prompts"] = s.prompts
-        positive["updates_per_rollout"] = self.updates_per_rollout
-        positive["micro_batch_tokens"] = self.micro_batch_tokens
-        positive["checkpoint.every"] = self.checkpoint.every
-        positive["checkpoint.keep"] = self.checkpoint.keep
-        positive["evaluation.prompts"] = self.evaluation.prompts
-        positive["instrument.prompts"] = self.instrument.prompts
-        positive["log.samples_prompts"] = self.log.samples_prompts
-        positive["log.lines_every"] = self.log.lines_every
-        for name in ("max_prompt_tokens", "max_new_tokens"):
-            positive[f"sampling.{name}"] = getattr(s, name)
-        for name in ("train_prompts", "heldout_prompts"):
-            positive[f"task.{name}"] = getattr(self.task, name)
-        for name in ("max_steps", "batch_size"):
-            positive[f"warm_start.{name}"] = getattr(self.warm_start, name)
-        for name, value in positive.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
-        for name, value in {
-            "optimizer.warmup_steps": self.optimizer.warmup_steps,
-            "optimizer.clip_norm": self.optimizer.clip_norm,
-            "optimizer.weight_decay": self.optimizer.weight_decay,
-            "evaluation.every": self.evaluation.every,
-            "instrument.every": self.instrument.every,
-            "log.samples_every": self.log.samples_every,
-            "warm_start.noisy_steps": self.warm_start.noisy_steps or 0,
-            "seed": self.seed,
-        }.items():
-            if value < 0:
-                raise ConfigError(f"{name} must not be negative, got {value}.")
-        if s.group_size < 2:
-            raise ConfigError(
-                f"sampling.group_size must be at least 2, got {s.group_size}; a group "
-                "of one has no baseline."
-            )
-        if not s.temperature > 0:
-            raise ConfigError(
-                f"sampling.temperature must be positive, got {s.temperature}; it is "
-                "part of the policy that is trained."
-            )
-        if not self.optimizer.learning_rate > 0:
-            raise ConfigError(
-                "optimizer.learning_rate must be positive, "
-                f"got {self.optimizer.learning_rate}."
-            )
+        leaves = dict(_leaves(self))
+        for name, value in leaves.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} must be a finite number, got {value}.")
+            least = _AT_LEAST.get(name)
+            if least is not None and value is not None and value < least:
+                why = _WHY.get(name, "")
+                raise ConfigError(f"{name} must be at least {least}, got {value}{why}.")
+            if name in _POSITIVE and value is not None and not value > 0:
+                why = _WHY.get(name, "")
+                raise ConfigError(f"{name} must be positive, got {value}{why}.")
+            if name in ("seed", "task.seed") and value >= 2**63:
+                raise ConfigError(f"{name} must be below 2**63, got {value}.")
+        for name in ("optimizer.b1", "optimizer.b2"):
+            if not 0 <= leaves[name] < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {leaves[name]}.")
+        check_choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
         target = self.warm_start.target_pass_rate
         if target is not None and not 0 < target <= 1:
             raise ConfigError(
@@ -187,6 +161,40 @@ class TrainConfig:
             )
         if self.resume and not self.run_dir:
             raise ConfigError("resume needs the run to continue: give --run-dir DIR.")
+
+
+_AT_LEAST = {
+    "steps": 1, "updates_per_rollout": 1, "micro_batch_tokens": 1, "seed": 0,
+    "task.seed": 0, "task.train_prompts": 1, "task.heldout_prompts": 1,
+    "objective.kl_coef": 0, "objective.std_eps": 0, "model.vocab_size": 0,
+    "sampling.prompts": 1, "sampling.group_size": 2, "sampling.max_prompt_tokens": 1,
+    "sampling.max_new_tokens": 1, "optimizer.warmup_steps": 0, "optimizer.eps": 0,
+    "optimizer.clip_norm": 0, "optimizer.weight_decay": 0, "warm_start.max_steps": 1,
+    "warm_start.noisy_steps": 0, "warm_start.batch_size": 1, "evaluation.every": 0,
+    "evaluation.prompts": 1, "instrument.every": 0, "instrument.prompts": 2,
+    "checkpoint.every": 1, "checkpoint.keep": 1, "log.samples_every": 0,
+    "log.samples_prompts": 1, "log.lines_every": 1,
+}  # fmt: skip
+_POSITIVE = (
+    "sampling.temperature", "optimizer.learning_rate", "warm_start.learning_rate"
+)  # fmt: skip
+_WHY = {
+    "sampling.group_size": "; a group of one has no baseline",
+    "sampling.temperature": "; it is part of the policy that is trained",
+    "instrument.prompts": "; one prompt has no angle to another",
+}
+
+
+def _leaves(record, where=""):
+    """('sampling.prompts', 16), ... of a nested config."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{where}{field.name}.")
+        elif isinstance(value, tuple):
+            yield from ((f"{where}{field.name}", x) for x in value)
+        else:
+            yield f"{where}{field.name}", value
 
 
 def to_dict(config: Any) -> dict:
@@ -245,7 +253,7 @@ def _coerce(kind, value, name):
         try:
             if not isinstance(value, bool):
                 return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass  # reported below, with every other value of the wrong type
     if type(value) is kind:
         return value
@@ -259,8 +267,8 @@ def load_config_file(path: str) -> TrainConfig:
         raise ConfigError(f"--config must be a .yaml, .yml or .json file, got {path}.")
     try:
         text = file.read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read --config {path}: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read --config {path}: {error}.") from error
     if file.suffix == ".json":
         try:
             return from_dict(TrainConfig, json.loads(text))

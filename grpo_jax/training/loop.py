@@ -6,6 +6,8 @@ metrics are written while the device samples the next step.
 """
 
 import dataclasses
+import hashlib
+import json
 import signal
 import time
 from functools import partial
@@ -42,6 +44,7 @@ from grpo_jax.training.metrics import (
     count_compiles,
     keep_until,
     mean_interval,
+    read_lines,
     to_numbers,
     wilson_interval,
 )
@@ -58,7 +61,7 @@ from grpo_jax.training.step import (
     objective_weights,
 )
 from grpo_jax.training.warm_start import (
-    answer_logprobs,
+    pass_rates,
     warm_start,
     warm_start_settings,
 )
@@ -144,6 +147,14 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"got {vocab_size}; leave it out to take the tokenizer's."
         )
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    held = config.instrument.prompts * num_parameters(model) * 4
+    if config.instrument.every and held > instrument.MAX_GRADIENT_BYTES:
+        raise ConfigError(
+            f"instrument.prompts is {config.instrument.prompts}: that many gradients "
+            f"of this model take {readable(held, 'B')}, more than "
+            f"{readable(instrument.MAX_GRADIENT_BYTES, 'B')}; lower it, or set "
+            "instrument.every to 0."
+        )
     prompt_length = bucket(len(prompts[longest]))
     p, g = sampling.prompts, sampling.group_size
     micro = micro_batch(p, g, prompt_length, max_new_tokens, config.micro_batch_tokens)
@@ -181,9 +192,26 @@ def resolve_objective(config: TrainConfig) -> Objective:
     choice = config.objective
     if choice.name not in OBJECTIVES:
         raise unknown_name("objective", choice.name, OBJECTIVES)
+    preset = OBJECTIVES[choice.name]
     given = {k: v for k, v in _without(choice, "name").items() if v is not None}
+    for field, axis, used in (
+        ("clip", "surrogate ppo", preset.surrogate == "ppo"),
+        ("std_eps", "scale std", preset.scale == "std"),
+        ("std_ddof", "scale std", preset.scale == "std"),
+    ):
+        if field in given and not used:
+            raise ConfigError(
+                f"objective.{field} changes nothing in {choice.name}, which has no "
+                f"{axis}; leave it out."
+            )
+    if preset.ratio == "none" and config.updates_per_rollout > 1:
+        raise ConfigError(
+            f"updates_per_rollout must be 1 for {choice.name}, which has no importance "
+            f"ratio, got {config.updates_per_rollout}; the second update would be off "
+            "policy."
+        )
     try:
-        return dataclasses.replace(OBJECTIVES[choice.name], **given)
+        return dataclasses.replace(preset, **given)
     except ValueError as error:
         raise ConfigError(f"objective {choice.name}: {error}") from error
 
@@ -208,11 +236,19 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         ConfigError: the run cannot start as configured; nothing was written.
         NonFiniteGradients: five updates in a row had to be skipped.
     """
+    if task is not None:
+        named = dataclasses.replace(config.task, name=task.name)
+        config = dataclasses.replace(config, task=named)
     plan = make_plan(config, task)
-    directory = claim(config, plan.task.note)
+    directory = claim(config, note=plan.task.note, data=_data_fingerprint(plan.task))
     use_compile_cache()
     with _Signals() as signals:
         return _Run(config, plan, directory, signals).train()
+
+
+def _data_fingerprint(task):
+    text = json.dumps([task.train, task.heldout])
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def _named_interval(name, stem, interval):
@@ -252,6 +288,8 @@ class _Run:
         self.signals = signals
         self.console = Console(config.log.lines_every)
         self.compiles = count_compiles()
+        self.order = None  # (epoch, its permutation of the prompts)
+        self.probed = {}  # the latest row of instrument.jsonl, until it is written
         self.temperature = config.sampling.temperature
         self.tokenizer = plan.task.tokenizer
         # Derived keys: parameters, training samples, evaluation samples.
@@ -264,12 +302,14 @@ class _Run:
         self.console.say(self.plan.headline)
         self.console.say(f"run directory: {self.directory}")
         self.tokenizer.save_pretrained(self.directory / "tokenizer")
-        policy = init_policy(self.plan.model, self.init_key)
-        start = self._starting_params(policy)
-        if start is None:
-            self.console.say("stopped during the warm start; nothing to resume.")
+        policy = self._starting_policy()
+        if policy is None:
+            self.console.say(
+                "stopped during the warm start, of which nothing is kept; start again "
+                f"with --resume --run-dir {self.directory}"
+            )
             return TrainResult(self.directory, {}, False)
-        self._build(policy.replace(start))
+        self._build(policy)
         checkpoints = Checkpoints(
             self.directory / "checkpoints",
             keep=self.config.checkpoint.keep,
@@ -277,10 +317,11 @@ class _Run:
         )
         with checkpoints:
             self.checkpoints = checkpoints
-            state, position, score = self._starting_state()
-            self._open_files(int(state.step))
+            state, step = self._starting_state(policy)
+            del policy  # its parameters are the state's now, to be given away
+            self._open_files(step)
             try:
-                return self._loop(state, position, score)
+                return self._loop(state, step)
             finally:
                 self.console.stop()
                 for file in self.files.values():
@@ -288,16 +329,17 @@ class _Run:
 
     # ---- before the first step
 
-    def _starting_params(self, policy: Policy):
-        """The policy at step 0, which is also the reference policy."""
+    def _starting_policy(self) -> Policy | None:
+        """The policy at step 0, which is also the reference; None if stopped."""
+        policy = init_policy(self.plan.model, self.init_key)
         file, config, plan = (
             self.directory / "initial.safetensors",
             self.config,
             self.plan,
         )
         if file.exists():
-            return jax.tree.map(jnp.asarray, load_params(file, policy.params)[0])
-        params = policy.params
+            params, _ = load_params(file, policy.params)
+            return policy.replace(jax.tree.map(jnp.asarray, params))
         if config.warm_start.enabled and plan.task.warm_start is not None:
             settings = warm_start_settings(config.warm_start, plan.task)
             began = time.monotonic()
@@ -317,6 +359,7 @@ class _Run:
                     if step % 100 == 0
                     else None
                 ),
+                warn=self.console.warn,
                 stop=lambda: self.signals.asked,
             )
             if result is None:
@@ -326,19 +369,19 @@ class _Run:
                 f"warm start: {result.steps} supervised steps, pass rate "
                 f"{result.pass_rate:.3f} on trained prompts ({how})"
             )
-            if not result.cached and result.steps >= settings.max_steps:
+            if not result.reached:
                 self.console.warn(
                     "the warm start ended at its step limit, not at its target pass "
                     f"rate of {settings.target_pass_rate}."
                 )
-            params = result.policy.params
-        save_params(file, params)
-        return params
+            policy = result.policy
+        save_params(file, policy.params)
+        return policy
 
     def _build(self, start: Policy):
         """Compiled programs, and the fixed sets of prompts they run on."""
         config, plan, objective = self.config, self.plan, self.plan.objective
-        self.policy = start
+        self.policy = start.replace(None)  # parameters live in the state alone
         self.uses_reference = bool(objective.kl_coef)
         # A copy: the start's own buffers are given away to the first update.
         self.reference = (
@@ -360,9 +403,8 @@ class _Run:
         self.micro = {t: self._micro(t) for t in plan.buckets}
         self.updates, self.rescore = {}, {}
         for t, micro in self.micro.items():
-            make = partial(
-                make_train_step,
-                start,
+            step = make_train_step(
+                self.policy,
                 objective,
                 self.optimizer,
                 prompt_weights=self.weights,
@@ -370,12 +412,7 @@ class _Run:
                 temperature=self.temperature,
                 max_length=plan.max_new_tokens,
             )
-            self.updates[t] = [
-                jax.jit(make(advances_step=last), donate_argnums=0)
-                for last in (
-                    (False, True) if config.updates_per_rollout > 1 else (True,)
-                )
-            ]
+            self.updates[t] = jax.jit(step, donate_argnums=0)
             self.rescore[t] = jax.jit(
                 lambda policy, rollouts, micro=micro: batch_logprobs(
                     policy, rollouts, self.temperature, micro
@@ -388,6 +425,12 @@ class _Run:
             "heldout": plan.task.heldout,
         }
         self.probe_ids = pick[: min(config.instrument.prompts, len(pick))]
+        self.eval_prompts = {
+            name: self._padded(
+                encode_all(self.tokenizer, [e.prompt for e in examples], "a prompt")
+            )
+            for name, examples in self.eval_sets.items()
+        }
         self.answers = {}
         if plan.task.single_answer:
             probes = [plan.task.train[i] for i in self.probe_ids]
@@ -406,17 +449,22 @@ class _Run:
             self.config.micro_batch_tokens,
         )
 
-    def _starting_state(self):
-        state = init_state(self.policy.params, self.optimizer, self.weights)
+    def _starting_state(self, policy):
+        state = init_state(policy.params, self.optimizer, self.weights)
         if not self.config.resume:
-            return state, 0, None
+            return state, 0
         restored = self.checkpoints.restore(state)
         if restored is None:
             self.console.warn("no whole checkpoint to resume from; starting at step 0.")
-            return state, 0, None
+            return state, 0
         state, data = restored
-        self.console.say(f"resumed at step {int(state.step)}.")
-        return state, data["position"], data["score"]
+        if data["step"] > self.config.steps:
+            raise ConfigError(
+                f"steps must be at least {data['step']}, where {self.directory} is "
+                f"already, got {self.config.steps}."
+            )
+        self.console.say(f"resumed at step {data['step']}.")
+        return state, data["step"]
 
     def _open_files(self, step):
         self.files = {}
@@ -432,7 +480,7 @@ class _Run:
         s, shape = self.config.sampling, jax.ShapeDtypeStruct
         p, g, length = s.prompts, s.group_size, self.plan.prompt_length
         self.programs, self.rescore_programs = {}, {}
-        for t, updates in self.updates.items():
+        for t, update in self.updates.items():
             ids, floats = shape((p, g, t), jnp.int32), shape((p, g, t), jnp.float32)
             prompt = shape((p, length), jnp.int32)
             rewards = shape((p, g), jnp.float32)
@@ -443,33 +491,35 @@ class _Run:
                 floats if several else None,
                 floats if self.uses_reference else None,
             )
-            self.programs[t] = [u.lower(state, batch).compile() for u in updates]
+            self.programs[t] = update.lower(state, batch).compile()
             if several or self.uses_reference:
-                rescore = self.rescore[t].lower(self.policy, rollouts)
+                policy = self.policy.replace(state.params)
+                rescore = self.rescore[t].lower(policy, rollouts)
                 self.rescore_programs[t] = rescore.compile()
 
     # ---- one step
 
     def _prompt_order(self, epoch):
-        rng = np.random.default_rng([self.config.seed, 4, epoch])
-        return rng.permutation(len(self.plan.prompts))
+        if self.order is None or self.order[0] != epoch:
+            rng = np.random.default_rng([self.config.seed, 4, epoch])
+            self.order = epoch, rng.permutation(len(self.plan.prompts))
+        return self.order[1]
 
-    def _next_prompts(self, position):
-        """Indices of the next P trained prompts; an epoch is a fresh permutation."""
-        wanted, indices = self.config.sampling.prompts, []
-        while len(indices) < wanted:
-            epoch, offset = divmod(position + len(indices), len(self.plan.prompts))
-            indices += list(
-                self._prompt_order(epoch)[offset : offset + wanted - len(indices)]
-            )
-        return np.asarray(indices)
+    def _prompts_of(self, step):
+        """Indices of a step's P trained prompts, all different.
+
+        An epoch is a fresh permutation, cut into whole steps: the data position is a
+        function of the step, and what is left over (fewer than P) sits this epoch out.
+        """
+        p = self.config.sampling.prompts
+        epoch, place = divmod(step, len(self.plan.prompts) // p)
+        return self._prompt_order(epoch)[place * p : (place + 1) * p]
+
+    def _padded(self, rows):
+        return pad_left(rows, self.plan.prompt_length, self.tokenizer.pad_token_id)
 
     def _rollouts(self, params, indices, key, group_size):
-        ids, mask = pad_left(
-            [self.plan.prompts[i] for i in indices],
-            self.plan.prompt_length,
-            self.tokenizer.pad_token_id,
-        )
+        ids, mask = self._padded([self.plan.prompts[i] for i in indices])
         return self.sample(
             self.policy.replace(params),
             ids,
@@ -489,20 +539,21 @@ class _Run:
             behaviour_logprobs=rollouts.behaviour_logprobs[..., :t],
         )
 
-    def _loop(self, state, position, best) -> TrainResult:
+    def _loop(self, state, step) -> TrainResult:
         config = self.config
         began = time.monotonic()
         self._compile_updates(state)
-        row = {}
-        if int(state.step) == 0:
-            row = self._look(state.params, 0)
-            best = row.get("eval/heldout_pass_rate", best)
+        # Looked at even on resume, where it is not written: so that evaluation and
+        # instrument are compiled before the first step too.
+        row = self._look(state.params, 0)
+        if step == 0:
+            self._write(0, {}, row)
         self.console.say(f"ready after {time.monotonic() - began:.1f} s")
-        self.console.start(int(state.step), config.steps)
-        step, pending = int(state.step), None
+        self.console.start(step, config.steps)
+        pending = None
         while step < config.steps and not self.signals.asked:
             step_began = time.monotonic()
-            indices = self._next_prompts(position)
+            indices = self._prompts_of(step)
             key = jax.random.fold_in(self.run_key, step)
             sampled = self._rollouts(
                 state.params, indices, key, config.sampling.group_size
@@ -518,45 +569,43 @@ class _Run:
             times["time/score_s"] = time.monotonic() - scored
 
             updating = time.monotonic()
-            programs = self.programs[rollouts.completions.shape[-1]]
-            for i in range(config.updates_per_rollout):
-                last = i == config.updates_per_rollout - 1
-                program = programs[-1] if last else programs[0]
-                state, metrics = program(state, batch)
+            update = self.programs[rollouts.completions.shape[-1]]
+            for _ in range(config.updates_per_rollout):
+                state, metrics = update(state, batch)
             jax.block_until_ready(state)
             times["time/update_s"] = time.monotonic() - updating
-            step, position = step + 1, position + len(indices)
+            step += 1
 
             if errors:
                 self.console.warn(
                     f"step {step}: {len(errors)} rewards missing: {errors[0][:200]}"
                 )
             self._log_samples(step, indices, texts, rollouts)
-            looked = {}
-            if self._due(step):
-                looked = self._look(state.params, step)
-                best = looked.get("eval/heldout_pass_rate", best)
-            self._stop_if_not_finite(state, step, rollouts, position, best)
+            looked = self._look(state.params, step)
             times["time/step_s"] = time.monotonic() - step_began
             pending = (step, metrics, times | looked)
-            if step % config.checkpoint.every == 0:
+            failed = int(state.skipped_in_a_row) >= SKIPPED_LIMIT
+            if step % config.checkpoint.every == 0 or failed:
                 # The line first: a checkpoint's step is never missing from the file.
                 row, pending = self._write(*pending), None
-                self._save(state, step, position, best)
+                self._save(state, step, row)
+            if failed:
+                self._give_up(step, rollouts)
         if pending is not None:
             row = self._write(*pending)
-        if step:
-            self._save(state, step, position, best)
+            self._save(state, step, row)
         self.checkpoints.wait()
         self.console.stop()
         finished = step >= config.steps
         if not finished:
+            saved = ", saved" if step else ""
             self.console.say(
-                f"stopped at step {step}, saved; continue with --resume "
+                f"stopped at step {step}{saved}; continue with --resume "
                 f"--run-dir {self.directory}"
             )
         self._report(finished)
-        return TrainResult(self.directory, row, finished)
+        last = read_lines(self.directory / "metrics.jsonl")[-1]
+        return TrainResult(self.directory, last, finished)
 
     def _score(self, rollouts, indices):
         texts = decode_groups(
@@ -573,14 +622,14 @@ class _Run:
             old = self.rescore_programs[t](self.policy.replace(params), rollouts)
         if self.uses_reference:
             reference = self.rescore_programs[t](self.reference, rollouts)
-        return Batch(jax.tree.map(jnp.asarray, rollouts), old, reference)
+        batch = Batch(jax.tree.map(jnp.asarray, rollouts), old, reference)
+        return jax.block_until_ready(batch)
 
-    def _stop_if_not_finite(self, state, step, rollouts, position, best):
-        if int(state.skipped_in_a_row) < SKIPPED_LIMIT:
-            return
+    def _give_up(self, step, rollouts):
         file = self.directory / f"nonfinite-step-{step}.npz"
         np.savez(file, step=step, **rollouts._asdict())
-        self._save(state, step, position, best)
+        self.checkpoints.wait()
+        self._report(finished=False)
         raise NonFiniteGradients(
             f"{SKIPPED_LIMIT} updates in a row had a non-finite gradient; stopped at "
             f"step {step}. Its rollouts are in {file}, the parameters (not touched by "
@@ -589,13 +638,6 @@ class _Run:
         )
 
     # ---- looking and writing
-
-    def _due(self, step):
-        config = self.config
-        everies = (config.evaluation.every, config.instrument.every)
-        return step == config.steps or any(
-            every and step % every == 0 for every in everies
-        )
 
     def _look(self, params, step) -> dict[str, float]:
         """Evaluation and instrument where they are due, with their own files."""
@@ -607,16 +649,14 @@ class _Run:
         every = config.instrument.every
         if every and (at_end or step % every == 0) and "probe" in self.answers:
             metrics |= self._instrument(params, step)
-        if step == 0:
-            self._write(0, {}, metrics)
         return metrics
 
     def _exact(self, params, name):
-        answers = self.answers[name]
-        return np.exp(
-            np.asarray(
-                answer_logprobs(self.policy.replace(params), answers, self.temperature)
-            )
+        return pass_rates(
+            self.policy.replace(params),
+            self.answers[name],
+            self.temperature,
+            self.config.micro_batch_tokens,
         )
 
     def _evaluate(self, params, step):
@@ -627,23 +667,19 @@ class _Run:
             if exact:
                 interval = mean_interval(self._exact(params, name))
             else:
-                interval = self._sampled_pass_rate(params, self.eval_sets[name], key)
+                interval = self._sampled_pass_rate(params, name, key)
             metrics |= _named_interval(
                 f"eval/{name}_pass_rate", f"eval/{name}", interval
             )
         if exact:
-            name, examples = "eval/heldout_sampled", self.eval_sets["heldout"]
-            interval = self._sampled_pass_rate(params, examples, key)
+            name = "eval/heldout_sampled"
+            interval = self._sampled_pass_rate(params, "heldout", key)
             metrics |= _named_interval(name, name, interval)
         return metrics
 
-    def _sampled_pass_rate(self, params, examples, key):
-        """Share, with its interval, of examples solved (reward 1) by a sample each."""
-        ids, mask = pad_left(
-            encode_all(self.tokenizer, [e.prompt for e in examples], "a prompt"),
-            self.plan.prompt_length,
-            self.tokenizer.pad_token_id,
-        )
+    def _sampled_pass_rate(self, params, name, key):
+        """Share, with its interval, of prompts solved (reward 1) by a sample each."""
+        (ids, mask), examples = self.eval_prompts[name], self.eval_sets[name]
         rollouts = jax.device_get(
             self.sample(self.policy.replace(params), ids, mask, group_size=1, key=key)
         )
@@ -667,14 +703,17 @@ class _Run:
             self._exact(params, "probe"),
             self.temperature,
         )
-        self.files["instrument"].write({"step": step} | row)
+        self.probed = {"step": step} | row
         return metrics
 
     def _write(self, step, metrics, host):
-        updates = step * self.config.updates_per_rollout
         row = {"step": step} | to_numbers(metrics) | host
         if step:
-            row["learning_rate"] = float(self.schedule(updates - 1))
+            applied = row["update/applied"]
+            row["update/skipped"] = step * self.config.updates_per_rollout - applied
+            row["learning_rate"] = float(self.schedule(max(0, applied - 1)))
+        if self.probed.get("step") == step:
+            self.files["instrument"].write(self.probed)
         row["compiles"] = self.compiles()
         self.files["metrics"].write(row)
         if step:
@@ -703,14 +742,17 @@ class _Run:
                 }
             )
 
-    def _save(self, state, step, position, best):
-        data = {"position": int(position), "score": best}
-        score = -float("inf") if best is None else best
-        self.checkpoints.save(step, state, data, score)
+    def _save(self, state, step, row):
+        score = row.get("eval/heldout_pass_rate")
+        self.checkpoints.save(step, state, {"step": step}, score)
 
     def _report(self, finished):
         from grpo_jax.training.report import write_report
 
-        path = write_report([self.directory], self.directory / "report.html")
+        try:
+            path = write_report([self.directory], self.directory / "report.html")
+        except OSError as error:  # a full disk: what was learnt is safe elsewhere
+            self.console.warn(f"the report could not be written ({error}).")
+            return
         if finished:
             self.console.say(f"report: {path}")

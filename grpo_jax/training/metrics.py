@@ -1,5 +1,6 @@
 """What a run writes: metrics.jsonl, one object a step, every field documented here."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -29,16 +30,18 @@ FIELDS = {
     "loss/kl": "the KL part of the loss",
     "gradient/norm": "global norm before clipping",
     "update/norm": "global norm of the parameters' change",
-    "update/skipped_in_a_row": "updates skipped in a row for a non-finite gradient",
+    "update/applied": "optimizer updates applied since step 0",
+    "update/skipped": "optimizer updates skipped since step 0 for not being finite",
+    "update/skipped_in_a_row": "of these, those since the last applied one",
     "learning_rate": "of the step's last update",
     "time/sample_s": "seconds until the completions were on the host",
     "time/score_s": "seconds of reward functions and of recomputed log-probs",
     "time/update_s": "seconds of the update, the device's work included",
     "time/step_s": "seconds of the whole step, evaluation included",
-    "compiles": "programs compiled since the process started",
+    "compiles": "programs compiled since this process began the run",
     "eval/train_pass_rate": "pass rate of trained prompts: the mean of the exact ones "
     "where one answer is right, else the share solved (reward 1) by one sample each",
-    "eval/train_low": "lower end of its 95 % interval: over prompts if exact, or Wilson",
+    "eval/train_low": "lower end of its 95 % interval over prompts; Wilson if sampled",
     "eval/train_high": "upper end",
     "eval/heldout_pass_rate": "the same of the held-out prompts",
     "eval/heldout_low": "lower end of its 95 % interval",
@@ -59,7 +62,7 @@ class JsonLines:
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -87,14 +90,18 @@ def keep_until(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def to_numbers(metrics: dict[str, Any]) -> dict[str, float | int | None]:
-    """Device scalars as Python numbers; None for what is not finite."""
+def _without_nan(value: Any) -> Any:
+    """The value with null for every number that JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: _without_nan(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    def number(x):
-        x = np.asarray(x).item()
-        return x if isinstance(x, int) or math.isfinite(x) else None
 
-    return {name: number(x) for name, x in jax.device_get(metrics).items()}
+def to_numbers(metrics: dict[str, Any]) -> dict[str, float | int]:
+    """Device scalars as Python numbers."""
+    return {name: np.asarray(x).item() for name, x in jax.device_get(metrics).items()}
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -115,13 +122,21 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float, float]:
     return share, max(0.0, centre - half), min(1.0, centre + half)
 
 
-def count_compiles() -> Callable[[], int]:
-    """A function that returns how many programs were compiled since this call."""
-    count = 0
+@functools.cache
+def _compile_events() -> list[str]:
+    """Grows by one per program that this process compiles; one listener for all."""
+    events = []
 
     def on_event(name, *_, **__):
-        nonlocal count
-        count += name == "/jax/core/compile/backend_compile_duration"
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(on_event)
-    return lambda: count
+    return events
+
+
+def count_compiles() -> Callable[[], int]:
+    """A function that returns how many programs were compiled since this call."""
+    events = _compile_events()
+    before = len(events)
+    return lambda: len(events) - before

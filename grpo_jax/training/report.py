@@ -14,7 +14,7 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.training.config import differences
 from grpo_jax.training.metrics import FIELDS, read_lines
-from grpo_jax.training.run_directory import read_config_dict
+from grpo_jax.training.run_directory import read_config_dict, read_notes
 
 COLOURS = ("#2f5d8a", "#c0562f", "#4d8a4a", "#7b569c", "#8a7a2f", "#3f8f8f")
 
@@ -42,13 +42,13 @@ def read_run(directory: Path) -> Run:
     metrics = read_lines(directory / "metrics.jsonl")
     if not metrics:
         raise ConfigError(f"{directory} has no metrics yet; nothing to report.")
-    facts = json.loads((directory / "config.json").read_text())
+    versions, note = read_notes(directory)
     return Run(
         directory.name or str(directory),
         directory,
         config,
-        facts["versions"],
-        facts["note"],
+        versions,
+        note,
         metrics,
         read_lines(directory / "samples.jsonl"),
         read_lines(directory / "instrument.jsonl"),

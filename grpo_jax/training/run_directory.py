@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.training.config import TrainConfig, differences, from_dict, to_dict
+from grpo_jax.training.config import TrainConfig, differences, to_dict
 
 # What may differ between a run and its continuation: nothing the maths depends on. How
 # long it goes on is one of them as long as the learning rate does not depend on it.
 FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "log.")
 
 
-def claim(config: TrainConfig, note: str = "") -> Path:
+def claim(config: TrainConfig, *, note: str, data: str) -> Path:
     """The directory this run may write to, created; with the run's config in it.
 
     Args:
         config: The run's.
         note: What the report should say of the task.
+        data: A fingerprint of the task's prompts and answers.
 
     Raises:
         ConfigError: it holds another run, or this one and `resume` is not set, or there
@@ -64,9 +65,20 @@ def claim(config: TrainConfig, note: str = "") -> Path:
                 f"cannot resume {directory} with another config "
                 f"({'; '.join(changed)}); give the same one, or another --run-dir."
             )
-    directory.mkdir(parents=True, exist_ok=True)
+        if _facts(directory).get("data", data) != data:
+            raise ConfigError(
+                f"cannot resume {directory}: the task's data changed since it began; "
+                "restore the data, or give another --run-dir."
+            )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the run directory {directory}: {error.strerror}."
+        ) from error
     temporary = file.with_suffix(".tmp")
-    facts = {"config": to_dict(config), "versions": versions(), "note": note}
+    facts = {"config": to_dict(config), "versions": versions()}
+    facts |= {"note": note, "data": data}
     temporary.write_text(json.dumps(facts, indent=2))
     temporary.replace(file)
     return directory
@@ -92,17 +104,27 @@ def read_config_dict(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the directory holds no run.
     """
+    return _facts(directory)["config"]
+
+
+def _facts(directory):
+    """All of config.json: config, versions, note, data."""
     file = Path(directory) / "config.json"
     try:
-        return json.loads(file.read_text())["config"]
+        facts = json.loads(file.read_text())
+        if not isinstance(facts["config"], dict):
+            raise ValueError("its config is no mapping")
     except FileNotFoundError as error:
         raise ConfigError(f"{directory} holds no run: no config.json there.") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged ({error}); it cannot be used.") from error
+    return facts
 
 
-def read_config(directory: Path) -> TrainConfig:
-    return from_dict(TrainConfig, read_config_dict(directory))
+def read_notes(directory: Path) -> tuple[dict[str, str], str]:
+    """(package versions, the task's note) of a run."""
+    facts = _facts(directory)
+    return facts.get("versions", {}), facts.get("note", "")
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ those of the whole batch, so how it is split changes no gradient.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,6 @@ class TrainState(NamedTuple):
     params: Any  # float32
     opt_state: Any
     weights_state: Any  # of the prompt weights
-    step: jax.Array  # int32, rollouts trained on
     updates: jax.Array  # int32, optimizer updates applied
     skipped_in_a_row: jax.Array  # int32, updates skipped for a non-finite gradient
 
@@ -78,7 +78,9 @@ def micro_batch(
 
 
 def _divisors(n):
-    return [d for d in range(n, 0, -1) if n % d == 0]
+    """Of n, the largest first."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)}, reverse=True)
 
 
 def split_batch(tree: Any, micro: MicroBatch, group_axis: bool) -> Any:
@@ -180,8 +182,8 @@ def _decayed(params):
 def init_state(
     params: Any, optimizer: optax.GradientTransformation, weights: PromptWeights
 ) -> TrainState:
-    # Three arrays, not one thrice: a donated buffer may be given away only once.
-    zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+    # Two arrays, not one twice: a donated buffer may be given away only once.
+    zeros = (jnp.zeros((), jnp.int32) for _ in range(2))
     return TrainState(params, optimizer.init(params), weights.init(), *zeros)
 
 
@@ -194,7 +196,6 @@ def make_train_step(
     micro: MicroBatch,
     temperature: float,
     max_length: int,
-    advances_step: bool = True,
 ):
     """train_step(state, batch) -> (state, metrics), pure; jit it with donated state.
 
@@ -202,8 +203,7 @@ def make_train_step(
     `stop_gradient(logprobs)` stands for it and the ratio is exactly 1. The sampler's
     own log-probs serve the mismatch metric, and KL where it is in the reward.
 
-    An update whose gradient is not finite changes nothing but `skipped_in_a_row`.
-    `advances_step` is False for all but the last of several updates on one rollout.
+    An update that is not finite changes nothing but `skipped_in_a_row`.
     """
     kl_coef = loss_kl_coef(objective)
 
@@ -295,8 +295,9 @@ def make_train_step(
             state.params, state.weights_state, batch
         )
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        change_norm = optax.tree.norm(changes)
+        finite = jnp.isfinite(norm) & jnp.isfinite(change_norm)
         params = optax.apply_updates(state.params, changes)
         params, opt_state, weights_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -307,13 +308,13 @@ def make_train_step(
             params,
             opt_state,
             weights_state,
-            state.step + int(advances_step),
             state.updates + finite,
             jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
         metrics |= {
             "gradient/norm": norm,
-            "update/norm": jnp.where(finite, optax.tree.norm(changes), 0.0),
+            "update/norm": jnp.where(finite, change_norm, 0.0),
+            "update/applied": state.updates,
             "update/skipped_in_a_row": state.skipped_in_a_row,
         }
         return state, metrics

@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from grpo_jax.errors import ConfigError
 from grpo_jax.models.decoder import Policy
 from grpo_jax.rollouts.encoding import answer_rollouts
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks.types import Task, WarmStart
 from grpo_jax.training.checkpoint import load_params, save_params
 from grpo_jax.training.config import WarmStartConfig
-from grpo_jax.training.step import MicroBatch, batch_logprobs
+from grpo_jax.training.step import MicroBatch, batch_logprobs, micro_batch
 
-_VERSION = 1  # of this procedure: a change to it must not find old results
+_VERSION = 2  # of this procedure: a change to it must not find old results
 _CHECK_EVERY = 25  # steps between two looks at the pass rate
 _PROBE = 256  # prompts looked at
 
@@ -36,6 +37,7 @@ class WarmStarted(NamedTuple):
     policy: Policy
     pass_rate: float  # on trained prompts, exact
     steps: int  # of both stages
+    reached: bool  # the clean stage's target, before its step limit
     cached: bool
 
 
@@ -58,6 +60,7 @@ def warm_start(
     temperature: float,
     cache: Path,
     report: Callable[[str, int, float], None],
+    warn: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> WarmStarted | None:
     """A policy that answers some of the task's prompts, from cache where there is one.
@@ -67,6 +70,7 @@ def warm_start(
         prompt_length, length: Padded tokens of prompts and of answers with EOS.
         cache: Directory of earlier results.
         report: Called with (stage, step, pass rate) at every measurement.
+        warn: Called with a sentence where the cache cannot be used.
         stop: Polled every step; True ends it with nothing kept.
 
     Returns:
@@ -76,15 +80,19 @@ def warm_start(
         cache / f"{_fingerprint(policy, task, settings, seed, temperature)}.safetensors"
     )
     if file.exists():
-        params, facts = load_params(file, policy.params)
-        params = jax.tree.map(jnp.asarray, params)
-        return WarmStarted(
-            policy.replace(params), float(facts["pass_rate"]), int(facts["steps"]), True
-        )
+        try:
+            params, facts = load_params(file, policy.params)
+            facts = json.loads(facts["facts"])
+            params = jax.tree.map(jnp.asarray, params)
+            return WarmStarted(policy.replace(params), **facts, cached=True)
+        except (ConfigError, KeyError, ValueError) as error:
+            warn(f"the cached warm start is of no use ({error}); learning anew.")
     encode = partial(
         answer_rollouts, task.tokenizer, prompt_length=prompt_length, length=length
     )
-    probe = encode(task.train[:: max(1, len(task.train) // _PROBE)][:_PROBE])
+    count = min(_PROBE, len(task.train))
+    spread = np.linspace(0, len(task.train) - 1, count).astype(int)
+    probe = encode([task.train[i] for i in spread])
     rng = np.random.default_rng([seed, 2])
     schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.max_steps)
     optimizer = optax.adamw(schedule, weight_decay=0.0)
@@ -93,6 +101,7 @@ def warm_start(
     opt_state = optimizer.init(params)
 
     def learn(stage, steps, spoiled, target, done):
+        """(steps taken, target reached), or None if stopped."""
         nonlocal params, opt_state
         for i in range(1, steps + 1):
             if stop():
@@ -107,26 +116,35 @@ def warm_start(
                 )
                 report(stage, done + i, rate)
                 if rate >= target:
-                    return i
-        return steps
+                    return i, True
+        return steps, False
 
     clean = learn(
         "clean answers", settings.max_steps, False, settings.target_pass_rate, 0
     )
     if clean is None:
         return None
+    steps, reached = clean
     # The second stage goes on at a steady fifth of the peak rate, wherever the first
     # one's schedule was stopped.
     steady = optax.adamw(settings.learning_rate / 5, weight_decay=0.0)
     step = jax.jit(partial(_supervised_step, policy, steady), donate_argnums=(0, 1))
     opt_state = steady.init(params)
-    noisy = learn("spoiled answers", settings.noisy_steps, True, 2.0, clean)
+    noisy = learn("spoiled answers", settings.noisy_steps, True, 2.0, steps)
     if noisy is None:
         return None
-    rate = float(pass_rates(policy.replace(params), probe, temperature).mean())
-    steps = clean + noisy
-    save_params(file, params, {"pass_rate": repr(rate), "steps": str(steps)})
-    return WarmStarted(policy.replace(params), rate, steps, False)
+    facts = {
+        "pass_rate": float(
+            pass_rates(policy.replace(params), probe, temperature).mean()
+        ),
+        "steps": steps + noisy[0],
+        "reached": reached,
+    }
+    try:
+        save_params(file, params, {"facts": json.dumps(facts)})
+    except OSError as error:
+        warn(f"the warm start could not be cached ({error}).")
+    return WarmStarted(policy.replace(params), **facts, cached=False)
 
 
 @partial(jax.jit, static_argnames="micro")
@@ -134,17 +152,20 @@ def _answer_logprobs(policy, rollouts, temperature, micro):
     return batch_logprobs(policy, rollouts, temperature, micro).sum(-1)
 
 
-def answer_logprobs(
-    policy: Policy, answers: Rollouts, temperature: float, parts: int = 1
-) -> jax.Array:
-    """[N] log-probs of whole answers [N, 1, T], in `parts` equal parts."""
-    micro = MicroBatch(answers.prompts.shape[0] // parts, 1)
-    return _answer_logprobs(policy, answers, jnp.float32(temperature), micro)[:, 0]
+def pass_rates(
+    policy: Policy,
+    answers: Rollouts,
+    temperature: float,
+    budget: int = 2**16,
+) -> np.ndarray:
+    """[N] exact pass rates of answers [N, 1, T], each the one right completion.
 
-
-def pass_rates(policy: Policy, answers: Rollouts, temperature: float) -> np.ndarray:
-    """[N] exact pass rates where each answer is the one right completion."""
-    return np.exp(np.asarray(answer_logprobs(policy, answers, temperature)))
+    At most about `budget` tokens are looked at in one go.
+    """
+    n, _, t = answers.completions.shape
+    micro = micro_batch(n, 1, answers.prompts.shape[1], t, budget)
+    logprobs = _answer_logprobs(policy, answers, jnp.float32(temperature), micro)
+    return np.exp(np.asarray(logprobs)[:, 0])
 
 
 def _supervised_step(policy, optimizer, params, opt_state, answers: Rollouts):

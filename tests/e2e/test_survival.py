@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import shutil
 import signal
 import time
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.training.metrics import read_lines
+from tests.e2e.conftest import TINY_FLAGS
 
 STEPS = 14
 FLAGS = ("--steps", STEPS, "--checkpoint.every", 3, "--evaluation.every", 4)
@@ -133,6 +133,12 @@ def test_unreadable_newest_checkpoint_is_passed_over(run, tmp_path):
     assert "checkpoint of step 6 cannot be read" in output
     assert "resumed at step 3" in output
     assert numbers(directory) == before
+    assert (directory / "checkpoints" / "6").is_dir()  # written again
+    for checkpoint in ("3", "6"):
+        shutil.rmtree(directory / "checkpoints" / checkpoint / "state")
+    code, output = run("train", "--run-dir", directory, "--resume", *flags)
+    assert code == 2 and "nothing was changed" in output, output
+    assert numbers(directory) == before
 
 
 def test_stray_directory_is_no_checkpoint(run, tmp_path):
@@ -146,6 +152,14 @@ def test_stray_directory_is_no_checkpoint(run, tmp_path):
     assert code == 0 and "resumed at step 3" in output, output
 
 
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, resource.RLIM_INFINITY))
+from grpo_jax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_full_disk_loses_checkpoints_and_not_the_run(run, tmp_path):
     """A file-size limit stands for the full disk: large writes fail, lines go through."""
     directory = tmp_path / "run"
@@ -153,12 +167,9 @@ def test_full_disk_loses_checkpoints_and_not_the_run(run, tmp_path):
     assert run("train", "--run-dir", directory, *flags)[0] == 0  # fills the caches
     shutil.rmtree(directory)
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, resource.RLIM_INFINITY))
-
     code, output = run(
         "train", "--run-dir", directory, "--steps", 4, "--checkpoint.every", 2,
-        preexec_fn=limit,
+        *TINY_FLAGS, code=LIMITED,
     )  # fmt: skip
     assert "checkpoint of step 2 failed" in output, output
     assert read_lines(directory / "metrics.jsonl")[-1]["step"] == 4

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+
+from grpo_jax import Example
+from grpo_jax.errors import ConfigError
+from grpo_jax.rollouts.encoding import (
+    answer_rollouts,
+    bucket,
+    completion_buckets,
+    decode_groups,
+    encode_all,
+    pad_left,
+)
+from grpo_jax.tasks.tokenizers import character_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return character_tokenizer("ab")  # pad 0, eos 1, a 2, b 3
+
+
+def test_encode_all(tokenizer):
+    assert encode_all(tokenizer, ["ab", "b"], "a prompt") == [[2, 3], [3]]
+
+
+def test_text_without_a_token_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match="a prompt 'axb' has a character without"):
+        encode_all(tokenizer, ["ab", "axb"], "a prompt")
+
+
+def test_empty_text_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match="an answer must not be empty, got ''"):
+        encode_all(tokenizer, ["ab", ""], "an answer")
+
+
+def test_pad_left():
+    ids, mask = pad_left([[5, 6], [7, 8, 9]], 3, pad_id=4)
+    assert ids.tolist() == [[4, 5, 6], [7, 8, 9]]
+    assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert ids.dtype == mask.dtype == np.int32
+
+
+def test_answer_rollouts_end_with_eos(tokenizer):
+    examples = [Example("a", "bb"), Example("ab", "a")]
+    rollouts = answer_rollouts(tokenizer, examples, prompt_length=2, length=4)
+    assert rollouts.prompts.tolist() == [[0, 2], [2, 3]]
+    assert rollouts.prompt_mask.tolist() == [[0, 1], [1, 1]]
+    assert rollouts.completions.tolist() == [[[3, 3, 1, 0]], [[2, 1, 0, 0]]]
+    assert rollouts.completion_mask.tolist() == [[[1, 1, 1, 0]], [[1, 1, 0, 0]]]
+    assert (rollouts.behaviour_logprobs == 0).all() and rollouts.rewards is None
+
+
+@pytest.mark.parametrize(("prompt_length", "length"), [(1, 4), (2, 2)])
+def test_answer_rollouts_cut_nothing_off(tokenizer, prompt_length, length):
+    with pytest.raises(ValueError):
+        answer_rollouts(tokenizer, [Example("ab", "bb")], prompt_length, length)
+
+
+def test_decode_groups_leaves_eos_and_padding_out(tokenizer):
+    completions = np.array([[[2, 3, 1, 0], [2, 2, 2, 2]], [[1, 0, 0, 0], [3, 1, 0, 0]]])
+    mask = np.array([[[1, 1, 1, 0], [1, 1, 1, 1]], [[1, 0, 0, 0], [1, 1, 0, 0]]])
+    texts = decode_groups(tokenizer, completions, mask)
+    assert texts == [["ab", "aaaa"], ["", "b"]]
+
+
+# Only the EOS at the end goes: padding that was sampled shows, and so does an id that
+# the tokenizer has no token for, so that no wrong completion reads like a right one.
+def test_decode_groups_shows_what_is_not_text(tokenizer):
+    completions = np.array([[[2, 0, 1], [2, 9, 1], [0, 2, 1], [2, 1, 0]]])
+    mask = np.array([[[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]]])
+    (texts,) = decode_groups(tokenizer, completions, mask)
+    assert texts[3] == "a" and len(set(texts)) == 4
+
+
+def test_decoding_undoes_encoding(tokenizer):
+    examples = [Example("a", "abba"), Example("a", "b")]
+    rollouts = answer_rollouts(tokenizer, examples, 1, 6)
+    texts = decode_groups(tokenizer, rollouts.completions, rollouts.completion_mask)
+    assert texts == [["abba"], ["b"]]
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1, 1), (16, 16), (17, 32), (100, 112), (128, 128), (129, 160), (1000, 1024)],
+)
+def test_bucket_golden(length, expected):
+    assert bucket(length) == expected
+
+
+def test_buckets_hold_their_lengths_and_are_few():
+    lengths = np.arange(1, 5000)
+    buckets = np.array([bucket(int(n)) for n in lengths])
+    assert (buckets >= lengths).all() and (np.diff(buckets) >= 0).all()
+    assert all(bucket(int(b)) == b for b in np.unique(buckets))
+    for low in (16, 128, 1024):
+        assert len(np.unique(buckets[low : 2 * low])) <= 8
+    assert (buckets[256:] < 1.25 * lengths[256:]).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(8, [8]), (64, [64]), (128, [64, 128]), (256, [64, 128, 256]), (130, [80, 130])],
+)
+def test_completion_buckets(tokens, expected):
+    assert completion_buckets(tokens) == expected

@@ -1,0 +1,134 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.training.metrics import (
+    FIELDS,
+    JsonLines,
+    count_compiles,
+    keep_until,
+    mean_interval,
+    read_lines,
+    to_numbers,
+    wilson_interval,
+)
+
+
+# z = 1.96, z^2 = 3.8416. 0 of 10: high = z^2 / (10 + z^2) = 3.8416 / 13.8416.
+# 5 of 10: 1/2 +- (z / (1 + z^2 / 10)) sqrt(1 / 40 + z^2 / 400) = 1/2 +- 0.26341.
+# 1 of 4: centre (0.25 + 0.4802) / 1.9604 = 0.37248, half 0.99980 * sqrt(0.1069...).
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    [
+        (0, 10, 0.0, 0.27754),
+        (10, 10, 0.72246, 1.0),
+        (5, 10, 0.23659, 0.76341),
+        (1, 4, 0.04559, 0.69936),
+    ],
+)
+def test_wilson_interval(successes, total, low, high):
+    actual = wilson_interval(successes, total)
+    expected = successes / total, low, high
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+# The ends are the shares q whose distance to the observed one is 1.96 of q's own std.
+def test_wilson_interval_solves_its_equation():
+    share, *ends = wilson_interval(137, 512)
+    for q in ends:
+        np.testing.assert_allclose(abs(share - q), 1.96 * (q * (1 - q) / 512) ** 0.5)
+
+
+# Mean 1/2, std (ddof 1) sqrt(1/3): half of the interval 1.96 sqrt(1/12).
+def test_mean_interval():
+    mean, low, high = mean_interval(np.array([0.0, 1.0, 0.0, 1.0]))
+    assert mean == 0.5 and low == 0.0 and high == 1.0  # cut to [0, 1]
+    mean, low, high = mean_interval(np.array([0.0, 1.0] * 50))
+    half = 1.96 * (0.25 * 100 / 99) ** 0.5 / 10
+    np.testing.assert_allclose((mean, low, high), (0.5, 0.5 - half, 0.5 + half))
+    assert mean_interval(np.array([0.3])) == (0.3, 0.0, 1.0)
+
+
+def written(path, rows):
+    lines = JsonLines(path)
+    for row in rows:
+        lines.write(row)
+    lines.close()
+    return path
+
+
+def test_lines_come_back_and_are_appended_to(tmp_path):
+    path = written(tmp_path / "m.jsonl", [{"step": 0}, {"step": 1, "x": None}])
+    written(path, [{"step": 2}])
+    assert read_lines(path) == [{"step": 0}, {"step": 1, "x": None}, {"step": 2}]
+    assert read_lines(tmp_path / "absent.jsonl") == []
+
+
+def test_a_line_is_on_disk_when_write_returns(tmp_path):
+    lines = JsonLines(tmp_path / "m.jsonl")
+    lines.write({"step": 0, "text": "é\u2028"})
+    assert read_lines(tmp_path / "m.jsonl") == [{"step": 0, "text": "é\u2028"}]
+    lines.close()
+
+
+def test_what_json_cannot_say_is_null(tmp_path):
+    row = {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": -float("inf")}}
+    path = written(tmp_path / "m.jsonl", [row])
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [1.5, None],
+        "c": {"d": None},
+    }
+
+
+def test_a_last_line_cut_short_is_left_out(tmp_path):
+    path = written(tmp_path / "m.jsonl", [{"step": 0}, {"step": 1}])
+    path.write_text(path.read_text()[:-5])
+    assert read_lines(path) == [{"step": 0}]
+
+
+def test_a_broken_line_elsewhere_is_an_error(tmp_path):
+    (path := tmp_path / "m.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(json.JSONDecodeError):
+        read_lines(path)
+
+
+def test_keep_until_drops_later_steps_and_the_cut_line(tmp_path):
+    path = written(tmp_path / "m.jsonl", [{"step": s, "x": 0.1} for s in range(5)])
+    with path.open("a") as file:
+        file.write('{"step": 5, "x"')
+    keep_until(path, 2)
+    assert [row["step"] for row in read_lines(path)] == [0, 1, 2]
+    written(path, [{"step": 3}])
+    assert [row["step"] for row in read_lines(path)] == [0, 1, 2, 3]
+    assert [file.name for file in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+def test_to_numbers():
+    metrics = {"a": jnp.float32(0.5), "b": jnp.int32(3), "c": np.float64(2), "d": 2}
+    actual = to_numbers(metrics | {"e": jnp.float32(jnp.nan)})
+    assert np.isnan(actual.pop("e"))
+    assert actual == {"a": 0.5, "b": 3, "c": 2.0, "d": 2}
+    assert [type(x) for x in actual.values()] == [float, int, float, int]
+
+
+def test_every_field_is_a_noun_and_is_documented():
+    assert {"step", "reward/mean", "group/informative", "group/std_mean"} <= set(FIELDS)
+    assert {"mismatch/max_abs", "tokens/completion"} <= set(FIELDS)
+    assert {"eval/train_pass_rate", "eval/heldout_pass_rate"} <= set(FIELDS)
+    assert {f"time/{phase}_s" for phase in ("sample", "score", "update")} <= set(FIELDS)
+    assert all(FIELDS.values()) and all(len(text) > 8 for text in FIELDS.values())
+
+
+def test_count_compiles_counts_new_programs_only():
+    compiles = count_compiles()
+    function = jax.jit(lambda x: x * 3 + 1)
+    function(np.float32(1))
+    once = compiles()
+    function(np.float32(2))
+    assert once >= 1 and compiles() == once
+    function(np.zeros(7, np.float32))
+    assert compiles() > once

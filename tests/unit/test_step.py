@@ -1,0 +1,262 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grpo_jax import (
+    OBJECTIVES,
+    ModelConfig,
+    Rollouts,
+    completion_logprobs,
+    init_policy,
+)
+from grpo_jax.training.config import OptimizerConfig
+from grpo_jax.training.metrics import FIELDS
+from grpo_jax.training.step import (
+    Batch,
+    MicroBatch,
+    batch_logprobs,
+    group_metrics,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    micro_batch,
+    objective_weights,
+    repeat_parts,
+    split_batch,
+)
+
+P, G, T = 4, 6, 3
+SPLITS = [(4, 6), (2, 6), (1, 6), (1, 3), (1, 2), (1, 1)]
+NAN = float("nan")
+
+
+# A part of p prompts and g samples holds p * (10 + g * 20) tokens.
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (10_000, (4, 6)),
+        (4 * 130, (4, 6)),
+        (4 * 130 - 1, (2, 6)),
+        (130, (1, 6)),
+        (129, (1, 3)),
+        (70, (1, 3)),
+        (69, (1, 2)),
+        (49, (1, 1)),
+        (1, (1, 1)),
+    ],
+)
+def test_micro_batch_golden(budget, expected):
+    assert micro_batch(4, 6, 10, 20, budget) == MicroBatch(*expected)
+
+
+def test_micro_batch_is_the_largest_that_fits():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        p, g, prompt, tokens = (int(n) for n in rng.integers(1, 25, 4))
+        budget = int(rng.integers(1, 8000))
+        micro = micro_batch(p, g, prompt, tokens, budget)
+        assert p % micro.prompts == 0 and g % micro.samples == 0
+        assert micro.samples == g or micro.prompts == 1
+        sizes = [
+            (a * (prompt + b * tokens), MicroBatch(a, b))
+            for a, b in itertools.product(range(1, p + 1), range(1, g + 1))
+            if p % a == 0 and g % b == 0 and (b == g or a == 1)
+        ]
+        fitting = [pair[1] for pair in sizes if pair[0] <= budget]
+        largest = max(fitting, key=lambda m: m.prompts * m.samples, default=None)
+        assert micro == (largest or MicroBatch(1, 1))
+
+
+@pytest.mark.parametrize("micro", SPLITS)
+def test_parts_hold_every_sample_beside_its_prompt(micro):
+    micro = MicroBatch(*micro)
+    prompts, samples = np.indices((P, G))
+    parts = jax.jit(lambda x: split_batch(x, micro, True))((prompts, samples))
+    rows = split_batch(np.arange(P), micro, False)
+    rows = repeat_parts(rows, G // micro.samples)
+    assert parts[0].shape == (len(rows), micro.prompts, micro.samples)
+    expected = np.broadcast_to(np.asarray(rows)[..., None], parts[0].shape)
+    np.testing.assert_array_equal(parts[0], expected)
+    pairs = set(zip(*(np.asarray(x).ravel().tolist() for x in parts), strict=True))
+    assert pairs == set(itertools.product(range(P), range(G)))
+
+
+def test_split_keeps_trailing_axes():
+    x = np.arange(P * G * T).reshape(P, G, T)
+    parts = split_batch({"x": x}, MicroBatch(1, 2), True)["x"]
+    assert parts.shape == (P * G // 2, 1, 2, T)
+    np.testing.assert_array_equal(parts[4, 0, 1], x[1, 3])
+
+
+@pytest.fixture(scope="module")
+def policy():
+    config = ModelConfig(
+        vocab_size=9, num_layers=1, width=8, mlp_width=8, num_heads=2, num_kv_heads=1,
+        head_dim=4, remat="none",
+    )  # fmt: skip
+    return init_policy(config, jax.random.key(0))
+
+
+def rollouts(seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, T + 1, (P, G, 1))
+    return Rollouts(
+        prompts=rng.integers(0, 9, (P, 2)).astype(np.int32),
+        prompt_mask=np.ones((P, 2), np.int32),
+        completions=rng.integers(0, 9, (P, G, T)).astype(np.int32),
+        completion_mask=(np.arange(T) < lengths).astype(np.int32),
+        behaviour_logprobs=np.zeros((P, G, T), np.float32),
+        rewards=rng.integers(0, 2, (P, G)).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize("micro", [(4, 6), (2, 6), (1, 3)])
+def test_batch_logprobs_are_the_same_in_any_split(policy, micro):
+    expected = jax.jit(completion_logprobs)(policy, rollouts(), temperature=2.0)
+    parts = jax.jit(batch_logprobs, static_argnums=3)
+    actual = parts(policy, rollouts(), 2.0, MicroBatch(*micro))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def stepper(policy):
+    """(train_step, a fresh state) of plain reinforce under sgd at rate 1."""
+    objective, optimizer = OBJECTIVES["reinforce"], optax.sgd(1.0)
+    weights = objective_weights(objective)
+    step = make_train_step(
+        policy,
+        objective,
+        optimizer,
+        prompt_weights=weights,
+        micro=MicroBatch(P, G),
+        temperature=1.0,
+        max_length=T,
+    )
+    return jax.jit(step), init_state(policy.params, optimizer, weights)
+
+
+def test_an_update_counts_and_reports(stepper):
+    step, before = stepper
+    after, metrics = step(before, Batch(rollouts(), None, None))
+    assert (after.updates, after.skipped_in_a_row) == (1, 0)
+    assert set(metrics) <= set(FIELDS) and all(x.ndim == 0 for x in metrics.values())
+    change = jax.tree.map(jnp.subtract, after.params, before.params)
+    np.testing.assert_allclose(metrics["update/norm"], optax.tree.norm(change), 1e-4)
+    # sgd at rate 1 moves by the gradient.
+    np.testing.assert_allclose(metrics["update/norm"], metrics["gradient/norm"], 1e-6)
+    assert metrics["gradient/norm"] > 1e-3
+    np.testing.assert_allclose(metrics["ratio/mean"], 1, rtol=1e-6)
+
+
+def test_an_update_makes_better_samples_likelier(stepper, policy):
+    step, state = stepper
+    batch = rollouts()
+    after, _ = step(state, Batch(batch, None, None))
+    twin = jax.jit(completion_logprobs)
+    gained = (twin(policy.replace(after.params), batch) - twin(policy, batch)).sum(-1)
+    advantages = batch.rewards - batch.rewards.mean(1, keepdims=True)
+    assert (advantages * np.asarray(gained)).sum() > 0
+
+
+def test_a_batch_without_signal_changes_nothing(stepper):
+    step, state = stepper
+    tied = rollouts()._replace(rewards=np.full((P, G), 0.35, np.float32))
+    after, metrics = step(state, Batch(tied, None, None))
+    assert metrics["gradient/norm"] == 0 and metrics["group/informative"] == 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(stepper):
+    step, state = stepper
+    spoiled = jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.params)
+    state = state._replace(params=spoiled)
+    for times in (1, 2):
+        state, metrics = step(state, Batch(rollouts(), None, None))
+        assert (state.updates, state.skipped_in_a_row) == (0, times)
+        assert metrics["update/norm"] == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, spoiled)
+
+
+# Rewards (1, 0, 0, missing), (1, 1, 1, 1), (missing x 4): 5 solved of 7 present; the
+# first has std sqrt(2) / 3, the others 0; completions of 1, 2, 3 and 0 tokens each.
+def test_group_metrics():
+    batch = Rollouts(
+        *[None] * 3,
+        completion_mask=np.tile(np.tri(4, 3, -1, np.int32)[[1, 2, 3, 0]], (3, 1, 1)),
+        behaviour_logprobs=None,
+        rewards=np.float32([[1, 0, 0, NAN], [1] * 4, [NAN] * 4]),
+    )
+    metrics = jax.jit(group_metrics)(batch, np.float32([2, 0, 1]))
+    expected = {
+        "reward/mean": 5 / 7,
+        "reward/missing": 5,
+        "group/informative": 1 / 3,
+        "group/std_mean": 2**0.5 / 9,
+        "weights/mean": 1,
+        "weights/max": 2,
+        "completion/length_mean": 6 / 4,
+        "tokens/completion": 18,
+    }
+    assert set(metrics) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+
+
+# std 1/2: weight 2 under grpo, 1 under the rows without a scale; tied: 0 or no matter.
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective_weights(name):
+    rule = objective_weights(OBJECTIVES[name])
+    weights, _ = jax.jit(rule.weights)(np.float32([[1, 0]]), rule.init())
+    expected = 2 if OBJECTIVES[name].scale == "std" else 1
+    np.testing.assert_allclose(weights, [expected], rtol=1e-5)
+
+
+def rates(updates=10, **changes):
+    config = OptimizerConfig(learning_rate=1.0, **changes)
+    return [float(make_schedule(config, updates)(i)) for i in range(updates)]
+
+
+def test_schedules_after_warm_up():
+    assert rates(4) == [1, 1, 1, 1]
+    np.testing.assert_allclose(rates(4, warmup_steps=4), [0.25, 0.5, 0.75, 1])
+    linear = rates(6, warmup_steps=2, schedule="linear")
+    np.testing.assert_allclose(linear, [0.5, 1, 1, 0.75, 0.5, 0.25], atol=1e-6)
+    cosine = rates(4, schedule="cosine")
+    np.testing.assert_allclose(cosine, (1 + np.cos(np.arange(4) * np.pi / 4)) / 2)
+
+
+def updates_of(grads, params, **changes):
+    config = OptimizerConfig(**changes)
+    optimizer = make_optimizer(config, optax.constant_schedule(1.0))
+    return jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0]
+
+
+def test_weight_decay_is_on_matrices_only():
+    params = {
+        "q": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+        "norm": {"scale": jnp.ones(2)},
+        "embedding": {"embedding": jnp.ones((3, 2))},
+        "unembedding": jnp.ones((2, 3)),
+    }
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates = updates_of(grads, params, weight_decay=0.1)
+    moved = jax.tree.map(lambda x: float(x.ravel()[0]), updates)
+    np.testing.assert_allclose(moved["q"]["kernel"], -0.1, rtol=1e-6)
+    np.testing.assert_allclose(moved["embedding"]["embedding"], -0.1, rtol=1e-6)
+    np.testing.assert_allclose(moved["unembedding"], -0.1, rtol=1e-6)
+    assert moved["q"]["bias"] == moved["norm"]["scale"] == 0
+
+
+# A huge Adam eps makes its first step m / eps = grad / eps: what clipping left shows.
+@pytest.mark.parametrize(("clip_norm", "factor"), [(1.0, 1 / 5), (10.0, 1), (0.0, 1)])
+def test_clipping_is_by_the_global_norm(clip_norm, factor):
+    params = {"a": {"bias": jnp.zeros(1)}, "b": {"bias": jnp.zeros(1)}}
+    grads = {"a": {"bias": jnp.array([3.0])}, "b": {"bias": jnp.array([4.0])}}
+    updates = updates_of(grads, params, clip_norm=clip_norm, eps=1e6)
+    np.testing.assert_allclose(updates["a"]["bias"], -3e-6 * factor, rtol=1e-4)
+    np.testing.assert_allclose(updates["b"]["bias"], -4e-6 * factor, rtol=1e-4)
