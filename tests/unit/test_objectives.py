@@ -208,6 +208,16 @@ def test_on_policy_ratio_is_one_and_nothing_is_clipped():
     assert metrics["ratio/clipped"] == 0
 
 
+def test_a_token_counts_as_clipped_where_it_has_no_gradient():
+    arrays = batch(seed=3, shape=(4, 8, 16))
+    objective = dataclasses.replace(GRPO, kl_coef=0.0, clip=(0.1, 0.3))
+    _, grads = loss_and_grads(objective, arrays)
+    _, metrics = jax.jit(lambda a: policy_loss(objective, **a))(arrays)
+    share = np.mean(np.asarray(grads)[arrays["completion_mask"] > 0] == 0)
+    np.testing.assert_allclose(metrics["ratio/clipped"], share, rtol=1e-5)
+    assert 0.1 < share < 0.4
+
+
 def test_no_kl_is_reported_without_a_reference():
     arrays = batch() | dict(reference_logprobs=None)
     _, metrics = jax.jit(lambda a: policy_loss(OBJECTIVES["dr_grpo"], **a))(arrays)

@@ -15,7 +15,7 @@ from grpo_jax.rollouts.sampling import cache_lengths, inverse_cdf
 V, EOS, PAD = 11, 1, 10
 CONFIG = ModelConfig(
     vocab_size=V, num_layers=2, width=16, mlp_width=24, num_heads=4, num_kv_heads=2,
-    head_dim=4, qk_bias=True,
+    head_dim=4, qk_bias=True, remat="none",
 )  # fmt: skip
 PROMPTS = [[3, 4, 5, 6], [7], [8, 2, 9]]  # one of them a single token
 NEVER = V + 5  # an end that no token is

@@ -31,7 +31,7 @@ from grpo_jax.training.step import (
 )
 
 P, G, T = 4, 6, 3
-SPLITS = [(4, 6), (2, 6), (1, 6), (1, 3), (1, 2), (1, 1)]
+SPLITS = [(4, 6), (2, 6), (1, 6), (2, 3), (4, 1), (1, 2), (1, 1)]
 NAN = float("nan")
 
 
@@ -115,7 +115,7 @@ def rollouts(seed=0):
     )
 
 
-@pytest.mark.parametrize("micro", [(4, 6), (2, 6), (1, 3)])
+@pytest.mark.parametrize("micro", [(2, 6), (1, 3)])
 def test_batch_logprobs_are_the_same_in_any_split(policy, micro):
     expected = jax.jit(completion_logprobs)(policy, rollouts(), temperature=2.0)
     parts = jax.jit(batch_logprobs, static_argnums=3)
