@@ -1,9 +1,11 @@
 """Group statistics: baselines and inverse scales of rewards [P, G].
 
-A missing reward is NaN: it takes no part in its group's statistics and its advantage is
-exactly 0. A tied group (max == min) carries no signal: its inverse scale is exactly 0.
+A missing reward is NaN or infinite: it takes no part in its group's statistics and its
+advantage is exactly 0. A tied group (max == min) carries no signal: its inverse scale is
+exactly 0.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,14 +23,14 @@ class GroupStatistics(NamedTuple):
 
 
 def group_statistics(rewards: jax.Array) -> GroupStatistics:
-    """Mean, deviations and ties of each prompt's rewards [P, G], NaNs left out."""
+    """Mean, deviations and ties of each prompt's rewards [P, G], missing ones out."""
     if rewards.ndim != 2:
         raise ValueError(
             f"rewards must be [num_prompts, group_size], got {rewards.shape}; "
             "reshape flat rewards with rewards.reshape(-1, group_size)."
         )
     rewards = jax.lax.stop_gradient(jnp.asarray(rewards, float))
-    present = ~jnp.isnan(rewards)
+    present = jnp.isfinite(rewards)
     filled = jnp.where(present, rewards, 0)
     count = present.sum(1).astype(rewards.dtype)
     mean = filled.sum(1) / jnp.maximum(count, 1)
@@ -117,12 +119,12 @@ def expected_group_std(p: jax.Array, group_size: int) -> jax.Array:
     if group_size < 2:
         raise ValueError(f"group_size must be at least 2, got {group_size}.")
     p = jnp.asarray(p, float)[..., None]
-    k = jnp.arange(1, group_size, dtype=p.dtype)  # groups with a mixed outcome
-    log_choose = (
-        jax.lax.lgamma(jnp.asarray(group_size + 1, p.dtype))
-        - jax.lax.lgamma(k + 1)
-        - jax.lax.lgamma(group_size - k + 1)
-    )
+    shape = (1,) * (p.ndim - 1) + (group_size - 1,)
+    mixed = range(1, group_size)  # successes in a group that is not tied
+    log_choose = jnp.asarray(
+        [math.log(math.comb(group_size, k)) for k in mixed], p.dtype
+    ).reshape(shape)
+    k = jnp.asarray(mixed, p.dtype).reshape(shape)
     inside = (p > 0) & (p < 1)
     safe = jnp.where(inside, p, 0.5)
     log_mass = log_choose + k * jnp.log(safe) + (group_size - k) * jnp.log1p(-safe)

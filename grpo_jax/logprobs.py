@@ -51,6 +51,8 @@ def token_logprobs(
             f"token_ids must be {(*lead, length)} to fit hidden {hidden.shape}, "
             f"got {token_ids.shape}."
         )
+    if length < 1:
+        raise ValueError(f"hidden must hold at least one token, got {hidden.shape}.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     # float32 even from bfloat16, float64 from float64.
@@ -77,8 +79,8 @@ def token_logprobs(
         chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]
         if not with_entropy:
             return (chosen - log_total,)
-        probs = jnp.exp(logits - log_total[..., None])
-        return chosen - log_total, log_total - (probs * logits).sum(-1)
+        logprobs = logits - log_total[..., None]  # first, or the sum cancels
+        return chosen - log_total, -(jnp.exp(logprobs) * logprobs).sum(-1)
 
     outputs = jax.lax.map(
         lambda chunk: one_chunk(*chunk),

@@ -65,7 +65,7 @@ def std_weights(
     References:
         Ge et al. 2026, arXiv:2601.23135 (the preconditioner view of power 1).
     """
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}.")
 
     def weights(rewards, state):

@@ -1,13 +1,13 @@
 """Time of one GRPO step: sample and update, against the machine's own matmul peak.
 
-Shape of work (the defaults): a Qwen2-style decoder, 6 layers, width 256, MLP 688, 4 heads
-of 64, 2 KV heads, tied vocabulary of 2,048, float32; 8 prompts x 8 samples, 64 prompt and
-128 sampled tokens, no early stop, one AdamW update per rollout, no KL.
+Shape of work (the defaults): a Qwen2-style decoder, 6 layers, width 256, MLP 688, 4
+heads of 64, 2 KV heads, tied vocabulary of 2,048, float32; 8 prompts x 8 samples, 64
+prompt and 128 sampled tokens, no early stop, one AdamW update per rollout, no KL.
 
     python experiments/benchmarks/step.py [--json] [--steps 6] [--compute-dtype bfloat16]
 
-Figures of several machines are in BUILD_NOTES.md. Compare programs only within one run:
-alternate them and take medians.
+Figures are in BUILD_NOTES.md. Compare programs only within one run: alternate them and
+take medians.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Config:
     head_dim: int = 64
     vocab: int = 2048
     compute_dtype: str = "float32"
-    remat: str = "dots"
+    remat: str = "full"
     micro_batch_tokens: int = 2304  # 2 prompts of the default shape
     objective: str = "grpo"
     json: bool = False  # end with one line of JSON
@@ -70,8 +70,11 @@ def matmul_peak(dtype, size):
 
 
 def arithmetic(c: Config, model: gj.ModelConfig):
-    """(sampling, training) FLOP with the prompt encoded once per group: 2 per weight and
-    token forward, 6 with the backward pass, attention included, recomputation not."""
+    """(sampling, training) FLOP with the prompt encoded once per group.
+
+    2 per weight and token forward, 6 with the backward pass; attention included,
+    recomputation not.
+    """
     dense = num_parameters(model) - model.vocab_size * model.width
     head = model.vocab_size * model.width
     prompt = c.prompts * c.prompt_tokens

@@ -32,5 +32,5 @@ def token_coefficients(
     if kind == "sequence_mean_token_mean":
         return share / jnp.maximum(lengths, 1)
     if kind == "constant":
-        return share / (max_length or mask.shape[-1])
+        return share / (mask.shape[-1] if max_length is None else max_length)
     return share

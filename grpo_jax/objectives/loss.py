@@ -52,7 +52,15 @@ def per_prompt_losses(
     Raises:
         ValueError: shapes do not fit, or a reference is missing.
     """
-    _check(objective, logprobs, behaviour_logprobs, rewards, completion_mask)
+    same_shape = {
+        "behaviour_logprobs": behaviour_logprobs,
+        "completion_mask": completion_mask,
+        "reference_logprobs": reference_logprobs,
+        "token_weights": token_weights,
+    }
+    _check(objective, logprobs, rewards, same_shape)
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}.")
     if objective.kl_coef and reference_logprobs is None:
         raise ValueError(
             f"reference_logprobs must be given, kl_coef is {objective.kl_coef}; pass "
@@ -150,7 +158,8 @@ def prompt_terms(
         tokens = ppo(z, advantages, objective.clip)
         clipped = ppo_clipped(z, advantages, objective.clip)
     if token_weights is not None:
-        tokens = tokens * jax.lax.stop_gradient(token_weights)
+        factors = jnp.where(live, token_weights, 0.0)
+        tokens = tokens * jax.lax.stop_gradient(factors)
     surrogate = (coefficients * tokens).sum((1, 2))
     metrics = {
         "ratio/mean": (token_shares * jnp.exp(z)).sum(),
@@ -164,7 +173,7 @@ def prompt_terms(
     return surrogate, (coefficients * kl).sum((1, 2)), jax.lax.stop_gradient(metrics)
 
 
-def _check(objective, logprobs, behaviour_logprobs, rewards, completion_mask):
+def _check(objective, logprobs, rewards, same_shape):
     if not isinstance(objective, Objective):
         raise ValueError(
             f"objective must be an Objective, got {objective!r}; look one up in "
@@ -175,12 +184,9 @@ def _check(objective, logprobs, behaviour_logprobs, rewards, completion_mask):
             f"logprobs must be [P, G, T], got {logprobs.shape}; reshape flat rows with "
             "x.reshape(-1, group_size, T)."
         )
-    for name, array, shape in (
-        ("behaviour_logprobs", behaviour_logprobs, logprobs.shape),
-        ("completion_mask", completion_mask, logprobs.shape),
-        ("rewards", rewards, logprobs.shape[:2]),
-    ):
-        if array.shape != shape:
+    shapes = [(name, array, logprobs.shape) for name, array in same_shape.items()]
+    for name, array, shape in [*shapes, ("rewards", rewards, logprobs.shape[:2])]:
+        if array is not None and array.shape != shape:
             raise ValueError(
                 f"{name} must be {shape} to fit logprobs {logprobs.shape}, "
                 f"got {array.shape}."

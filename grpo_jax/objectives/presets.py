@@ -4,6 +4,7 @@ An ablation is one line: `dataclasses.replace(OBJECTIVES["grpo"], scale="none")`
 """
 
 import dataclasses
+import math
 from types import MappingProxyType
 from typing import Literal
 
@@ -46,10 +47,10 @@ class Objective:
     def __post_init__(self):
         for axis, choices in _CHOICES.items():
             check_choice(axis, getattr(self, axis), choices)
-        low, high = self.clip
-        if not (0 < low < 1 and high > 0):
+        pair = isinstance(self.clip, tuple) and len(self.clip) == 2
+        if not (pair and 0 < self.clip[0] < 1 and 0 < self.clip[1] < math.inf):
             raise ValueError(
-                f"clip must be (low in (0, 1), high > 0), got {self.clip}; "
+                f"clip must be a pair (low in (0, 1), high > 0), got {self.clip}; "
                 "it keeps the ratio in [1 - low, 1 + high]."
             )
         if not self.kl_coef >= 0:

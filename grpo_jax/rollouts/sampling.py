@@ -78,7 +78,12 @@ def sample(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
     if prompt_indices is None:
-        prompt_indices = jnp.arange(prompt_ids.shape[0])
+        prompt_indices = np.arange(prompt_ids.shape[0])
+    if np.shape(prompt_indices) != prompt_ids.shape[:1]:
+        raise ValueError(
+            f"prompt_indices must be [{prompt_ids.shape[0]}], one per prompt, "
+            f"got {np.shape(prompt_indices)}."
+        )
     return _sample(
         policy,
         jnp.asarray(prompt_ids, jnp.int32),

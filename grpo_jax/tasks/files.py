@@ -14,9 +14,9 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
         ConfigError: the file cannot be read, is empty, or a line is not such an object
             (the line's number and what was expected are named).
     """
-    expected = f"expected a JSON object with text fields {', '.join(fields)}"
+    expected = _expected(fields)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the data file {path}: {error}.") from error
     rows = []
@@ -29,18 +29,27 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
             raise ConfigError(
                 f"{path}, line {number}: not JSON ({error.msg}); {expected}."
             ) from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}, line {number}: {expected}.")
-        for field in fields:
-            if not isinstance(row.get(field), str):
-                raise ConfigError(
-                    f"{path}, line {number}: field {field!r} is "
-                    f"{row.get(field, 'missing')!r}; {expected}."
-                )
-        rows.append(row)
+        rows.append(_checked(row, fields, f"{path}, line {number}"))
     if not rows:
         raise ConfigError(f"the data file {path} is empty; {expected} on each line.")
     return rows
+
+
+def _expected(fields):
+    return f"expected a JSON object with text fields {', '.join(fields)}"
+
+
+def _checked(row, fields, where):
+    """The row, if it is an object with those fields as text."""
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: {_expected(fields)}.")
+    for field in fields:
+        if not isinstance(row.get(field), str):
+            raise ConfigError(
+                f"{where}: field {field!r} is {row.get(field, 'missing')!r}; "
+                f"{_expected(fields)}."
+            )
+    return row
 
 
 def train_and_test(
@@ -63,15 +72,18 @@ def train_and_test(
             read_jsonl(directory / f"{part}.jsonl", fields)
             for part in ("train", "test")
         )
+    name = "/".join(hub_name)
     try:
         from datasets import load_dataset
 
-        return tuple(
-            load_dataset(*hub_name, split=p).to_list() for p in ("train", "test")
-        )
+        parts = [load_dataset(*hub_name, split=p).to_list() for p in ("train", "test")]
     except Exception as error:  # datasets raises a dozen kinds for one fact
+        reason = (str(error).splitlines() or [""])[0][:120]
         raise ConfigError(
-            f"cannot load {'/'.join(hub_name)} through `datasets` "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:120]}); give "
-            "--task.path DIR with train.jsonl and test.jsonl."
+            f"cannot load {name} through `datasets` ({type(error).__name__}: {reason});"
+            " give --task.path DIR with train.jsonl and test.jsonl."
         ) from error
+    return tuple(
+        [_checked(row, fields, f"{name}, row {i}") for i, row in enumerate(part)]
+        for part in parts
+    )

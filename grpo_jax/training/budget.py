@@ -68,6 +68,7 @@ def readable(count: float, unit: str = "") -> str:
     """1234567 -> '1.23M': three significant digits, decimal prefixes."""
     if count < 1000:
         return f"{count:.0f}{unit}"
+    count = float(f"{count:.3g}")  # rounded first: 999,999 is 1.00M
     power = min(4, int(math.log10(count) // 3))
     value = count / 1000**power
     digits = max(0, 2 - int(math.log10(value)))

@@ -257,7 +257,8 @@ def _coerce(kind, value, name):
             pass  # reported below, with every other value of the wrong type
     if type(value) is kind:
         return value
-    raise ConfigError(f"{name} must be a {kind.__name__}, got {value!r}.")
+    wanted = {int: "a whole number", float: "a number", bool: "true or false"}
+    raise ConfigError(f"{name} must be {wanted.get(kind, 'text')}, got {value!r}.")
 
 
 def load_config_file(path: str) -> TrainConfig:

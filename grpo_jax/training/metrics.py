@@ -106,6 +106,7 @@ def to_numbers(metrics: dict[str, Any]) -> dict[str, float | int]:
 
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     """(mean, low, high): a 95 % normal interval over independent values in [0, 1]."""
+    values = np.asarray(values, float)
     mean = float(values.mean())
     half = (
         1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 1

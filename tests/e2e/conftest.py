@@ -17,7 +17,7 @@ TINY_FLAGS = [
 
 @pytest.fixture
 def grpo_jax(tmp_path):
-    """Starts `python -m grpo_jax ...` with TINY_FLAGS for `train`; kills it at the end."""
+    """Starts `python -m grpo_jax ...`, `train` with TINY_FLAGS; killed at the end."""
     started = []
 
     def start(*arguments, code=None, **options):

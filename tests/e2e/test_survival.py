@@ -161,7 +161,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_full_disk_loses_checkpoints_and_not_the_run(run, tmp_path):
-    """A file-size limit stands for the full disk: large writes fail, lines go through."""
+    """A file-size limit stands for the full disk: large writes fail, lines pass."""
     directory = tmp_path / "run"
     flags = ("--steps", 6, "--checkpoint.every", 3)
     assert run("train", "--run-dir", directory, *flags)[0] == 0  # fills the caches
