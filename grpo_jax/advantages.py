@@ -1,8 +1,8 @@
 """Group statistics: baselines and inverse scales of rewards [P, G].
 
 A missing reward is NaN or infinite: it takes no part in its group's statistics and its
-advantage is exactly 0. A tied group (max == min) carries no signal: its inverse scale is
-exactly 0.
+advantage is exactly 0. A tied group (max == min) carries no signal: its inverse scale
+is exactly 0.
 """
 
 import math

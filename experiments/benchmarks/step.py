@@ -4,7 +4,7 @@ Shape of work (the defaults): a Qwen2-style decoder, 6 layers, width 256, MLP 68
 heads of 64, 2 KV heads, tied vocabulary of 2,048, float32; 8 prompts x 8 samples, 64
 prompt and 128 sampled tokens, no early stop, one AdamW update per rollout, no KL.
 
-    python experiments/benchmarks/step.py [--json] [--steps 6] [--compute-dtype bfloat16]
+    python experiments/benchmarks/step.py [--json] [--steps 6] [--remat none]
 
 Figures are in BUILD_NOTES.md. Compare programs only within one run: alternate them and
 take medians.
