@@ -49,7 +49,7 @@ from grpo_jax.training.metrics import (
     wilson_interval,
 )
 from grpo_jax.training.paths import cache_directory, use_compile_cache
-from grpo_jax.training.run_directory import claim
+from grpo_jax.training.run_directory import claim, record
 from grpo_jax.training.step import (
     Batch,
     batch_logprobs,
@@ -240,15 +240,19 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)
     plan = make_plan(config, task)
-    directory = claim(config, note=plan.task.note, data=_data_fingerprint(plan.task))
+    directory = claim(config, **_facts(plan.task))
     use_compile_cache()
     with _Signals() as signals:
         return _Run(config, plan, directory, signals).train()
 
 
-def _data_fingerprint(task):
+def _facts(task):
+    """What config.json keeps of a task: its note, and a fingerprint of its data."""
     text = json.dumps([task.train, task.heldout])
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+    return {
+        "note": task.note,
+        "data": hashlib.sha256(text.encode()).hexdigest()[:20],
+    }
 
 
 def _named_interval(name, stem, interval):
@@ -318,6 +322,7 @@ class _Run:
         with checkpoints:
             self.checkpoints = checkpoints
             state, step = self._starting_state(policy)
+            record(self.directory, self.config, **_facts(self.plan.task))
             del policy  # its parameters are the state's now, to be given away
             self._open_files(step)
             try:

@@ -15,7 +15,7 @@ FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "log.")
 
 
 def claim(config: TrainConfig, *, note: str, data: str) -> Path:
-    """The directory this run may write to, created; with the run's config in it.
+    """The directory this run may write to, created; a new run's config is in it.
 
     Args:
         config: The run's.
@@ -76,12 +76,18 @@ def claim(config: TrainConfig, *, note: str, data: str) -> Path:
         raise ConfigError(
             f"cannot make the run directory {directory}: {error.strerror}."
         ) from error
-    temporary = file.with_suffix(".tmp")
+    if not config.resume:
+        record(directory, config, note=note, data=data)
+    return directory
+
+
+def record(directory: Path, config: TrainConfig, *, note: str, data: str) -> None:
+    """Writes config.json; of a resumed run once it is known to go on."""
     facts = {"config": to_dict(config), "versions": versions()}
     facts |= {"note": note, "data": data}
+    temporary = directory / "config.tmp"
     temporary.write_text(json.dumps(facts, indent=2))
-    temporary.replace(file)
-    return directory
+    temporary.replace(directory / "config.json")
 
 
 def _default_directory(config):
