@@ -59,6 +59,9 @@ def _train(argv):
         _SHORT.get(flag, flag) + equals + value
         for flag, equals, value in (arg.partition("=") for arg in argv)
     ]
+    if base == TrainConfig() and "--resume" in argv:
+        # A run goes on with what it was started with; flags may still change it.
+        base = _config_of_run(argv) or base
     try:
         config = tyro.cli(
             TrainConfig,
@@ -78,6 +81,21 @@ def _train(argv):
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _config_of_run(argv):
+    """The config of the run that --run-dir names; None where there is none yet."""
+    from grpo_jax.training.config import from_dict
+    from grpo_jax.training.run_directory import read_config_dict
+
+    directory = None
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--run-dir", "--run_dir"):
+            directory = value if equals else next(iter(argv[i + 1 :]), None)
+    if directory is None:
+        return None
+    return from_dict(TrainConfig, read_config_dict(directory))
 
 
 def _report(argv):

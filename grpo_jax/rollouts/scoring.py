@@ -20,9 +20,8 @@ def score(
 ) -> Scores:
     """Rewards of P examples' G completions each.
 
-    A reward function that raises, or returns NaN, what is infinite in float32, or no
-    number at all, leaves
-    that sample's reward missing (NaN): it takes no part in the update.
+    A reward function that raises, or returns NaN, no number at all, or what is infinite
+    in float32, leaves that sample's reward missing (NaN): it has no part in the update.
     """
     rewards = np.full((len(completions), len(completions[0])), np.nan, np.float32)
     errors = []
@@ -31,10 +30,7 @@ def score(
             try:
                 with np.errstate(over="ignore"):
                     value = np.float32(float(reward(example, completion)))
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # whatever a user's function raises
+            except (Exception, SystemExit) as error:  # a user's code may do anything
                 errors.append(f"{type(error).__name__}: {error}")
                 continue
             if np.isfinite(value):

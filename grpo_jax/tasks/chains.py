@@ -60,6 +60,7 @@ def make_chains(
         single_answer=True,
         warm_start=WarmStart(
             demonstrations=demonstrations,
+            longest=Example("0+0+0+0+0=", "0,0,0,0"),
             target_pass_rate=0.85,
             max_steps=1200,
             noisy_steps=150,

@@ -58,6 +58,10 @@ def make_gsm8k_expressions(
         single_answer=True,
         warm_start=WarmStart(
             demonstrations=demonstrations,
+            longest=Example(
+                max((e.prompt for e in known), key=len),
+                max((e.answer for e in known), key=len),
+            ),
             target_pass_rate=0.22,
             max_steps=1500,
             batch_size=256,

@@ -21,6 +21,7 @@ class WarmStart:
     """
 
     demonstrations: Callable[[np.random.Generator, int, bool], list[Example]]
+    longest: Example  # no demonstration has a longer prompt or a longer answer
     target_pass_rate: float  # clean learning stops when this is measured
     max_steps: int
     noisy_steps: int = 0

@@ -105,6 +105,13 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     objective = resolve_objective(config)
     if task is None:
         task = load_task(config.task.name, **_without(config.task, "name"))
+    settings = _without(config.warm_start, "enabled")
+    given = [name for name, value in settings.items() if value is not None]
+    if given and not (config.warm_start.enabled and task.warm_start is not None):
+        raise ConfigError(
+            f"warm_start.{given[0]} changes nothing: this run has no warm start; leave "
+            "it out."
+        )
     tokenizer, sampling = task.tokenizer, config.sampling
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         missing = "EOS" if tokenizer.eos_token_id is None else "padding"
@@ -123,6 +130,8 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"prompts, got {sampling.prompts}."
         )
     examples = task.train + task.heldout
+    if config.warm_start.enabled and task.warm_start is not None:
+        examples = [*examples, task.warm_start.longest]
     prompts = encode_all(tokenizer, [e.prompt for e in examples], "a prompt")
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     limit = sampling.max_prompt_tokens
@@ -132,10 +141,12 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"{examples[longest].prompt[:60]!r} has {len(prompts[longest])} tokens; "
             "raise the limit or shorten the prompts."
         )
-    answers = encode_all(tokenizer, [e.answer for e in examples], "an answer")
-    needed = max(len(answer) for answer in answers) + 1
-    max_new_tokens = sampling.max_new_tokens or needed
-    if task.single_answer and max_new_tokens < needed:
+    max_new_tokens, needed = sampling.max_new_tokens, 1
+    if task.single_answer or max_new_tokens is None:
+        answers = encode_all(tokenizer, [e.answer for e in examples], "an answer")
+        needed = max(len(answer) for answer in answers) + 1
+    max_new_tokens = max_new_tokens or needed
+    if max_new_tokens < needed:
         raise ConfigError(
             f"sampling.max_new_tokens must be at least {needed} for task {task.name}, "
             f"its longest answer and EOS, got {max_new_tokens}."
@@ -147,10 +158,13 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"got {vocab_size}; leave it out to take the tokenizer's."
         )
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
-    held = config.instrument.prompts * num_parameters(model) * 4
+    probes = (
+        min(config.instrument.prompts, len(task.train)) if task.single_answer else 0
+    )
+    held = probes * num_parameters(model) * 4
     if config.instrument.every and held > instrument.MAX_GRADIENT_BYTES:
         raise ConfigError(
-            f"instrument.prompts is {config.instrument.prompts}: that many gradients "
+            f"instrument.prompts is {probes}: that many gradients "
             f"of this model take {readable(held, 'B')}, more than "
             f"{readable(instrument.MAX_GRADIENT_BYTES, 'B')}; lower it, or set "
             "instrument.every to 0."
@@ -248,7 +262,8 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
 
 def _facts(task):
     """What config.json keeps of a task: its note, and a fingerprint of its data."""
-    text = json.dumps([task.train, task.heldout])
+    vocabulary = sorted(task.tokenizer.get_vocab().items())
+    text = json.dumps([task.train, task.heldout, vocabulary])
     return {
         "note": task.note,
         "data": hashlib.sha256(text.encode()).hexdigest()[:20],
@@ -638,8 +653,8 @@ class _Run:
         raise NonFiniteGradients(
             f"{SKIPPED_LIMIT} updates in a row had a non-finite gradient; stopped at "
             f"step {step}. Its rollouts are in {file}, the parameters (not touched by "
-            "the skipped updates) in the checkpoint of the same step. A lower "
-            "optimizer.learning_rate or a warm-up is the usual cure."
+            "the skipped updates) in the checkpoint of the same step. A new run with a "
+            "lower optimizer.learning_rate or a warm-up is the usual cure."
         )
 
     # ---- looking and writing
@@ -685,14 +700,32 @@ class _Run:
     def _sampled_pass_rate(self, params, name, key):
         """Share, with its interval, of prompts solved (reward 1) by a sample each."""
         (ids, mask), examples = self.eval_prompts[name], self.eval_sets[name]
-        rollouts = jax.device_get(
-            self.sample(self.policy.replace(params), ids, mask, group_size=1, key=key)
-        )
-        texts = decode_groups(
-            self.tokenizer, rollouts.completions, rollouts.completion_mask
-        )
-        rewards = score(self.plan.task.reward, examples, texts).rewards
-        return wilson_interval(int((rewards >= 1).sum()), len(examples))
+        s = self.config.sampling
+        rows = s.prompts * s.group_size  # at a time, as many as a step samples
+        texts = []
+        for start in range(0, len(examples), rows):
+            # The last part is filled up with its own rows: one shape, one program.
+            part = np.resize(np.arange(start, min(start + rows, len(examples))), rows)
+            sampled = self.sample(
+                self.policy.replace(params),
+                ids[part],
+                mask[part],
+                group_size=1,
+                key=key,
+                prompt_indices=part.astype(np.int32),
+            )
+            host = jax.device_get(sampled)
+            texts += decode_groups(
+                self.tokenizer, host.completions, host.completion_mask
+            )[: len(examples) - start]
+        scores = score(self.plan.task.reward, examples, texts)
+        if scores.errors:
+            self.console.warn(
+                f"evaluation: {len(scores.errors)} rewards missing, left out: "
+                f"{scores.errors[0][:200]}"
+            )
+        found = scores.rewards[np.isfinite(scores.rewards)]
+        return wilson_interval(int((found >= 1).sum()), len(found))
 
     def _instrument(self, params, step):
         key = jax.random.fold_in(self.eval_key, step)

@@ -116,6 +116,8 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float, float]:
     """(share, low, high): the 95 % Wilson score interval of a binomial share."""
+    if total == 0:
+        return 0.0, 0.0, 1.0  # nothing is known
     z, share = 1.96, successes / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total)

@@ -26,9 +26,9 @@ from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks.types import Task, WarmStart
 from grpo_jax.training.checkpoint import load_params, save_params
 from grpo_jax.training.config import WarmStartConfig
-from grpo_jax.training.step import MicroBatch, batch_logprobs, micro_batch
+from grpo_jax.training.step import MicroBatch, batch_logprobs
 
-_VERSION = 2  # of this procedure: a change to it must not find old results
+_VERSION = 3  # of this procedure: a change to it must not find old results
 _CHECK_EVERY = 25  # steps between two looks at the pass rate
 _PROBE = 256  # prompts looked at
 
@@ -163,9 +163,13 @@ def pass_rates(
     At most about `budget` tokens are looked at in one go.
     """
     n, _, t = answers.completions.shape
-    micro = micro_batch(n, 1, answers.prompts.shape[1], t, budget)
-    logprobs = _answer_logprobs(policy, answers, jnp.float32(temperature), micro)
-    return np.exp(np.asarray(logprobs)[:, 0])
+    part = max(1, min(n, budget // (answers.prompts.shape[1] + t)))
+    # Filled up to whole parts with rows that are there already, and cut again.
+    filled = np.resize(np.arange(n), -(-n // part) * part)
+    answers = jax.tree.map(lambda x: np.asarray(x)[filled], answers)
+    micro, temperature = MicroBatch(part, 1), jnp.float32(temperature)
+    logprobs = _answer_logprobs(policy, answers, temperature, micro)
+    return np.exp(np.asarray(logprobs)[:n, 0])
 
 
 def _supervised_step(policy, optimizer, params, opt_state, answers: Rollouts):
@@ -184,10 +188,10 @@ def _fingerprint(policy, task, settings, seed, temperature):
     rng = np.random.default_rng(0)
     shown = [
         [settings.demonstrations(rng, 64, spoiled) for spoiled in (False, True)],
-        [task.train, task.heldout],
+        [task.train, task.heldout, sorted(task.tokenizer.get_vocab().items())],
     ]
     facts = dataclasses.asdict(settings)
-    del facts["demonstrations"]
+    del facts["demonstrations"], facts["longest"]
     parts = [
         _VERSION, task.name, shown, facts, dataclasses.asdict(policy.config), seed,
         temperature,

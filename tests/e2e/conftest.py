@@ -20,9 +20,9 @@ def grpo_jax(tmp_path):
     """Starts `python -m grpo_jax ...`, `train` with TINY_FLAGS; killed at the end."""
     started = []
 
-    def start(*arguments, code=None, **options):
+    def start(*arguments, code=None, bare=False, **options):
         command = [sys.executable, "-m", "grpo_jax", *map(str, arguments)]
-        if arguments[:1] == ("train",):
+        if arguments[:1] == ("train",) and not bare:
             command += TINY_FLAGS
         if code is not None:
             command = [sys.executable, "-c", code, *map(str, arguments)]

@@ -85,8 +85,9 @@ def test_sigterm_saves_and_exits_with_0(grpo_jax, run, tmp_path):
     assert "saved; continue with --resume" in output
     saved = [int(p.name) for p in (directory / "checkpoints").iterdir()]
     assert saved == [read_lines(directory / "metrics.jsonl")[-1]["step"]]
+    # Only what changes: everything else is the run's own.
     code, output = run(
-        "train", "--run-dir", directory, "--resume", "--steps", saved[0] + 2
+        "train", "--run-dir", directory, "--resume", "--steps", saved[0] + 2, bare=True
     )
     assert code == 0 and f"resumed at step {saved[0]}" in output, output
 
@@ -120,6 +121,7 @@ def test_a_second_sigterm_stops_at_once(grpo_jax, tmp_path):
     assert process.returncode == -signal.SIGTERM and time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_unreadable_newest_checkpoint_is_passed_over(run, tmp_path):
     directory = tmp_path / "run"
     flags = ("--steps", 6, "--checkpoint.every", 3)
@@ -141,6 +143,7 @@ def test_unreadable_newest_checkpoint_is_passed_over(run, tmp_path):
     assert numbers(directory) == before
 
 
+@pytest.mark.slow
 def test_stray_directory_is_no_checkpoint(run, tmp_path):
     directory = tmp_path / "run"
     flags = ("--steps", 3, "--checkpoint.every", 3)
@@ -160,6 +163,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_full_disk_loses_checkpoints_and_not_the_run(run, tmp_path):
     """A file-size limit stands for the full disk: large writes fail, lines pass."""
     directory = tmp_path / "run"
