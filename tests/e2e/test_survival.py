@@ -182,4 +182,6 @@ def test_full_disk_loses_checkpoints_and_not_the_run(run, tmp_path):
         "train", "--run-dir", directory, "--resume", "--steps", 4,
         "--checkpoint.every", 2,
     )  # fmt: skip
-    assert code == 0 and "no whole checkpoint" in output, output
+    # Whichever checkpoint was small enough to be written is used, and said.
+    assert code == 0, output
+    assert "no whole checkpoint" in output or "resumed at step 4" in output
