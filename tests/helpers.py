@@ -1,5 +1,7 @@
 """Small models, rollouts and tasks that several tests share."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +29,6 @@ TINY = gj.ModelConfig(
 
 
 def tiny_policy(seed=0, **changes):
-    import dataclasses
-
     config = dataclasses.replace(TINY, **changes)
     policy = gj.init_policy(config, jax.random.key(seed))
     # Larger weights: at their initial size every distribution is nearly uniform.
@@ -65,8 +65,8 @@ def random_rollouts(policy, num_prompts=4, group_size=6, length=5, tokens=7, see
     return rollouts._replace(rewards=jnp.asarray(rewards, jnp.float32))
 
 
-def one_update(policy, objective, batch: Batch, micro, optimizer=None, max_length=7):
-    """(new state, metrics) of one jitted train step with plain SGD-like defaults."""
+def train_step(policy, objective, micro, optimizer=None, max_length=7):
+    """(pure train step, params -> state) with plain defaults."""
     config = OptimizerConfig(learning_rate=1e-2)
     optimizer = optimizer or make_optimizer(config, make_schedule(config, 10))
     weights = objective_weights(objective)
@@ -79,4 +79,10 @@ def one_update(policy, objective, batch: Batch, micro, optimizer=None, max_lengt
         temperature=1.0,
         max_length=max_length,
     )
-    return jax.jit(step)(init_state(policy.params, optimizer, weights), batch)
+    return step, lambda params: init_state(params, optimizer, weights)
+
+
+def one_update(policy, objective, batch: Batch, micro, optimizer=None, max_length=7):
+    """(new state, metrics) of one jitted train step."""
+    step, init = train_step(policy, objective, micro, optimizer, max_length)
+    return jax.jit(step)(init(policy.params), batch)

@@ -10,7 +10,7 @@ import pytest
 
 import grpo_jax as gj
 from grpo_jax.training.step import Batch, MicroBatch, batch_logprobs
-from tests.helpers import one_update, random_rollouts, tiny_policy
+from tests.helpers import one_update, random_rollouts, tiny_policy, train_step
 
 P, G, T = 4, 6, 7
 
@@ -168,7 +168,8 @@ def test_doubling_the_vocabulary_costs_no_more_than_its_weights():
         batch = Batch(
             gj.Rollouts(prompts, prompts, ids, ids, floats, rewards), None, None
         )
-        step, state = update_of(policy, objective)
+        step, init = train_step(policy, objective, MicroBatch(4, 8), max_length=128)
+        state = jax.eval_shape(init, policy.params)
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -176,30 +177,3 @@ def test_doubling_the_vocabulary_costs_no_more_than_its_weights():
     weights = 64 * 2**15 * 4  # the added [D, V] in bytes
     logits = 4 * 8 * 128 * 2**15 * 4  # what a whole [P, G, T, V] would add
     assert large - small <= 2.2 * weights < logits / 20
-
-
-def update_of(policy, objective):
-    """A train step and its abstract state, for compiling without running."""
-    from grpo_jax.training.config import OptimizerConfig
-    from grpo_jax.training.step import (
-        init_state,
-        make_optimizer,
-        make_schedule,
-        make_train_step,
-        objective_weights,
-    )
-
-    config = OptimizerConfig()
-    optimizer = make_optimizer(config, make_schedule(config, 10))
-    weights = objective_weights(objective)
-    step = make_train_step(
-        policy,
-        objective,
-        optimizer,
-        prompt_weights=weights,
-        micro=MicroBatch(4, 8),
-        temperature=1.0,
-        max_length=128,
-    )
-    state = jax.eval_shape(lambda p: init_state(p, optimizer, weights), policy.params)
-    return step, state

@@ -20,15 +20,14 @@ from grpo_jax.training.step import (
     MicroBatch,
     batch_logprobs,
     group_metrics,
-    init_state,
     make_optimizer,
     make_schedule,
-    make_train_step,
     micro_batch,
     objective_weights,
     repeat_parts,
     split_batch,
 )
+from tests.helpers import train_step
 
 P, G, T = 4, 6, 3
 SPLITS = [(4, 6), (2, 6), (1, 6), (2, 3), (4, 1), (1, 2), (1, 1)]
@@ -126,18 +125,10 @@ def test_batch_logprobs_are_the_same_in_any_split(policy, micro):
 @pytest.fixture(scope="module")
 def stepper(policy):
     """(train_step, a fresh state) of plain reinforce under sgd at rate 1."""
-    objective, optimizer = OBJECTIVES["reinforce"], optax.sgd(1.0)
-    weights = objective_weights(objective)
-    step = make_train_step(
-        policy,
-        objective,
-        optimizer,
-        prompt_weights=weights,
-        micro=MicroBatch(P, G),
-        temperature=1.0,
-        max_length=T,
+    step, init = train_step(
+        policy, OBJECTIVES["reinforce"], MicroBatch(P, G), optax.sgd(1.0), T
     )
-    return jax.jit(step), init_state(policy.params, optimizer, weights)
+    return jax.jit(step), init(policy.params)
 
 
 def test_an_update_counts_and_reports(stepper):
