@@ -44,11 +44,11 @@ class Console:
     def __init__(self, lines_every: int):
         self._lines_every = lines_every
         self._terminal = sys.stdout.isatty()
-        self._bar = self._task = None
+        self._live = self._bar = self._task = None
 
     def say(self, message: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(message, markup=False, highlight=False)
+        if self._live is not None:
+            self._live.console.print(message, markup=False, highlight=False)
         else:
             print(message, flush=True)
 
@@ -59,18 +59,16 @@ class Console:
         self._first, self._total, self._began = done, total, time.monotonic()
         if not self._terminal:
             return
-        from rich import progress
+        from rich import live, progress
 
         self._bar = progress.Progress(
-            progress.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            progress.BarColumn(bar_width=20),
+            progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            progress.BarColumn(bar_width=24),
             progress.TextColumn("{task.fields[speed]}"),
-            progress.TextColumn("{task.fields[facts]}"),
         )
-        self._task = self._bar.add_task(
-            "", total=total, completed=done, speed="", facts=""
-        )
-        self._bar.start()
+        self._task = self._bar.add_task("", total=total, completed=done, speed="")
+        self._live = live.Live(self._bar)
+        self._live.start()
 
     def step(self, done: int, metrics: dict) -> None:
         """One more step: metrics are those of the step before, already on the host."""
@@ -79,12 +77,16 @@ class Console:
         left = format_seconds((self._total - done) / max(rate, 1e-9))
         speed = f"{rate:.2f} step/s  ETA {left}"
         facts = step_facts(metrics)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, speed=speed, facts=facts)
+        if self._live is not None:
+            from rich import console, text
+
+            # The facts have a line of their own: a narrow terminal wraps them.
+            self._bar.update(self._task, completed=done, speed=speed)
+            self._live.update(console.Group(self._bar, text.Text(facts)))
         elif done % self._lines_every == 0 or done in (self._first + 1, self._total):
             self.say(f"step {done}/{self._total}  {speed}  {facts}")
 
     def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
