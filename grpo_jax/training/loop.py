@@ -399,7 +399,7 @@ class _Run:
         return policy
 
     def _build(self, start: Policy):
-        """Compiled programs, and the fixed sets of prompts they run on."""
+        """What every step uses: optimizer, weights, sampler, fixed sets of prompts."""
         config, plan, objective = self.config, self.plan, self.plan.objective
         self.policy = start.replace(None)  # parameters live in the state alone
         self.uses_reference = bool(objective.kl_coef)
@@ -420,24 +420,6 @@ class _Run:
             eos_id=self.tokenizer.eos_token_id,
             pad_id=self.tokenizer.pad_token_id,
         )
-        self.micro = {t: self._micro(t) for t in plan.buckets}
-        self.updates, self.rescore = {}, {}
-        for t, micro in self.micro.items():
-            step = make_train_step(
-                self.policy,
-                objective,
-                self.optimizer,
-                prompt_weights=self.weights,
-                micro=micro,
-                temperature=self.temperature,
-                max_length=plan.max_new_tokens,
-            )
-            self.updates[t] = jax.jit(step, donate_argnums=0)
-            self.rescore[t] = jax.jit(
-                lambda policy, rollouts, micro=micro: batch_logprobs(
-                    policy, rollouts, self.temperature, micro
-                )
-            )
         pick = np.random.default_rng([config.seed, 3]).permutation(len(plan.task.train))
         count = min(config.evaluation.prompts, len(plan.task.train))
         self.eval_sets = {
@@ -458,16 +440,6 @@ class _Run:
                 self.answers[name] = answer_rollouts(
                     self.tokenizer, examples, plan.prompt_length, plan.max_new_tokens
                 )
-
-    def _micro(self, length):
-        s = self.config.sampling
-        return micro_batch(
-            s.prompts,
-            s.group_size,
-            self.plan.prompt_length,
-            length,
-            self.config.micro_batch_tokens,
-        )
 
     def _starting_state(self, policy):
         state = init_state(policy.params, self.optimizer, self.weights)
@@ -497,25 +469,38 @@ class _Run:
 
     def _compile_updates(self, state):
         """Every program of the update, before the first step needs it."""
-        s, shape = self.config.sampling, jax.ShapeDtypeStruct
-        p, g, length = s.prompts, s.group_size, self.plan.prompt_length
+        config, plan, shape = self.config, self.plan, jax.ShapeDtypeStruct
+        p, g = config.sampling.prompts, config.sampling.group_size
+        several = config.updates_per_rollout > 1
+        prompt = shape((p, plan.prompt_length), jnp.int32)
+        rewards = shape((p, g), jnp.float32)
         self.programs, self.rescore_programs = {}, {}
-        for t, update in self.updates.items():
+        for t in plan.buckets:
+            micro = micro_batch(p, g, plan.prompt_length, t, config.micro_batch_tokens)
             ids, floats = shape((p, g, t), jnp.int32), shape((p, g, t), jnp.float32)
-            prompt = shape((p, length), jnp.int32)
-            rewards = shape((p, g), jnp.float32)
             rollouts = Rollouts(prompt, prompt, ids, ids, floats, rewards)
-            several = self.config.updates_per_rollout > 1
             batch = Batch(
                 rollouts,
                 floats if several else None,
                 floats if self.uses_reference else None,
             )
+            step = make_train_step(
+                self.policy,
+                plan.objective,
+                self.optimizer,
+                prompt_weights=self.weights,
+                micro=micro,
+                temperature=self.temperature,
+                max_length=plan.max_new_tokens,
+            )
+            update = jax.jit(step, donate_argnums=0)
             self.programs[t] = update.lower(state, batch).compile()
             if several or self.uses_reference:
+                rescore = jax.jit(partial(batch_logprobs, micro=micro))
                 policy = self.policy.replace(state.params)
-                rescore = self.rescore[t].lower(policy, rollouts)
-                self.rescore_programs[t] = rescore.compile()
+                self.rescore_programs[t] = rescore.lower(
+                    policy, rollouts, self.temperature
+                ).compile()
 
     # ---- one step
 
@@ -636,12 +621,12 @@ class _Run:
         return rollouts._replace(rewards=scores.rewards), scores.errors, texts
 
     def _batch(self, params, rollouts) -> Batch:
-        t = rollouts.completions.shape[-1]
+        rescore = self.rescore_programs.get(rollouts.completions.shape[-1])
         old = reference = None
         if self.config.updates_per_rollout > 1:
-            old = self.rescore_programs[t](self.policy.replace(params), rollouts)
+            old = rescore(self.policy.replace(params), rollouts, self.temperature)
         if self.uses_reference:
-            reference = self.rescore_programs[t](self.reference, rollouts)
+            reference = rescore(self.reference, rollouts, self.temperature)
         batch = Batch(jax.tree.map(jnp.asarray, rollouts), old, reference)
         return jax.block_until_ready(batch)
 
