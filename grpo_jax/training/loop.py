@@ -337,7 +337,8 @@ class _Run:
         with checkpoints:
             self.checkpoints = checkpoints
             state, step = self._starting_state(policy)
-            record(self.directory, self.config, **_facts(self.plan.task))
+            if self.config.resume:  # a new run's was written when it was claimed
+                record(self.directory, self.config, **_facts(self.plan.task))
             del policy  # its parameters are the state's now, to be given away
             self._open_files(step)
             try:
