@@ -102,6 +102,88 @@ def whitened_advantages(
     return centred_advantages(rewards) * scale[:, None]
 
 
+def inverse_batch_std(
+    rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 0
+) -> jax.Array:
+    """[P], all 1 / (std of every reward of the batch + eps); 0 if they all tie."""
+    return inverse_std(rewards.reshape(1, -1), eps=eps, ddof=ddof).repeat(len(rewards))
+
+
+def inverse_group_mean(rewards: jax.Array, *, eps: float = 1e-6) -> jax.Array:
+    """[P] 1 / (mean + eps) of rewards that are not negative; 0 for a tied group.
+
+    With binary rewards the centred gradient times this estimates grad log p_x
+    (Tajwar et al. 2026, arXiv:2602.02710). A group whose mean is not positive gets 0.
+    """
+    statistics = group_statistics(rewards)
+    usable = ~statistics.tied & (statistics.mean > 0)
+    return jnp.where(usable, 1.0 / jnp.where(usable, statistics.mean + eps, 1.0), 0.0)
+
+
+def inverse_beta_density(rewards: jax.Array) -> jax.Array:
+    """BNPO's scale [P]: 1 / Beta(a', b') density at each group's mean; 0 if tied.
+
+    The Beta is fitted by moments to the batch's group means (variance with ddof 1),
+    then a' = max(1, 1 + a / 3), and b' likewise; the scale is cut at 1e6. Where the
+    means do not vary (or there is one group) there is nothing to fit: a' = b' = 1,
+    and the scale is 1.
+
+    Args:
+        rewards: [P, G] in [0, 1].
+
+    References:
+        Xiao et al. 2025, arXiv:2506.02864; the cut is its code's, the case of no
+        variance is undefined there.
+    """
+    statistics = group_statistics(rewards)
+    present = statistics.count > 0
+    means, count = statistics.mean, present.sum()
+    centre = jnp.where(present, means, 0).sum() / jnp.maximum(count, 1)
+    deviation = jnp.where(present, means - centre, 0)
+    variance = (deviation**2).sum() / jnp.maximum(count - 1, 1)
+    highest = jnp.where(present, means, -jnp.inf).max()
+    lowest = jnp.where(present, means, jnp.inf).min()
+    varies = highest > lowest
+    spread = centre * (1 - centre) / jnp.where(varies, variance, 1.0) - 1
+    a = jnp.where(varies, jnp.maximum(1, 1 + spread * centre / 3), 1.0)
+    b = jnp.where(varies, jnp.maximum(1, 1 + spread * (1 - centre) / 3), 1.0)
+    inside = ~statistics.tied & (means > 0) & (means < 1)
+    p = jnp.where(inside, means, 0.5)
+    gammaln = jax.scipy.special.gammaln  # jax's betaln is good to 1e-7 only
+    log_beta = gammaln(a) + gammaln(b) - gammaln(a + b)
+    log_density = (a - 1) * jnp.log(p) + (b - 1) * jnp.log1p(-p) - log_beta
+    scale = jnp.exp(jnp.minimum(-log_density, math.log(1e6)))
+    return jnp.where(inside, scale, 0.0)
+
+
+def leave_one_out_inverse_std(
+    rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 1
+) -> jax.Array:
+    """[P, G] 1 / (std of the others + eps), and 1 where the others tie (NeMo-RL).
+
+    One factor per sample, not per prompt: no prompt weight stands for it.
+    """
+    present = group_statistics(rewards).present
+    g = rewards.shape[1]
+    others = present[:, None, :] & ~jnp.eye(g, dtype=bool)  # [P, sample, other]
+    filled = jnp.where(present, jax.lax.stop_gradient(rewards), 0)[:, None, :]
+    values = jnp.where(others, filled, jnp.nan).reshape(-1, g)
+    std, tied = group_std(values, ddof=ddof)
+    scale = jnp.where(tied, 1.0, 1.0 / jnp.where(tied, 1.0, std + eps))
+    return scale.reshape(rewards.shape)
+
+
+def overlong_punishment(lengths: jax.Array, max_length: int, cache: int) -> jax.Array:
+    """[..] to add to rewards: 0 up to max_length - cache tokens, then down to -1.
+
+    DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), linear in the length.
+    """
+    if not 1 <= cache <= max_length:
+        raise ValueError(f"cache must be in [1, {max_length}], got {cache}.")
+    over = jnp.asarray(lengths, float) - (max_length - cache)
+    return -jnp.clip(over / cache, 0.0, 1.0)
+
+
 def expected_group_std(p: jax.Array, group_size: int) -> jax.Array:
     """w_G(p) = E[std of G Bernoulli(p) rewards]: what a finite group's std estimates.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import grpo_jax as gj
+from grpo_jax.objectives.loss import scale_weights
 from grpo_jax.training.config import OptimizerConfig
 from grpo_jax.training.step import (
     Batch,
@@ -14,7 +15,7 @@ from grpo_jax.training.step import (
     make_optimizer,
     make_schedule,
     make_train_step,
-    objective_weights,
+    weigh,
 )
 
 TINY = gj.ModelConfig(
@@ -65,21 +66,27 @@ def random_rollouts(policy, num_prompts=4, group_size=6, length=5, tokens=7, see
     return rollouts._replace(rewards=jnp.asarray(rewards, jnp.float32))
 
 
+def weighed(objective, rollouts, old=None, reference=None):
+    """A Batch under the weights that the objective's scale stands for."""
+    rule = scale_weights(objective)
+    ids = np.arange(len(rollouts.rewards))
+    weights, _, _ = weigh(objective, rule, rollouts, reference, ids, rule.init())
+    return Batch(rollouts, old, reference, weights)
+
+
 def train_step(policy, objective, micro, optimizer=None, max_length=7):
     """(pure train step, params -> state) with plain defaults."""
     config = OptimizerConfig(learning_rate=1e-2)
     optimizer = optimizer or make_optimizer(config, make_schedule(config, 10))
-    weights = objective_weights(objective)
     step = make_train_step(
         policy,
         objective,
         optimizer,
-        prompt_weights=weights,
         micro=micro,
         temperature=1.0,
         max_length=max_length,
     )
-    return step, lambda params: init_state(params, optimizer, weights)
+    return step, lambda params: init_state(params, optimizer, scale_weights(objective))
 
 
 def one_update(policy, objective, batch: Batch, micro, optimizer=None, max_length=7):

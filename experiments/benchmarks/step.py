@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import grpo_jax as gj
+from grpo_jax.objectives.loss import scale_weights
 from grpo_jax.training.budget import num_parameters
 from grpo_jax.training.config import OptimizerConfig
 from grpo_jax.training.step import (
@@ -31,7 +32,6 @@ from grpo_jax.training.step import (
     make_schedule,
     make_train_step,
     micro_batch,
-    objective_weights,
 )
 
 
@@ -104,7 +104,7 @@ def main(c: Config):
     objective = dataclasses.replace(gj.OBJECTIVES[c.objective], kl_coef=0.0)
     config = OptimizerConfig(learning_rate=1e-4)
     optimizer = make_optimizer(config, make_schedule(config, c.steps))
-    weights = objective_weights(objective)
+    rule = scale_weights(objective)
     micro = micro_batch(
         c.prompts, c.group_size, c.prompt_tokens, c.new_tokens, c.micro_batch_tokens
     )
@@ -112,13 +112,12 @@ def main(c: Config):
         policy,
         objective,
         optimizer,
-        prompt_weights=weights,
         micro=micro,
         temperature=1.0,
         max_length=c.new_tokens,
     )
     update = jax.jit(step, donate_argnums=0)
-    state = init_state(policy.params, optimizer, weights)
+    state = init_state(policy.params, optimizer, rule)
     rng = np.random.default_rng(0)
     prompts = rng.integers(
         3, c.vocab, size=(c.prompts, c.prompt_tokens), dtype=np.int32
@@ -141,7 +140,10 @@ def main(c: Config):
         sampled = time.perf_counter()
         # The ratio is against the sampler's own log-probs.
         batch = Batch(
-            rollouts._replace(rewards=rewards), rollouts.behaviour_logprobs, None
+            rollouts._replace(rewards=rewards),
+            rollouts.behaviour_logprobs,
+            None,
+            rule.weights(rewards, ())[0],
         )
         state, _ = update(state, batch)
         jax.block_until_ready(state)

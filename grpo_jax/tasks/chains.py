@@ -65,6 +65,7 @@ def make_chains(
             max_steps=1200,
             noisy_steps=150,
         ),
+        refine_template="{prompt}{draft},{prompt}",
         note="Held-out prompts need the same skill as trained ones and were in neither "
         "the warm start nor the training: their pass rate measures generalisation.",
     )

@@ -66,6 +66,7 @@ def make_gsm8k_expressions(
             max_steps=1500,
             batch_size=256,
         ),
+        refine_template="{prompt}{draft}={prompt}",
         note="These are facts, not a shared skill: a model this small memorises the "
         "trained expressions, and nothing carries over to the held-out ones.",
     )

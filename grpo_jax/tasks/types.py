@@ -41,6 +41,7 @@ class Task:
         single_answer: Exactly one completion is right, `example.answer` and EOS, so the
             pass rate exp(log-prob of the answer) is exact without sampling.
         warm_start: None where the model must come with a policy worth training.
+        refine_template: How a draft joins its prompt, where drafts are refined.
         note: One sentence for the report on what held-out figures can show.
     """
 
@@ -51,6 +52,7 @@ class Task:
     reward: Callable[[Example, str], float]
     single_answer: bool = False
     warm_start: WarmStart | None = None
+    refine_template: str = "{prompt}{draft}\n{prompt}"
     note: str = ""
 
 

@@ -30,15 +30,58 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """A row of the objectives' table, and overrides of its numbers."""
+    """A row of the objectives' table (`grpo-jax objectives` prints it), and overrides.
 
-    name: str = "grpo"  # reinforce | rloo | grpo | dr_grpo
-    kl_coef: float | None = (
-        None  # weight of KL to the starting policy; default: the row's
-    )
-    clip: tuple[float, float] | None = None  # (low, high); default: the row's
-    std_eps: float | None = None  # added to the std; default: the row's
-    std_ddof: int | None = None  # 0 population std, 1 sample std; default: the row's
+    Every field of a row can be overridden; None takes the row's.
+    """
+
+    name: str = "grpo"
+    baseline: str | None = None  # none | mean | leave_one_out
+    scale: str | None = None  # none | std | batch_std | group_mean | beta | ...
+    std_eps: float | None = None  # added to the std
+    std_ddof: int | None = None  # 0 population std, 1 sample std
+    ratio: str | None = None  # none | token | sequence_mean | sequence_sum | ...
+    surrogate: str | None = None  # logp | is | ppo | hard_clip | cispo | ...
+    clip: tuple[float | None, float] | None = None  # (low, high); low None: no edge
+    dual_clip: float | None = None  # loss at most -dual_clip A where A < 0
+    ratio_cap: float | None = None  # the ratio itself is cut here
+    mixture: float | None = None  # of the relative ratio
+    mask: str | None = None  # tv | kl
+    mask_limit: float | None = None  # distance past which a token is dropped
+    hinge: str | None = None  # ratio | log | sqrt
+    tau: float | None = None  # of the Fisher-Rao penalty
+    token_weight: str | None = None  # none | conflict | nthr
+    entropy_coef: float | None = None  # mean entropy taken off the advantage
+    entropy_limit: float | None = None  # nats above which a completion has weight 0
+    aggregation: str | None = None  # sequence_mean_token_mean | constant | ...
+    first_token_weight: float | None = None  # of a completion's first token
+    divergence: str | None = None  # k1 | k2 | k3
+    kl_in: str | None = None  # loss | reward
+    kl_coef: float | None = None  # weight of KL to the starting policy
+    drafts: int | None = None  # per prompt; the best is appended to it
+    refills: int | None = None  # times tied groups are sampled again on new prompts
+    overlong: str | None = None  # keep | mask | punish completions cut off
+    overlong_share: float | None = None  # of T, over which the punishment grows
+    tis_cap: float | None = None  # of the weight trainer's pi / sampler's pi
+    stop_deviation: float | None = None  # no more updates past mean |ratio - 1|
+    history: int | None = None  # iterates whose rollouts are in an update
+    disjoint: bool | None = None  # each update of a rollout has its own prompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """The prompt weights: the preconditioner. None: the rule's own default."""
+
+    # objective (as its row says) | unit | std | batch_std | group_mean | beta |
+    # finite_group | shrunk (posterior of one group) | posterior (over visits)
+    name: str = "objective"
+    power: float | None = None  # weight = std^-power: 0 REINFORCE, 1 GRPO, 2 log-odds
+    power_end: float | None = None  # the power at the last step, linear from `power`
+    eps: float | None = None  # added to the std
+    ddof: int | None = None  # 0 population std, 1 sample std
+    group_size: int | None = None  # finite_group: whose normalisation is meant
+    prior: float | None = None  # posterior, shrunk: pseudo-counts of either outcome
+    discount: float | None = None  # posterior: what a visit leaves of older counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +95,8 @@ class SamplingConfig:
         None  # longer prompts are an error; default: no limit
     )
     max_new_tokens: int | None = None  # T; default: the task's longest answer and EOS
+    # With drafts: how the best one joins its prompt; default: the task's
+    refine_template: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +141,8 @@ class InstrumentConfig:
 
     every: int = 20  # steps; also at the start and at the end; 0: never
     prompts: int = 16  # probe prompts, fixed over the run
+    # Steps between looks at what other weightings would have done; 0: never
+    counterfactual_every: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +169,7 @@ class TrainConfig:
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    weights: WeightsConfig = WeightsConfig()
     sampling: SamplingConfig = SamplingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
@@ -172,6 +220,8 @@ _AT_LEAST = {
     "optimizer.clip_norm": 0, "optimizer.weight_decay": 0, "warm_start.max_steps": 1,
     "warm_start.noisy_steps": 0, "warm_start.batch_size": 1, "evaluation.every": 0,
     "evaluation.prompts": 1, "instrument.every": 0, "instrument.prompts": 2,
+    "instrument.counterfactual_every": 0, "weights.eps": 0, "weights.ddof": 0,
+    "weights.group_size": 2,
     "checkpoint.every": 1, "checkpoint.keep": 1, "log.samples_every": 0,
     "log.samples_prompts": 1, "log.lines_every": 1,
 }  # fmt: skip

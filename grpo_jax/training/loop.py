@@ -8,6 +8,7 @@ metrics are written while the device samples the next step.
 import dataclasses
 import hashlib
 import json
+import math
 import signal
 import time
 from functools import partial
@@ -18,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.advantages import group_std
-from grpo_jax.errors import ConfigError, unknown_name
+from grpo_jax.advantages import group_statistics, group_std, overlong_punishment
+from grpo_jax.errors import ConfigError
 from grpo_jax.models.decoder import Policy, init_policy
-from grpo_jax.objectives.presets import OBJECTIVES, Objective
+from grpo_jax.objectives.loss import needs_entropy
+from grpo_jax.objectives.presets import Objective
+from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.encoding import (
     answer_rollouts,
     bucket,
@@ -30,11 +33,16 @@ from grpo_jax.rollouts.encoding import (
     encode_all,
     pad_left,
 )
+from grpo_jax.rollouts.refine import (
+    refined_length,
+    refined_prompts,
+    template_pieces,
+)
 from grpo_jax.rollouts.sampling import sample
 from grpo_jax.rollouts.scoring import score
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Task, load_task
-from grpo_jax.training import instrument
+from grpo_jax.training import counterfactual, instrument
 from grpo_jax.training.budget import estimate_memory, num_parameters, readable
 from grpo_jax.training.checkpoint import Checkpoints, load_params, save_params
 from grpo_jax.training.config import TrainConfig
@@ -52,18 +60,29 @@ from grpo_jax.training.paths import cache_directory, use_compile_cache
 from grpo_jax.training.run_directory import claim, record
 from grpo_jax.training.step import (
     Batch,
+    MicroBatch,
     batch_logprobs,
+    empty_history,
+    has_token_weights,
     init_state,
     make_optimizer,
     make_schedule,
     make_train_step,
     micro_batch,
-    objective_weights,
+    part_of,
+    token_weights,
+    weigh,
+    with_history,
 )
 from grpo_jax.training.warm_start import (
     pass_rates,
     warm_start,
     warm_start_settings,
+)
+from grpo_jax.training.weighting import (
+    resolve_objective,
+    resolve_weights,
+    weights_text,
 )
 
 SKIPPED_LIMIT = 5  # non-finite gradients in a row that end a run
@@ -87,9 +106,13 @@ class Plan:
 
     task: Task
     objective: Objective
+    weights: PromptWeights
     model: Any  # ModelConfig with the tokenizer's vocabulary
     prompts: list[list[int]]  # token ids of the trained prompts
     prompt_length: int
+    refine: list  # pieces of the prompt that a draft has joined; [] without drafts
+    train_prompt_length: int  # of the prompts in the update; longer with drafts
+    answer_tokens: int  # the longest answer and EOS, where they are known
     max_new_tokens: int
     buckets: list[int]  # completion lengths of the update
     micro: Any  # MicroBatch, of the longest bucket
@@ -145,7 +168,10 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     if task.single_answer or max_new_tokens is None:
         answers = encode_all(tokenizer, [e.answer for e in examples], "an answer")
         needed = max(len(answer) for answer in answers) + 1
-    max_new_tokens = max_new_tokens or needed
+    if max_new_tokens is None:
+        # Where length is punished, the punished part lies beyond the longest answer.
+        spare = objective.overlong_share if objective.overlong == "punish" else 0.0
+        max_new_tokens = math.ceil(needed / (1 - spare)) if spare < 1 else 2 * needed
     if max_new_tokens < needed:
         raise ConfigError(
             f"sampling.max_new_tokens must be at least {needed} for task {task.name}, "
@@ -171,19 +197,40 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         )
     prompt_length = bucket(len(prompts[longest]))
     p, g = sampling.prompts, sampling.group_size
-    micro = micro_batch(p, g, prompt_length, max_new_tokens, config.micro_batch_tokens)
+    refine, train_prompt_length = [], prompt_length
+    if objective.drafts:
+        template = sampling.refine_template or task.refine_template
+        refine = template_pieces(tokenizer, template)
+        trained = max(len(ids) for ids in prompts[: len(task.train)])
+        train_prompt_length = bucket(refined_length(refine, trained, max_new_tokens))
+    elif sampling.refine_template is not None:
+        raise ConfigError(
+            f"sampling.refine_template changes nothing: {config.objective.name} has no "
+            "drafts; set objective.drafts or leave it out."
+        )
+    if objective.refills and len(task.train) < 2 * p:
+        raise ConfigError(
+            f"objective.refills needs at least {2 * p} trained prompts, twice a "
+            f"step's, got {len(task.train)}; set it to 0."
+        )
+    seen = objective.history * p
+    micro = micro_batch(
+        seen, g, train_prompt_length, max_new_tokens, config.micro_batch_tokens
+    )
     memory = estimate_memory(
         model,
         prompts=p,
         group_size=g,
-        prompt_tokens=prompt_length,
+        prompt_tokens=train_prompt_length,
         max_new_tokens=max_new_tokens,
         micro=micro,
         reference=bool(objective.kl_coef),
     )
+    mechanisms = "".join(f" | {text}" for text in objective.mechanisms())
     headline = (
-        f"{config.objective.name} on {task.name}: {objective.formula()} | "
-        f"{p} prompts x {g} samples, {prompt_length} + {max_new_tokens} tokens, "
+        f"{config.objective.name} on {task.name}: {objective.formula()}"
+        f"{weights_text(config.weights)}{mechanisms} | "
+        f"{p} prompts x {g} samples, {train_prompt_length} + {max_new_tokens} tokens, "
         f"micro-batch {micro.prompts} x {micro.samples} | "
         f"{readable(num_parameters(model))} parameters, {model.compute_dtype} | "
         f"about {readable(memory.peak, 'B')} on the device"
@@ -191,43 +238,19 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     return Plan(
         task,
         objective,
+        resolve_weights(config, objective, len(task.train)),
         model,
         prompts[: len(task.train)],
         prompt_length,
+        refine,
+        train_prompt_length,
+        needed if needed > 1 else max_new_tokens,
         max_new_tokens,
-        completion_buckets(max_new_tokens),
+        # A history holds rollouts of many steps: one length for all.
+        [max_new_tokens] if seen > p else completion_buckets(max_new_tokens),
         micro,
         headline,
     )
-
-
-def resolve_objective(config: TrainConfig) -> Objective:
-    """The preset with the config's overrides."""
-    choice = config.objective
-    if choice.name not in OBJECTIVES:
-        raise unknown_name("objective", choice.name, OBJECTIVES)
-    preset = OBJECTIVES[choice.name]
-    given = {k: v for k, v in _without(choice, "name").items() if v is not None}
-    for field, axis, used in (
-        ("clip", "surrogate ppo", preset.surrogate == "ppo"),
-        ("std_eps", "scale std", preset.scale == "std"),
-        ("std_ddof", "scale std", preset.scale == "std"),
-    ):
-        if field in given and not used:
-            raise ConfigError(
-                f"objective.{field} changes nothing in {choice.name}, which has no "
-                f"{axis}; leave it out."
-            )
-    if preset.ratio == "none" and config.updates_per_rollout > 1:
-        raise ConfigError(
-            f"updates_per_rollout must be 1 for {choice.name}, which has no importance "
-            f"ratio, got {config.updates_per_rollout}; the second update would be off "
-            "policy."
-        )
-    try:
-        return dataclasses.replace(preset, **given)
-    except ValueError as error:
-        raise ConfigError(f"objective {choice.name}: {error}") from error
 
 
 def _without(record, name):
@@ -313,8 +336,8 @@ class _Run:
         self.tokenizer = plan.task.tokenizer
         # Derived keys: parameters, training samples, evaluation samples.
         root = jax.random.key(config.seed)
-        self.init_key, self.run_key, self.eval_key = (
-            jax.random.fold_in(root, i) for i in range(3)
+        self.init_key, self.run_key, self.eval_key, self.draft_key, self.refill_key = (
+            jax.random.fold_in(root, i) for i in range(5)
         )
 
     def train(self) -> TrainResult:
@@ -370,7 +393,7 @@ class _Run:
                 settings,
                 seed=config.seed,
                 prompt_length=plan.prompt_length,
-                length=plan.max_new_tokens,
+                length=plan.answer_tokens,
                 temperature=self.temperature,
                 cache=cache_directory() / "warm_starts",
                 report=lambda stage, step, rate: (
@@ -413,7 +436,7 @@ class _Run:
         total = config.steps * config.updates_per_rollout
         self.schedule = make_schedule(config.optimizer, total)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.weights = objective_weights(objective)
+        self.weights = plan.weights
         self.sample = partial(
             sample,
             max_new_tokens=plan.max_new_tokens,
@@ -442,8 +465,31 @@ class _Run:
                     self.tokenizer, examples, plan.prompt_length, plan.max_new_tokens
                 )
 
+        self.objective = self._settled(start)
+
+    def _settled(self, start: Policy) -> Objective:
+        """The objective, without an entropy limit that the start is above already."""
+        objective = self.plan.objective
+        if not needs_entropy(objective) or objective.entropy_limit is None:
+            return objective
+        p = self.config.sampling.prompts
+        group = self._rollouts(start.params, np.arange(p), self.eval_key, 1)
+        _, entropy = batch_logprobs(
+            start, group, self.temperature, MicroBatch(1, 1), with_entropy=True
+        )
+        mean = float(np.asarray(entropy)[np.asarray(group.completion_mask) > 0].mean())
+        if mean <= objective.entropy_limit:
+            return objective
+        self.console.say(
+            f"the mean entropy at the start is {mean:.3f} nats, above the limit of "
+            f"{objective.entropy_limit:.3f}: completions are not filtered by entropy"
+        )
+        return dataclasses.replace(objective, entropy_limit=None)
+
     def _starting_state(self, policy):
-        state = init_state(policy.params, self.optimizer, self.weights)
+        shapes = self._rollout_shapes(self.plan.max_new_tokens)
+        history = empty_history(self.plan.objective, shapes)
+        state = init_state(policy.params, self.optimizer, self.weights, history)
         if not self.config.resume:
             return state, 0
         restored = self.checkpoints.restore(state)
@@ -461,47 +507,100 @@ class _Run:
 
     def _open_files(self, step):
         self.files = {}
-        for name in ("metrics", "samples", "instrument"):
+        for name in ("metrics", "samples", "instrument", "counterfactual"):
             path = self.directory / f"{name}.jsonl"
             if path.exists():
                 # At step 0 everything is written again, the look at the start included.
                 keep_until(path, step if step else -1)
             self.files[name] = JsonLines(path)
 
+    def _rollout_shapes(self, t: int) -> Rollouts:
+        p, g = self.config.sampling.prompts, self.config.sampling.group_size
+        shape = jax.ShapeDtypeStruct
+        prompt = shape((p, self.plan.train_prompt_length), jnp.int32)
+        ids, floats = shape((p, g, t), jnp.int32), shape((p, g, t), jnp.float32)
+        rewards = shape((p, g), jnp.float32)
+        return Rollouts(prompt, prompt, ids, ids, floats, rewards)
+
     def _compile_updates(self, state):
         """Every program of the update, before the first step needs it."""
-        config, plan, shape = self.config, self.plan, jax.ShapeDtypeStruct
+        config, plan, objective = self.config, self.plan, self.objective
         p, g = config.sampling.prompts, config.sampling.group_size
+        self.parts = config.updates_per_rollout if objective.disjoint else 1
         several = config.updates_per_rollout > 1
-        prompt = shape((p, plan.prompt_length), jnp.int32)
-        rewards = shape((p, g), jnp.float32)
-        self.programs, self.rescore_programs = {}, {}
+        # Without a ratio every update is on policy: taken where the rollout was.
+        self.stay = several and objective.ratio == "none"
+        # A history keeps its samplers' log-probs instead.
+        self.keeps_old = several and not self.stay and objective.history == 1
+        self.programs = {}
         for t in plan.buckets:
-            micro = micro_batch(p, g, plan.prompt_length, t, config.micro_batch_tokens)
-            ids, floats = shape((p, g, t), jnp.int32), shape((p, g, t), jnp.float32)
-            rollouts = Rollouts(prompt, prompt, ids, ids, floats, rewards)
-            batch = Batch(
+            self.programs[t] = self._programs(state, t, p, g)
+
+    def _programs(self, state, t, p, g):
+        config, plan, objective = self.config, self.plan, self.objective
+        length, tokens = plan.train_prompt_length, config.micro_batch_tokens
+        rollouts = self._rollout_shapes(t)
+        floats = rollouts.behaviour_logprobs
+        policy = self.policy.replace(state.params)
+        programs = {}
+
+        def compiled(name, function, *arguments, donate=()):
+            jitted = jax.jit(function, donate_argnums=donate)
+            lowered = jitted.lower(*arguments)
+            programs[name] = lowered.compile()
+            return lowered.out_info
+
+        whole = micro_batch(p, g, length, t, tokens)
+        if self.keeps_old or self.uses_reference:
+            rescore = partial(batch_logprobs, temperature=self.temperature, micro=whole)
+            compiled("rescore", rescore, policy, rollouts)
+        reference = floats if self.uses_reference else None
+        ids = jax.ShapeDtypeStruct((p,), jnp.int32)
+        weights, _, _ = compiled(
+            "weigh",
+            partial(weigh, objective, self.weights),
+            rollouts,
+            reference,
+            ids,
+            state.weights_state,
+        )
+        factors = None
+        if has_token_weights(objective):
+            factors = compiled(
+                "token_weights",
+                partial(
+                    token_weights,
+                    objective,
+                    temperature=self.temperature,
+                    eos_id=self.tokenizer.eos_token_id,
+                ),
+                policy,
                 rollouts,
-                floats if several else None,
-                floats if self.uses_reference else None,
             )
-            step = make_train_step(
-                self.policy,
-                plan.objective,
-                self.optimizer,
-                prompt_weights=self.weights,
-                micro=micro,
-                temperature=self.temperature,
-                max_length=plan.max_new_tokens,
+        old = floats if self.keeps_old else None
+        batch = Batch(rollouts, old, reference, weights, factors)
+        shared = {"temperature": self.temperature, "max_length": plan.max_new_tokens}
+        if config.instrument.counterfactual_every:
+            look = partial(
+                counterfactual.look, self.policy, objective, micro=whole, **shared
             )
-            update = jax.jit(step, donate_argnums=0)
-            self.programs[t] = update.lower(state, batch).compile()
-            if several or self.uses_reference:
-                rescore = jax.jit(partial(batch_logprobs, micro=micro))
-                policy = self.policy.replace(state.params)
-                self.rescore_programs[t] = rescore.lower(
-                    policy, rollouts, self.temperature
-                ).compile()
+            compiled("counterfactual", look, state.params, batch)
+        if objective.history > 1:
+            _, batch = compiled("with_history", with_history, state.history, batch)
+        size = batch.weights.shape[0] // self.parts
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch
+        )
+        step = make_train_step(
+            self.policy,
+            objective,
+            self.optimizer,
+            micro=micro_batch(size, g, length, t, tokens),
+            **shared,
+        )
+        at = (state.params,) if self.stay else ()
+        compiled("update", step, state, batch, *at, donate=0)
+        return programs
 
     # ---- one step
 
@@ -521,11 +620,16 @@ class _Run:
         epoch, place = divmod(step, len(self.plan.prompts) // p)
         return self._prompt_order(epoch)[place * p : (place + 1) * p]
 
-    def _padded(self, rows):
-        return pad_left(rows, self.plan.prompt_length, self.tokenizer.pad_token_id)
+    def _padded(self, rows, length=None):
+        length = length or self.plan.prompt_length
+        return pad_left(rows, length, self.tokenizer.pad_token_id)
 
-    def _rollouts(self, params, indices, key, group_size):
-        ids, mask = self._padded([self.plan.prompts[i] for i in indices])
+    def _rollouts(self, params, indices, key, group_size, rows=None):
+        """Completions of prompts by index, or of `rows` of token ids in their place."""
+        if rows is None:
+            ids, mask = self._padded([self.plan.prompts[i] for i in indices])
+        else:
+            ids, mask = self._padded(rows, self.plan.train_prompt_length)
         return self.sample(
             self.policy.replace(params),
             ids,
@@ -534,6 +638,51 @@ class _Run:
             key=key,
             prompt_indices=np.asarray(indices, np.int32),
         )
+
+    def _train_rollouts(self, params, indices, key):
+        """A step's completions, of prompts that a draft has joined where it says so."""
+        group_size, drafts = self.config.sampling.group_size, self.objective.drafts
+        if not drafts:
+            return self._rollouts(params, indices, key, group_size)
+        draft_key = jax.random.fold_in(self.draft_key, jax.random.bits(key))
+        sampled = jax.device_get(self._rollouts(params, indices, draft_key, drafts))
+        scored, _, _ = self._score(sampled, indices)
+        rows = refined_prompts(
+            self.plan.refine,
+            [self.plan.prompts[i] for i in indices],
+            scored.completions,
+            scored.completion_mask,
+            scored.rewards,
+            self.tokenizer.eos_token_id,
+        )
+        return self._rollouts(params, indices, key, group_size, rows)
+
+    def _refilled(self, params, step, indices, rollouts, texts, errors):
+        """Tied groups replaced by informative ones of other prompts, as far as the
+        allowed number of tries goes; the rest stay, with weight 0."""
+        indices, texts = np.array(indices), list(texts)
+        rounds = replaced = 0
+        for rounds in range(1, self.objective.refills + 1):
+            tied = np.flatnonzero(group_statistics(rollouts.rewards).tied)
+            if not len(tied):
+                rounds -= 1
+                break
+            rng = np.random.default_rng([self.config.seed, 5, step, rounds])
+            others = np.setdiff1d(np.arange(len(self.plan.prompts)), indices)
+            fresh = rng.permutation(others)[: len(indices)]
+            key = jax.random.fold_in(jax.random.fold_in(self.refill_key, step), rounds)
+            sampled = jax.device_get(self._train_rollouts(params, fresh, key))
+            more, more_errors, more_texts = self._score(sampled, fresh)
+            errors = errors + more_errors
+            good = np.flatnonzero(~np.asarray(group_statistics(more.rewards).tied))
+            pairs = list(zip(tied, good, strict=False))
+            for old, new in pairs:
+                indices[old], texts[old] = fresh[new], more_texts[new]
+                for x, y in zip(rollouts, more, strict=True):
+                    x[old] = y[new]
+            replaced += len(pairs)
+        info = {"group/refills": rounds, "group/refilled": replaced}
+        return indices, rollouts, texts, errors, info
 
     def _trimmed(self, rollouts: Rollouts) -> Rollouts:
         """Completions cut to the shortest bucket that holds them all."""
@@ -561,26 +710,38 @@ class _Run:
             step_began = time.monotonic()
             indices = self._prompts_of(step)
             key = jax.random.fold_in(self.run_key, step)
-            sampled = self._rollouts(
-                state.params, indices, key, config.sampling.group_size
-            )
+            sampled = self._train_rollouts(state.params, indices, key)
             if pending is not None:  # written while the device samples
                 row = self._write(*pending)
             rollouts = jax.device_get(sampled)
             times = {"time/sample_s": time.monotonic() - step_began}
 
             scored = time.monotonic()
-            rollouts, errors, texts = self._score(self._trimmed(rollouts), indices)
-            batch = self._batch(state.params, rollouts)
+            rollouts, errors, texts = self._score(rollouts, indices)
+            host = {}
+            if self.objective.refills:
+                writable = jax.tree.map(np.array, rollouts)
+                indices, rollouts, texts, errors, host = self._refilled(
+                    state.params, step, indices, writable, texts, errors
+                )
+            rollouts = self._trimmed(rollouts)
+            state, batch, metrics = self._batch(state, rollouts, indices)
             times["time/score_s"] = time.monotonic() - scored
 
+            compared = self._compared(state.params, batch, step + 1)
             updating = time.monotonic()
-            update = self.programs[rollouts.completions.shape[-1]]
-            for _ in range(config.updates_per_rollout):
-                state, metrics = update(state, batch)
-            jax.block_until_ready(state)
+            state, updated = self._update(state, batch)
+            metrics |= updated
             times["time/update_s"] = time.monotonic() - updating
             step += 1
+            if compared is not None:
+                counterfactual.record(
+                    self.files["counterfactual"],
+                    step,
+                    compared,
+                    rollouts.rewards,
+                    float(updated["update/norm"]),
+                )
 
             if errors:
                 self.console.warn(
@@ -589,7 +750,7 @@ class _Run:
             self._log_samples(step, indices, texts, rollouts)
             looked = self._look(state.params, step)
             times["time/step_s"] = time.monotonic() - step_began
-            pending = (step, metrics, times | looked)
+            pending = (step, metrics, times | host | looked)
             failed = int(state.skipped_in_a_row) >= SKIPPED_LIMIT
             if step % config.checkpoint.every == 0 or failed:
                 # The line first: a checkpoint's step is never missing from the file.
@@ -619,17 +780,48 @@ class _Run:
         )
         examples = [self.plan.task.train[i] for i in indices]
         scores = score(self.plan.task.reward, examples, texts)
-        return rollouts._replace(rewards=scores.rewards), scores.errors, texts
+        rewards = scores.rewards
+        if self.objective.overlong == "punish":
+            t = self.plan.max_new_tokens
+            cache = max(1, round(self.objective.overlong_share * t))
+            lengths = rollouts.completion_mask.sum(-1)
+            rewards = rewards + np.asarray(overlong_punishment(lengths, t, cache))
+        return rollouts._replace(rewards=rewards), scores.errors, texts
 
-    def _batch(self, params, rollouts) -> Batch:
-        rescore = self.rescore_programs.get(rollouts.completions.shape[-1])
-        old = reference = None
-        if self.config.updates_per_rollout > 1:
-            old = rescore(self.policy.replace(params), rollouts, self.temperature)
+    def _batch(self, state, rollouts, indices):
+        """(state, batch, metrics): the rollouts weighed, with what they need beside."""
+        programs = self.programs[rollouts.completions.shape[-1]]
+        policy = self.policy.replace(state.params)
+        rollouts = jax.tree.map(jnp.asarray, rollouts)
+        old = programs["rescore"](policy, rollouts) if self.keeps_old else None
+        reference = None
         if self.uses_reference:
-            reference = rescore(self.reference, rollouts, self.temperature)
-        batch = Batch(jax.tree.map(jnp.asarray, rollouts), old, reference)
-        return jax.block_until_ready(batch)
+            reference = programs["rescore"](self.reference, rollouts)
+        ids = jnp.asarray(indices, jnp.int32)
+        weights, weights_state, metrics = programs["weigh"](
+            rollouts, reference, ids, state.weights_state
+        )
+        state = state._replace(weights_state=weights_state)
+        factors = None
+        if "token_weights" in programs:
+            factors = programs["token_weights"](policy, rollouts)
+        batch = Batch(rollouts, old, reference, weights, factors)
+        return state, jax.block_until_ready(batch), metrics
+
+    def _update(self, state, batch):
+        """All updates of one rollout, or fewer where the objective stops early."""
+        programs = self.programs[batch.rollouts.completions.shape[-1]]
+        update = programs["update"]
+        if "with_history" in programs:
+            history, batch = programs["with_history"](state.history, batch)
+            state = state._replace(history=history)
+        at = (jax.tree.map(jnp.copy, state.params),) if self.stay else ()
+        for i in range(self.config.updates_per_rollout):
+            part = part_of(batch, i % self.parts, self.parts)
+            state, metrics = update(state, part, *at)
+            if self.objective.stop_deviation is not None and metrics["update/stopped"]:
+                break
+        return jax.block_until_ready(state), metrics
 
     def _give_up(self, step, rollouts):
         file = self.directory / f"nonfinite-step-{step}.npz"
@@ -713,6 +905,14 @@ class _Run:
         found = scores.rewards[np.isfinite(scores.rewards)]
         return wilson_interval(int((found >= 1).sum()), len(found))
 
+    def _compared(self, params, batch, step):
+        """What other weights would do with the batch, where that is due."""
+        every = self.config.instrument.counterfactual_every
+        if not every or step % every:
+            return None
+        t = batch.rollouts.completions.shape[-1]
+        return jax.device_get(self.programs[t]["counterfactual"](params, batch))
+
     def _instrument(self, params, step):
         key = jax.random.fold_in(self.eval_key, step)
         sampled = self._rollouts(
@@ -734,7 +934,6 @@ class _Run:
         row = {"step": step} | to_numbers(metrics) | host
         if step:
             applied = row["update/applied"]
-            row["update/skipped"] = step * self.config.updates_per_rollout - applied
             row["learning_rate"] = float(self.schedule(max(0, applied - 1)))
         if self.probed.get("step") == step:
             self.files["instrument"].write(self.probed)

@@ -19,13 +19,19 @@ from grpo_jax.models.decoder import Policy, completion_hidden
 from grpo_jax.objectives.aggregation import token_coefficients
 from grpo_jax.objectives.loss import (
     baselined,
-    loss_kl_coef,
+    needs_entropy,
     present_mask,
     prompt_terms,
     shaped_rewards,
 )
 from grpo_jax.objectives.presets import Objective
-from grpo_jax.preconditioner import PromptWeights, std_weights, unit_weights
+from grpo_jax.objectives.token_weights import (
+    conflict_weights,
+    nthr_weights,
+    overlong_weights,
+    truncated_importance_weights,
+)
+from grpo_jax.preconditioner import PromptWeights, apply_weights
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.config import OptimizerConfig
 
@@ -36,16 +42,28 @@ class TrainState(NamedTuple):
     params: Any  # float32
     opt_state: Any
     weights_state: Any  # of the prompt weights
+    history: Any  # `History`; () where an update sees the newest rollouts alone
     updates: jax.Array  # int32, optimizer updates applied
-    skipped_in_a_row: jax.Array  # int32, updates skipped for a non-finite gradient
+    skipped: jax.Array  # int32, updates skipped for a non-finite gradient
+    skipped_in_a_row: jax.Array  # int32, of these, since the last applied one
 
 
 class Batch(NamedTuple):
-    """Scored rollouts and the log-probs that the objective needs beside them."""
+    """Scored rollouts, and what the objective needs beside them."""
 
     rollouts: Rollouts
     old_logprobs: jax.Array | None  # [P, G, T] before the first of several updates
     reference_logprobs: jax.Array | None  # [P, G, T] of the starting policy
+    weights: jax.Array  # [P], of the prompts
+    token_weights: jax.Array | None = None  # [P, G, T]
+
+
+class History(NamedTuple):
+    """Rollouts of past iterates, newest first, with the weights they had."""
+
+    rollouts: Rollouts  # leaves [n, P, ...]
+    weights: jax.Array  # [n, P]
+    valid: jax.Array  # [n] bool: the iterate exists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +122,14 @@ def repeat_parts(tree: Any, times: int) -> Any:
 
 
 def batch_logprobs(
-    policy: Policy, rollouts: Rollouts, temperature: float, micro: MicroBatch
-) -> jax.Array:
-    """[P, G, T] log-probs of the completions, micro-batch by micro-batch."""
+    policy: Policy,
+    rollouts: Rollouts,
+    temperature: float,
+    micro: MicroBatch,
+    with_entropy: bool = False,
+):
+    """[P, G, T] log-probs of the completions, micro-batch by micro-batch; with
+    `with_entropy` a pair, the second the entropy at each token."""
     p, g, t = rollouts.completions.shape
     times = g // micro.samples
     prompts = split_batch((rollouts.prompts, rollouts.prompt_mask), micro, False)
@@ -117,27 +140,139 @@ def batch_logprobs(
 
     def part(x):
         (prompts, prompt_mask), completions = x
-        return _logprobs(policy, prompts, prompt_mask, completions, temperature)
+        return _logprobs(
+            policy, prompts, prompt_mask, completions, temperature, with_entropy
+        )
 
-    logprobs = jax.lax.map(part, parts)  # [parts, p, g, T]
-    logprobs = logprobs.reshape(-1, times, micro.prompts, micro.samples, t)
-    logprobs = logprobs.swapaxes(1, 2).reshape(p, g, t)
-    return jnp.where(rollouts.completion_mask.astype(bool), logprobs, 0.0)
+    def whole(x):  # [parts, p, g, T]
+        x = x.reshape(-1, times, micro.prompts, micro.samples, t)
+        x = x.swapaxes(1, 2).reshape(p, g, t)
+        return jnp.where(rollouts.completion_mask.astype(bool), x, 0.0)
+
+    return jax.tree.map(whole, jax.lax.map(part, parts))
 
 
-def _logprobs(policy, prompts, prompt_mask, completions, temperature):
+def _logprobs(policy, prompts, prompt_mask, completions, temperature, entropy=False):
     model = policy.module()
     hidden = completion_hidden(model, prompts, prompt_mask, completions)
     return token_logprobs(
-        hidden, model.unembedding_matrix(), completions, temperature=temperature
+        hidden,
+        model.unembedding_matrix(),
+        completions,
+        temperature=temperature,
+        with_entropy=entropy,
     )
 
 
-def objective_weights(objective: Objective) -> PromptWeights:
-    """The prompt weights that an objective's scale stands for."""
-    if objective.scale == "std":
-        return std_weights(eps=objective.std_eps, ddof=objective.std_ddof)
-    return unit_weights()
+def has_token_weights(objective: Objective) -> bool:
+    """Whether `token_weights` makes any for the objective."""
+    return objective.token_weight != "none" or objective.overlong == "mask"
+
+
+def token_weights(
+    objective: Objective,
+    policy: Policy,
+    rollouts: Rollouts,
+    *,
+    temperature: float,
+    eos_id: int,
+) -> jax.Array:
+    """[P, G, T]: the product of the factors that the objective asks for."""
+    mask = present_mask(rollouts.completion_mask, rollouts.rewards)
+    weights = jnp.ones_like(mask)
+    if objective.token_weight == "conflict":
+        signs = baselined(objective, rollouts.rewards)
+        weights *= conflict_weights(rollouts.completions, signs, mask)
+    if objective.token_weight == "nthr":
+
+        def one_prompt(x):
+            prompt, prompt_mask, completions, rewards, mask = (y[None] for y in x)
+            model = policy.module()
+            hidden = completion_hidden(model, prompt, prompt_mask, completions)
+            return nthr_weights(
+                hidden,
+                model.unembedding_matrix(),
+                completions,
+                rewards,
+                mask,
+                temperature=temperature,
+            )[0]
+
+        groups = (
+            rollouts.prompts,
+            rollouts.prompt_mask,
+            rollouts.completions,
+            rollouts.rewards,
+            mask,
+        )
+        weights *= jax.lax.map(one_prompt, groups)
+    if objective.overlong == "mask":
+        weights *= overlong_weights(rollouts.completions, mask, eos_id)
+    return weights
+
+
+def weigh(
+    objective: Objective,
+    rule: PromptWeights,
+    rollouts: Rollouts,
+    reference_logprobs: jax.Array | None,
+    prompt_ids: jax.Array,
+    state: Any,
+) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+    """(weights [P], the rule's new state, metrics): once per rollouts, however many
+    updates are made from them."""
+    rewards = shaped_rewards(
+        objective,
+        rollouts.rewards,
+        rollouts.behaviour_logprobs,
+        reference_logprobs,
+        present_mask(rollouts.completion_mask, rollouts.rewards),
+    )
+    weights, state = apply_weights(rule, rewards, state, prompt_ids)
+    return weights, state, group_metrics(rollouts, weights)
+
+
+def empty_history(objective: Objective, rollouts: Rollouts) -> Any:
+    """A `History` of the iterates that an objective looks back on, none there yet.
+
+    Args:
+        rollouts: Of the shapes to come; only shapes and dtypes are read.
+    """
+    n = objective.history - 1
+    if not n:
+        return ()
+    stacked = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), rollouts)
+    weights = jnp.zeros((n, rollouts.prompts.shape[0]), stacked.rewards.dtype)
+    return History(stacked, weights, jnp.zeros(n, bool))
+
+
+def with_history(history: History, batch: Batch) -> tuple[History, Batch]:
+    """(history with the batch in it, batch of all iterates' rollouts, newest first).
+
+    Each sample keeps the log-probs of the policy that sampled it. Until enough iterates
+    exist, the newest stands in the empty places.
+    """
+    newest = (batch.rollouts, batch.weights)
+
+    def place(old, new):
+        valid = history.valid.reshape(-1, *[1] * new.ndim)
+        filled = jnp.where(valid, old, new[None])
+        return jnp.concatenate([new[None], filled]).reshape(-1, *new.shape[1:])
+
+    def shift(old, new):
+        return jnp.concatenate([new[None], old])[:-1]
+
+    past = (history.rollouts, history.weights)
+    rollouts, weights = jax.tree.map(place, past, newest)
+    past = jax.tree.map(shift, past, newest)
+    history = History(*past, shift(history.valid, jnp.asarray(True)))
+    return history, Batch(rollouts, rollouts.behaviour_logprobs, None, weights)
+
+
+def part_of(batch: Batch, index: int, parts: int) -> Batch:
+    """The index-th of equal parts of a batch's prompts."""
+    size = batch.weights.shape[0] // parts
+    return jax.tree.map(lambda x: x[index * size : (index + 1) * size], batch)
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
@@ -180,35 +315,35 @@ def _decayed(params):
 
 
 def init_state(
-    params: Any, optimizer: optax.GradientTransformation, weights: PromptWeights
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    weights: PromptWeights,
+    history: Any = (),
 ) -> TrainState:
-    # Two arrays, not one twice: a donated buffer may be given away only once.
-    zeros = (jnp.zeros((), jnp.int32) for _ in range(2))
-    return TrainState(params, optimizer.init(params), weights.init(), *zeros)
+    # Three arrays, not one thrice: a donated buffer may be given away only once.
+    zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+    opt_state = optimizer.init(params)
+    return TrainState(params, opt_state, weights.init(), history, *zeros)
 
 
-def make_train_step(
+def make_gradients(
     policy: Policy,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
     *,
-    prompt_weights: PromptWeights,
     micro: MicroBatch,
     temperature: float,
     max_length: int,
 ):
-    """train_step(state, batch) -> (state, metrics), pure; jit it with donated state.
+    """gradients(params, batch) -> (grads, metrics): the loss's, under batch.weights.
 
     On policy (batch.old_logprobs is None) the behaviour policy is the current one:
     `stop_gradient(logprobs)` stands for it and the ratio is exactly 1. The sampler's
     own log-probs serve the mismatch metric, and KL where it is in the reward.
-
-    An update that is not finite changes nothing but `skipped_in_a_row`.
     """
-    kl_coef = loss_kl_coef(objective)
+    wants_entropy = needs_entropy(objective)
 
-    def gradients(params, weights_state, batch):
-        rollouts = batch.rollouts
+    def gradients(params, batch):
+        rollouts, weights = batch.rollouts, batch.weights
         mask = present_mask(rollouts.completion_mask, rollouts.rewards)
         rewards = shaped_rewards(
             objective,
@@ -217,14 +352,16 @@ def make_train_step(
             batch.reference_logprobs,
             mask,
         )
-        weights, weights_state = prompt_weights.weights(rewards, weights_state)
         per_sample = {
             "completions": rollouts.completions,
             "sampled_logprobs": rollouts.behaviour_logprobs,
             "old_logprobs": batch.old_logprobs,
             "reference_logprobs": batch.reference_logprobs,
+            "token_weights": batch.token_weights,
             "advantages": baselined(objective, rewards),
-            "coefficients": token_coefficients(objective.aggregation, mask, max_length),
+            "coefficients": token_coefficients(
+                objective.aggregation, mask, max_length, objective.first_token_weight
+            ),
             "token_shares": mask / jnp.maximum(mask.sum(), 1),
             "sampled": rollouts.completion_mask.astype(bool),
         }
@@ -233,7 +370,7 @@ def make_train_step(
             "prompt_mask": rollouts.prompt_mask,
             "cotangent": (
                 weights / weights.size,
-                jnp.full_like(weights, kl_coef / weights.size),
+                jnp.full_like(weights, 1 / weights.size),
             ),
         }
         parts = repeat_parts(
@@ -253,26 +390,37 @@ def make_train_step(
                     part["prompt_mask"],
                     part["completions"],
                     temperature,
+                    entropy=wants_entropy,
                 )
-                old = part["old_logprobs"]
-                surrogate, kl, metrics = prompt_terms(
+                logprobs, entropy = logprobs if wants_entropy else (logprobs, None)
+                old, sampled = part["old_logprobs"], part["sampled_logprobs"]
+                before = logprobs if old is None else old
+                factors = (
+                    [part["token_weights"]] if batch.token_weights is not None else []
+                )
+                if objective.tis_cap is not None:
+                    factors.append(
+                        truncated_importance_weights(before, sampled, objective.tis_cap)
+                    )
+                surrogate, penalty, metrics = prompt_terms(
                     objective,
                     logprobs=logprobs,
-                    behaviour_logprobs=logprobs if old is None else old,
+                    behaviour_logprobs=before,
                     advantages=part["advantages"],
                     coefficients=part["coefficients"],
                     token_shares=part["token_shares"],
                     reference_logprobs=part["reference_logprobs"],
+                    entropy=entropy,
+                    token_weights=factors,
                 )
                 shares, live = part["token_shares"], part["token_shares"] > 0
                 metrics["entropy/sampled"] = -(
                     shares * jnp.where(live, logprobs, 0)
                 ).sum()
-                before = logprobs if old is None else old
-                gap = jnp.where(part["sampled"], before - part["sampled_logprobs"], 0)
+                gap = jnp.where(part["sampled"], before - sampled, 0)
                 metrics["loss/policy"] = part["cotangent"][0] @ surrogate
-                metrics["loss/kl"] = part["cotangent"][1] @ kl
-                return (surrogate, kl), (metrics, jnp.abs(gap).max())
+                metrics["loss/penalty"] = part["cotangent"][1] @ penalty
+                return (surrogate, penalty), (metrics, jnp.abs(gap).max())
 
             _, pull_back, (metrics, gap) = jax.vjp(losses, params, has_aux=True)
             (grads,) = pull_back(part["cotangent"])
@@ -288,33 +436,62 @@ def make_train_step(
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (grads, metrics), gaps = jax.lax.scan(add_part, zeros, parts)
         metrics["mismatch/max_abs"] = gaps.max()
-        return grads, weights_state, metrics | group_metrics(rollouts, weights)
+        return grads, metrics
 
-    def train_step(state: TrainState, batch: Batch):
-        grads, weights_state, metrics = gradients(
-            state.params, state.weights_state, batch
-        )
+    return gradients
+
+
+def make_train_step(
+    policy: Policy,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro: MicroBatch,
+    temperature: float,
+    max_length: int,
+):
+    """train_step(state, batch, at=None) -> (state, metrics), pure; jit it with donated
+    state.
+
+    The gradient is taken at the parameters `at`, by default the state's own: without an
+    importance ratio, all updates of one rollout take it where that was sampled.
+
+    An update that is not finite changes nothing but the counts of skipped ones; nor
+    does one after the objective's `stop_deviation` was passed.
+    """
+    gradients = make_gradients(
+        policy, objective, micro=micro, temperature=temperature, max_length=max_length
+    )
+
+    def train_step(state: TrainState, batch: Batch, at: Any = None):
+        grads, metrics = gradients(state.params if at is None else at, batch)
         norm = optax.tree.norm(grads)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         change_norm = optax.tree.norm(changes)
         finite = jnp.isfinite(norm) & jnp.isfinite(change_norm)
+        applied = finite
+        if objective.stop_deviation is not None:
+            stopped = metrics["ratio/deviation"] > objective.stop_deviation
+            applied = finite & ~stopped
+            metrics["update/stopped"] = stopped.astype(jnp.int32)
         params = optax.apply_updates(state.params, changes)
-        params, opt_state, weights_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, weights_state),
-            (state.params, state.opt_state, state.weights_state),
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(applied, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
         )
-        state = TrainState(
-            params,
-            opt_state,
-            weights_state,
-            state.updates + finite,
-            jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        state = state._replace(
+            params=params,
+            opt_state=opt_state,
+            updates=state.updates + applied,
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
         metrics |= {
             "gradient/norm": norm,
-            "update/norm": jnp.where(finite, change_norm, 0.0),
+            "update/norm": jnp.where(applied, change_norm, 0.0),
             "update/applied": state.updates,
+            "update/skipped": state.skipped,
             "update/skipped_in_a_row": state.skipped_in_a_row,
         }
         return state, metrics

@@ -30,6 +30,8 @@ def loss_and_grad(
     reference=None,
     token_weights=None,
     max_length=None,
+    entropy=None,
+    token_ids=None,
 ):
     """(loss, gradient in logprobs, metrics); behaviour defaults to on policy."""
 
@@ -43,6 +45,8 @@ def loss_and_grad(
             reference_logprobs=float32(reference),
             token_weights=float32(token_weights),
             max_length=max_length,
+            entropy=float32(entropy),
+            token_ids=token_ids,
         )
 
     start = float32(logprobs)
@@ -198,7 +202,12 @@ def test_a_missing_reward_leaves_the_group_of_the_others(name):
     behaviour, reference = logprobs + rng.normal(0, 0.2, (2, 1, 4, 3))
     mask = np.array([[[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]]])
     arrays = dict(logprobs=logprobs, mask=mask, behaviour=behaviour)
-    arrays |= dict(reference=reference, rewards=np.array([[1.0, 0.0, NAN, 2.0]]))
+    arrays |= dict(reference=reference, rewards=np.array([[1.0, 0.0, NAN, 0.7]]))
+    arrays |= dict(
+        token_weights=rng.uniform(0.5, 2.0, (1, 4, 3)),
+        entropy=rng.uniform(0.2, 0.6, (1, 4, 3)),
+        token_ids=rng.integers(9, size=(1, 4, 3)),
+    )
     whole = loss_and_grad(OBJECTIVES[name], **arrays)
     kept = {k: x[:, [0, 1, 3]] for k, x in arrays.items()}
     value, grad, metrics = loss_and_grad(OBJECTIVES[name], **kept)

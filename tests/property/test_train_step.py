@@ -10,7 +10,13 @@ import pytest
 
 import grpo_jax as gj
 from grpo_jax.training.step import Batch, MicroBatch, batch_logprobs
-from tests.helpers import one_update, random_rollouts, tiny_policy, train_step
+from tests.helpers import (
+    one_update,
+    random_rollouts,
+    tiny_policy,
+    train_step,
+    weighed,
+)
 
 P, G, T = 4, 6, 7
 
@@ -27,7 +33,8 @@ def full_batch(policy, objective, seed=0):
     rollouts = rollouts._replace(rewards=rollouts.rewards.at[0, 1].set(jnp.nan))
     other = tiny_policy(seed=5)
     reference = gj.completion_logprobs(other, rollouts)
-    return Batch(rollouts, None, reference if objective.kl_coef else None)
+    reference = reference if objective.kl_coef else None
+    return weighed(objective, rollouts, None, reference)
 
 
 def gradient(policy, objective, batch, micro=MicroBatch(P, G)):  # noqa: B008
@@ -109,7 +116,7 @@ def test_padding_of_prompts_and_completions_changes_no_gradient():
         r.rewards,
     )
     expected, _ = gradient(policy, objective, batch)
-    assert_close(gradient(policy, objective, Batch(padded, None, None))[0], expected)
+    assert_close(gradient(policy, objective, weighed(objective, padded))[0], expected)
 
 
 def test_remat_changes_no_gradient():
@@ -145,7 +152,7 @@ def test_a_non_finite_gradient_changes_nothing_but_the_count():
     rollouts = batch.rollouts
     huge = rollouts._replace(rewards=rollouts.rewards * 3e38)
     state, metrics = one_update(
-        policy, objective, Batch(huge, None, None), MicroBatch(P, G)
+        policy, objective, weighed(objective, huge), MicroBatch(P, G)
     )
     jax.tree.map(np.testing.assert_array_equal, state.params, policy.params)
     assert state.skipped_in_a_row == 1 and state.updates == 0
@@ -165,9 +172,8 @@ def test_doubling_the_vocabulary_costs_no_more_than_its_weights():
         shape = jax.ShapeDtypeStruct
         ids, floats = (shape((4, 8, 128), x) for x in (jnp.int32, jnp.float32))
         prompts, rewards = shape((4, 16), jnp.int32), shape((4, 8), jnp.float32)
-        batch = Batch(
-            gj.Rollouts(prompts, prompts, ids, ids, floats, rewards), None, None
-        )
+        rollouts = gj.Rollouts(prompts, prompts, ids, ids, floats, rewards)
+        batch = Batch(rollouts, None, None, shape((4,), jnp.float32))
         step, init = train_step(policy, objective, MicroBatch(4, 8), max_length=128)
         state = jax.eval_shape(init, policy.params)
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()

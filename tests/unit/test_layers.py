@@ -12,7 +12,7 @@ import grpo_jax as gj
 ROOT = Path(gj.__file__).parent
 LAYERS = [
     ["errors", "advantages", "preconditioner", "objectives", "logprobs"]
-    + ["gradient_geometry"],
+    + ["gradient_geometry", "curvature", "counterfactual"],
     ["models"],
     ["rollouts", "tasks"],
     ["training"],

@@ -7,7 +7,7 @@ import pytest
 from grpo_jax import OBJECTIVES, per_prompt_losses, policy_loss
 from grpo_jax.objectives.aggregation import AGGREGATIONS, token_coefficients
 from grpo_jax.objectives.divergences import divergence
-from grpo_jax.objectives.ratios import log_ratio
+from grpo_jax.objectives.ratios import ratio_level
 
 GRPO = OBJECTIVES["grpo"]
 
@@ -24,9 +24,14 @@ def batch(seed=0, shape=(2, 3, 4)):
         reference_logprobs=logprobs + noise[1],
         rewards=rng.normal(0, 1, shape[:2]),
     )
+    arrays |= dict(
+        entropy=rng.uniform(0.2, 0.6, shape), token_weights=rng.uniform(0.5, 2, shape)
+    )
     arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
     mask = np.arange(shape[2]) < lengths[..., None]
-    return arrays | dict(completion_mask=mask.astype(np.int32))
+    return arrays | dict(
+        completion_mask=mask.astype(np.int32), token_ids=rng.integers(0, 9, shape)
+    )
 
 
 def loss_and_grads(objective, arrays, argument="logprobs"):
@@ -40,14 +45,30 @@ def loss_and_grads(objective, arrays, argument="logprobs"):
     ("axis", "choices"),
     [
         ("baseline", "none, mean, leave_one_out"),
-        ("scale", "none, std"),
-        ("ratio", "none, token"),
-        ("surrogate", "logp, ppo"),
+        (
+            "scale",
+            "none, std, batch_std, group_mean, beta, length_std, leave_one_out_std",
+        ),
+        (
+            "ratio",
+            "none, token, standardised, sequence_mean_token, sequence_mean, "
+            "sequence_sum, clipped_geometric",
+        ),
+        (
+            "surrogate",
+            "logp, is, ppo, hard_clip, cispo, copg, hinge, relative_is, rpe, "
+            "masked_is, fisher_rao",
+        ),
         (
             "aggregation",
-            "sequence_mean_token_mean, sequence_mean_token_sum, constant",
+            "sequence_mean_token_mean, sequence_mean_token_sum, group_token_mean, "
+            "batch_token_mean, constant, first_rest, first_rest_sequence_mean",
         ),
-        ("divergence", "k1, k3"),
+        ("divergence", "k1, k2, k3"),
+        ("token_weight", "none, conflict, nthr"),
+        ("mask", "tv, kl"),
+        ("hinge", "ratio, log, sqrt"),
+        ("overlong", "keep, mask, punish"),
         ("kl_in", "loss, reward"),
     ],
 )
@@ -219,14 +240,15 @@ def test_a_token_counts_as_clipped_where_it_has_no_gradient():
 
 
 def test_no_kl_is_reported_without_a_reference():
-    arrays = batch() | dict(reference_logprobs=None)
+    arrays = batch() | dict(reference_logprobs=None, entropy=None)
     _, metrics = jax.jit(lambda a: policy_loss(OBJECTIVES["dr_grpo"], **a))(arrays)
-    assert set(metrics) == {"ratio/mean", "ratio/clipped"}
+    assert set(metrics) == {"ratio/mean", "ratio/deviation", "ratio/clipped"}
 
 
 # With x64 the whole loss is in float64, against the same sums in numpy.
 def test_the_loss_is_exact_in_float64():
     arrays = {name: x.astype(float) for name, x in batch().items()}
+    arrays |= dict(token_weights=None, token_ids=None)
     r, mask = arrays["rewards"], arrays["completion_mask"]
     ratio = np.exp(arrays["logprobs"] - arrays["behaviour_logprobs"])
     advantages = (r - r.mean(1, keepdims=True))[..., None]
@@ -273,8 +295,11 @@ def test_divergences_are_unbiased(kind):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (divergence, "divergence must be one of k1, k3, got 'nonsense'"),
-        (log_ratio, "ratio must be one of none, token, got 'nonsense'"),
+        (divergence, "divergence must be one of k1, k2, k3, got 'nonsense'"),
+        (
+            lambda kind, x, y: ratio_level(kind, x, y, x > 0, x, (0.2, 0.2)),
+            "ratio must be one of none, token, .*, got 'nonsense'",
+        ),
     ],
 )
 def test_a_part_by_itself_lists_its_choices_too(function, message):

@@ -16,22 +16,21 @@ from grpo_jax import (
 from grpo_jax.training.config import OptimizerConfig
 from grpo_jax.training.metrics import FIELDS
 from grpo_jax.training.step import (
-    Batch,
     MicroBatch,
     batch_logprobs,
     group_metrics,
     make_optimizer,
     make_schedule,
     micro_batch,
-    objective_weights,
     repeat_parts,
     split_batch,
 )
-from tests.helpers import train_step
+from tests.helpers import train_step, weighed
 
 P, G, T = 4, 6, 3
 SPLITS = [(4, 6), (2, 6), (1, 6), (2, 3), (4, 1), (1, 2), (1, 1)]
 NAN = float("nan")
+REINFORCE = OBJECTIVES["reinforce"]
 
 
 # A part of p prompts and g samples holds p * (10 + g * 20) tokens.
@@ -125,15 +124,13 @@ def test_batch_logprobs_are_the_same_in_any_split(policy, micro):
 @pytest.fixture(scope="module")
 def stepper(policy):
     """(train_step, a fresh state) of plain reinforce under sgd at rate 1."""
-    step, init = train_step(
-        policy, OBJECTIVES["reinforce"], MicroBatch(P, G), optax.sgd(1.0), T
-    )
+    step, init = train_step(policy, REINFORCE, MicroBatch(P, G), optax.sgd(1.0), T)
     return jax.jit(step), init(policy.params)
 
 
 def test_an_update_counts_and_reports(stepper):
     step, before = stepper
-    after, metrics = step(before, Batch(rollouts(), None, None))
+    after, metrics = step(before, weighed(REINFORCE, rollouts()))
     assert (after.updates, after.skipped_in_a_row) == (1, 0)
     assert set(metrics) <= set(FIELDS) and all(x.ndim == 0 for x in metrics.values())
     change = jax.tree.map(jnp.subtract, after.params, before.params)
@@ -147,7 +144,7 @@ def test_an_update_counts_and_reports(stepper):
 def test_an_update_makes_better_samples_likelier(stepper, policy):
     step, state = stepper
     batch = rollouts()
-    after, _ = step(state, Batch(batch, None, None))
+    after, _ = step(state, weighed(REINFORCE, batch))
     twin = jax.jit(completion_logprobs)
     gained = (twin(policy.replace(after.params), batch) - twin(policy, batch)).sum(-1)
     advantages = batch.rewards - batch.rewards.mean(1, keepdims=True)
@@ -157,8 +154,8 @@ def test_an_update_makes_better_samples_likelier(stepper, policy):
 def test_a_batch_without_signal_changes_nothing(stepper):
     step, state = stepper
     tied = rollouts()._replace(rewards=np.full((P, G), 0.35, np.float32))
-    after, metrics = step(state, Batch(tied, None, None))
-    assert metrics["gradient/norm"] == 0 and metrics["group/informative"] == 0
+    after, metrics = step(state, weighed(REINFORCE, tied))
+    assert metrics["gradient/norm"] == 0
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
 
@@ -167,7 +164,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(stepper):
     spoiled = jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.params)
     state = state._replace(params=spoiled)
     for times in (1, 2):
-        state, metrics = step(state, Batch(rollouts(), None, None))
+        state, metrics = step(state, weighed(REINFORCE, rollouts()))
         assert (state.updates, state.skipped_in_a_row) == (0, times)
         assert metrics["update/norm"] == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, spoiled)
@@ -196,15 +193,6 @@ def test_group_metrics():
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
-
-
-# std 1/2: weight 2 under grpo, 1 under the rows without a scale; tied: 0 or no matter.
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_objective_weights(name):
-    rule = objective_weights(OBJECTIVES[name])
-    weights, _ = jax.jit(rule.weights)(np.float32([[1, 0]]), rule.init())
-    expected = 2 if OBJECTIVES[name].scale == "std" else 1
-    np.testing.assert_allclose(weights, [expected], rtol=1e-5)
 
 
 def rates(updates=10, **changes):

@@ -1,0 +1,183 @@
+"""Token weight axis: constant factors on tokens, made from what a batch holds.
+
+A factor multiplies the surrogate's token, never the KL; any number of them combine by
+product. `conflict_weights` is made inside the objective that asks for it; the others
+are passed in as `token_weights`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.advantages import group_statistics
+from grpo_jax.logprobs import MAX_LOGITS
+
+
+def conflict_weights(
+    token_ids: jax.Array, advantages: jax.Array, completion_mask: jax.Array
+) -> jax.Array:
+    """GTPO's lambda [P, G, T]: 2 or 0 on tokens that both good and bad answers share.
+
+    Aligned at the start, and again at the end, positions are looked at until the first
+    where no completion with A > 0 carries the token of one with A < 0. On the way, a
+    shared token gets factor 2 where A > 0 and 0 where A < 0; the two runs multiply.
+
+    Args:
+        token_ids: [P, G, T] int.
+        advantages: [P, G]; completions with A = 0 are neither good nor bad.
+        completion_mask: [P, G, T], its ones first.
+
+    References:
+        Simoni et al. 2025, arXiv:2508.03772 (lambda); the paper's code divides the loss
+        by a count of conflicts besides, which its formula does not have.
+    """
+    live = completion_mask.astype(bool)
+    lengths = live.sum(-1)  # [P, G]
+    places = jnp.arange(live.shape[-1])[None, None]
+    from_end = jnp.clip(lengths[..., None] - 1 - places, 0)  # an involution on the live
+    backward = jnp.take_along_axis(token_ids, from_end, -1)
+
+    def run(ids):  # aligned at position 0
+        same = ids[:, :, None] == ids[:, None]  # [P, G, G, T]
+        same &= live[:, :, None] & live[:, None]
+        good, bad = advantages > 0, advantages < 0
+        opposed = good[:, :, None] & bad[:, None]
+        opposed |= opposed.swapaxes(1, 2)
+        shared = (same & opposed[..., None]).any(2)  # [P, G, T]
+        unbroken = jnp.cumprod(shared.any(1), -1).astype(bool)[:, None]
+        factor = jnp.where(advantages > 0, 2.0, 0.0)[..., None]
+        return jnp.where(shared & unbroken, factor, 1.0)
+
+    backward = jnp.take_along_axis(run(backward), from_end, -1)
+    return jnp.where(live, run(token_ids) * backward, 1.0)
+
+
+def mean_entropy(entropy: jax.Array, completion_mask: jax.Array) -> jax.Array:
+    """[P, G] nats: each completion's mean over its tokens of entropy [P, G, T]."""
+    live = completion_mask.astype(bool)
+    total = jnp.where(live, entropy, 0.0).sum(-1)
+    return jax.lax.stop_gradient(total / jnp.maximum(live.sum(-1), 1))
+
+
+def nthr_weights(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    token_ids: jax.Array,
+    rewards: jax.Array,
+    completion_mask: jax.Array,
+    *,
+    beta: float = 1.0,
+    eta: float = 0.0,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """NTHR's factors [P, G, T]: eta on wrong answers' tokens that hurt the right ones.
+
+    With h the last hidden state before a token and e = onehot(token) - pi its softmax
+    error, <h, h'> <e, e'> is how much a gradient step on one token moves another's
+    logit. A token of a wrong completion is damped to eta where its influence, summed
+    over all tokens of the group's right completions, exceeds tau = beta * the smallest
+    mean influence that one right completion has on the others.
+
+    A group's [G T, G T] influences are formed, never its [G T, V] softmax: the
+    vocabulary is summed over in chunks.
+
+    Args:
+        hidden: [P, G, T, D], the states that predict each token.
+        unembedding: [D, V].
+        token_ids, completion_mask: [P, G, T].
+        rewards: [P, G]; above the group's mean a completion is right, below it wrong.
+        beta, eta: 1 and 0 in the paper's experiments.
+        temperature: The policy's.
+
+    References:
+        Deng et al. 2025, arXiv:2505.18830 Eq. 7 and Sec. 5.3. With a single right
+        completion "the others" is empty; its influence on itself stands in (not in the
+        paper).
+    """
+    live = completion_mask.astype(bool)
+    centred = group_statistics(rewards).centred
+    right, wrong = (centred > 0).astype(float), centred < 0
+
+    def one_prompt(prompt):
+        hidden, ids, live, right = prompt  # [G, T, D], [G, T], [G, T], [G]
+        g, t, width = hidden.shape
+        h, alive = hidden.reshape(g * t, width).astype(float), live.reshape(-1)
+        errors = _error_gram(h, unembedding.astype(float), ids.reshape(-1), temperature)
+        pairs = errors * (h @ h.T) * (alive[:, None] & alive)
+        influence = pairs.reshape(g, t, g, t).sum(1)  # [G, G, T], of each on a token
+        lengths = jnp.maximum(live.sum(-1), 1)
+        on_completion = influence.sum(-1) / lengths  # [G, G], mean over tokens
+        others = right[:, None] * right * (1 - jnp.eye(g))
+        count = others.sum(1)
+        mean = (on_completion * others).sum(1) / jnp.maximum(count, 1)
+        mean = jnp.where(count == 0, jnp.diagonal(on_completion), mean)
+        tau = beta * jnp.where(right > 0, mean, jnp.inf).min()
+        return jnp.einsum("i,ijt->jt", right, influence), tau
+
+    influence, tau = jax.lax.map(one_prompt, (hidden, token_ids, live, right))
+    damped = wrong[..., None] & (influence > tau[:, None, None]) & live
+    return jax.lax.stop_gradient(jnp.where(damped, eta, 1.0))
+
+
+def _error_gram(hidden, unembedding, token_ids, temperature):
+    """[N, N] <e, e'> of e = onehot - softmax, from hidden [N, D] and [D, V]."""
+    rows, vocab = hidden.shape[0], unembedding.shape[1]
+    width = max(1, min(vocab, MAX_LOGITS // rows))
+    chunks = -(-vocab // width)
+    columns = jnp.pad(unembedding, [(0, 0), (0, chunks * width - vocab)])
+    columns = columns.reshape(-1, chunks, width).swapaxes(0, 1)
+    places = jnp.arange(chunks * width).reshape(chunks, width)
+
+    def logits_of(chunk):
+        columns, places = chunk
+        logits = hidden @ columns / temperature
+        return jnp.where(places < vocab, logits, -jnp.inf)
+
+    log_total = jax.lax.map(
+        lambda chunk: jax.nn.logsumexp(logits_of(chunk), axis=-1), (columns, places)
+    )
+    log_total = jax.nn.logsumexp(log_total, axis=0)
+
+    def add(gram, chunk):
+        softmax = jnp.exp(logits_of(chunk) - log_total[:, None])
+        errors = (token_ids[:, None] == chunk[1]) - softmax
+        return gram + errors @ errors.T, None
+
+    zero = jnp.zeros((rows, rows), hidden.dtype)
+    return jax.lax.scan(add, zero, (columns, places))[0]
+
+
+def overlong_weights(
+    token_ids: jax.Array, completion_mask: jax.Array, eos_id: int
+) -> jax.Array:
+    """[P, G, T]: 0 on completions cut off before EOS (DAPO's overlong filtering).
+
+    They stay in their group's statistics and in token counts.
+    """
+    live = completion_mask.astype(bool)
+    ended = ((token_ids == eos_id) & live).any(-1, keepdims=True)
+    return jnp.broadcast_to(ended, live.shape).astype(float)
+
+
+def truncated_importance_weights(
+    logprobs: jax.Array, sampled_logprobs: jax.Array, cap: float = 2.0
+) -> jax.Array:
+    """[P, G, T] min(trainer's pi / sampler's pi, cap): truncated importance sampling.
+
+    Corrects for a sampler whose numbers differ from the trainer's (Yao et al. 2025).
+    """
+    gap = jnp.clip(jax.lax.stop_gradient(logprobs - sampled_logprobs), -20.0, 20.0)
+    return jnp.minimum(jnp.exp(gap), cap)
+
+
+def dense_step_weights(values: jax.Array, completion_mask: jax.Array) -> jax.Array:
+    """[P, G, T] Q_t / mean_t Q of positive per-token values; mean 1 over a completion.
+
+    What carries over of VGPO's temporal weights (arXiv:2512.12387): there Q comes from
+    a flow model's one-step projection, here from any process reward of a prefix. A
+    completion whose values sum to nothing keeps weight 1.
+    """
+    live = completion_mask.astype(bool)
+    values = jnp.where(live, jax.lax.stop_gradient(values), 0.0)
+    count = jnp.maximum(live.sum(-1, keepdims=True), 1)
+    mean = values.sum(-1, keepdims=True) / count
+    return jnp.where(live & (mean > 0), values / jnp.where(mean > 0, mean, 1.0), 1.0)

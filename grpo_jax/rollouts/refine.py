@@ -1,0 +1,80 @@
+"""Draft, then refine (iGRPO): the best of some drafts joins the prompt.
+
+Drafts are sampled and scored like any completion and carry no gradient; the update
+sees the refinements alone, whose prompt is the template with the draft in it.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.rollouts.encoding import encode_all
+
+Piece = str | tuple[int, ...]  # "prompt", "draft", or literal token ids
+
+
+def template_pieces(tokenizer, template: str) -> list[Piece]:
+    """The template's parts: `{prompt}` and `{draft}` by name, other text as token ids.
+
+    Parts are joined as tokens, so the refined prompt holds exactly the tokens that were
+    sampled.
+
+    Raises:
+        ConfigError: `{draft}` or `{prompt}` is missing, another name is there, or the
+            text between cannot be encoded.
+    """
+    parts = re.split(r"(\{\w*\})", template)
+    names = [part for part in parts if part.startswith("{")]
+    wrong = [name for name in names if name not in ("{prompt}", "{draft}")]
+    if wrong or not {"{prompt}", "{draft}"} <= set(names):
+        raise ConfigError(
+            "sampling.refine_template must hold {prompt} and {draft} and no other "
+            f"name, got {template!r}."
+        )
+    pieces = []
+    for part in parts:
+        if part in names:
+            pieces.append(part[1:-1])
+        elif part:
+            what = "text of the refine template"
+            pieces.append(tuple(encode_all(tokenizer, [part], what)[0]))
+    return pieces
+
+
+def refined_length(
+    pieces: Sequence[Piece], prompt_tokens: int, draft_tokens: int
+) -> int:
+    """Tokens of the longest refined prompt."""
+    known = {"prompt": prompt_tokens, "draft": draft_tokens}
+    return sum(known[p] if isinstance(p, str) else len(p) for p in pieces)
+
+
+def refined_prompts(
+    pieces: Sequence[Piece],
+    prompts: Sequence[Sequence[int]],
+    drafts: np.ndarray,
+    mask: np.ndarray,
+    rewards: np.ndarray,
+    eos_id: int,
+) -> list[list[int]]:
+    """Token ids of each prompt with its best draft, without the draft's EOS.
+
+    The first draft of those with the highest reward is taken; one whose reward is
+    missing only where all are.
+
+    Args:
+        drafts, mask: [P, N, T].
+        rewards: [P, N], NaN where missing.
+    """
+    best = np.argmax(np.where(np.isnan(rewards), -np.inf, rewards), axis=1)
+    rows = []
+    for p, i in enumerate(best):
+        draft = drafts[p, i][mask[p, i] > 0].tolist()
+        if draft and draft[-1] == eos_id:
+            draft.pop()
+        known = {"prompt": list(prompts[p]), "draft": draft}
+        parts = (known[x] if isinstance(x, str) else x for x in pieces)
+        rows.append([token for part in parts for token in part])
+    return rows
