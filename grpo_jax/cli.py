@@ -10,17 +10,22 @@ usage: grpo-jax COMMAND [...]
 
   train    train a policy, from prompts to a finished report
            (`grpo-jax train --help` lists every setting)
+  objectives [NAME ...]: every method's formula, axes and source (or of those named)
   report   RUN_DIR [RUN_DIR ...] [--output FILE]: write the report of a run, or of
            several overlaid
 """
 # Shorter spellings of the settings that every run names.
-_SHORT = {"--task": "--task.name", "--objective": "--objective.name"}
+_SHORT = {
+    "--task": "--task.name",
+    "--objective": "--objective.name",
+    "--weights": "--weights.name",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code (0 done, 1 failed, 2 bad input)."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "report": _report}
+    commands = {"train": _train, "objectives": _objectives, "report": _report}
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if argv else 2
@@ -69,7 +74,7 @@ def _train(argv):
             args=argv,
             prog="grpo-jax train",
             description="Train a policy. --config FILE.yaml|json comes first, flags on "
-            "top of it; --task and --objective are short for their .name.",
+            "top of it; --task, --objective and --weights are short for their .name.",
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -96,6 +101,23 @@ def _config_of_run(argv):
     if directory is None:
         return None
     return from_dict(TrainConfig, read_config_dict(directory))
+
+
+def _objectives(argv):
+    """Prints the table of methods from the presets themselves."""
+    from grpo_jax.errors import unknown_name
+    from grpo_jax.objectives.presets import OBJECTIVES
+
+    for name in argv:
+        if name not in OBJECTIVES:
+            raise unknown_name("objective", name, OBJECTIVES)
+    for name in argv or OBJECTIVES:
+        row = OBJECTIVES[name]
+        lines = [f"{name}", f"  loss      {row.formula()}", f"  axes      {row.axes()}"]
+        if row.mechanisms():
+            lines.append(f"  and       {'; '.join(row.mechanisms())}")
+        print("\n".join([*lines, f"  source    {row.source}", ""]))
+    return 0
 
 
 def _report(argv):

@@ -220,6 +220,14 @@ class Objective:
             total = _one_term(self.aggregation, total)
         return f"{total} {term};  A = {advantage}"
 
+    def axes(self) -> str:
+        """The choice on every axis, and the numbers that these choices read."""
+        names = ["baseline", "scale", "ratio", "surrogate", "aggregation"]
+        if self.token_weight != "none":
+            names.append("token_weight")
+        numbers = [n for n in _NUMBERS if n in self.uses() and getattr(self, n)]
+        return ", ".join(f"{name} {getattr(self, name)}" for name in names + numbers)
+
     def _advantage(self):
         centred = {
             "none": "R",
@@ -288,6 +296,11 @@ _ALWAYS_USED = frozenset(
         "entropy_limit", "aggregation", "kl_coef", "drafts", "refills", "overlong",
         "tis_cap", "stop_deviation", "history", "disjoint",
     }
+)  # fmt: skip
+_NUMBERS = (
+    "std_eps", "std_ddof", "clip", "dual_clip", "ratio_cap", "mixture", "mask",
+    "mask_limit", "hinge", "tau", "entropy_coef", "entropy_limit", "first_token_weight",
+    "kl_coef", "divergence", "kl_in",
 )  # fmt: skip
 _GRPO_STD = "std ddof 0 and eps 1e-6 are conventions"
 _CLIP = "clip 0.2 is a convention"

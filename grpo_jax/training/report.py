@@ -28,6 +28,7 @@ class Run(NamedTuple):
     metrics: list[dict]
     samples: list[dict]
     probes: list[dict]  # instrument.jsonl
+    compared: list[dict]  # counterfactual.jsonl
 
     def series(self, field: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a metric, where it was written and finite."""
@@ -52,6 +53,7 @@ def read_run(directory: Path) -> Run:
         metrics,
         read_lines(directory / "samples.jsonl"),
         read_lines(directory / "instrument.jsonl"),
+        read_lines(directory / "counterfactual.jsonl"),
     )
 
 
@@ -72,6 +74,7 @@ def write_report(directories: Sequence[Path], output: Path) -> Path:
         title=" and ".join(run.name for run in runs),
         runs=[_facts(run) for run in runs],
         figures=[f for f in _figures(runs) if f is not None],
+        compared=[(run.name, _comparison(run)) for run in runs if run.compared],
         samples=[(run.name, _last_samples(run)) for run in runs],
         differing=_config_differences(runs),
         configs=[(run.name, json.dumps(run.config, indent=1)) for run in runs],
@@ -94,6 +97,8 @@ def _facts(run: Run) -> dict:
     facts["asked"] = run.config["steps"]
     objective = run.config["objective"]["name"]
     facts["objective"] = objective
+    weights = run.config.get("weights", {}).get("name", "objective")
+    facts["weights"] = "" if weights == "objective" else f" with {weights} weights"
     facts["source"] = OBJECTIVES[objective].source if objective in OBJECTIVES else ""
     facts["task"] = run.config["task"]["name"]
     facts["rows"] = []
@@ -186,6 +191,7 @@ def _figures(runs):
         _lines(runs, "KL to the start", "kl/mean", smooth=True),
         _lines(runs, "Sampler/trainer mismatch", "mismatch/max_abs", log=True),
         _phases(runs),
+        *(_predicted_changes(run, len(runs) > 1) for run in runs if run.compared),
     ]
 
 
@@ -300,6 +306,66 @@ def _pass_rate_and_std(runs):
     return _plot("Pass rate against std", caption, draw)
 
 
+# Pass rates of the step's groups that the counterfactual step tells apart.
+THIRDS = (("hard", 0.0, 1 / 3), ("middle", 1 / 3, 2 / 3), ("easy", 2 / 3, 1.01))
+
+
+def _comparison(run: Run) -> list[dict]:
+    """One row per weighting: means over the steps that were compared."""
+    rows = []
+    norms, cosines = (
+        np.asarray([r[key] for r in run.compared]) for key in ("norm_ratio", "cosines")
+    )
+    rates, changes = _groups_and_changes(run)
+    for k, name in enumerate(run.compared[0]["weightings"]):
+        third = [changes[k][(rates >= low) & (rates < high)] for _, low, high in THIRDS]
+        rows.append(
+            {
+                "name": name,
+                "norm": f"{norms[:, k].mean():.2f}",
+                "cosines": [f"{x:.3f}" for x in cosines[:, k].mean(0)],
+                "change": [f"{x.mean():+.4f}" if len(x) else "-" for x in third],
+                "total": f"{changes[k].mean():+.4f}",
+            }
+        )
+    return rows
+
+
+def _groups_and_changes(run):
+    """(group means [N], predicted changes [K, N]) of all compared steps' prompts."""
+    rates = np.concatenate([np.asarray(r["group_mean"]) for r in run.compared])
+    changes = np.concatenate(
+        [np.asarray(r["predicted_change"]) for r in run.compared], axis=1
+    )
+    return rates, changes
+
+
+def _predicted_changes(run, named):
+    def draw(axes):
+        rates, changes = _groups_and_changes(run)
+        edges = np.linspace(0, 1, 6)
+        place = np.clip(np.digitize(rates, edges) - 1, 0, 4)
+        used = [b for b in range(5) if (place == b).any()]
+        middle = (edges[:-1] + edges[1:]) / 2
+        for k, name in enumerate(run.compared[0]["weightings"]):
+            values = [changes[k][place == b].mean() for b in used]
+            own = name == "this run"
+            colour = "#222" if own else COLOURS[(k - 1) % len(COLOURS)]
+            style = {"lw": 3, "alpha": 0.3} if own else {"marker": "o", "ms": 3}
+            axes.plot(middle[used], values, color=colour, label=name, **style)
+        axes.axhline(0, color="#999", lw=0.8)
+        axes.set(xlabel="pass rate of a prompt's group", ylabel="predicted change")
+        axes.set_xlim(0, 1)
+
+    title = "What other weightings would have done"
+    caption = (
+        "Predicted change of a prompt's expected reward under a step as long as the "
+        "run's own, by slope and curvature along each weighting's gradient; mean over "
+        f"{len(run.compared)} steps, in five bins of pass rate."
+    )
+    return _plot(f"{title}: {run.name}" if named else title, caption, draw)
+
+
 def _phases(runs):
     if not any(len(run.series("time/update_s")[0]) for run in runs):
         return None
@@ -351,8 +417,8 @@ code, pre { font: 13px ui-monospace, monospace; } pre { background: #f6f6f4;
 <tr><td>pass rate, {{ label }} [95 %]</td><td>{{ first }}</td><td>{{ last }}</td></tr>
 {% endfor %}
 </table>
-<p class="muted">{{ run.objective }} on {{ run.task }}, step {{ run.steps }} of
-{{ run.asked }}; {% if run.phases %}median seconds a step:
+<p class="muted">{{ run.objective }}{{ run.weights }} on {{ run.task }},
+step {{ run.steps }} of {{ run.asked }}; {% if run.phases %}median seconds a step:
 {% for phase, seconds in run.phases %}
 {{ phase }} {{ seconds }}{{ ", " if not loop.last }}
 {%- endfor %}; {% endif %}
@@ -372,6 +438,24 @@ rewards missing: {{ run.missing }}. {{ run.source }}.</p>
 <figcaption>{{ figure.caption }}</figcaption></figure>
 {% endfor %}
 </div>
+{% for name, rows in compared %}
+<h2>Other weightings{{ " in " ~ name if compared | length > 1 }}</h2>
+<p class="muted">The same rollouts under other prompt weights, means over the steps
+compared: the gradient's norm relative to reinforce, the cosines between the updates,
+and the change of a prompt's expected reward that a step as long as the run's own
+predicts, over all prompts and for hard (group's pass rate below 1/3), middle and easy
+(2/3 and above) ones. Measured on the samples that made the gradients: each prompt's own
+noise counts as gain, under every weighting alike.</p>
+<table>
+<tr><th></th><th>norm</th>{% for row in rows %}<th>cos to {{ row.name }}</th>
+{% endfor %}<th>change</th><th>hard</th><th>middle</th><th>easy</th></tr>
+{% for row in rows %}
+<tr><td>{{ row.name }}</td><td>{{ row.norm }}</td>
+{% for x in row.cosines %}<td>{{ x }}</td>{% endfor %}
+<td>{{ row.total }}</td>{% for x in row.change %}<td>{{ x }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endfor %}
 <h2>Samples</h2>
 {% for name, rows in samples %}
 {% if samples | length > 1 %}<h3>{{ name }}</h3>{% endif %}
