@@ -1,8 +1,8 @@
 """What other prompt weights would have done with the same rollouts.
 
 Per-prompt gradients are the same under every weighting; only their sum turns. Compared
-are the sums: the angle between them, their lengths, and what a step along each would do
-to every prompt, by its slope and curvature along that direction.
+are the sums (angles and lengths), the updates that an optimizer makes of them, and what
+each update would do to every prompt: its slope and curvature along it.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,19 +20,18 @@ from grpo_jax.curvature import (
 
 
 class Counterfactual(NamedTuple):
-    """K weightings in the order given, P prompts.
+    """K weightings in the order given, P prompts."""
 
-    Slopes and curvatures are along each update's unit vector, so they compare
-    directions at one step length, whatever the learning rate or the optimizer.
-    """
-
-    cosines: jax.Array  # [K, K] between the updates
     norms: jax.Array  # [K] of the gradients
-    slopes: jax.Array  # [K, P] reward units per unit of parameter distance
+    cosines: jax.Array  # [K, K] between the gradients
+    update_norms: jax.Array  # [K]
+    update_cosines: jax.Array  # [K, K]
+    slopes: jax.Array  # [K, P] reward units per update made
     curvatures: jax.Array  # [K, P] and per its square
 
-    def predicted_change(self, length: jax.Array | float) -> jax.Array:
-        """[K, P] change of each prompt's expected reward, to second order."""
+    def predicted_change(self, length: jax.Array | float = 1.0) -> jax.Array:
+        """[K, P] change of each prompt's expected reward, to second order, after
+        `length` times the update."""
         return length * self.slopes + length**2 / 2 * self.curvatures
 
 
@@ -42,32 +41,49 @@ def counterfactual_updates(
     params: Any,
     rewards: jax.Array,
     weights: Mapping[str, jax.Array],
+    *,
+    update_fn: Callable[[Any], Any] | None = None,
 ) -> Counterfactual:
-    """The updates -gradient_fn(w) of several weightings w, compared.
+    """Several weightings of one batch, compared.
 
     The slopes are measured on the rollouts that made the gradients. Between different
     prompts they are unbiased; a prompt's own share counts its sampling noise as gain,
-    w_x tr Cov(g_x) / P, alike in kind for every weighting.
+    w_x tr Cov(g_x) / P under plain gradient steps, alike in kind for every weighting.
 
     Args:
         gradient_fn: weights [P] -> the loss's gradient, a pytree like params. From
             losses [P] of centred advantages: `pull_back = jax.vjp(losses, params)[1]`
             and `lambda w: pull_back(w / P)[0]`.
         log_prob_fn: params -> [P, G] log-probs of whole completions.
-        params: Where both are taken. Holds K gradients of its size at once.
+        params: Where all is taken. Holds 2 K pytrees of its size at once.
         rewards: [P, G], NaN where missing.
         weights: Name -> [P].
+        update_fn: gradient -> the change of params that would be made of it, such as
+            `lambda g: optimizer.update(g, opt_state, params)[0]`; default: minus the
+            gradient.
     """
     gradients = [gradient_fn(w) for w in weights.values()]
-    norms = jnp.stack([optax.tree.norm(g) for g in gradients])
-    scales = jnp.where(norms > 0, -1 / jnp.where(norms > 0, norms, 1.0), 0.0)
-    units = [optax.tree.scale(s, g) for s, g in zip(scales, gradients, strict=True)]
-    cosines = jnp.stack(
-        [jnp.stack([optax.tree.vdot(a, b) for b in units]) for a in units]
-    )
+    updates = [
+        optax.tree.scale(-1, g) if update_fn is None else update_fn(g)
+        for g in gradients
+    ]
     slopes, curvatures = [], []
-    for unit in units:
-        _, first, second = directional_derivatives(log_prob_fn, params, unit)
+    for update in updates:
+        _, first, second = directional_derivatives(log_prob_fn, params, update)
         slopes.append(prompt_slope(rewards, first))
         curvatures.append(prompt_curvature(rewards, first, second))
-    return Counterfactual(cosines, norms, jnp.stack(slopes), jnp.stack(curvatures))
+    return Counterfactual(
+        *_norms_and_cosines(gradients),
+        *_norms_and_cosines(updates),
+        jnp.stack(slopes),
+        jnp.stack(curvatures),
+    )
+
+
+def _norms_and_cosines(trees):
+    products = jnp.stack(
+        [jnp.stack([optax.tree.vdot(a, b) for b in trees]) for a in trees]
+    )
+    norms = jnp.sqrt(jnp.diagonal(products))
+    unit = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1.0), 0.0)
+    return norms, products * unit[:, None] * unit[None, :]

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from grpo_jax.advantages import group_statistics
 from grpo_jax.counterfactual import Counterfactual, counterfactual_updates
@@ -11,7 +12,13 @@ from grpo_jax.models.decoder import Policy
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.preconditioner import posterior_weights, std_weights, unit_weights
 from grpo_jax.training.metrics import JsonLines
-from grpo_jax.training.step import Batch, MicroBatch, batch_logprobs, make_gradients
+from grpo_jax.training.step import (
+    Batch,
+    MicroBatch,
+    TrainState,
+    batch_logprobs,
+    make_gradients,
+)
 
 # Compared besides the run's own weights, which come first.
 RULES = {
@@ -25,14 +32,16 @@ RULES = {
 def look(
     policy: Policy,
     objective: Objective,
-    params: Any,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
     batch: Batch,
     *,
     micro: MicroBatch,
     temperature: float,
     max_length: int,
 ) -> Counterfactual:
-    """The run's own weights, then `RULES`, on one batch; pure."""
+    """The run's own weights, then `RULES`: one batch, one optimizer state; pure."""
+    params = state.params
     rewards = batch.rollouts.rewards
     weights = {"this run": batch.weights}
     for name, rule in RULES.items():
@@ -51,32 +60,26 @@ def look(
         params,
         rewards,
         weights,
+        update_fn=lambda g: optimizer.update(g, state.opt_state, params)[0],
     )
 
 
-def record(
-    file: JsonLines, step: int, found: Counterfactual, rewards: Any, length: float
-) -> None:
-    """One line of counterfactual.jsonl.
-
-    Args:
-        length: Of the update that the run made, in parameter space: every weighting's
-            predicted change is for a step as long.
-    """
-    changes = np.asarray(found.predicted_change(length), float)
+def record(file: JsonLines, step: int, found: Counterfactual, rewards: Any) -> None:
+    """One line of counterfactual.jsonl: rows and columns are `weightings`."""
     statistics = jax.device_get(group_statistics(rewards))
     norms = np.asarray(found.norms, float)
     file.write(
         {
             "step": step,
             "weightings": ["this run", *RULES],
-            "length": length,
             "group_mean": _rounded(statistics.mean),
-            "cosines": _rounded(found.cosines),
             "norm_ratio": _rounded(norms / norms[1] if norms[1] > 0 else norms * 0),
+            "cosines": _rounded(found.cosines),
+            "update_norm": _rounded(found.update_norms),
+            "update_cosines": _rounded(found.update_cosines),
             "slope": _rounded(found.slopes),
             "curvature": _rounded(found.curvatures),
-            "predicted_change": _rounded(changes),
+            "predicted_change": _rounded(found.predicted_change()),
         }
     )
 

@@ -582,9 +582,14 @@ class _Run:
         shared = {"temperature": self.temperature, "max_length": plan.max_new_tokens}
         if config.instrument.counterfactual_every:
             look = partial(
-                counterfactual.look, self.policy, objective, micro=whole, **shared
+                counterfactual.look,
+                self.policy,
+                objective,
+                self.optimizer,
+                micro=whole,
+                **shared,
             )
-            compiled("counterfactual", look, state.params, batch)
+            compiled("counterfactual", look, state, batch)
         if objective.history > 1:
             _, batch = compiled("with_history", with_history, state.history, batch)
         size = batch.weights.shape[0] // self.parts
@@ -728,7 +733,7 @@ class _Run:
             state, batch, metrics = self._batch(state, rollouts, indices)
             times["time/score_s"] = time.monotonic() - scored
 
-            compared = self._compared(state.params, batch, step + 1)
+            compared = self._compared(state, batch, step + 1)
             updating = time.monotonic()
             state, updated = self._update(state, batch)
             metrics |= updated
@@ -736,11 +741,7 @@ class _Run:
             step += 1
             if compared is not None:
                 counterfactual.record(
-                    self.files["counterfactual"],
-                    step,
-                    compared,
-                    rollouts.rewards,
-                    float(updated["update/norm"]),
+                    self.files["counterfactual"], step, compared, rollouts.rewards
                 )
 
             if errors:
@@ -905,13 +906,13 @@ class _Run:
         found = scores.rewards[np.isfinite(scores.rewards)]
         return wilson_interval(int((found >= 1).sum()), len(found))
 
-    def _compared(self, params, batch, step):
+    def _compared(self, state, batch, step):
         """What other weights would do with the batch, where that is due."""
         every = self.config.instrument.counterfactual_every
         if not every or step % every:
             return None
         t = batch.rollouts.completions.shape[-1]
-        return jax.device_get(self.programs[t]["counterfactual"](params, batch))
+        return jax.device_get(self.programs[t]["counterfactual"](state, batch))
 
     def _instrument(self, params, step):
         key = jax.random.fold_in(self.eval_key, step)

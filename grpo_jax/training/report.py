@@ -313,8 +313,9 @@ THIRDS = (("hard", 0.0, 1 / 3), ("middle", 1 / 3, 2 / 3), ("easy", 2 / 3, 1.01))
 def _comparison(run: Run) -> list[dict]:
     """One row per weighting: means over the steps that were compared."""
     rows = []
-    norms, cosines = (
-        np.asarray([r[key] for r in run.compared]) for key in ("norm_ratio", "cosines")
+    norms, cosines, updates = (
+        np.asarray([r[key] for r in run.compared])
+        for key in ("norm_ratio", "cosines", "update_cosines")
     )
     rates, changes = _groups_and_changes(run)
     for k, name in enumerate(run.compared[0]["weightings"]):
@@ -324,6 +325,7 @@ def _comparison(run: Run) -> list[dict]:
                 "name": name,
                 "norm": f"{norms[:, k].mean():.2f}",
                 "cosines": [f"{x:.3f}" for x in cosines[:, k].mean(0)],
+                "update": f"{updates[:, k, 0].mean():.3f}",
                 "change": [f"{x.mean():+.4f}" if len(x) else "-" for x in third],
                 "total": f"{changes[k].mean():+.4f}",
             }
@@ -359,9 +361,9 @@ def _predicted_changes(run, named):
 
     title = "What other weightings would have done"
     caption = (
-        "Predicted change of a prompt's expected reward under a step as long as the "
-        "run's own, by slope and curvature along each weighting's gradient; mean over "
-        f"{len(run.compared)} steps, in five bins of pass rate."
+        "Predicted change of a prompt's expected reward under the update that the "
+        "run's optimizer would have made of each weighting's gradient, by slope and "
+        f"curvature along it; mean over {len(run.compared)} steps, in five bins."
     )
     return _plot(f"{title}: {run.name}" if named else title, caption, draw)
 
@@ -441,18 +443,21 @@ rewards missing: {{ run.missing }}. {{ run.source }}.</p>
 {% for name, rows in compared %}
 <h2>Other weightings{{ " in " ~ name if compared | length > 1 }}</h2>
 <p class="muted">The same rollouts under other prompt weights, means over the steps
-compared: the gradient's norm relative to reinforce, the cosines between the updates,
-and the change of a prompt's expected reward that a step as long as the run's own
-predicts, over all prompts and for hard (group's pass rate below 1/3), middle and easy
-(2/3 and above) ones. Measured on the samples that made the gradients: each prompt's own
-noise counts as gain, under every weighting alike.</p>
+compared: the gradient's norm relative to reinforce, the cosines between gradients, the
+cosine of the update that the run's optimizer (its memory included) would have made to
+the run's own, and the change of a prompt's expected reward which that update predicts:
+over all prompts, and over hard (group's pass rate below 1/3), middle and easy (2/3 and
+above) ones. Measured on the samples that made the gradients: each prompt's own noise
+counts as gain, under every weighting alike.</p>
 <table>
 <tr><th></th><th>norm</th>{% for row in rows %}<th>cos to {{ row.name }}</th>
-{% endfor %}<th>change</th><th>hard</th><th>middle</th><th>easy</th></tr>
+{% endfor %}<th>cos of update to this run's</th><th>change</th><th>hard</th>
+<th>middle</th><th>easy</th></tr>
 {% for row in rows %}
 <tr><td>{{ row.name }}</td><td>{{ row.norm }}</td>
 {% for x in row.cosines %}<td>{{ x }}</td>{% endfor %}
-<td>{{ row.total }}</td>{% for x in row.change %}<td>{{ x }}</td>{% endfor %}</tr>
+<td>{{ row.update }}</td><td>{{ row.total }}</td>
+{% for x in row.change %}<td>{{ x }}</td>{% endfor %}</tr>
 {% endfor %}
 </table>
 {% endfor %}
