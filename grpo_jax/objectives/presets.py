@@ -360,7 +360,7 @@ OBJECTIVES = MappingProxyType({
     "cispo": Objective(
         baseline="mean", scale="std", ratio="token", surrogate="cispo",
         clip=(None, 4.0), aggregation="batch_token_mean",
-        source="MiniMax 2025, arXiv:2506.13585 eq. 4 (stopped, capped weight; no lower "
+        source="MiniMax 2025, arXiv:2506.13585 (stopped, capped weight; no lower "
         f"edge); the cap 1 + 4 = 5 is ScaleRL's and TRL's; {_GRPO_STD}",
     ),
     "degrpo": Objective(

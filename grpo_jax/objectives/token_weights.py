@@ -74,8 +74,9 @@ def nthr_weights(
     With h the last hidden state before a token and e = onehot(token) - pi its softmax
     error, <h, h'> <e, e'> is how much a gradient step on one token moves another's
     logit. A token of a wrong completion is damped to eta where its influence, summed
-    over all tokens of the group's right completions, exceeds tau = beta * the smallest
-    mean influence that one right completion has on the others.
+    over all tokens of the group's right completions, exceeds tau: beta times the
+    smallest, over right completions, of one's mean influence on the others' tokens
+    (per completion first, then over completions).
 
     A group's [G T, G T] influences are formed, never its [G T, V] softmax: the
     vocabulary is summed over in chunks.

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpo_jax as gj
+from grpo_jax.training.weighting import WEIGHTS
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
@@ -26,3 +29,12 @@ def test_every_file_of_the_map_exists():
     named = [path for path in paths if "/" in path]
     assert len(named) > 8
     assert all((root / path).exists() for path in named)
+
+
+def test_the_tables_name_every_objective_and_every_rule():
+    rows = re.findall(r"^\| (`.*?`) \|.*\|.*\|$", README, re.M)
+    named = set(re.findall(r"`([a-z_]+)`", " ".join(rows)))
+    assert set(gj.OBJECTIVES) <= named
+    table = README[README.index("| weights | rule |") :]
+    rules = re.findall(r"^\| (`.*?`) \|", table.split("\n\n")[0], re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(rules))) == set(WEIGHTS)
