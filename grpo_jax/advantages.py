@@ -149,11 +149,32 @@ def inverse_beta_density(rewards: jax.Array) -> jax.Array:
     b = jnp.where(varies, jnp.maximum(1, 1 + spread * (1 - centre) / 3), 1.0)
     inside = ~statistics.tied & (means > 0) & (means < 1)
     p = jnp.where(inside, means, 0.5)
-    gammaln = jax.scipy.special.gammaln  # jax's betaln is good to 1e-7 only
-    log_beta = gammaln(a) + gammaln(b) - gammaln(a + b)
-    log_density = (a - 1) * jnp.log(p) + (b - 1) * jnp.log1p(-p) - log_beta
-    scale = jnp.exp(jnp.minimum(-log_density, math.log(1e6)))
+    scale = jnp.exp(jnp.minimum(-_log_beta_density(p, a, b), math.log(1e6)))
     return jnp.where(inside, scale, 0.0)
+
+
+def _log_beta_density(p, a, b):
+    """log Beta(a, b) density at p in (0, 1), a and b at least 1.
+
+    In Stirling's form, where the large terms are cancelled by hand: as the difference
+    of three log-gammas float32 has no digit left at a + b = 1e5.
+    """
+    n = a + b
+    mode = a / n
+    distance = a * jnp.log1p((p - mode) / mode) + b * jnp.log1p((mode - p) / (1 - mode))
+    rest = _stirling_error(a) + _stirling_error(b) - _stirling_error(n)
+    spread = jnp.log(a) + jnp.log(b) - jnp.log(n) - math.log(2 * math.pi)
+    return distance + spread / 2 - rest - jnp.log(p) - jnp.log1p(-p)
+
+
+def _stirling_error(x):
+    """log Gamma(x) less Stirling's (x - 1/2) log x - x + log(2 pi) / 2, x at least 1."""
+    small, large = jnp.minimum(x, 16), 1 / jnp.maximum(x, 16)
+    direct = jax.scipy.special.gammaln(small) - (small - 0.5) * jnp.log(small) + small
+    direct -= math.log(2 * math.pi) / 2
+    coefficients = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)
+    series = sum(c * large ** (2 * k + 1) for k, c in enumerate(coefficients))
+    return jnp.where(x < 16, direct, series)
 
 
 def leave_one_out_inverse_std(

@@ -149,14 +149,16 @@ def beta_weights() -> PromptWeights:
 def finite_group_weights(group_size: int | None = None) -> PromptWeights:
     """The weight that dividing by the std of a finite group has on average.
 
-    w_p = w_G(p) / ((1 - 1/G) p (1 - p)), with w_G `expected_group_std`, at p the
-    group's mean; 0 for a tied group. Were p the true pass rate, the centred gradient
-    times w_p would have exactly the expectation of std-normalisation with groups of G.
-    At G = 2 and 3 w_p is a constant (2, and 1.5 sqrt 2): normalisation is a rescale.
-    For p far below 1 / G it saturates at G / sqrt(G - 1); as G grows it is 1 / sigma.
+    w_p = w_G(p) / ((1 - 1/n) p (1 - p)), with w_G `expected_group_std`, at p the mean of
+    the group's n rewards; 0 for a tied group. Were p the true pass rate, the centred
+    gradient times w_p would have exactly the expectation of std-normalisation with
+    groups of G. At G = n = 2 and 3 w_p is a constant (2, and 1.5 sqrt 2): normalisation
+    is a rescale. For p far below 1 / G it saturates, at sqrt(G - 1) n / (n - 1); as G
+    grows it is 1 / sigma.
 
     Args:
-        group_size: G, whose normalisation is meant; default: the rewards' own.
+        group_size: G, whose normalisation is meant; default: as many as there are
+            columns of rewards.
     """
     if group_size is not None and group_size < 2:
         raise ValueError(f"group_size must be at least 2, got {group_size}.")
@@ -166,7 +168,8 @@ def finite_group_weights(group_size: int | None = None) -> PromptWeights:
         g = group_size or rewards.shape[1]
         inside = ~statistics.tied & (statistics.mean > 0) & (statistics.mean < 1)
         p = jnp.where(inside, statistics.mean, 0.5)
-        scale = expected_group_std(p, g) / ((1 - 1 / g) * p * (1 - p))
+        centring = 1 - 1 / jnp.maximum(statistics.count, 2)
+        scale = expected_group_std(p, g) / (centring * p * (1 - p))
         return jnp.where(inside, scale, 0.0)
 
     return _stateless(weights)

@@ -17,7 +17,7 @@ AGGREGATIONS = {
     "group_token_mean": "mean_(i,t)",
     "batch_token_mean": "mean_(batch's i,t)",
     "constant": "mean_i sum_t/T",
-    "first_rest": "({first:g} mean_i at t=0, + mean_(batch's i,t) at t>0)",
+    "first_rest": "({first:g} mean_(batch's i) at t=0, + mean_(batch's i,t) at t>0)",
     "first_rest_sequence_mean": "mean_i ({first:g} at t=0, + mean_t at t>0)",
 }
 

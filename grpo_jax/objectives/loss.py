@@ -63,8 +63,8 @@ def per_prompt_losses(
             by nthr (`nthr_weights`).
         token_ids: [P, G, T] int, needed by conflict token weights (GTPO).
         advantages: [P, G], or [P, G, T] for one per token, instead of those that the
-            objective's baseline and scale make of the rewards; constants. Prompt
-            weights of any kind: `centred_advantages(rewards) * weights[:, None]`.
+            objective's baseline, scale and KL in the reward make of the rewards;
+            constants. Any prompt weights: `centred_advantages(rewards) * w[:, None]`.
         max_length: What a constant-length aggregation divides by; default T. Give it
             where completions were trimmed to a bucket.
 
@@ -87,7 +87,7 @@ def per_prompt_losses(
     _check(objective, logprobs, rewards, same_shape, advantages)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}.")
-    _check_needed(objective, same_shape)
+    _check_needed(objective, same_shape, advantages is not None)
     mask = present_mask(completion_mask, rewards)
     if advantages is None:
         rewards = shaped_rewards(
@@ -97,7 +97,7 @@ def per_prompt_losses(
         advantages = baselined(objective, rewards) * scale[:, None]
     weights = [] if token_weights is None else [token_weights]
     if objective.token_weight == "conflict":
-        signs = advantages if advantages.ndim == 2 else advantages.sum(-1)
+        signs = _known(advantages, mask > 0).sum(-1)
         weights.append(conflict_weights(token_ids, signs, mask))
     surrogate, penalty, metrics = prompt_terms(
         objective,
@@ -208,19 +208,17 @@ def prompt_terms(
         entropy shift, Fisher-Rao. Metrics of all parts of a batch add up to the
         batch's.
     """
-    if advantages.ndim == 2:
-        advantages = advantages[..., None]
     live = token_shares > 0
+    advantages = _known(advantages, live)
     level = ratio_level(
         objective.ratio, logprobs, behaviour_logprobs, live, advantages, objective.clip
     )
     coefficients = jnp.where(live, coefficients, 0.0)
+    if objective.ratio in SEQUENCE_RATIOS:  # one term, shared by its tokens
+        coefficients /= jnp.maximum(live.sum(-1, keepdims=True), 1)
     factors = coefficients
     for weights in token_weights:
         factors = factors * jnp.where(live, weights, 0.0)
-    lengths = jnp.maximum(live.sum(-1, keepdims=True), 1)
-    if objective.ratio in SEQUENCE_RATIOS:  # one term, shared by its tokens
-        factors = factors / lengths
     if needs_entropy(objective):
         level_of = mean_entropy(entropy, live)[..., None]  # [P, G, 1]
         if objective.entropy_limit is not None:
@@ -245,18 +243,26 @@ def prompt_terms(
     if entropy is not None:
         metrics["entropy/mean"] = (token_shares * jnp.where(live, entropy, 0)).sum()
     if reference_logprobs is not None:
-        gap = jnp.where(live, logprobs - reference_logprobs, 0.0)
+        reference = jax.lax.stop_gradient(reference_logprobs)
+        gap = jnp.where(live, logprobs - reference, 0.0)
         kl = divergence(objective.divergence, gap, jnp.zeros_like(gap))
         metrics["kl/mean"] = (token_shares * kl).sum()
         penalty += loss_kl_coef(objective) * (coefficients * kl).sum((1, 2))
     return surrogate, penalty, jax.lax.stop_gradient(metrics)
 
 
-def _check_needed(objective, arrays):
+def _known(advantages, live):
+    """[P, G, 1] or [P, G, T] constants, 0 where there is no token."""
+    if advantages.ndim == 2:
+        advantages, live = advantages[..., None], live.any(-1, keepdims=True)
+    return jax.lax.stop_gradient(jnp.where(live, advantages, 0.0))
+
+
+def _check_needed(objective, arrays, given):
     for name, needed, why in (
         (
             "reference_logprobs",
-            objective.kl_coef,
+            objective.kl_coef and not (given and objective.kl_in == "reward"),
             f"kl_coef is {objective.kl_coef}; pass the reference policy's log-probs or "
             "set kl_coef=0",
         ),

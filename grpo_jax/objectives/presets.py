@@ -161,17 +161,36 @@ class Objective:
                 f"mixture (1 + clip's high) must be below 1, got {self.mixture} and "
                 f"{self.clip}; the relative ratio never exceeds 1 / mixture."
             )
-        if self.entropy_coef and not SURROGATES[self.surrogate].linear:
+        linear = SURROGATES[self.surrogate].linear
+        if self.entropy_coef and not (linear and self.ratio != "clipped_geometric"):
             raise ValueError(
-                f"entropy_coef needs a surrogate that is linear in A, got "
-                f"{self.surrogate}; the shift of A is not proportional to A."
+                "entropy_coef needs a surrogate and a ratio that do not depend on A's "
+                f"sign, got {self.surrogate} and {self.ratio}; the shift of A is not "
+                "proportional to A."
+            )
+        if self.surrogate == "ppo" and self.ratio_cap is not None:
+            if self.ratio_cap < 1 + self.clip[1]:
+                raise ValueError(
+                    f"ratio_cap must be at least 1 + clip's high in ppo, got "
+                    f"{self.ratio_cap} and {self.clip}; it is the outer bound."
+                )
+        in_reward = self.kl_coef and self.kl_in == "reward"
+        if in_reward and self.scale in ("group_mean", "beta"):
+            raise ValueError(
+                f"scale {self.scale} needs rewards that are pass rates; KL in the reward "
+                "changes them: use kl_in='loss' or another scale."
             )
 
     def _check_clip(self):
         pair = isinstance(self.clip, tuple) and len(self.clip) == 2
         low, high = self.clip if pair else (0.0, 0.0)
         free = low is None and self.surrogate != "hinge"
-        if not ((free or (low is not None and 0 < low < 1)) and 0 < high < math.inf):
+        in_log_space = (self.surrogate == "hinge" and self.hinge == "log") or (
+            self.ratio == "clipped_geometric"
+            and "clip" not in SURROGATES[self.surrogate].uses
+        )
+        most = math.inf if in_log_space else 1
+        if not ((free or (low is not None and 0 < low < most)) and 0 < high < math.inf):
             raise ValueError(
                 f"clip must be a pair (low in (0, 1), high > 0), got {self.clip}; "
                 "it keeps the ratio in [1 - low, 1 + high], and low may be None for no "
@@ -210,13 +229,14 @@ class Objective:
         if self.entropy_limit is not None:
             term = f"1[H_i <= {self.entropy_limit:.4g}] {term}"
         advantage = self._advantage()
-        kl = f"{self.kl_coef:g} {self.divergence}(pi, ref)"
+        kl = f"{self.kl_coef:g} {{}}{self.divergence}({{}}, ref)"
+        once = self.ratio in SEQUENCE_RATIOS
         if self.kl_coef and self.kl_in == "loss":
-            term = f"[{term}] + {kl}"
+            term = f"[{term}] + {kl.format('mean_t ' if once else '', 'pi')}"
         if self.kl_coef and self.kl_in == "reward":
-            advantage += f", R less sum_t {kl}"
+            advantage += f", R less {kl.format('sum_t ', 'pi_old')}"
         total = AGGREGATIONS[self.aggregation].format(first=self.first_token_weight)
-        if self.ratio in SEQUENCE_RATIOS:
+        if once:
             total = _one_term(self.aggregation, total)
         return f"{total} {term};  A = {advantage}"
 
@@ -229,11 +249,15 @@ class Objective:
         return ", ".join(f"{name} {getattr(self, name)}" for name in names + numbers)
 
     def _advantage(self):
-        centred = {
-            "none": "R",
-            "mean": "R - mean",
-            "leave_one_out": "R - mean of others",
-        }[self.baseline]
+        reward = "R/|o|" if self.scale == "length_std" else "R"
+        centred = (
+            reward
+            + {
+                "none": "",
+                "mean": " - mean",
+                "leave_one_out": " - mean of others",
+            }[self.baseline]
+        )
         ddof = f", ddof {self.std_ddof}" if self.std_ddof else ""
         eps = f" + {self.std_eps:g}"
         divisor = {
@@ -247,8 +271,6 @@ class Objective:
         }[self.scale]
         if divisor is not None:
             centred = f"({centred}) / ({divisor})"
-        if self.scale == "length_std":
-            centred += ", R divided by |o|"
         if self.entropy_coef:
             centred += f" - {self.entropy_coef:g} H_i"
         return centred
@@ -368,8 +390,8 @@ OBJECTIVES = MappingProxyType({
         aggregation="first_rest", first_token_weight=1e-3, divergence="k3",
         kl_coef=1e-3,
         source="Fang et al. 2025, arXiv:2505.13379 (control token weighted apart, "
-        "no std; alpha, beta, clip) in its code's form, the rest by mean over the "
-        "batch's tokens; the paper's: aggregation='first_rest_sequence_mean'",
+        "no std; alpha, beta, clip); the surrogate as in its code, the rest by mean over "
+        "the batch's tokens; the paper's: aggregation='first_rest_sequence_mean'",
     ),
     "tic_grpo": Objective(
         baseline="mean", scale="none", ratio="sequence_sum", surrogate="hard_clip",
@@ -472,7 +494,8 @@ OBJECTIVES = MappingProxyType({
         baseline="mean", scale="batch_std", ratio="token", surrogate="fisher_rao",
         tau=1e-3, aggregation="batch_token_mean",
         source="arXiv:2506.03757 (Fisher-Rao penalty, weighted by pi_old); tau as in "
-        f"its code, whose advantages are whitened over the batch; {_GRPO_STD}",
+        "its code, which whitens advantages over the batch: here the std of the "
+        f"batch's rewards; {_GRPO_STD}",
     ),
     "espo": Objective(
         baseline="mean", scale="std", ratio="token", surrogate="is",

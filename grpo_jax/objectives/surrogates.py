@@ -230,11 +230,15 @@ class Surrogate(NamedTuple):
     linear: bool = False
 
 
-def _clip_text(o, before="clip(r, ", after=")"):
+def _edges_text(o):
     low, high = o.clip
-    if low is None:
-        return f"min(r, {1 + high:g})"
-    return f"{before}{1 - low:g}, {1 + high:g}{after}"
+    return f"{0 if low is None else 1 - low:g}, {1 + high:g}"
+
+
+def _clip_text(o):
+    if o.clip[0] is None:
+        return f"min(r, {1 + o.clip[1]:g})"
+    return f"clip(r, {_edges_text(o)})"
 
 
 def _ppo_text(o):
@@ -278,7 +282,7 @@ SURROGATES = {
         lambda o, x, a: copg(x.z, x.logprobs, a, o.clip),
         ("clip",),
         lambda o: (
-            f"-min(A log pi, A clip(log pi, log pi_old + log({_clip_text(o, '', '')})))"
+            f"-min(A log pi, A clip(log pi, log pi_old + log [{_edges_text(o)}]))"
         ),
     ),
     "hinge": Surrogate(
@@ -295,7 +299,7 @@ SURROGATES = {
         ("clip", "mixture"),
         lambda o: (
             f"-r A + C D, gradient 0 where r / ({o.mixture:g} r + "
-            f"{1 - o.mixture:g}) leaves [{_clip_text(o, '', '')}]"
+            f"{1 - o.mixture:g}) leaves [{_edges_text(o)}]"
         ),
     ),
     "masked_is": Surrogate(
@@ -307,7 +311,6 @@ SURROGATES = {
             f"-sg({'r' if o.ratio_cap is None else f'min(r, {o.ratio_cap:g})'}) "
             f"A log pi, dropped past {o.mask.upper()} {o.mask_limit:g}"
         ),
-        linear=True,
     ),
     "fisher_rao": Surrogate(
         lambda o, x, a: importance(x.z, a),

@@ -101,9 +101,11 @@ def nthr_weights(
     def one_prompt(prompt):
         hidden, ids, live, right = prompt  # [G, T, D], [G, T], [G, T], [G]
         g, t, width = hidden.shape
-        h, alive = hidden.reshape(g * t, width).astype(float), live.reshape(-1)
+        alive = live.reshape(-1)
+        h = hidden.reshape(g * t, width).astype(float)
+        h = jnp.where(alive[:, None], h, 0.0)
         errors = _error_gram(h, unembedding.astype(float), ids.reshape(-1), temperature)
-        pairs = errors * (h @ h.T) * (alive[:, None] & alive)
+        pairs = errors * (h @ h.T)  # 0 where either is not a token
         influence = pairs.reshape(g, t, g, t).sum(1)  # [G, G, T], of each on a token
         lengths = jnp.maximum(live.sum(-1), 1)
         on_completion = influence.sum(-1) / lengths  # [G, G], mean over tokens

@@ -9,6 +9,7 @@ import optax
 from grpo_jax.advantages import group_statistics
 from grpo_jax.counterfactual import Counterfactual, counterfactual_updates
 from grpo_jax.models.decoder import Policy
+from grpo_jax.objectives.loss import present_mask, shaped_rewards
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.preconditioner import posterior_weights, std_weights, unit_weights
 from grpo_jax.training.metrics import JsonLines
@@ -42,7 +43,14 @@ def look(
 ) -> Counterfactual:
     """The run's own weights, then `RULES`: one batch, one optimizer state; pure."""
     params = state.params
-    rewards = batch.rollouts.rewards
+    rollouts = batch.rollouts
+    rewards = shaped_rewards(
+        objective,
+        rollouts.rewards,
+        rollouts.behaviour_logprobs,
+        batch.reference_logprobs,
+        present_mask(rollouts.completion_mask, rollouts.rewards),
+    )
     weights = {"this run": batch.weights}
     for name, rule in RULES.items():
         weights[name], _ = rule.weights(rewards, rule.init())
@@ -52,13 +60,13 @@ def look(
 
     def sequence_logprobs(params):
         current = policy.replace(params)
-        return batch_logprobs(current, batch.rollouts, temperature, micro).sum(-1)
+        return batch_logprobs(current, rollouts, temperature, micro).sum(-1)
 
     return counterfactual_updates(
         lambda w: gradients(params, batch._replace(weights=w))[0],
         sequence_logprobs,
         params,
-        rewards,
+        rollouts.rewards,
         weights,
         update_fn=lambda g: optimizer.update(g, state.opt_state, params)[0],
     )

@@ -125,6 +125,7 @@ def _check_combination(config, objective):
             ("token_weight", objective.token_weight != "none"),
             ("overlong", objective.overlong == "mask"),
             ("ratio", objective.ratio == "none"),
+            ("tis_cap", objective.tis_cap is not None),
         ):
             if wrong:
                 raise ConfigError(

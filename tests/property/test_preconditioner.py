@@ -1,6 +1,7 @@
 """GRPO's division by std, three equal ways, on the library's own losses."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -10,6 +11,8 @@ import optax
 import pytest
 
 import grpo_jax as gj
+from grpo_jax.preconditioner import apply_weights
+from grpo_jax.training.step import weigh
 
 P, G, T, V, D = 5, 4, 6, 7, 3
 
@@ -97,6 +100,93 @@ def test_three_forms_are_equal_in_float64(name, x64):
         jax.tree.map(
             partial(np.testing.assert_allclose, rtol=0, atol=1e-12), other, first
         )
+
+
+RULES = {
+    "unit": gj.unit_weights(),
+    "std": gj.std_weights(),
+    "std_ddof_1": gj.std_weights(ddof=1, eps=1e-4),
+    "std_scheduled": gj.std_weights(power=optax.linear_schedule(0.5, 2.0, 1)),
+    "batch_std": gj.batch_std_weights(),
+    "group_mean": gj.group_mean_weights(),
+    "beta": gj.beta_weights(),
+    "finite_group": gj.finite_group_weights(),
+    "finite_group_64": gj.finite_group_weights(64),
+    "shrunk": gj.posterior_weights(power=2.0),
+    "posterior": gj.posterior_weights(9),
+    "posterior_scheduled": gj.posterior_weights(
+        9, power=optax.linear_schedule(0.0, 2.0, 1), discount=0.5
+    ),
+}
+PLAIN = dataclasses.replace(gj.OBJECTIVES["dr_grpo"], kl_coef=0.0)
+
+
+@functools.cache
+def gradient_functions(dtype):
+    """(of the mean loss under given advantages, per prompt, pulled back), compiled."""
+    params, tokens, arrays = problem(dtype)
+    on_policy = gj.token_logprobs(params["hidden"], params["unembedding"], tokens)
+    behaviour = on_policy + 0.3 * np.sin(np.arange(T, dtype=dtype))[None, None]
+
+    def losses(params, rewards, advantages=None):
+        now = {**arrays, "rewards": rewards, "advantages": advantages}
+        return losses_fn(PLAIN, tokens, now, behaviour)(params)
+
+    def pulled_back(params, rewards, cotangent):
+        return jax.vjp(partial(losses, rewards=rewards), params)[1](cotangent)[0]
+
+    mean = jax.jit(jax.grad(lambda *x: losses(*x).mean()))
+    return mean, jax.jit(jax.jacrev(losses)), jax.jit(pulled_back)
+
+
+def three_forms_over_two_batches(rule, dtype):
+    """As `three_forms`, of any weights, the state carried from batch to batch."""
+    params, _, arrays = problem(dtype)
+    mean, per_prompt, pulled_back = gradient_functions(dtype)
+    transform = optax.chain(gj.scale_by_prompt_weights(rule), gj.mean_over_prompts())
+    mask = arrays["completion_mask"]
+
+    @jax.jit
+    def weighed(states, grads, rewards, ids):
+        rollouts = gj.Rollouts(*[None] * 3, mask, jnp.zeros_like(mask), rewards)
+        on_losses, losses_state = apply_weights(rule, rewards, states[0], ids)
+        update, update_state = transform.update(
+            grads, states[1], rewards=rewards, prompt_ids=ids
+        )
+        cotangent, state, _ = weigh(PLAIN, rule, rollouts, None, ids, states[2])
+        advantages = gj.centred_advantages(rewards) * on_losses[:, None]
+        return (advantages, update, cotangent), (losses_state, update_state, state)
+
+    states = rule.init(), transform.init(params), rule.init()
+    other = np.random.default_rng(5).choice([0.0, 0.5, 1.0], (P, G)).astype(dtype)
+    for rewards, ids in (
+        (arrays["rewards"], [0, 2, 4, 6, 8]),
+        (other, [8, 1, 0, 2, 3]),
+    ):
+        rewards, ids = jnp.asarray(rewards), jnp.asarray(ids)
+        grads = per_prompt(params, rewards)
+        (advantages, second, cotangent), states = weighed(states, grads, rewards, ids)
+        first = mean(params, rewards, advantages)
+        yield first, second, pulled_back(params, rewards, cotangent / P)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_three_forms_of_every_rule_are_equal_in_float32(name):
+    for first, *others in three_forms_over_two_batches(RULES[name], np.float32):
+        for other in others:
+            jax.tree.map(
+                partial(np.testing.assert_allclose, rtol=0, atol=1e-6), other, first
+            )
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_three_forms_of_every_rule_are_equal_in_float64(name, x64):
+    for first, *others in three_forms_over_two_batches(RULES[name], np.float64):
+        assert max(abs(x).max() for x in jax.tree.leaves(first)) > 0.01
+        for other in others:
+            jax.tree.map(
+                partial(np.testing.assert_allclose, rtol=0, atol=1e-12), other, first
+            )
 
 
 def grads_of(objective, arrays, logprobs, behaviour, **more):

@@ -1,3 +1,4 @@
+import itertools
 from functools import partial
 
 import jax
@@ -7,13 +8,22 @@ import optax
 import pytest
 
 from grpo_jax import (
+    PEER_STD,
     PromptWeights,
+    batch_std_weights,
+    beta_weights,
+    centred_advantages,
+    finite_group_weights,
+    group_mean_weights,
     mean_over_prompts,
+    posterior_weights,
     scale_by_group_std,
     scale_by_prompt_weights,
     std_weights,
     unit_weights,
+    whitened_advantages,
 )
+from grpo_jax.preconditioner import apply_weights
 
 REWARDS = np.array([[0, 4], [0.35, 0.35]], np.float32)  # std 2, and tied
 
@@ -95,3 +105,224 @@ def test_rewards_are_a_required_keyword():
     tx = scale_by_group_std()
     with pytest.raises(TypeError, match="rewards"):
         tx.update(np.float32([1, 2]), tx.init(np.float32(0)))
+
+
+def binary(*solved, group_size=4):
+    return np.float32([[1] * k + [0] * (group_size - k) for k in solved])
+
+
+NAN = float("nan")
+RULES = {
+    "std": std_weights(),
+    "std_power_end": std_weights(power=optax.linear_schedule(0.0, 2.0, 2)),
+    "batch_std": batch_std_weights(),
+    "group_mean": group_mean_weights(),
+    "beta": beta_weights(),
+    "finite_group": finite_group_weights(),
+    "shrunk": posterior_weights(),
+    "posterior": posterior_weights(5),
+}
+ALONE = sorted(set(RULES) - {"batch_std"})  # a tied group among others gets 0
+
+
+def apply(name, rewards, ids=None):
+    rule, ids = RULES[name], np.arange(len(rewards)) if ids is None else ids
+    return jax.jit(partial(apply_weights, rule))(rewards, rule.init(), ids)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_tied_or_empty_group_weighs_exactly_nothing(name):
+    rewards = [[1, 1, 1], [0, 0, 0], [0.35] * 3, [NAN, 1, NAN], [NAN] * 3, [1, 0, 0]]
+    weights, _ = apply(name, np.float32(rewards), np.arange(6) % 5)
+    assert not np.asarray(weights)[:5].any() and weights[5] > 0
+
+
+def test_a_batch_std_weighs_tied_groups_like_the_others():
+    weights, _ = apply("batch_std", binary(4, 2, 0))  # mean 1/2, std 1/2
+    np.testing.assert_allclose(weights, [2, 2, 2], rtol=1e-5)
+    assert not np.asarray(apply("batch_std", binary(4, 4))[0]).any()
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_missing_rewards_are_as_if_never_sampled(name):
+    gaps = np.float32([[1, NAN, 0, NAN, 0], [NAN, 1, 0, 1, NAN], [NAN, 0, 0, 0, NAN]])
+    present = np.float32([[1, 0, 0], [1, 0, 1], [0, 0, 0]])
+    if name == "finite_group":  # its G is the group's size as sampled
+        present = gaps[:, [0, 2, 4, 1, 3]]
+    actual, expected = apply(name, gaps), apply(name, present)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
+    assert np.isfinite(actual[0]).all()
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_weights_are_float32_constants_that_broadcast_openly(name):
+    with jax.numpy_rank_promotion("raise"):
+        weights, state = apply(name, binary(1, 2, 3))
+    assert weights.shape == (3,) and weights.dtype == np.float32
+    before = RULES[name].init()
+    assert jax.tree.map(jnp.result_type, state) == jax.tree.map(jnp.result_type, before)
+    grad = jax.jit(jax.grad(lambda r: apply(name, r)[0].sum()))(binary(1, 2, 3))
+    assert not np.asarray(grad).any()
+
+
+# w_2 = sigma^2 and w_3 = sqrt 2 sigma^2, over (1 - 1/G) sigma^2.
+@pytest.mark.parametrize(("group_size", "weight"), [(2, 2.0), (3, 1.5 * 2**0.5)])
+def test_small_groups_weigh_all_pass_rates_alike(group_size, weight):
+    rewards = binary(*range(9), group_size=8)
+    actual = weights_of(finite_group_weights(group_size), rewards)
+    np.testing.assert_allclose(actual, [0] + [weight] * 7 + [0], rtol=1e-5)
+
+
+# In such groups the std is 1/2 or sqrt 2 / 3 whenever it is not 0.
+@pytest.mark.parametrize(("group_size", "factor"), [(2, 2.0), (3, 3 / 2**0.5)])
+def test_whitening_small_groups_rescales_every_sample_alike(group_size, factor):
+    groups = np.float32(list(itertools.product((0, 1), repeat=group_size)))
+    whitened = jax.jit(partial(whitened_advantages, eps=0.0))(groups)
+    expected = factor * np.asarray(jax.jit(centred_advantages)(groups))
+    np.testing.assert_allclose(whitened, expected, rtol=1e-6)
+    weights = np.asarray(weights_of(finite_group_weights(), groups))
+    tied = groups.min(1) == groups.max(1)
+    np.testing.assert_allclose(weights, np.where(tied, 0, factor), rtol=1e-5)
+
+
+# The next order is 1 + O(1 / (G sigma^2)).
+def test_a_large_group_weighs_by_the_inverse_std():
+    actual = weights_of(finite_group_weights(2048), binary(1, 2))
+    np.testing.assert_allclose(actual, [4 / 3**0.5, 2], rtol=2e-3)
+
+
+# p = 1/1000 is far below 1/4: 4 / sqrt 3, up to p (G - 1) and smaller.
+def test_a_rare_success_saturates():
+    actual = weights_of(finite_group_weights(4), binary(1, group_size=1000))
+    np.testing.assert_allclose(actual, [4 / 3**0.5], rtol=3e-3)
+
+
+@pytest.mark.parametrize("group_size", [1, 0, -2])
+def test_a_finite_group_holds_two(group_size):
+    message = f"group_size must be at least 2, got {group_size}"
+    with pytest.raises(ValueError, match=message):
+        finite_group_weights(group_size)
+
+
+# MaxRL: (3/4, -1/4, ..) times 4.
+def test_group_mean_weights():
+    rewards = binary(1, 2)
+    weights = np.asarray(weights_of(group_mean_weights(eps=0.0), rewards))
+    actual = np.asarray(centred_advantages(rewards)) * weights[:, None]
+    np.testing.assert_allclose(actual, [[3, -1, -1, -1], [1, 1, -1, -1]], rtol=1e-6)
+
+
+# Std 2, powers 0, 1 and 2 over three calls, then 2 for good.
+def test_a_schedule_of_the_power_counts_calls():
+    rule = std_weights(eps=0.0, power=optax.linear_schedule(0.0, 2.0, 2))
+    call, state = jax.jit(rule.weights), rule.init()
+    for expected in (1, 1 / 2, 1 / 4, 1 / 4):
+        weights, state = call(REWARDS, state)
+        np.testing.assert_allclose(weights, [expected, 0], rtol=1e-6)
+    assert state == 4
+
+
+# Prior 1/2: [1, 0, 0, 0] is m = 1.5 / 5, [1, 1, 1, 0] is 3.5 / 5: m (1 - m) = 0.21.
+@pytest.mark.parametrize(
+    ("power", "expected"), [(0, 1), (1, 0.21**-0.5), (2, 1 / 0.21)]
+)
+def test_one_groups_posterior(power, expected):
+    actual = weights_of(posterior_weights(power=power), binary(1, 3))
+    np.testing.assert_allclose(actual, [expected] * 2, rtol=1e-6)
+
+
+# [0, 4] clipped to its share 1 of a success: m = 2.5 / 3; a share between counts.
+def test_rewards_between_count_as_a_share():
+    actual = weights_of(posterior_weights(), np.float32([[0, 4], [0.25, 0.5]]))
+    shares = [2.5 / 3, (0.75 + 0.5) / 3]
+    expected = [(m * (1 - m)) ** -0.5 for m in shares]
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+# Prompt 2, discount 1/2. Visit 1: (1, 3), m = 1.5/5. Visit 2: (2 + 1/2, 2 + 3/2),
+# m = 3/7, m (1 - m) = 12/49. Visit 3 tied: (4 + 5/4, 7/4), weight 0 but remembered.
+# Visit 4: (1 + 21/8, 3 + 7/8), m = 4.125/8.5. Prompt 0 comes second and third.
+def test_a_posterior_remembers_each_prompt():
+    rule = posterior_weights(3, discount=0.5)
+    call, state = jax.jit(rule.weights), rule.init()
+    m = 4.125 / 8.5
+    for rewards, ids, expected in (
+        (binary(1, 2), [2, 1], [0.21**-0.5, 2]),
+        (binary(3, 2), [0, 2], [0.21**-0.5, 7 / 12**0.5]),
+        (binary(4, 1), [2, 0], [0, 7 / 12**0.5]),
+        (binary(1, 2), [2, 1], [(m * (1 - m)) ** -0.5, 2]),
+    ):
+        weights, state = call(rewards, state, np.int32(ids))
+        np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    # Prompt 0: (3, 1) then (1 + 3/2, 3 + 1/2); prompt 1: (2, 2) then (3, 3).
+    np.testing.assert_allclose(state.successes, [2.5, 3, 3.625], rtol=1e-6)
+    np.testing.assert_allclose(state.failures, [3.5, 3, 3.875], rtol=1e-6)
+    assert state.count == 4
+
+
+def test_without_discount_a_posterior_forgets_or_adds_up():
+    rewards, ids = binary(1), np.int32([0])
+    for discount, total in ((0.0, 4), (1.0, 12)):
+        rule = posterior_weights(1, discount=discount)
+        call, state = jax.jit(rule.weights), rule.init()
+        for _ in range(3):
+            _, state = call(rewards, state, ids)
+        np.testing.assert_allclose(state.successes + state.failures, [total])
+
+
+def test_an_unknown_prompt_leaves_no_trace_in_others():
+    _, state = apply("posterior", binary(1, 2), np.int32([7, 4]))
+    np.testing.assert_allclose(state.successes, [0, 0, 0, 0, 2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(prior=0.0), "prior must be positive, got 0.0"),
+        (dict(discount=1.5), r"discount must be in \[0, 1\], got 1.5"),
+        (dict(discount=NAN), r"discount must be in \[0, 1\], got nan"),
+    ],
+)
+def test_a_posteriors_numbers_have_a_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        posterior_weights(3, **settings)
+
+
+@pytest.mark.parametrize(("ids", "got"), [(None, "None"), (np.arange(3), r"\(3,\)")])
+def test_weights_that_remember_prompts_are_told_which(ids, got):
+    message = rf"prompt_ids must be \[2\], one per prompt, got {got}; these weights"
+    rule = RULES["posterior"]
+    with pytest.raises(ValueError, match=message):
+        apply_weights(rule, REWARDS, rule.init(), ids)
+    tx = scale_by_prompt_weights(rule)
+    with pytest.raises(ValueError, match=message):
+        tx.update(np.ones(2), tx.init(np.ones(())), rewards=REWARDS, prompt_ids=ids)
+
+
+# [1, 0, 0, 0]: 3/4 over the sample std 1/2 or the population std sqrt 3 / 4.
+# [1, 0]: 1/2 over 1 / sqrt 2 or 1/2.
+@pytest.mark.parametrize(
+    ("peer", "of_four", "of_two"),
+    [
+        ("trl", 0.75 / 0.5001, 0.5 / (2**-0.5 + 1e-4)),
+        ("verl", 0.75 / 0.500001, 0.5 / (2**-0.5 + 1e-6)),
+        ("tunix", 0.75 / 0.500001, 0.5 / (2**-0.5 + 1e-6)),
+        ("easydel", 0.75 / (3**0.5 / 4 + 1e-4), 0.5 / 0.5001),
+        ("lmpo", 3**0.5, 1),
+        ("oat", 1.5, 2**-0.5),
+        ("openrlhf", 1.5, 2**-0.5),
+    ],
+)
+def test_what_each_peer_divides_by(peer, of_four, of_two):
+    rule = std_weights(**PEER_STD[peer])
+    for rewards, expected in ((binary(1), of_four), ([[1.0, 0.0]], of_two)):
+        rewards = np.float32(rewards)
+        advantages = centred_advantages(rewards)[0] * weights_of(rule, rewards)[0]
+        np.testing.assert_allclose(advantages[0], expected, rtol=1e-6)
+        np.testing.assert_allclose(advantages.sum(), 0, atol=1e-6)
+
+
+def test_every_peer_is_looked_at_and_the_table_is_read_only():
+    assert len(PEER_STD) == 7
+    with pytest.raises(TypeError):
+        PEER_STD["mine"] = {}

@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +14,24 @@ from grpo_jax import (
     Rollouts,
     completion_logprobs,
     init_policy,
+    posterior_weights,
 )
 from grpo_jax.training.config import OptimizerConfig
 from grpo_jax.training.metrics import FIELDS
 from grpo_jax.training.step import (
+    Batch,
     MicroBatch,
     batch_logprobs,
+    empty_history,
     group_metrics,
     make_optimizer,
     make_schedule,
     micro_batch,
+    part_of,
     repeat_parts,
     split_batch,
+    weigh,
+    with_history,
 )
 from tests.helpers import train_step, weighed
 
@@ -168,6 +176,142 @@ def test_a_gradient_that_is_not_finite_is_skipped(stepper):
         assert (state.updates, state.skipped_in_a_row) == (0, times)
         assert metrics["update/norm"] == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, spoiled)
+
+
+# Under sgd at rate 1 the step from a is a less the gradient at b.
+def test_the_gradient_may_be_taken_elsewhere(stepper):
+    step, state = stepper
+    batch = weighed(REINFORCE, rollouts())
+    there = jax.tree.map(lambda x: 1.5 * x, state.params)
+    expected, _ = step(state._replace(params=there), batch)
+    after, metrics = step(state, batch, there)
+
+    def moved(new, old):
+        return jax.tree.map(jnp.subtract, new, old)
+
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+        moved(after.params, state.params),
+        moved(expected.params, there),
+    )
+    here, _ = step(state, batch)
+    difference = optax.tree.norm(moved(after.params, here.params))
+    assert difference > 1e-3 and after.updates == 1
+    np.testing.assert_allclose(metrics["ratio/deviation"], 0, atol=1e-6)
+
+
+# ESPO stops past 0.25: log-ratios of 0.2 are r = 1.22, of 0.3 r = 1.35.
+@pytest.mark.parametrize(("gap", "stopped"), [(0.0, 0), (0.2, 0), (0.3, 1), (-0.4, 1)])
+def test_past_the_deviation_an_update_changes_nothing(stopper, policy, gap, stopped):
+    objective, step, state = stopper
+    batch = rollouts()
+    old = jax.jit(completion_logprobs)(policy, batch) - np.float32(gap)
+    after, metrics = step(state, weighed(objective, batch, old=old))
+    assert metrics["update/stopped"] == stopped and metrics["gradient/norm"] > 0
+    assert set(metrics) <= set(FIELDS)
+    np.testing.assert_allclose(metrics["ratio/deviation"], abs(np.expm1(gap)), 1e-4)
+    counts = after.updates, after.skipped, after.skipped_in_a_row
+    assert counts == (1 - stopped, 0, 0)
+    assert (metrics["update/norm"] == 0) == stopped
+    kept = (after.params, after.opt_state), (state.params, state.opt_state)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), *kept)
+    assert all(jax.tree.leaves(same)) == stopped
+
+
+@pytest.fixture(scope="module")
+def stopper(policy):
+    objective = OBJECTIVES["espo"]
+    step, init = train_step(policy, objective, MicroBatch(P, G), max_length=T)
+    return objective, jax.jit(step), init(policy.params)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_rather_than_stopped(stopper):
+    objective, step, state = stopper
+    spoiled = jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.params)
+    old = np.zeros((P, G, T), np.float32)
+    batch = weighed(objective, rollouts(), old=old)
+    after, metrics = step(state._replace(params=spoiled), batch)
+    assert metrics["update/stopped"] == 0
+    assert (after.updates, after.skipped, after.skipped_in_a_row) == (0, 1, 1)
+
+
+# Prompt 2 of [1, 0, 0, 0, 0, 0] at prior 1/2: (1.5, 5.5) of 7.
+def test_weighing_moves_the_weights_state_and_updates_do_not(stepper):
+    step, state = stepper
+    rule, ids = posterior_weights(9), np.int32([2, 4, 6, 8])
+    batch = rollouts()._replace(rewards=np.eye(P, G, dtype=np.float32))
+    call = jax.jit(partial(weigh, REINFORCE, rule))
+    weights, rule_state, metrics = call(batch, None, ids, rule.init())
+    np.testing.assert_allclose(weights, [7 / 8.25**0.5] * P, rtol=1e-6)
+    np.testing.assert_array_equal(rule_state.successes, [0, 0, 1, 0, 1, 0, 1, 0, 1])
+    assert rule_state.count == 1
+    np.testing.assert_allclose(metrics["weights/mean"], weights.mean(), rtol=1e-6)
+    state = state._replace(weights_state=rule_state)
+    for _ in range(2):
+        state, _ = step(state, Batch(batch, None, None, weights))
+    jax.tree.map(np.testing.assert_array_equal, state.weights_state, rule_state)
+
+
+def marked(value):
+    """(rollouts, weights) that hold one number."""
+    marks = jax.tree.map(lambda x: np.full_like(x, value), rollouts())
+    return Batch(marks, None, None, np.full(P, value, np.float32))
+
+
+# Of three iterates: first alone, then the newest in the place that is still empty.
+def test_a_history_is_newest_first_and_shifts():
+    objective = dataclasses.replace(OBJECTIVES["rt_pg"], history=3)
+    history = empty_history(objective, rollouts())
+    assert not history.valid.any()
+    call = jax.jit(with_history)
+    for value, expected in (
+        (1, [1, 1, 1]),
+        (2, [2, 1, 2]),
+        (3, [3, 2, 1]),
+        (4, [4, 3, 2]),
+    ):
+        history, batch = call(history, marked(value))
+        for x in jax.tree.leaves((batch.rollouts, batch.weights)):
+            assert x.shape[0] == 3 * P
+            rows = np.asarray(x).reshape(3, -1)
+            np.testing.assert_array_equal(rows, np.full_like(rows, 1) * np.c_[expected])
+        np.testing.assert_array_equal(
+            batch.old_logprobs, batch.rollouts.behaviour_logprobs
+        )
+        assert batch.reference_logprobs is None and batch.token_weights is None
+    np.testing.assert_array_equal(history.weights, np.c_[[4, 3]] * np.ones((1, P)))
+    assert history.valid.all()
+
+
+def test_a_history_keeps_shapes_and_dtypes():
+    history = empty_history(OBJECTIVES["rt_pg"], rollouts())
+    after, batch = jax.jit(with_history)(history, marked(1))
+
+    def kinds(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    assert kinds(after) == kinds(history)
+    dtypes = jax.tree.map(lambda x: x.dtype, (batch.rollouts, rollouts()))
+    assert dtypes[0] == dtypes[1]
+
+
+def test_one_iterate_needs_no_history():
+    assert empty_history(REINFORCE, rollouts()) == ()
+
+
+@pytest.mark.parametrize(("index", "parts", "rows"), [(0, 1, 4), (1, 2, 2), (3, 4, 1)])
+def test_part_of_a_batch_is_some_of_its_prompts(index, parts, rows):
+    numbers = np.arange(P, dtype=np.float32)
+    per_token = numbers[:, None, None] * np.ones((1, G, T))
+    batch = Batch(rollouts(), per_token, None, numbers, per_token)
+    part = jax.jit(part_of, static_argnums=(1, 2))(batch, index, parts)
+    kept = numbers[index * rows : (index + 1) * rows]
+    np.testing.assert_array_equal(part.weights, kept)
+    np.testing.assert_array_equal(part.old_logprobs[:, 0, 0], kept)
+    np.testing.assert_array_equal(part.token_weights[:, 0, 0], kept)
+    expected = rollouts().rewards[index * rows : (index + 1) * rows]
+    np.testing.assert_array_equal(part.rollouts.rewards, expected)
+    assert part.reference_logprobs is None
 
 
 # Rewards (1, 0, 0, missing), (1, 1, 1, 1), (missing x 4): 5 solved of 7 present; the

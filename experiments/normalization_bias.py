@@ -1,0 +1,378 @@
+"""TBD"""
+
+import dataclasses
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from scipy import stats
+
+import grpo_jax as gj
+from grpo_jax.training.config import from_dict
+from grpo_jax.training.metrics import read_lines
+
+# Aggregation and std are all that differs; KL off.
+VARIANTS = {
+    "grpo": {"name": "grpo", "kl_coef": 0.0},
+    "grpo without std": {"name": "grpo", "kl_coef": 0.0, "scale": "none"},
+    "dr_grpo with std": {"name": "dr_grpo", "scale": "std"},
+    "dr_grpo": {"name": "dr_grpo"},
+}
+# (per-sequence token mean, constant length) pairs that agree on the std.
+PAIRS = (("grpo", "dr_grpo with std"), ("grpo without std", "dr_grpo"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    results: Path = Path("results/normalization_bias")  # where the files go
+    smoke: bool = False  # one seed, one task, two variants, six steps
+    plot_only: bool = False  # redraw from metrics.jsonl
+    tasks: tuple[str, ...] = ("chains", "restated")  # chains, and restated or not
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    seeds: tuple[int, ...] = (0, 1, 2)  # of warm start, order of prompts and sampling
+    restated_seeds: tuple[int, ...] = (0, 1, 2)  # each has a warm start of its own
+    steps: int = 60  # rollouts, one update each
+    group_size: int = 16
+    learning_rate: float = 3e-4  # one for all: Adam hides what scales every gradient
+    max_new_tokens: int = 24  # answers have 2 to 8 with EOS, restated ones up to 16
+    restate: float = 0.5  # share of values said twice in the restated warm start
+    window: int = 15  # steps at the start and at the end that lengths are compared over
+    probe_every: int = 10  # steps between looks at the exact pass rates, chains only
+    probes: int = 64  # prompts looked at
+
+
+def restated_chains(c: Config) -> gj.Task:
+    """Chains of free length: any completion whose last value is right is right.
+
+    Its warm start ends on scratchpads that say some values twice, so that right and
+    wrong completions of a prompt have many lengths, which chains does not.
+    """
+    chains = gj.load_task("chains", seed=0)
+    learn = chains.warm_start
+
+    def demonstrations(rng, count, spoiled):
+        examples = learn.demonstrations(rng, count, spoiled)
+        if not spoiled:
+            return examples
+        return [gj.Example(e.prompt, said_twice(e.answer, rng)) for e in examples]
+
+    def said_twice(answer, rng):
+        values = answer.split(",")
+        times = 1 + (rng.random(len(values)) < c.restate)
+        return ",".join(np.repeat(values, times))
+
+    def last_value(example, completion):
+        return float(completion.split(",")[-1] == example.answer.split(",")[-1])
+
+    longest = gj.Example(learn.longest.prompt, ",".join("0" * 8))
+    return dataclasses.replace(
+        chains,
+        name=f"restated-{c.restate:g}",
+        reward=last_value,
+        single_answer=False,
+        warm_start=dataclasses.replace(
+            learn, demonstrations=demonstrations, longest=longest
+        ),
+    )
+
+
+def settings_of(c: Config, task: str, variant: str, seed: int) -> dict:
+    probe = c.probe_every if task == "chains" else 0
+    return {
+        "objective": VARIANTS[variant],
+        "sampling": {"max_new_tokens": c.max_new_tokens, "group_size": c.group_size},
+        "optimizer": {"learning_rate": c.learning_rate},
+        "steps": c.steps,
+        "seed": seed,
+        "evaluation": {"every": 0},
+        "instrument": {"every": probe, "prompts": c.probes},
+        "log": {"lines_every": 10**6, "samples_every": 1, "samples_prompts": 16},
+        "checkpoint": {"every": 10**6},
+    }
+
+
+def key_of(c: Config, task: str, settings: dict) -> str:
+    return json.dumps([task, c.restate if task == "restated" else None, settings])
+
+
+def variants_of(c: Config, task: str) -> tuple[str, ...]:
+    """Where lengths are all that is asked, the two without std."""
+    return c.variants if task == "chains" else PAIRS[1]
+
+
+def seeds_of(c: Config, task: str) -> tuple[int, ...]:
+    return c.seeds if task == "chains" else c.restated_seeds
+
+
+def planned(c: Config):
+    """(task, variant, seed) of every run."""
+    for task in c.tasks:
+        for seed in seeds_of(c, task):
+            for variant in variants_of(c, task):
+                yield task, variant, seed
+
+
+def one_run(c: Config, task: str, settings: dict) -> dict:
+    """Per step: lengths of right and wrong completions; per group: how many right."""
+    with tempfile.TemporaryDirectory() as directory:
+        config = from_dict(gj.TrainConfig, settings | {"run_dir": f"{directory}/run"})
+        result = gj.train(config, task=restated_chains(c) if task != "chains" else None)
+        groups = read_lines(result.run_dir / "samples.jsonl")
+        looks = read_lines(result.run_dir / "instrument.jsonl")
+        heldout = read_lines(result.run_dir / "metrics.jsonl")[-1]
+    # Sums over a step's completions: [steps, (wrong, right)] count, excess, cut off.
+    sums = np.zeros((c.steps, 2, 3))
+    solved = np.zeros((c.steps, c.group_size + 1), int)  # groups with so many right
+    for group in groups:
+        step, plain = group["step"] - 1, len(group["answer"])
+        solved[step, round(sum(group["rewards"]))] += 1
+        for text, reward in zip(group["completions"], group["rewards"], strict=True):
+            length = min(len(text), c.max_new_tokens)  # a token may show as a word
+            cut = length == c.max_new_tokens  # no room was left for EOS
+            excess = length - plain - cut  # tokens beyond the plain answer and EOS
+            sums[step, int(reward)] += (1, excess, cut)
+    return {
+        "heldout": heldout["eval/heldout_pass_rate"],
+        "completions": sums.tolist(),
+        "groups": solved.tolist(),
+        "probed": [[x["pass_rate"], x["group_std"]] for x in looks],
+    }
+
+
+def run_all(c: Config) -> None:
+    """Appends the runs that metrics.jsonl does not have yet."""
+    path = c.results / "metrics.jsonl"
+    done = {key_of(c, row["task"], row["settings"]) for row in read_lines(path)}
+    for task, variant, seed in planned(c):
+        settings = settings_of(c, task, variant, seed)
+        if key_of(c, task, settings) in done:
+            continue
+        labels = dict(task=task, variant=variant, seed=seed)
+        row = labels | one_run(c, task, settings) | {"settings": settings}
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def rows_of(c: Config) -> dict[tuple, dict]:
+    """(task, variant, seed) -> row, of this configuration's runs alone."""
+    rows = read_lines(c.results / "metrics.jsonl")
+    found = {key_of(c, row["task"], row["settings"]): row for row in rows}
+    keys = {run: key_of(c, run[0], settings_of(c, *run)) for run in planned(c)}
+    return {run: found[key] for run, key in keys.items()}
+
+
+def t_interval(values) -> tuple[float, float]:
+    """(mean, half width): 95 %, Student's t; infinite for one value."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), float("inf")
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
+    return float(np.mean(values)), float(half)
+
+
+def text_of(values, digits: int = 3) -> str:
+    mean, half = t_interval(values)
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+def excess(row: dict, right: int, steps: slice) -> float:
+    """Mean tokens beyond the plain answer, of wrong (0) or right (1) completions."""
+    count, total, _ = np.array(row["completions"])[steps, right].sum(0)
+    return total / count if count else np.nan
+
+
+def growth(c: Config, row: dict, right: int) -> float:
+    """Excess length at the end less the one at the start."""
+    end, start = slice(c.steps - c.window, None), slice(c.window)
+    return excess(row, right, end) - excess(row, right, start)
+
+
+def advantage_mass(c: Config, std: bool) -> np.ndarray:
+    """[G + 1] mean |A| of a group with k right: 2 q (1 - q), over the std if `std`."""
+    q = np.arange(c.group_size + 1) / c.group_size
+    return 2 * np.sqrt(q * (1 - q)) if std else 2 * q * (1 - q)
+
+
+def bins(c: Config) -> list[tuple[str, slice]]:
+    """Groups with few, some, about half, most and nearly all right; ties are left out,
+    whose advantages are 0."""
+    eighth, g = max(1, c.group_size // 8), c.group_size
+    edges = (1, 1 + eighth, 1 + 3 * eighth, g - 3 * eighth, g - eighth, g)
+    names = (f"{a}-{b - 1}" for a, b in zip(edges, edges[1:], strict=False))
+    return list(zip(names, map(slice, edges, edges[1:]), strict=False))
+
+
+def shares(c: Config, row: dict) -> np.ndarray:
+    """[2, bins] of a run's advantage mass: as it is without std, and with it."""
+    groups = np.array(row["groups"]).sum(0)
+    mass = np.stack([groups * advantage_mass(c, std) for std in (False, True)])
+    binned = np.stack([mass[:, part].sum(1) for _, part in bins(c)], 1)
+    return binned / binned.sum(1, keepdims=True)
+
+
+def probed(c: Config, rows) -> dict[str, np.ndarray]:
+    """The probes by exact pass rate: the std that their groups showed, and w_G.
+
+    Of one variant's runs: another's samples use the same keys, and are not new ones.
+    """
+    looks = [x for s in c.seeds for x in rows["chains", c.variants[-1], s]["probed"]]
+    p, std = np.array(looks).transpose(1, 0, 2).reshape(2, -1)
+    law = np.asarray(gj.expected_group_std(jnp.asarray(p), c.group_size))
+    # Of the std of G Bernoulli rewards, whose mean square is (1 - 1/G) p (1 - p).
+    variance = (1 - 1 / c.group_size) * p * (1 - p) - law**2
+    edges = [0.005, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995]
+    place = np.digitize(p, edges)
+    every = [place == i for i in range(1, len(edges)) if (place == i).any()]
+    means = ("p", p), ("variance", p * (1 - p)), ("std", std), ("law", law)
+    found = {name: np.array([x[part].mean() for part in every]) for name, x in means}
+    counts = np.array([part.sum() for part in every])
+    errors = [variance[part].sum() ** 0.5 for part in every] / counts
+    return found | {"se": errors, "count": counts}
+
+
+def table(c: Config, rows) -> str:
+    lines = [
+        "| task | variant | held-out | less the first's | wrong: start | end | growth "
+        "| right: growth | wrong cut off |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task in c.tasks:
+        first = None
+        for variant in variants_of(c, task):
+            of = [rows[task, variant, seed] for seed in seeds_of(c, task)]
+            heldout = np.array([row["heldout"] for row in of])
+            first = heldout if first is None else first
+            start = [excess(row, 0, slice(c.window)) for row in of]
+            end = [excess(row, 0, slice(c.steps - c.window, None)) for row in of]
+            wrong = np.sum([row["completions"] for row in of], (0, 1))[0]
+            cells = (
+                task, variant, f"{heldout.mean():.4f}", text_of(heldout - first, 4),
+                f"{np.mean(start):+.3f}", f"{np.mean(end):+.3f}",
+                text_of([growth(c, row, 0) for row in of]),
+                text_of([growth(c, row, 1) for row in of]),
+                f"{wrong[2] / wrong[0]:.3%}",
+            )  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Growth under a per-sequence token mean less that under a constant:"]
+    for task in c.tasks:
+        for a, b in PAIRS:
+            if {a, b} <= set(variants_of(c, task)):
+                gaps = [
+                    [growth(c, rows[task, v, s], i) for s in seeds_of(c, task)]
+                    for v in (a, b)
+                    for i in (0, 1)
+                ]
+                wrong, right = np.subtract(gaps[:2], gaps[2:])
+                lines.append(
+                    f"* {task}, {a} less {b}: wrong {text_of(wrong)}, right "
+                    f"{text_of(right)} tokens"
+                )
+    names = ", ".join(name for name, _ in bins(c))
+    lines += ["", f"Share of the advantage mass by right samples a group ({names}):"]
+    for task in c.tasks:
+        for variant in variants_of(c, task):
+            of = np.mean(
+                [shares(c, rows[task, variant, s]) for s in seeds_of(c, task)], 0
+            )
+            none, std = (", ".join(f"{x:.1%}" for x in part) for part in of)
+            lines.append(f"* {task}, {variant}: {none} without std; {std} with std")
+    found = probed(c, rows)
+    weights = found["std"] / (found["variance"] * (1 - 1 / c.group_size))
+    lines += ["", "| exact p | groups | their std | w_G(p) | weight | 1 / std(p) |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for i, p in enumerate(found["p"]):
+        count, std, se, law = (found[x][i] for x in ("count", "std", "se", "law"))
+        lines.append(
+            f"| {p:.3f} | {count} | {std:.3f} ± {2 * se:.3f} | {law:.3f} "
+            f"| {weights[i]:.2f} | {(p * (1 - p)) ** -0.5:.2f} |"
+        )
+    chi2 = (((found["std"] - found["law"]) / found["se"]) ** 2).sum()
+    lines += [
+        "",
+        f"Groups' std against w_G(p): chi2 {chi2:.1f} of {len(weights)} bins.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(c: Config, rows) -> None:
+    plt.switch_backend("Agg")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    plain, wrong, right, std, weight, mass = axes.ravel()
+    panels = [(plain, "chains", 0), (wrong, "restated", 0), (right, "restated", 1)]
+    width = max(1, c.steps // 12)
+    parts = [slice(i, i + width) for i in range(0, c.steps - width + 1, width)]
+    middles = [part.start + (width + 1) / 2 for part in parts]
+    for axis, task, which in panels:
+        for variant in variants_of(c, task) if task in c.tasks else ():
+            color = f"C{list(VARIANTS).index(variant)}"
+            lines = np.array([
+                [excess(rows[task, variant, s], which, part) for part in parts]
+                for s in seeds_of(c, task)
+            ])  # fmt: skip
+            low, high = lines.min(0), lines.max(0)
+            axis.plot(middles, lines.mean(0), ".-", color=color, label=variant)
+            axis.fill_between(middles, low, high, color=color, alpha=0.15, lw=0)
+        kind = ("wrong", "right")[which]
+        axis.set(title=f"{task}: excess length of {kind} completions, tokens")
+        axis.set(xlabel="rollouts")
+    found, grid = probed(c, rows), np.linspace(0.003, 0.997, 400)
+    law = np.asarray(gj.expected_group_std(jnp.asarray(grid), c.group_size))
+    spread, less = np.sqrt(grid * (1 - grid)), (c.group_size - 1) / c.group_size
+    std.plot(grid, spread, "k--", lw=1, label="sqrt(p (1 - p))")
+    std.plot(grid, law, "k-", lw=1, label=f"w_G(p), G = {c.group_size}")
+    std.errorbar(found["p"], found["std"], 2 * found["se"], fmt="C3.", label="groups")
+    std.set(title="Mean std of a group, chains", xlabel="exact pass rate p")
+    weight.plot(grid, 1 / spread, "k--", lw=1, label="1 / sqrt(p (1 - p))")
+    weight.plot(grid, law / spread**2 / less, "k-", lw=1, label="w_G(p), finite G")
+    scale = 1 / (found["variance"] * less)
+    bar = 2 * found["se"] * scale
+    weight.errorbar(found["p"], found["std"] * scale, bar, fmt="C3.", label="groups")
+    weight.set(title="A prompt's weight, with std / without", ylim=(0, 8))
+    weight.set(xlabel="exact pass rate p")
+    names = [name for name, _ in bins(c)]
+    for i, variant in enumerate(c.variants):
+        of = np.array([shares(c, rows["chains", variant, s]) for s in c.seeds])
+        used = of[:, int(variant in ("grpo", "dr_grpo with std"))]
+        at = np.arange(len(names)) + 0.2 * (i - 1.5)
+        low, high = used.mean(0) - used.min(0), used.max(0) - used.mean(0)
+        mass.bar(at, used.mean(0), 0.18, yerr=(low, high), color=f"C{i}", label=variant)
+    mass.set(xticks=range(len(names)), xticklabels=names)
+    mass.set(title="Share of the advantage mass, chains")
+    mass.set(xlabel=f"right samples of {c.group_size}")
+    for axis in axes.ravel():
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            place = "upper center" if axis is weight else "best"
+            axis.legend(frameon=False, fontsize=8, loc=place)
+    figure.savefig(c.results / "plot.png", dpi=110)
+    plt.close(figure)
+
+
+def main(c: Config) -> None:
+    if c.smoke:
+        few = dict(tasks=("chains",), variants=("grpo without std", "dr_grpo"))
+        short = dict(seeds=c.seeds[:1], steps=6, window=2, probe_every=6)
+        c = dataclasses.replace(c, **few, **short)
+    if "chains" not in c.tasks:
+        raise ValueError(f"tasks must have chains, got {c.tasks}; add it.")
+    if not c.plot_only:
+        c.results.mkdir(parents=True, exist_ok=True)
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        config = dataclasses.asdict(c) | {"git": commit or "unknown"}
+        (c.results / "config.json").write_text(json.dumps(config, default=str))
+        run_all(c)
+    rows = rows_of(c)
+    text = table(c, rows)
+    (c.results / "table.md").write_text(text)
+    print(text)
+    plot(c, rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
