@@ -14,7 +14,7 @@ its clip differ. One edge, 1.28, for all; the two-sided clip is PPO's, with .72 
 Three learning rates each, best against best by the final pass rate on 512 held-out
 prompts (exact), chosen on the same seeds. Intervals: 95 %, t over 3 seeds, paired.
 Hardware and time: one CPU core, about 15 minutes after the warm starts (a minute a
-seed, cached); --smoke: two variants, under a minute.
+seed, cached); --smoke: two variants, about a minute, mostly compilation.
 
 Expected: the paper's order; and with one update a rollout, no difference at all.
 Got (2026-11-21): not the paper's order. Final pass rate, less that of the first row:

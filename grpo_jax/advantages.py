@@ -106,7 +106,8 @@ def inverse_batch_std(
     rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 0
 ) -> jax.Array:
     """[P], all 1 / (std of every reward of the batch + eps); 0 if they all tie."""
-    return inverse_std(rewards.reshape(1, -1), eps=eps, ddof=ddof).repeat(len(rewards))
+    count = len(group_statistics(rewards).count)  # also checks the shape
+    return inverse_std(rewards.reshape(1, -1), eps=eps, ddof=ddof).repeat(count)
 
 
 def inverse_group_mean(rewards: jax.Array, *, eps: float = 1e-6) -> jax.Array:
@@ -125,8 +126,8 @@ def inverse_beta_density(rewards: jax.Array) -> jax.Array:
 
     The Beta is fitted by moments to the batch's group means (variance with ddof 1),
     then a' = max(1, 1 + a / 3), and b' likewise; the scale is cut at 1e6. Where the
-    means do not vary (or there is one group) there is nothing to fit: a' = b' = 1,
-    and the scale is 1.
+    means differ by no more than their rounding (or there is one group) there is
+    nothing to fit: a' = b' = 1, and the scale is 1.
 
     Args:
         rewards: [P, G] in [0, 1].
@@ -143,7 +144,7 @@ def inverse_beta_density(rewards: jax.Array) -> jax.Array:
     variance = (deviation**2).sum() / jnp.maximum(count - 1, 1)
     highest = jnp.where(present, means, -jnp.inf).max()
     lowest = jnp.where(present, means, jnp.inf).min()
-    varies = highest > lowest
+    varies = highest - lowest > 8 * jnp.finfo(means.dtype).eps * jnp.abs(highest)
     spread = centre * (1 - centre) / jnp.where(varies, variance, 1.0) - 1
     a = jnp.where(varies, jnp.maximum(1, 1 + spread * centre / 3), 1.0)
     b = jnp.where(varies, jnp.maximum(1, 1 + spread * (1 - centre) / 3), 1.0)
@@ -168,7 +169,7 @@ def _log_beta_density(p, a, b):
 
 
 def _stirling_error(x):
-    """log Gamma(x) less Stirling's (x - 1/2) log x - x + log(2 pi) / 2, x at least 1."""
+    """log Gamma(x) less (x - 1/2) log x - x + log(2 pi) / 2, for x at least 1."""
     small, large = jnp.minimum(x, 16), 1 / jnp.maximum(x, 16)
     direct = jax.scipy.special.gammaln(small) - (small - 0.5) * jnp.log(small) + small
     direct -= math.log(2 * math.pi) / 2
@@ -186,7 +187,7 @@ def leave_one_out_inverse_std(
     """
     present = group_statistics(rewards).present
     g = rewards.shape[1]
-    others = present[:, None, :] & ~jnp.eye(g, dtype=bool)  # [P, sample, other]
+    others = present[:, None] & ~jnp.eye(g, dtype=bool)[None]  # [P, sample, other]
     filled = jnp.where(present, jax.lax.stop_gradient(rewards), 0)[:, None, :]
     values = jnp.where(others, filled, jnp.nan).reshape(-1, g)
     std, tied = group_std(values, ddof=ddof)

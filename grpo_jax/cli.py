@@ -108,6 +108,9 @@ def _objectives(argv):
     from grpo_jax.errors import unknown_name
     from grpo_jax.objectives.presets import OBJECTIVES
 
+    if {"-h", "--help"} & set(argv):
+        print("usage: grpo-jax objectives [NAME ...]")
+        return 0
     for name in argv:
         if name not in OBJECTIVES:
             raise unknown_name("objective", name, OBJECTIVES)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from grpo_jax.curvature import (
     directional_derivatives,
@@ -62,28 +61,31 @@ def counterfactual_updates(
             `lambda g: optimizer.update(g, opt_state, params)[0]`; default: minus the
             gradient.
     """
-    gradients = [gradient_fn(w) for w in weights.values()]
-    updates = [
-        optax.tree.scale(-1, g) if update_fn is None else update_fn(g)
-        for g in gradients
-    ]
-    slopes, curvatures = [], []
-    for update in updates:
+
+    def effect(update):
         _, first, second = directional_derivatives(log_prob_fn, params, update)
-        slopes.append(prompt_slope(rewards, first))
-        curvatures.append(prompt_curvature(rewards, first, second))
+        return prompt_slope(rewards, first), prompt_curvature(rewards, first, second)
+
+    # One after the other, each compiled once.
+    gradients = jax.lax.map(gradient_fn, jnp.stack(list(weights.values())))
+    if update_fn is None:
+        updates = jax.tree.map(jnp.negative, gradients)
+    else:
+        updates = jax.lax.map(update_fn, gradients)
+    slopes, curvatures = jax.lax.map(effect, updates)
     return Counterfactual(
         *_norms_and_cosines(gradients),
         *_norms_and_cosines(updates),
-        jnp.stack(slopes),
-        jnp.stack(curvatures),
+        slopes,
+        curvatures,
     )
 
 
 def _norms_and_cosines(trees):
-    products = jnp.stack(
-        [jnp.stack([optax.tree.vdot(a, b) for b in trees]) for a in trees]
-    )
+    """Of K trees, stacked: (norms [K], cosines [K, K])."""
+    rows = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(trees)]
+    parts = [x @ x.T for x in rows]
+    products = sum(parts[1:], parts[0])
     norms = jnp.sqrt(jnp.diagonal(products))
     unit = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1.0), 0.0)
     return norms, products * unit[:, None] * unit[None, :]

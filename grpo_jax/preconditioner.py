@@ -149,8 +149,8 @@ def beta_weights() -> PromptWeights:
 def finite_group_weights(group_size: int | None = None) -> PromptWeights:
     """The weight that dividing by the std of a finite group has on average.
 
-    w_p = w_G(p) / ((1 - 1/n) p (1 - p)), with w_G `expected_group_std`, at p the mean of
-    the group's n rewards; 0 for a tied group. Were p the true pass rate, the centred
+    w_p = w_G(p) / ((1 - 1/n) p (1 - p)), with w_G `expected_group_std`, at p the mean
+    of the group's n rewards; 0 for a tied group. Were p the true pass rate, the centred
     gradient times w_p would have exactly the expectation of std-normalisation with
     groups of G. At G = n = 2 and 3 w_p is a constant (2, and 1.5 sqrt 2): normalisation
     is a rescale. For p far below 1 / G it saturates, at sqrt(G - 1) n / (n - 1); as G
@@ -178,8 +178,8 @@ def finite_group_weights(group_size: int | None = None) -> PromptWeights:
 class PosteriorWeightsState(NamedTuple):
     """Discounted counts of every prompt, and how often the rule was asked."""
 
-    successes: jax.Array  # [num_prompts]
-    failures: jax.Array  # [num_prompts]
+    successes: jax.Array | None  # [num_prompts]; None where nothing is remembered
+    failures: jax.Array | None
     count: jax.Array  # int32
 
 
@@ -211,10 +211,10 @@ def posterior_weights(
         raise ValueError(f"discount must be in [0, 1], got {discount}.")
 
     def init():
-        zeros = jnp.zeros(num_prompts or 0, float)
-        return PosteriorWeightsState(
-            zeros, jnp.zeros_like(zeros), jnp.zeros((), jnp.int32)
-        )
+        counts = (None, None)
+        if num_prompts is not None:  # two arrays, not one twice: they may be donated
+            counts = (jnp.zeros(num_prompts, float), jnp.zeros(num_prompts, float))
+        return PosteriorWeightsState(*counts, jnp.zeros((), jnp.int32))
 
     def weights(rewards, state, prompt_ids=None):
         statistics = group_statistics(rewards)

@@ -70,8 +70,10 @@ def weighed(objective, rollouts, old=None, reference=None):
     """A Batch under the weights that the objective's scale stands for."""
     rule = scale_weights(objective)
     ids = np.arange(len(rollouts.rewards))
-    weights, _, _ = weigh(objective, rule, rollouts, reference, ids, rule.init())
-    return Batch(rollouts, old, reference, weights)
+    trained, weights, _, _ = weigh(
+        objective, rule, rollouts, reference, ids, rule.init(), max_length=7
+    )
+    return Batch(trained, old, reference, weights)
 
 
 def train_step(policy, objective, micro, optimizer=None, max_length=7):

@@ -177,8 +177,8 @@ class Objective:
         in_reward = self.kl_coef and self.kl_in == "reward"
         if in_reward and self.scale in ("group_mean", "beta"):
             raise ValueError(
-                f"scale {self.scale} needs rewards that are pass rates; KL in the reward "
-                "changes them: use kl_in='loss' or another scale."
+                f"scale {self.scale} needs rewards that are pass rates; KL in the "
+                "reward changes them: use kl_in='loss' or another scale."
             )
 
     def _check_clip(self):
@@ -197,9 +197,16 @@ class Objective:
                 "lower edge (but of a hinge)."
             )
 
+    def has_ratio(self) -> bool:
+        """Whether it corrects for a behaviour policy other than the current one."""
+        return self.ratio != "none" and self.surrogate != "logp"
+
     def uses(self) -> frozenset[str]:
         """The fields that the chosen axes read; changing another changes nothing."""
-        numbers = set(SURROGATES[self.surrogate].uses)
+        # Where the ratio is exactly 1 nothing is ever clipped or capped.
+        numbers = set(SURROGATES[self.surrogate].uses if self.ratio != "none" else ())
+        if self.surrogate != "logp" or self.ratio in SEQUENCE_RATIOS:
+            numbers.add("ratio")
         if self.ratio == "clipped_geometric":
             numbers.add("clip")
         if self.scale in _STD_SCALES:
@@ -242,7 +249,7 @@ class Objective:
 
     def axes(self) -> str:
         """The choice on every axis, and the numbers that these choices read."""
-        names = ["baseline", "scale", "ratio", "surrogate", "aggregation"]
+        names = ["baseline", "scale", "surrogate", "aggregation"]
         if self.token_weight != "none":
             names.append("token_weight")
         numbers = [n for n in _NUMBERS if n in self.uses() and getattr(self, n)]
@@ -314,7 +321,7 @@ def _one_term(aggregation, total):
 
 _ALWAYS_USED = frozenset(
     {
-        "baseline", "scale", "ratio", "surrogate", "token_weight", "entropy_coef",
+        "baseline", "scale", "surrogate", "token_weight", "entropy_coef",
         "entropy_limit", "aggregation", "kl_coef", "drafts", "refills", "overlong",
         "tis_cap", "stop_deviation", "history", "disjoint",
     }
@@ -390,8 +397,8 @@ OBJECTIVES = MappingProxyType({
         aggregation="first_rest", first_token_weight=1e-3, divergence="k3",
         kl_coef=1e-3,
         source="Fang et al. 2025, arXiv:2505.13379 (control token weighted apart, "
-        "no std; alpha, beta, clip); the surrogate as in its code, the rest by mean over "
-        "the batch's tokens; the paper's: aggregation='first_rest_sequence_mean'",
+        "no std; alpha, beta, clip); the surrogate as in its code, the rest by mean "
+        "over the batch's tokens; the paper's: aggregation='first_rest_sequence_mean'",
     ),
     "tic_grpo": Objective(
         baseline="mean", scale="none", ratio="sequence_sum", surrogate="hard_clip",

@@ -108,8 +108,8 @@ def nthr_weights(
         pairs = errors * (h @ h.T)  # 0 where either is not a token
         influence = pairs.reshape(g, t, g, t).sum(1)  # [G, G, T], of each on a token
         lengths = jnp.maximum(live.sum(-1), 1)
-        on_completion = influence.sum(-1) / lengths  # [G, G], mean over tokens
-        others = right[:, None] * right * (1 - jnp.eye(g))
+        on_completion = influence.sum(-1) / lengths[None]  # [G, G], mean over tokens
+        others = right[:, None] * right[None] * (1 - jnp.eye(g))
         count = others.sum(1)
         mean = (on_completion * others).sum(1) / jnp.maximum(count, 1)
         mean = jnp.where(count == 0, jnp.diagonal(on_completion), mean)
@@ -133,7 +133,7 @@ def _error_gram(hidden, unembedding, token_ids, temperature):
     def logits_of(chunk):
         columns, places = chunk
         logits = hidden @ columns / temperature
-        return jnp.where(places < vocab, logits, -jnp.inf)
+        return jnp.where(places[None] < vocab, logits, -jnp.inf)
 
     log_total = jax.lax.map(
         lambda chunk: jax.nn.logsumexp(logits_of(chunk), axis=-1), (columns, places)
@@ -142,7 +142,7 @@ def _error_gram(hidden, unembedding, token_ids, temperature):
 
     def add(gram, chunk):
         softmax = jnp.exp(logits_of(chunk) - log_total[:, None])
-        errors = (token_ids[:, None] == chunk[1]) - softmax
+        errors = (token_ids[:, None] == chunk[1][None]) - softmax
         return gram + errors @ errors.T, None
 
     zero = jnp.zeros((rows, rows), hidden.dtype)

@@ -38,7 +38,7 @@ def template_pieces(tokenizer, template: str) -> list[Piece]:
         if part in names:
             pieces.append(part[1:-1])
         elif part:
-            what = "text of the refine template"
+            what = f"sampling.refine_template (here {template!r}): the text"
             pieces.append(tuple(encode_all(tokenizer, [part], what)[0]))
     return pieces
 

@@ -39,8 +39,14 @@ def estimate_memory(
     max_new_tokens: int,
     micro: MicroBatch,
     reference: bool,
+    copies: int = 0,
 ) -> Memory:
-    """Bytes from shapes alone: leading terms, good to a few tens of percent."""
+    """Bytes from shapes alone: leading terms, good to a few tens of percent.
+
+    Args:
+        reference: A reference policy is kept.
+        copies: Further copies of the parameters that a step holds.
+    """
     parameters = num_parameters(c)
     size = 4 if c.compute_dtype == "float32" else 2
     cached = prompts * (prompt_tokens + group_size * max_new_tokens)
@@ -58,7 +64,7 @@ def estimate_memory(
     chunk = max(rows, min(512, MAX_LOGITS // c.vocab_size))
     logits = 3 * 4 * min(chunk, tokens) * c.vocab_size
     return Memory(
-        state=parameters * 4 * (4 if reference else 3),
+        state=parameters * 4 * ((4 if reference else 3) + copies),
         cache=cache,
         update=parameters * 4 * 2 + stack + layer + logits,
     )

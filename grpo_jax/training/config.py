@@ -220,7 +220,7 @@ _AT_LEAST = {
     "optimizer.clip_norm": 0, "optimizer.weight_decay": 0, "warm_start.max_steps": 1,
     "warm_start.noisy_steps": 0, "warm_start.batch_size": 1, "evaluation.every": 0,
     "evaluation.prompts": 1, "instrument.every": 0, "instrument.prompts": 2,
-    "instrument.counterfactual_every": 0, "weights.eps": 0, "weights.ddof": 0,
+    "instrument.counterfactual_every": 0, "weights.eps": 0,
     "weights.group_size": 2,
     "checkpoint.every": 1, "checkpoint.keep": 1, "log.samples_every": 0,
     "log.samples_prompts": 1, "log.lines_every": 1,

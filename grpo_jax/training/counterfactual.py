@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
-from grpo_jax.advantages import group_statistics
 from grpo_jax.counterfactual import Counterfactual, counterfactual_updates
 from grpo_jax.models.decoder import Policy
 from grpo_jax.objectives.loss import present_mask, shaped_rewards
@@ -28,6 +26,7 @@ RULES = {
     "shrunk": posterior_weights(),
     "1/std^2": std_weights(power=2.0),
 }
+WEIGHTINGS = 1 + len(RULES)
 
 
 def look(
@@ -73,14 +72,22 @@ def look(
 
 
 def record(file: JsonLines, step: int, found: Counterfactual, rewards: Any) -> None:
-    """One line of counterfactual.jsonl: rows and columns are `weightings`."""
-    statistics = jax.device_get(group_statistics(rewards))
+    """One line of counterfactual.jsonl: rows and columns are `weightings`.
+
+    Args:
+        found: On the host.
+        rewards: [P, G] as scored; `group_mean` is null for a group without any.
+    """
+    rewards = np.asarray(rewards, float)
+    there = np.isfinite(rewards)
+    total, count = np.where(there, rewards, 0).sum(1), there.sum(1)
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     norms = np.asarray(found.norms, float)
     file.write(
         {
             "step": step,
             "weightings": ["this run", *RULES],
-            "group_mean": _rounded(statistics.mean),
+            "group_mean": _rounded(means),
             "norm_ratio": _rounded(norms / norms[1] if norms[1] > 0 else norms * 0),
             "cosines": _rounded(found.cosines),
             "update_norm": _rounded(found.update_norms),

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.advantages import group_statistics, group_std, overlong_punishment
+from grpo_jax.advantages import group_std
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.decoder import Policy, init_policy
 from grpo_jax.objectives.loss import needs_entropy
@@ -117,6 +117,7 @@ class Plan:
     buckets: list[int]  # completion lengths of the update
     micro: Any  # MicroBatch, of the longest bucket
     headline: str
+    warnings: list[str]
 
 
 def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
@@ -169,13 +170,19 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         answers = encode_all(tokenizer, [e.answer for e in examples], "an answer")
         needed = max(len(answer) for answer in answers) + 1
     if max_new_tokens is None:
-        # Where length is punished, the punished part lies beyond the longest answer.
-        spare = objective.overlong_share if objective.overlong == "punish" else 0.0
-        max_new_tokens = math.ceil(needed / (1 - spare)) if spare < 1 else 2 * needed
+        max_new_tokens = needed + math.ceil(needed * _spare(objective))
     if max_new_tokens < needed:
         raise ConfigError(
             f"sampling.max_new_tokens must be at least {needed} for task {task.name}, "
             f"its longest answer and EOS, got {max_new_tokens}."
+        )
+    warnings = []
+    free = max_new_tokens * (1 - objective.overlong_share)
+    if objective.overlong == "punish" and 1 < needed and needed > math.ceil(free):
+        warnings.append(
+            f"the longest right answer has {needed} of {max_new_tokens} tokens and "
+            "will be punished for its length; raise sampling.max_new_tokens to "
+            f"{needed + math.ceil(needed * _spare(objective))} or leave it out."
         )
     vocab_size = config.model.vocab_size or len(tokenizer)
     if vocab_size < len(tokenizer):
@@ -213,6 +220,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"objective.refills needs at least {2 * p} trained prompts, twice a "
             f"step's, got {len(task.train)}; set it to 0."
         )
+    weights = resolve_weights(config, objective, len(task.train))
     seen = objective.history * p
     micro = micro_batch(
         seen, g, train_prompt_length, max_new_tokens, config.micro_batch_tokens
@@ -225,6 +233,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         max_new_tokens=max_new_tokens,
         micro=micro,
         reference=bool(objective.kl_coef),
+        copies=_extra_copies(config, objective),
     )
     mechanisms = "".join(f" | {text}" for text in objective.mechanisms())
     headline = (
@@ -238,7 +247,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     return Plan(
         task,
         objective,
-        resolve_weights(config, objective, len(task.train)),
+        weights,
         model,
         prompts[: len(task.train)],
         prompt_length,
@@ -250,7 +259,23 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         [max_new_tokens] if seen > p else completion_buckets(max_new_tokens),
         micro,
         headline,
+        warnings,
     )
+
+
+def _spare(objective):
+    """Tokens beyond the longest answer, as a share of it: where length is punished, the
+    punished part should lie there."""
+    share = objective.overlong_share if objective.overlong == "punish" else 0.0
+    return 1.0 if share == 1 else share / (1 - share)
+
+
+def _extra_copies(config, objective):
+    """Of the parameters, that a step holds besides state, reference and gradient."""
+    compared = 2 * counterfactual.WEIGHTINGS
+    compared = compared if config.instrument.counterfactual_every else 0
+    stay = config.updates_per_rollout > 1 and not objective.has_ratio()
+    return compared + stay
 
 
 def _without(record, name):
@@ -322,6 +347,24 @@ class _Signals:
             signal.signal(number, handler)
 
 
+class _Spent:
+    """What a step's sampling cost: every completion drawn, kept or not."""
+
+    def __init__(self):
+        self.tokens, self.errors = 0, []
+
+    def add(self, rollouts: Rollouts, errors: list[str]) -> None:
+        self.tokens += int(rollouts.completion_mask.sum())
+        self.errors = self.errors + errors
+
+
+def _tied(rewards):
+    """[P] bool: no two present rewards of the group differ."""
+    present = np.isfinite(rewards)
+    highest = np.where(present, rewards, -np.inf).max(1)
+    return highest <= np.where(present, rewards, np.inf).min(1)
+
+
 class _Run:
     """One process's part of a run; `train` is its only entrance."""
 
@@ -331,6 +374,7 @@ class _Run:
         self.console = Console(config.log.lines_every)
         self.compiles = count_compiles()
         self.order = None  # (epoch, its permutation of the prompts)
+        self.told_of_ties = False
         self.probed = {}  # the latest row of instrument.jsonl, until it is written
         self.temperature = config.sampling.temperature
         self.tokenizer = plan.task.tokenizer
@@ -342,6 +386,8 @@ class _Run:
 
     def train(self) -> TrainResult:
         self.console.say(self.plan.headline)
+        for warning in self.plan.warnings:
+            self.console.warn(warning)
         self.console.say(f"run directory: {self.directory}")
         self.tokenizer.save_pretrained(self.directory / "tokenizer")
         policy = self._starting_policy()
@@ -451,6 +497,7 @@ class _Run:
             "heldout": plan.task.heldout,
         }
         self.probe_ids = pick[: min(config.instrument.prompts, len(pick))]
+        self.start_ids = pick[: config.sampling.prompts]
         self.eval_prompts = {
             name: self._padded(
                 encode_all(self.tokenizer, [e.prompt for e in examples], "a prompt")
@@ -472,8 +519,7 @@ class _Run:
         objective = self.plan.objective
         if not needs_entropy(objective) or objective.entropy_limit is None:
             return objective
-        p = self.config.sampling.prompts
-        group = self._rollouts(start.params, np.arange(p), self.eval_key, 1)
+        group = self._rollouts(start.params, self.start_ids, self.eval_key, 1)
         _, entropy = batch_logprobs(
             start, group, self.temperature, MicroBatch(1, 1), with_entropy=True
         )
@@ -529,7 +575,7 @@ class _Run:
         self.parts = config.updates_per_rollout if objective.disjoint else 1
         several = config.updates_per_rollout > 1
         # Without a ratio every update is on policy: taken where the rollout was.
-        self.stay = several and objective.ratio == "none"
+        self.stay = several and not objective.has_ratio()
         # A history keeps its samplers' log-probs instead.
         self.keeps_old = several and not self.stay and objective.history == 1
         self.programs = {}
@@ -556,9 +602,9 @@ class _Run:
             compiled("rescore", rescore, policy, rollouts)
         reference = floats if self.uses_reference else None
         ids = jax.ShapeDtypeStruct((p,), jnp.int32)
-        weights, _, _ = compiled(
+        trained, weights, _, _ = compiled(
             "weigh",
-            partial(weigh, objective, self.weights),
+            partial(weigh, objective, self.weights, max_length=plan.max_new_tokens),
             rollouts,
             reference,
             ids,
@@ -578,7 +624,7 @@ class _Run:
                 rollouts,
             )
         old = floats if self.keeps_old else None
-        batch = Batch(rollouts, old, reference, weights, factors)
+        batch = Batch(trained, old, reference, weights, factors)
         shared = {"temperature": self.temperature, "max_length": plan.max_new_tokens}
         if config.instrument.counterfactual_every:
             look = partial(
@@ -592,19 +638,21 @@ class _Run:
             compiled("counterfactual", look, state, batch)
         if objective.history > 1:
             _, batch = compiled("with_history", with_history, state.history, batch)
-        size = batch.weights.shape[0] // self.parts
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch
-        )
         step = make_train_step(
             self.policy,
             objective,
             self.optimizer,
-            micro=micro_batch(size, g, length, t, tokens),
+            micro=micro_batch(
+                batch.weights.shape[0] // self.parts, g, length, t, tokens
+            ),
             **shared,
         )
+
+        def update(state, batch, index, *at):
+            return step(state, part_of(batch, index, self.parts), *at)
+
         at = (state.params,) if self.stay else ()
-        compiled("update", step, state, batch, *at, donate=0)
+        compiled("update", update, state, batch, np.int32(0), *at, donate=0)
         return programs
 
     # ---- one step
@@ -651,7 +699,8 @@ class _Run:
             return self._rollouts(params, indices, key, group_size)
         draft_key = jax.random.fold_in(self.draft_key, jax.random.bits(key))
         sampled = jax.device_get(self._rollouts(params, indices, draft_key, drafts))
-        scored, _, _ = self._score(sampled, indices)
+        scored, errors, _ = self._score(sampled, indices)
+        self.spent.add(sampled, errors)
         rows = refined_prompts(
             self.plan.refine,
             [self.plan.prompts[i] for i in indices],
@@ -662,24 +711,25 @@ class _Run:
         )
         return self._rollouts(params, indices, key, group_size, rows)
 
-    def _refilled(self, params, step, indices, rollouts, texts, errors):
+    def _refilled(self, params, step, indices, rollouts, texts):
         """Tied groups replaced by informative ones of other prompts, as far as the
         allowed number of tries goes; the rest stay, with weight 0."""
         indices, texts = np.array(indices), list(texts)
+        rollouts = jax.tree.map(np.array, rollouts)  # writable
         rounds = replaced = 0
-        for rounds in range(1, self.objective.refills + 1):
-            tied = np.flatnonzero(group_statistics(rollouts.rewards).tied)
+        while rounds < self.objective.refills:
+            tied = np.flatnonzero(_tied(rollouts.rewards))
             if not len(tied):
-                rounds -= 1
                 break
+            rounds += 1
             rng = np.random.default_rng([self.config.seed, 5, step, rounds])
             others = np.setdiff1d(np.arange(len(self.plan.prompts)), indices)
             fresh = rng.permutation(others)[: len(indices)]
             key = jax.random.fold_in(jax.random.fold_in(self.refill_key, step), rounds)
             sampled = jax.device_get(self._train_rollouts(params, fresh, key))
-            more, more_errors, more_texts = self._score(sampled, fresh)
-            errors = errors + more_errors
-            good = np.flatnonzero(~np.asarray(group_statistics(more.rewards).tied))
+            more, errors, more_texts = self._score(sampled, fresh)
+            self.spent.add(sampled, errors)
+            good = np.flatnonzero(~_tied(more.rewards))
             pairs = list(zip(tied, good, strict=False))
             for old, new in pairs:
                 indices[old], texts[old] = fresh[new], more_texts[new]
@@ -687,7 +737,7 @@ class _Run:
                     x[old] = y[new]
             replaced += len(pairs)
         info = {"group/refills": rounds, "group/refilled": replaced}
-        return indices, rollouts, texts, errors, info
+        return indices, rollouts, texts, info
 
     def _trimmed(self, rollouts: Rollouts) -> Rollouts:
         """Completions cut to the shortest bucket that holds them all."""
@@ -715,6 +765,7 @@ class _Run:
             step_began = time.monotonic()
             indices = self._prompts_of(step)
             key = jax.random.fold_in(self.run_key, step)
+            self.spent = _Spent()
             sampled = self._train_rollouts(state.params, indices, key)
             if pending is not None:  # written while the device samples
                 row = self._write(*pending)
@@ -723,12 +774,13 @@ class _Run:
 
             scored = time.monotonic()
             rollouts, errors, texts = self._score(rollouts, indices)
+            self.spent.add(rollouts, errors)
             host = {}
             if self.objective.refills:
-                writable = jax.tree.map(np.array, rollouts)
-                indices, rollouts, texts, errors, host = self._refilled(
-                    state.params, step, indices, writable, texts, errors
+                indices, rollouts, texts, host = self._refilled(
+                    state.params, step, indices, rollouts, texts
                 )
+            host["tokens/sampled"] = self.spent.tokens
             rollouts = self._trimmed(rollouts)
             state, batch, metrics = self._batch(state, rollouts, indices)
             times["time/score_s"] = time.monotonic() - scored
@@ -744,9 +796,16 @@ class _Run:
                     self.files["counterfactual"], step, compared, rollouts.rewards
                 )
 
+            errors = self.spent.errors
             if errors:
                 self.console.warn(
                     f"step {step}: {len(errors)} rewards missing: {errors[0][:200]}"
+                )
+            if _tied(rollouts.rewards).all() and not self.told_of_ties:
+                self.told_of_ties = True
+                self.console.warn(
+                    f"step {step}: no group is informative, all its prompts have "
+                    "weight 0 (said once; see group/informative in metrics.jsonl)."
                 )
             self._log_samples(step, indices, texts, rollouts)
             looked = self._look(state.params, step)
@@ -781,13 +840,7 @@ class _Run:
         )
         examples = [self.plan.task.train[i] for i in indices]
         scores = score(self.plan.task.reward, examples, texts)
-        rewards = scores.rewards
-        if self.objective.overlong == "punish":
-            t = self.plan.max_new_tokens
-            cache = max(1, round(self.objective.overlong_share * t))
-            lengths = rollouts.completion_mask.sum(-1)
-            rewards = rewards + np.asarray(overlong_punishment(lengths, t, cache))
-        return rollouts._replace(rewards=rewards), scores.errors, texts
+        return rollouts._replace(rewards=scores.rewards), scores.errors, texts
 
     def _batch(self, state, rollouts, indices):
         """(state, batch, metrics): the rollouts weighed, with what they need beside."""
@@ -799,7 +852,7 @@ class _Run:
         if self.uses_reference:
             reference = programs["rescore"](self.reference, rollouts)
         ids = jnp.asarray(indices, jnp.int32)
-        weights, weights_state, metrics = programs["weigh"](
+        rollouts, weights, weights_state, metrics = programs["weigh"](
             rollouts, reference, ids, state.weights_state
         )
         state = state._replace(weights_state=weights_state)
@@ -817,11 +870,14 @@ class _Run:
             history, batch = programs["with_history"](state.history, batch)
             state = state._replace(history=history)
         at = (jax.tree.map(jnp.copy, state.params),) if self.stay else ()
+        metrics, mismatch = {}, None
         for i in range(self.config.updates_per_rollout):
-            part = part_of(batch, i % self.parts, self.parts)
-            state, metrics = update(state, part, *at)
+            state, metrics = update(state, batch, np.int32(i % self.parts), *at)
+            if i == 0:  # the sampler is compared with the policy it sampled from
+                mismatch = metrics["mismatch/max_abs"]
             if self.objective.stop_deviation is not None and metrics["update/stopped"]:
                 break
+        metrics = metrics | {"mismatch/max_abs": mismatch}
         return jax.block_until_ready(state), metrics
 
     def _give_up(self, step, rollouts):
@@ -975,8 +1031,12 @@ class _Run:
 
         try:
             path = write_report([self.directory], self.directory / "report.html")
-        except OSError as error:  # a full disk: what was learnt is safe elsewhere
-            self.console.warn(f"the report could not be written ({error}).")
+        except (
+            Exception
+        ) as error:  # a full disk, say: what was learnt is safe elsewhere
+            self.console.warn(
+                f"the report could not be written ({type(error).__name__}: {error})."
+            )
             return
         if finished:
             self.console.say(f"report: {path}")

@@ -53,7 +53,11 @@ def read_run(directory: Path) -> Run:
         metrics,
         read_lines(directory / "samples.jsonl"),
         read_lines(directory / "instrument.jsonl"),
-        read_lines(directory / "counterfactual.jsonl"),
+        [
+            row
+            for row in read_lines(directory / "counterfactual.jsonl")
+            if None not in row["norm_ratio"]  # gradients that were not finite
+        ],
     )
 
 
@@ -307,14 +311,18 @@ def _pass_rate_and_std(runs):
 
 
 # Pass rates of the step's groups that the counterfactual step tells apart.
-THIRDS = (("hard", 0.0, 1 / 3), ("middle", 1 / 3, 2 / 3), ("easy", 2 / 3, 1.01))
+THIRDS = (
+    ("hard", -np.inf, 1 / 3),
+    ("middle", 1 / 3, 2 / 3),
+    ("easy", 2 / 3, np.inf),
+)
 
 
 def _comparison(run: Run) -> list[dict]:
     """One row per weighting: means over the steps that were compared."""
     rows = []
     norms, cosines, updates = (
-        np.asarray([r[key] for r in run.compared])
+        np.asarray([r[key] for r in run.compared], float)
         for key in ("norm_ratio", "cosines", "update_cosines")
     )
     rates, changes = _groups_and_changes(run)
@@ -323,11 +331,11 @@ def _comparison(run: Run) -> list[dict]:
         rows.append(
             {
                 "name": name,
-                "norm": f"{norms[:, k].mean():.2f}",
-                "cosines": [f"{x:.3f}" for x in cosines[:, k].mean(0)],
-                "update": f"{updates[:, k, 0].mean():.3f}",
-                "change": [f"{x.mean():+.4f}" if len(x) else "-" for x in third],
-                "total": f"{changes[k].mean():+.4f}",
+                "norm": f"{np.nanmean(norms[:, k]):.2f}",
+                "cosines": [f"{x:.3f}" for x in np.nanmean(cosines[:, k], 0)],
+                "update": f"{np.nanmean(updates[:, k, 0]):.3f}",
+                "change": [f"{np.nanmean(x):+.4f}" if len(x) else "-" for x in third],
+                "total": f"{np.nanmean(changes[k]):+.4f}",
             }
         )
     return rows
@@ -335,9 +343,9 @@ def _comparison(run: Run) -> list[dict]:
 
 def _groups_and_changes(run):
     """(group means [N], predicted changes [K, N]) of all compared steps' prompts."""
-    rates = np.concatenate([np.asarray(r["group_mean"]) for r in run.compared])
+    rates = np.concatenate([np.asarray(r["group_mean"], float) for r in run.compared])
     changes = np.concatenate(
-        [np.asarray(r["predicted_change"]) for r in run.compared], axis=1
+        [np.asarray(r["predicted_change"], float) for r in run.compared], axis=1
     )
     return rates, changes
 
@@ -347,10 +355,11 @@ def _predicted_changes(run, named):
         rates, changes = _groups_and_changes(run)
         edges = np.linspace(0, 1, 6)
         place = np.clip(np.digitize(rates, edges) - 1, 0, 4)
+        place = np.where(np.isnan(rates), -1, place)
         used = [b for b in range(5) if (place == b).any()]
         middle = (edges[:-1] + edges[1:]) / 2
         for k, name in enumerate(run.compared[0]["weightings"]):
-            values = [changes[k][place == b].mean() for b in used]
+            values = [np.nanmean(changes[k][place == b]) for b in used]
             own = name == "this run"
             colour = "#222" if own else COLOURS[(k - 1) % len(COLOURS)]
             style = {"lw": 3, "alpha": 0.3} if own else {"marker": "o", "ms": 3}

@@ -10,7 +10,8 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.training.config import TrainConfig, differences, to_dict
 
 # What may differ between a run and its continuation: nothing the maths depends on. How
-# long it goes on is one of them as long as the learning rate does not depend on it.
+# long it goes on is one of them as long as neither the learning rate nor the weights
+# depend on it.
 FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "log.")
 
 
@@ -53,7 +54,8 @@ def claim(config: TrainConfig, *, note: str, data: str) -> Path:
             "another --run-dir."
         )
     if config.resume:
-        constant = config.optimizer.schedule == "constant"
+        scheduled = config.weights.power_end is not None
+        constant = config.optimizer.schedule == "constant" and not scheduled
         free = (*FREE_ON_RESUME, "steps:") if constant else FREE_ON_RESUME
         changed = [
             row

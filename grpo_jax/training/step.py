@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.advantages import group_statistics, group_std
+from grpo_jax.advantages import group_statistics, group_std, overlong_punishment
 from grpo_jax.logprobs import token_logprobs
 from grpo_jax.models.decoder import Policy, completion_hidden
 from grpo_jax.objectives.aggregation import token_coefficients
@@ -218,18 +218,29 @@ def weigh(
     reference_logprobs: jax.Array | None,
     prompt_ids: jax.Array,
     state: Any,
-) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-    """(weights [P], the rule's new state, metrics): once per rollouts, however many
-    updates are made from them."""
+    *,
+    max_length: int,
+) -> tuple[Rollouts, jax.Array, Any, dict[str, jax.Array]]:
+    """(rollouts to train on, weights [P], the rule's new state, metrics).
+
+    Once per rollouts, however many updates are made from them. The metrics are of the
+    rewards as scored; what is trained on may have been punished for its length.
+    """
+    trained = rollouts
+    if objective.overlong == "punish":
+        cache = max(1, round(objective.overlong_share * max_length))
+        lengths = rollouts.completion_mask.sum(-1)
+        punished = rollouts.rewards + overlong_punishment(lengths, max_length, cache)
+        trained = rollouts._replace(rewards=punished.astype(rollouts.rewards.dtype))
     rewards = shaped_rewards(
         objective,
-        rollouts.rewards,
+        trained.rewards,
         rollouts.behaviour_logprobs,
         reference_logprobs,
         present_mask(rollouts.completion_mask, rollouts.rewards),
     )
     weights, state = apply_weights(rule, rewards, state, prompt_ids)
-    return weights, state, group_metrics(rollouts, weights)
+    return trained, weights, state, group_metrics(rollouts, weights)
 
 
 def empty_history(objective: Objective, rollouts: Rollouts) -> Any:
@@ -269,10 +280,12 @@ def with_history(history: History, batch: Batch) -> tuple[History, Batch]:
     return history, Batch(rollouts, rollouts.behaviour_logprobs, None, weights)
 
 
-def part_of(batch: Batch, index: int, parts: int) -> Batch:
+def part_of(batch: Batch, index: jax.Array | int, parts: int) -> Batch:
     """The index-th of equal parts of a batch's prompts."""
     size = batch.weights.shape[0] // parts
-    return jax.tree.map(lambda x: x[index * size : (index + 1) * size], batch)
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), batch
+    )
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
@@ -363,7 +376,11 @@ def make_gradients(
                 objective.aggregation, mask, max_length, objective.first_token_weight
             ),
             "token_shares": mask / jnp.maximum(mask.sum(), 1),
-            "sampled": rollouts.completion_mask.astype(bool),
+            # The first iterate's; of older ones the policy that sampled is gone.
+            "newest": rollouts.completion_mask.astype(bool)
+            & (jnp.arange(len(weights)) < len(weights) // objective.history)[
+                :, None, None
+            ],
         }
         per_prompt = {
             "prompts": rollouts.prompts,
@@ -417,7 +434,8 @@ def make_gradients(
                 metrics["entropy/sampled"] = -(
                     shares * jnp.where(live, logprobs, 0)
                 ).sum()
-                gap = jnp.where(part["sampled"], before - sampled, 0)
+                now = logprobs if objective.history > 1 else before
+                gap = jnp.where(part["newest"], now - sampled, 0)
                 metrics["loss/policy"] = part["cotangent"][0] @ surrogate
                 metrics["loss/penalty"] = part["cotangent"][1] @ penalty
                 return (surrogate, penalty), (metrics, jnp.abs(gap).max())

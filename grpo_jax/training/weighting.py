@@ -100,8 +100,7 @@ def resolve_objective(config: TrainConfig) -> Objective:
 
 def _check_combination(config, objective):
     name, updates = config.objective.name, config.updates_per_rollout
-    on_policy_only = objective.ratio == "none" and not objective.disjoint
-    if on_policy_only and updates > 1:
+    if updates > 1 and not (objective.has_ratio() or objective.disjoint):
         raise ConfigError(
             f"updates_per_rollout must be 1 for {name}, which has no importance "
             f"ratio, got {updates}; the second update would be off policy."
@@ -112,11 +111,10 @@ def _check_combination(config, objective):
             f"whose updates has its own prompts, got {updates} and "
             f"{config.sampling.prompts}."
         )
-    if objective.stop_deviation is not None and updates == 1:
-        # On policy every ratio is 1, so it could never stop; the row alone may say so.
-        if config.objective.stop_deviation is not None:
+    for field in ("stop_deviation", "disjoint"):  # a row itself may well say so
+        if updates == 1 and getattr(config.objective, field):
             raise ConfigError(
-                "objective.stop_deviation changes nothing with one update per rollout; "
+                f"objective.{field} changes nothing with one update per rollout; "
                 "raise updates_per_rollout or leave it out."
             )
     if objective.history > 1:
@@ -124,14 +122,15 @@ def _check_combination(config, objective):
             ("kl_coef", objective.kl_coef),
             ("token_weight", objective.token_weight != "none"),
             ("overlong", objective.overlong == "mask"),
-            ("ratio", objective.ratio == "none"),
+            ("ratio", not objective.has_ratio()),
+            ("disjoint", objective.disjoint),
             ("tis_cap", objective.tis_cap is not None),
         ):
             if wrong:
                 raise ConfigError(
                     f"objective.{field} {getattr(objective, field)} does not go with "
                     f"history {objective.history}: past iterates' rollouts are kept "
-                    "with their sampler's log-probs alone."
+                    "with their sampler's log-probs alone, and used together."
                 )
     scale = config.weights.name
     scale = objective.scale if scale == "objective" else scale
@@ -168,6 +167,8 @@ def resolve_weights(
                 f"weights.{field} changes nothing in weights {name} (its settings: "
                 f"{settings}); leave it out."
             )
+    if choice.ddof is not None and choice.ddof not in (0, 1):
+        raise ConfigError(f"weights.ddof must be 0 or 1, got {choice.ddof}.")
     if rule is None:
         return scale_weights(objective)
     if "power_end" in given:

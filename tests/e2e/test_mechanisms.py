@@ -275,9 +275,6 @@ def test_soft_overlong_punishment(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="the filter sees the punishment, eq. 11 does not"
-)
 def test_a_group_that_only_length_tells_apart_is_not_informative(tmp_path):
     config = tiny(tmp_path / "run", "dapo", group_size=2, steps=2)
     rows, _, _ = run(config, digits_task(lambda example, text: 0.0))
@@ -411,7 +408,6 @@ def test_drafts_compile_nothing_later(refined):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the errors of drafts are dropped unseen")
 def test_missing_rewards_of_drafts_are_said(tmp_path, capsys):
     calls = iter(range(10**6))
 
@@ -483,9 +479,6 @@ def test_history_compiles_nothing_later(remembered):
 
 
 @ALL_ZERO
-@pytest.mark.xfail(
-    strict=True, reason="the sampler's log-probs compared with themselves"
-)
 def test_mismatch_is_measured_with_a_history(remembered):
     assert max(row["mismatch/max_abs"] for row in remembered[0][1:]) > 0
 
@@ -651,7 +644,6 @@ def test_every_rule_of_weights_trains(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="a state of size 0 cannot be saved")
 def test_shrunk_weights_are_saved(tmp_path, capsys):
     weights = WeightsConfig(name="shrunk")
     run(tiny(tmp_path / "run", "dr_grpo", weights=weights, steps=1))
@@ -706,7 +698,6 @@ def test_power_goes_from_its_start_to_its_end_over_the_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="steps may change on resume; power_end reads it")
 def test_a_power_schedule_keeps_its_length_on_resume(tmp_path):
     weights = WeightsConfig(name="std", power_end=0.0)
     run(tiny(tmp_path / "run", "dr_grpo", weights=weights, steps=1))
@@ -752,13 +743,11 @@ def test_what_changes_nothing_or_cannot_be_is_refused(capsys, tmp_path, flags):
     assert "Traceback" not in text and not directory.exists()
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="named in the headline first")
 def test_unknown_weights_are_named_with_the_nearest(capsys):
     code, text = answer(capsys, "train", "--weights", "stdd")
     assert code == 2 and "unknown weights 'stdd'; did you mean 'std'?" in text
 
 
-@pytest.mark.xfail(strict=True, reason="accepted, and fails or changes nothing later")
 @pytest.mark.parametrize(
     ("objective", "more"),
     [
@@ -837,7 +826,6 @@ def test_counterfactual_rows(compared):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="its line is made by programs of its own")
 def test_counterfactual_compiles_nothing_later(compared):
     (rows, _, _), _ = compared
     assert_nothing_compiled_after_step_1(rows)
@@ -918,7 +906,6 @@ def test_counterfactual_panel_is_in_the_report(compared):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="the report reads null")
 def test_counterfactual_of_non_finite_gradients_hides_no_error(tmp_path):
     def reward(example, completion):
         return 3e38 if len(completion) % 2 else -3e38

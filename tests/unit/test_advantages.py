@@ -170,7 +170,6 @@ def test_inverse_batch_std(ddof, expected):
     assert not np.asarray(scale(np.full((2, 3), 0.35, np.float32))).any()
 
 
-@pytest.mark.xfail(strict=True, reason="any shape is taken, and flattened")
 @pytest.mark.parametrize("shape", [(4,), (2, 2, 2)])
 def test_inverse_batch_std_wants_two_axes(shape):
     with pytest.raises(
@@ -229,7 +228,6 @@ def test_a_beta_with_nothing_to_fit(rewards, expected):
     np.testing.assert_allclose(beta_scale(rewards), expected, rtol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="float32 residue is fitted: the scale is 1e6")
 def test_group_means_that_differ_by_rounding_have_nothing_to_fit():
     rng, row = np.random.default_rng(0), [0.1, 0.2, 0.4, 0.7, 0.35, 0.05]
     rewards = np.float32([rng.permutation(row) for _ in range(6)])
@@ -272,7 +270,6 @@ def test_leave_one_out_inverse_std():
     np.testing.assert_array_equal(scale(np.float32([[3, 5]])), [[1, 1]])
 
 
-@pytest.mark.xfail(strict=True, reason="[P, 1, G] meets [G, G]")
 def test_leave_one_out_inverse_std_broadcasts_openly():
     with jax.numpy_rank_promotion("raise"):
         jax.jit(leave_one_out_inverse_std)(binary(1, 2))

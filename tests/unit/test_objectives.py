@@ -114,7 +114,7 @@ def test_clip_may_be_wide_above():
         (
             "rloo",
             "mean_i sum_t -A log pi;  A = R - mean of others, "
-            "R less sum_t 0.03 k1(pi, ref)",
+            "R less 0.03 sum_t k1(pi_old, ref)",
         ),
         (
             "grpo",

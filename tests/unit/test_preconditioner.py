@@ -165,8 +165,8 @@ def test_weights_are_float32_constants_that_broadcast_openly(name):
     assert not np.asarray(grad).any()
 
 
-# w_2 = sigma^2 and w_3 = sqrt 2 sigma^2, over (1 - 1/G) sigma^2.
-@pytest.mark.parametrize(("group_size", "weight"), [(2, 2.0), (3, 1.5 * 2**0.5)])
+# w_2 = sigma^2 and w_3 = sqrt 2 sigma^2, over (1 - 1/8) sigma^2 for groups of 8.
+@pytest.mark.parametrize(("group_size", "weight"), [(2, 8 / 7), (3, 2**0.5 * 8 / 7)])
 def test_small_groups_weigh_all_pass_rates_alike(group_size, weight):
     rewards = binary(*range(9), group_size=8)
     actual = weights_of(finite_group_weights(group_size), rewards)
@@ -185,16 +185,16 @@ def test_whitening_small_groups_rescales_every_sample_alike(group_size, factor):
     np.testing.assert_allclose(weights, np.where(tied, 0, factor), rtol=1e-5)
 
 
-# The next order is 1 + O(1 / (G sigma^2)).
+# 1 / sigma over 1 - 1/4; the next order is 1 + O(1 / (G sigma^2)).
 def test_a_large_group_weighs_by_the_inverse_std():
     actual = weights_of(finite_group_weights(2048), binary(1, 2))
-    np.testing.assert_allclose(actual, [4 / 3**0.5, 2], rtol=2e-3)
+    np.testing.assert_allclose(actual, [16 / 27**0.5, 8 / 3], rtol=2e-3)
 
 
-# p = 1/1000 is far below 1/4: 4 / sqrt 3, up to p (G - 1) and smaller.
+# p = 1/1000 is far below 1/4: sqrt 3, up to p (G - 1) and smaller.
 def test_a_rare_success_saturates():
     actual = weights_of(finite_group_weights(4), binary(1, group_size=1000))
-    np.testing.assert_allclose(actual, [4 / 3**0.5], rtol=3e-3)
+    np.testing.assert_allclose(actual, [3**0.5], rtol=3e-3)
 
 
 @pytest.mark.parametrize("group_size", [1, 0, -2])

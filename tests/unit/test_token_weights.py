@@ -213,7 +213,6 @@ def test_nthr_weights_are_constants_whatever_the_padding_holds():
     assert not np.asarray(jax.jit(grad)(unembedding)).any()
 
 
-@pytest.mark.xfail(strict=True, reason="[N, 1] meets [V]: nthr relies on promotion")
 def test_nthr_weights_broadcast_openly():
     with jax.numpy_rank_promotion("raise"):
         jax.jit(nthr_weights)(*nthr_batch())
