@@ -249,7 +249,7 @@ class Objective:
 
     def axes(self) -> str:
         """The choice on every axis, and the numbers that these choices read."""
-        names = ["baseline", "scale", "surrogate", "aggregation"]
+        names = ["baseline", "scale", "ratio", "surrogate", "aggregation"]
         if self.token_weight != "none":
             names.append("token_weight")
         numbers = [n for n in _NUMBERS if n in self.uses() and getattr(self, n)]

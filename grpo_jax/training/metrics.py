@@ -13,7 +13,7 @@ import numpy as np
 # Field -> what it is. A run writes no other.
 FIELDS = {
     "step": "rollouts trained on so far; 0 is the start, before any update",
-    "reward/mean": "mean reward of the step's samples, missing ones left out",
+    "reward/mean": "mean reward of the step's samples as scored, missing ones left out",
     "reward/missing": "samples whose reward function raised or returned no number",
     "group/informative": "fraction of groups whose rewards are not all equal",
     "group/std_mean": "mean over prompts of the within-prompt std (ddof 0)",
@@ -27,7 +27,8 @@ FIELDS = {
     "entropy/sampled": "nats per token, the sampled estimate -mean(log-prob)",
     "entropy/mean": "nats per token, exact (only where the objective uses it)",
     "kl/mean": "nats per token to the starting policy (only with a reference)",
-    "ratio/mean": "mean over tokens of policy / behaviour policy; 1 on policy",
+    "ratio/mean": "mean over tokens of policy / behaviour policy; 1 on policy; this and "
+    "the next two are of a step's last update",
     "ratio/deviation": "mean over tokens of |ratio - 1|",
     "ratio/clipped": "fraction of tokens without gradient for being clipped",
     "mismatch/max_abs": "max |sampler's - trainer's| token log-prob, in nats",

@@ -153,7 +153,9 @@ def three_forms_over_two_batches(rule, dtype):
         update, update_state = transform.update(
             grads, states[1], rewards=rewards, prompt_ids=ids
         )
-        cotangent, state, _ = weigh(PLAIN, rule, rollouts, None, ids, states[2])
+        _, cotangent, state, _ = weigh(
+            PLAIN, rule, rollouts, None, ids, states[2], max_length=T
+        )
         advantages = gj.centred_advantages(rewards) * on_losses[:, None]
         return (advantages, update, cotangent), (losses_state, update_state, state)
 

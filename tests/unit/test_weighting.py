@@ -221,7 +221,8 @@ def test_weights_by_default_are_the_objectives_scale():
 
 
 # [1, 0, 0, 0]: std sqrt 3 / 4; the batch: mean 5/8, std sqrt 15 / 8; the posterior mean
-# is 3/10. Group means 1/4 and 1: v = 9/32 > m (1 - m), so a' = b' = 1. w_2 / (1 - 1/4) = 4/3.
+# is 3/10. Group means 1/4 and 1: v = 9/32 > m (1 - m), so a' = b' = 1. The finite one:
+# w_2 / (1 - 1/4) = 4/3.
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
