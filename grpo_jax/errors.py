@@ -10,7 +10,9 @@ class ConfigError(ValueError):
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """'did you mean ...? ' or nothing."""
-    near = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), list(choices), n=5, cutoff=0.4)
+    # Among the close ones, letters in another order are the likeliest slip.
+    near.sort(key=lambda choice: sorted(choice) != sorted(str(name)))
     return f"did you mean {near[0]!r}? " if near else ""
 
 

@@ -15,6 +15,8 @@ import pytest  # noqa: E402
 from grpo_jax.training.paths import use_compile_cache  # noqa: E402
 
 use_compile_cache()
+# Most of the suite's time is compilation of small programs, each run once.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Small models, rollouts and tasks that several tests share."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +71,8 @@ def weighed(objective, rollouts, old=None, reference=None):
     """A Batch under the weights that the objective's scale stands for."""
     rule = scale_weights(objective)
     ids = np.arange(len(rollouts.rewards))
-    trained, weights, _, _ = weigh(
-        objective, rule, rollouts, reference, ids, rule.init(), max_length=7
-    )
+    call = jax.jit(partial(weigh, objective, rule, max_length=7))
+    trained, weights, _, _ = call(rollouts, reference, ids, rule.init())
     return Batch(trained, old, reference, weights)
 
 

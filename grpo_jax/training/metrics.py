@@ -27,8 +27,8 @@ FIELDS = {
     "entropy/sampled": "nats per token, the sampled estimate -mean(log-prob)",
     "entropy/mean": "nats per token, exact (only where the objective uses it)",
     "kl/mean": "nats per token to the starting policy (only with a reference)",
-    "ratio/mean": "mean over tokens of policy / behaviour policy; 1 on policy; this and "
-    "the next two are of a step's last update",
+    "ratio/mean": "mean over tokens of policy / behaviour policy, at the step's last "
+    "update, like the next two; 1 on policy",
     "ratio/deviation": "mean over tokens of |ratio - 1|",
     "ratio/clipped": "fraction of tokens without gradient for being clipped",
     "mismatch/max_abs": "max |sampler's - trainer's| token log-prob, in nats",

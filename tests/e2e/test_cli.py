@@ -38,7 +38,7 @@ def answer(capsys, *argv):
         (["train", "--optimizer.b1", "2"], "optimizer.b1 must be in [0, 1)"),
         (
             ["train", "--objective", "dr_grpo", "--objective.std-eps", "1"],
-            "no scale std",
+            "objective.std_eps changes nothing in dr_grpo",
         ),
         (
             ["train", "--objective", "reinforce", "--updates-per-rollout", "2"],

@@ -7,6 +7,8 @@ import tyro
 
 from experiments import group_size
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

@@ -37,14 +37,6 @@ MODEL = gj.ModelConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_in_a_hurry():
-    """Most of the time here is compilation; what is compared is compiled alike."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def tiny(run_dir, name, *, group_size=G, max_new_tokens=None, temperature=1.0, **more):
     """A config of that objective; an ObjectiveConfig stands for its own name."""
     objective = ObjectiveConfig(name=name) if isinstance(name, str) else name
@@ -345,6 +337,7 @@ def refined(tmp_path_factory):
     return run(config, digits_task(digits_or_missing))
 
 
+@pytest.mark.slow
 def test_the_best_draft_joins_the_prompt_of_the_update(refined):
     rows, seen, result = refined
     tokenizer, gaps = seen.runs[0].tokenizer, 0
@@ -369,6 +362,7 @@ def test_the_best_draft_joins_the_prompt_of_the_update(refined):
     assert gaps
 
 
+@pytest.mark.slow
 def test_drafts_have_keys_of_their_own(refined):
     """With the keys of the completions they would be what the plain prompts get."""
     _, seen, _ = refined
@@ -391,6 +385,7 @@ def test_drafts_have_keys_of_their_own(refined):
     assert len(set(drafts)) == len(drafts)
 
 
+@pytest.mark.slow
 def test_evaluation_is_on_plain_prompts(refined):
     rows, seen, _ = refined
     run = seen.runs[0]
@@ -403,6 +398,7 @@ def test_evaluation_is_on_plain_prompts(refined):
     assert "eval/heldout_pass_rate" in rows[-1]
 
 
+@pytest.mark.slow
 def test_drafts_compile_nothing_later(refined):
     assert_nothing_compiled_after_step_1(refined[0])
 
@@ -489,7 +485,7 @@ def test_mismatch_is_measured_with_a_history(remembered):
 @pytest.mark.parametrize(
     ("name", "updates"),
     [
-        ("tic_grpo", 2),
+        pytest.param("tic_grpo", 2, marks=pytest.mark.slow),
         pytest.param("tic_grpo", 4, marks=pytest.mark.slow),
         pytest.param("grpo_no_is", 2, marks=pytest.mark.slow),
         pytest.param("grpo_no_is", 4, marks=pytest.mark.slow),

@@ -265,6 +265,7 @@ def losses_of(objective, arrays, *advantages):
     return jax.jit(losses)(*advantages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_one_advantage_per_token_may_be_the_completions(name):
     advantages = np.random.default_rng(3).normal(size=(P, G))
