@@ -99,8 +99,11 @@ def objectives(clip: float) -> dict[str, dict]:
 
 
 def settings_of(c: Config, variant: str, updates: int, rate: float, seed: int) -> dict:
+    objective = objectives(c.clip)[variant]
+    if updates == 1:  # a single update has all prompts anyway
+        objective.pop("disjoint", None)
     return {
-        "objective": objectives(c.clip)[variant],
+        "objective": objective,
         "updates_per_rollout": updates,
         "optimizer": {"learning_rate": rate},
         "steps": c.steps,
@@ -132,7 +135,8 @@ def check_only_ratios_differ(c: Config) -> None:
     free = {"ratio", "surrogate", "clip", "source"}
     kept = []
     for objective in objectives(c.clip).values():
-        config = from_dict(gj.TrainConfig, {"objective": objective})
+        settings = {"objective": objective, "updates_per_rollout": 4}
+        config = from_dict(gj.TrainConfig, settings)
         fields = dataclasses.asdict(resolve_objective(config))
         kept.append({k: v for k, v in fields.items() if k not in free})
     assert all(fields == kept[0] for fields in kept), kept

@@ -12,7 +12,7 @@ import pytest
 import grpo_jax as gj
 from grpo_jax.cli import main
 from grpo_jax.errors import ConfigError
-from grpo_jax.training import loop
+from grpo_jax.training import loop, plan
 from grpo_jax.training.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -763,7 +763,7 @@ def test_unknown_weights_are_named_with_the_nearest(capsys):
 )
 def test_more_that_should_be_refused_before_anything_starts(tmp_path, objective, more):
     with pytest.raises(ConfigError):
-        loop.make_plan(tiny(tmp_path / "run", objective, **more), digits_task())
+        plan.make_plan(tiny(tmp_path / "run", objective, **more), digits_task())
 
 
 # ---- the counterfactual step

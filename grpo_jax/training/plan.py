@@ -1,0 +1,205 @@
+"""What a run will do, worked out before anything is allocated."""
+
+import dataclasses
+import math
+from typing import Any
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.objectives.presets import Objective
+from grpo_jax.preconditioner import PromptWeights
+from grpo_jax.rollouts.encoding import bucket, completion_buckets, encode_all
+from grpo_jax.rollouts.refine import refined_length, template_pieces
+from grpo_jax.tasks import Task, load_task
+from grpo_jax.training import counterfactual, instrument
+from grpo_jax.training.budget import estimate_memory, num_parameters, readable
+from grpo_jax.training.config import TrainConfig
+from grpo_jax.training.step import micro_batch
+from grpo_jax.training.weighting import (
+    resolve_objective,
+    resolve_weights,
+    weights_text,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known before anything is allocated."""
+
+    task: Task
+    objective: Objective
+    weights: PromptWeights
+    model: Any  # ModelConfig with the tokenizer's vocabulary
+    prompts: list[list[int]]  # token ids of the trained prompts
+    prompt_length: int
+    refine: list  # pieces of the prompt that a draft has joined; [] without drafts
+    train_prompt_length: int  # of the prompts in the update; longer with drafts
+    answer_tokens: int  # the longest answer and EOS, where they are known
+    max_new_tokens: int
+    buckets: list[int]  # completion lengths of the update
+    micro: Any  # MicroBatch, of the longest bucket
+    headline: str
+    warnings: list[str]
+
+
+def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
+    """Checks a config against its task and fixes every shape.
+
+    Raises:
+        ConfigError: the run cannot work as configured.
+    """
+    objective = resolve_objective(config)
+    if task is None:
+        task = load_task(config.task.name, **_without(config.task, "name"))
+    settings = _without(config.warm_start, "enabled")
+    given = [name for name, value in settings.items() if value is not None]
+    if given and not (config.warm_start.enabled and task.warm_start is not None):
+        raise ConfigError(
+            f"warm_start.{given[0]} changes nothing: this run has no warm start; leave "
+            "it out."
+        )
+    tokenizer, sampling = task.tokenizer, config.sampling
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        missing = "EOS" if tokenizer.eos_token_id is None else "padding"
+        raise ConfigError(
+            f"the tokenizer of task {task.name} has no {missing} token; set one "
+            "(a completion could never end)."
+        )
+    if not task.train or not task.heldout:
+        raise ConfigError(
+            f"task {task.name} must have trained and held-out prompts, got "
+            f"{len(task.train)} and {len(task.heldout)}."
+        )
+    if len(task.train) < sampling.prompts:
+        raise ConfigError(
+            f"sampling.prompts must be at most {len(task.train)}, the task's trained "
+            f"prompts, got {sampling.prompts}."
+        )
+    examples = task.train + task.heldout
+    if config.warm_start.enabled and task.warm_start is not None:
+        examples = [*examples, task.warm_start.longest]
+    prompts = encode_all(tokenizer, [e.prompt for e in examples], "a prompt")
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    limit = sampling.max_prompt_tokens
+    if limit is not None and len(prompts[longest]) > limit:
+        raise ConfigError(
+            f"sampling.max_prompt_tokens is {limit}, but the prompt "
+            f"{examples[longest].prompt[:60]!r} has {len(prompts[longest])} tokens; "
+            "raise the limit or shorten the prompts."
+        )
+    max_new_tokens, needed = sampling.max_new_tokens, 1
+    if task.single_answer or max_new_tokens is None:
+        answers = encode_all(tokenizer, [e.answer for e in examples], "an answer")
+        needed = max(len(answer) for answer in answers) + 1
+    if max_new_tokens is None:
+        max_new_tokens = needed + math.ceil(needed * _spare(objective))
+    if max_new_tokens < needed:
+        raise ConfigError(
+            f"sampling.max_new_tokens must be at least {needed} for task {task.name}, "
+            f"its longest answer and EOS, got {max_new_tokens}."
+        )
+    warnings = []
+    free = max_new_tokens * (1 - objective.overlong_share)
+    if objective.overlong == "punish" and 1 < needed and needed > math.ceil(free):
+        warnings.append(
+            f"the longest right answer has {needed} of {max_new_tokens} tokens and "
+            "will be punished for its length; raise sampling.max_new_tokens to "
+            f"{needed + math.ceil(needed * _spare(objective))} or leave it out."
+        )
+    vocab_size = config.model.vocab_size or len(tokenizer)
+    if vocab_size < len(tokenizer):
+        raise ConfigError(
+            f"model.vocab_size must be at least {len(tokenizer)}, the tokenizer's, "
+            f"got {vocab_size}; leave it out to take the tokenizer's."
+        )
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    probes = (
+        min(config.instrument.prompts, len(task.train)) if task.single_answer else 0
+    )
+    held = probes * num_parameters(model) * 4
+    if config.instrument.every and held > instrument.MAX_GRADIENT_BYTES:
+        raise ConfigError(
+            f"instrument.prompts is {probes}: that many gradients "
+            f"of this model take {readable(held, 'B')}, more than "
+            f"{readable(instrument.MAX_GRADIENT_BYTES, 'B')}; lower it, or set "
+            "instrument.every to 0."
+        )
+    prompt_length = bucket(len(prompts[longest]))
+    p, g = sampling.prompts, sampling.group_size
+    refine, train_prompt_length = [], prompt_length
+    if objective.drafts:
+        template = sampling.refine_template or task.refine_template
+        refine = template_pieces(tokenizer, template)
+        trained = max(len(ids) for ids in prompts[: len(task.train)])
+        train_prompt_length = bucket(refined_length(refine, trained, max_new_tokens))
+    elif sampling.refine_template is not None:
+        raise ConfigError(
+            f"sampling.refine_template changes nothing: {config.objective.name} has no "
+            "drafts; set objective.drafts or leave it out."
+        )
+    if objective.refills and len(task.train) < 2 * p:
+        raise ConfigError(
+            f"objective.refills needs at least {2 * p} trained prompts, twice a "
+            f"step's, got {len(task.train)}; set it to 0."
+        )
+    weights = resolve_weights(config, objective, len(task.train))
+    seen = objective.history * p
+    micro = micro_batch(
+        seen, g, train_prompt_length, max_new_tokens, config.micro_batch_tokens
+    )
+    memory = estimate_memory(
+        model,
+        prompts=p,
+        group_size=g,
+        prompt_tokens=train_prompt_length,
+        max_new_tokens=max_new_tokens,
+        micro=micro,
+        reference=bool(objective.kl_coef),
+        copies=_extra_copies(config, objective),
+    )
+    mechanisms = "".join(f" | {text}" for text in objective.mechanisms())
+    headline = (
+        f"{config.objective.name} on {task.name}: {objective.formula()}"
+        f"{weights_text(config.weights)}{mechanisms} | "
+        f"{p} prompts x {g} samples, {train_prompt_length} + {max_new_tokens} tokens, "
+        f"micro-batch {micro.prompts} x {micro.samples} | "
+        f"{readable(num_parameters(model))} parameters, {model.compute_dtype} | "
+        f"about {readable(memory.peak, 'B')} on the device"
+    )
+    return Plan(
+        task,
+        objective,
+        weights,
+        model,
+        prompts[: len(task.train)],
+        prompt_length,
+        refine,
+        train_prompt_length,
+        needed if needed > 1 else max_new_tokens,
+        max_new_tokens,
+        # A history holds rollouts of many steps: one length for all.
+        [max_new_tokens] if seen > p else completion_buckets(max_new_tokens),
+        micro,
+        headline,
+        warnings,
+    )
+
+
+def _spare(objective):
+    """Tokens beyond the longest answer, as a share of it: where length is punished, the
+    punished part should lie there."""
+    share = objective.overlong_share if objective.overlong == "punish" else 0.0
+    return 1.0 if share == 1 else share / (1 - share)
+
+
+def _extra_copies(config, objective):
+    """Of the parameters, that a step holds besides state, reference and gradient."""
+    compared = 2 * counterfactual.WEIGHTINGS
+    compared = compared if config.instrument.counterfactual_every else 0
+    stay = config.updates_per_rollout > 1 and not objective.has_ratio()
+    return compared + stay
+
+
+def _without(record, name):
+    values = dataclasses.asdict(record)
+    del values[name]
+    return values
