@@ -23,6 +23,9 @@ NAN = float("nan")
     ("rewards", "expected"),
     [
         pytest.param([1, 0, 0, 0], [3**0.5] + [-(3**-0.5)] * 3, id="one_of_four"),
+        pytest.param(
+            [1] + [0] * 63, [63**0.5] + [-(63**-0.5)] * 63, id="one_of_sixty_four"
+        ),
         pytest.param([1, 1, 0, 0], [1, 1, -1, -1], id="half_solved"),
         pytest.param([7, 7, 5, 5], [1, 1, -1, -1], id="half_solved_shifted_scaled"),
         pytest.param([1, 1, 1, 1], [0, 0, 0, 0], id="all_solved"),
