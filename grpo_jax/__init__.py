@@ -55,6 +55,13 @@ _HOMES = {
         "prompt_curvature",
     ),
     "grpo_jax.counterfactual": ("Counterfactual", "counterfactual_updates"),
+    "grpo_jax.gradient_geometry": (
+        "gradient_sketch",
+        "sketch_gram",
+        "exact_gram",
+        "PromptGeometry",
+        "prompt_geometry",
+    ),
     "grpo_jax.logprobs": ("token_logprobs",),
     "grpo_jax.models.config": ("ModelConfig",),
     "grpo_jax.models.decoder": ("Policy", "init_policy", "next_token_logits"),

@@ -12,7 +12,7 @@ import grpo_jax as gj
 ROOT = Path(gj.__file__).parent
 LAYERS = [
     ["errors", "advantages", "preconditioner", "objectives", "logprobs"]
-    + ["gradient_geometry", "curvature", "counterfactual"],
+    + ["gradient_geometry", "curvature", "counterfactual", "loglinear"],
     ["models"],
     ["rollouts", "tasks"],
     ["training"],
