@@ -129,7 +129,8 @@ class PromptGeometry(NamedTuple):
     raw_squared_norms: jax.Array  # [P] |estimated gradient|^2, inflated by noise / G
     cosines: jax.Array  # [P, P] raw, attenuated by that inflation
     debiased_cosines: jax.Array  # [P, P]; NaN where a debiased norm is not positive
-    mean_cosine: jax.Array  # ratio of averages: sum of inner / sum of debiased products
+    mean_cosine: jax.Array  # debiased: sum of inner / sum of products of norms, the raw
+    # norms times one attenuation for all prompts, sum of debiased / sum of raw squares
     raw_statistics: CosineStatistics  # of `cosines`
     chi: jax.Array  # largest eigenvalue of `cosines`, in [1, P]
     noise_floor: jax.Array  # mean |cos| that K directions show of orthogonal vectors
@@ -161,6 +162,7 @@ def prompt_geometry(
     count = jnp.maximum(statistics.count, 1)
     weights = leave_one_out_advantages(rewards) / count[:, None]  # [P, G]
     pulled = jnp.einsum("pgqh,qh->pgq", gram, weights)  # X_p g_q
+    pulled = jnp.where(statistics.present[..., None], pulled, 0.0)
     inner = jnp.einsum("pg,pgq->pq", weights, pulled)
     own = jnp.einsum("pgph->pgh", gram)
     raw = jnp.diagonal(inner)
@@ -179,9 +181,10 @@ def prompt_geometry(
         total = jnp.where(where, values, 0).sum()
         return total / where.sum()  # NaN without any
 
-    # A norm enters the average through its square's expectation, also where negative.
-    level = jnp.where(signal, squared, 0.0)
-    shrink = jnp.maximum(level.sum(), 0) / jnp.where(signal, raw, 0.0).sum()
+    # Pooled before dividing: one prompt's debiased square may well be negative.
+    counted = signal & jnp.isfinite(squared)
+    level = jnp.where(counted, squared, 0.0).sum()
+    shrink = jnp.maximum(level, 0) / jnp.where(counted, raw, 0.0).sum()
     products = jnp.sqrt(jnp.maximum(raw[:, None] * raw[None], 0)) * shrink
     mean_cosine = mean_over(inner, pairs) / mean_over(products, pairs)
 

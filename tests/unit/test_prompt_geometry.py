@@ -107,7 +107,7 @@ def test_a_missing_reward_leaves_the_group_of_the_others(x64):
     keep = [0, 1, 3, 4, 5]
     whole = jax.jit(prompt_geometry)(missing, gram)
     part = jax.jit(prompt_geometry)(rewards[:, keep], gram[:, keep][:, :, :, keep])
-    for name in ("inner", "squared_norms", "cosines", "chi", "mean_cosine"):
+    for name in ("inner", "squared_norms", "cosines", "chi", "mean_cosine", "m_median"):
         np.testing.assert_allclose(
             getattr(whole, name), getattr(part, name), rtol=1e-9, err_msg=name
         )
