@@ -51,11 +51,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from scipy import stats
 
 import grpo_jax as gj
 from grpo_jax.training.config import from_dict
-from grpo_jax.training.metrics import read_lines
+from grpo_jax.training.metrics import read_lines, t_interval
 from grpo_jax.training.weighting import resolve_objective
 
 NAMES = (
@@ -179,15 +178,6 @@ def rows_of(c: Config) -> dict[tuple, dict]:
     rows = read_lines(c.results / "metrics.jsonl")
     found = {json.dumps(row["settings"]): row for row in rows}
     return {key: found[json.dumps(settings_of(c, *key))] for key in planned(c)}
-
-
-def t_interval(values) -> tuple[float, float]:
-    """(mean, half width): 95 %, Student's t; infinite for one value."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), float("inf")
-    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
-    return float(np.mean(values)), float(half)
 
 
 def of_seeds(c: Config, rows, variant, updates, rate, field) -> np.ndarray:

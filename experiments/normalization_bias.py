@@ -50,11 +50,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from scipy import stats
 
 import grpo_jax as gj
 from grpo_jax.training.config import from_dict
-from grpo_jax.training.metrics import read_lines
+from grpo_jax.training.metrics import read_lines, t_interval
 
 # Aggregation and std are all that differs; KL off.
 VARIANTS = {
@@ -210,15 +209,6 @@ def rows_of(c: Config) -> dict[tuple, dict]:
     found = {key_of(c, row["task"], row["settings"]): row for row in rows}
     keys = {run: key_of(c, run[0], settings_of(c, *run)) for run in planned(c)}
     return {run: found[key] for run, key in keys.items()}
-
-
-def t_interval(values) -> tuple[float, float]:
-    """(mean, half width): 95 %, Student's t; infinite for one value."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), float("inf")
-    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
-    return float(np.mean(values)), float(half)
 
 
 def text_of(values, digits: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
@@ -16,6 +17,7 @@ from grpo_jax.training.step import (
     MicroBatch,
     TrainState,
     batch_logprobs,
+    compiled_statistics,
     make_gradients,
 )
 
@@ -78,10 +80,8 @@ def record(file: JsonLines, step: int, found: Counterfactual, rewards: Any) -> N
         found: On the host.
         rewards: [P, G] as scored; `group_mean` is null for a group without any.
     """
-    rewards = np.asarray(rewards, float)
-    there = np.isfinite(rewards)
-    total, count = np.where(there, rewards, 0).sum(1), there.sum(1)
-    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    statistics = jax.device_get(compiled_statistics(rewards))
+    means = np.where(statistics.count > 0, statistics.mean, np.nan)
     norms = np.asarray(found.norms, float)
     file.write(
         {

@@ -56,6 +56,7 @@ from grpo_jax.training.step import (
     Batch,
     MicroBatch,
     batch_logprobs,
+    compiled_statistics,
     empty_history,
     has_token_weights,
     init_state,
@@ -164,10 +165,7 @@ class _Spent:
 
 
 def _tied(rewards):
-    """[P] bool: no two present rewards of the group differ."""
-    present = np.isfinite(rewards)
-    highest = np.where(present, rewards, -np.inf).max(1)
-    return highest <= np.where(present, rewards, np.inf).min(1)
+    return np.asarray(compiled_statistics(rewards).tied)
 
 
 class _Run:

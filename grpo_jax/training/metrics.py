@@ -123,6 +123,17 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
+def t_interval(values: np.ndarray) -> tuple[float, float]:
+    """(mean, half width) of 95 % over a few seeds, Student's t; infinite for one."""
+    from scipy import stats
+
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return mean, math.inf
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
+    return mean, float(half)
+
+
 def wilson_interval(successes: int, total: int) -> tuple[float, float, float]:
     """(share, low, high): the 95 % Wilson score interval of a binomial share."""
     if total == 0:

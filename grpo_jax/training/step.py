@@ -35,6 +35,9 @@ from grpo_jax.preconditioner import PromptWeights, apply_weights
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.config import OptimizerConfig
 
+# Of rewards on the host: one small program, compiled in a run's first step.
+compiled_statistics = jax.jit(group_statistics)
+
 
 class TrainState(NamedTuple):
     """All that an update changes; checkpointed whole."""

@@ -49,7 +49,7 @@ WEIGHTS = {
     "finite_group": _Rule(
         ("group_size",),
         lambda s, n: finite_group_weights(**s),
-        "w_G(mean) / ((1 - 1/G) mean (1 - mean))",
+        "w_G(mean) / ((1 - 1/n) mean (1 - mean)), n rewards",
     ),
     "shrunk": _Rule(
         ("power", "power_end", "prior"),

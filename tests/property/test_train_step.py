@@ -159,6 +159,15 @@ def test_a_non_finite_gradient_changes_nothing_but_the_count():
     assert not np.isfinite(metrics["gradient/norm"]) and metrics["update/norm"] == 0
 
 
+@pytest.fixture
+def optimized():
+    """Programs as a run compiles them, not as the rest of the suite does."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.usefixtures("optimized")
 def test_doubling_the_vocabulary_costs_no_more_than_its_weights():
     """Temp memory of an update from V = 32k to 64k: the weights' gradient, doubled by
     the optimizer's own temporaries, and no logits."""
