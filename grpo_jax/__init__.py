@@ -55,13 +55,18 @@ _HOMES = {
         "prompt_curvature",
     ),
     "grpo_jax.counterfactual": ("Counterfactual", "counterfactual_updates"),
-    "grpo_jax.gradient_geometry": (
+    "grpo_jax.gradient_sketch": (
         "gradient_sketch",
         "sketch_gram",
         "exact_gram",
+        "gradient_hash",
+    ),
+    "grpo_jax.gradient_geometry": (
         "PromptGeometry",
         "prompt_geometry",
+        "parts_geometry",
     ),
+    "grpo_jax.phases": ("Phase", "Thresholds", "phase"),
     "grpo_jax.logprobs": ("token_logprobs",),
     "grpo_jax.models.config": ("ModelConfig",),
     "grpo_jax.models.decoder": ("Policy", "init_policy", "next_token_logits"),

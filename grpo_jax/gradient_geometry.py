@@ -1,19 +1,21 @@
 """The geometry of per-prompt gradients: how far prompts can be scaled independently.
 
 Normalisation scales each prompt's gradient by a positive number, so it changes none of
-the cosines measured here. Exactly, for models small enough to hold the gradients; or
-from a sketch: K jvps along random directions give every sequence's score K coordinates,
-and all inner products follow from that, with a known error. What a group of samples
-inflates (norms, and so it shrinks cosines) is debiased; the raw figures stand beside.
+the cosines measured here. What a group of samples inflates (norms, and so it shrinks
+cosines) is debiased; the raw figures stand beside. From the Gram matrix of sequences'
+scores (`prompt_geometry`), or from gradients of independent parts of every group
+(`parts_geometry`), which is what a model of any size can afford.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.advantages import group_statistics, leave_one_out_advantages
+
+SMALL = 0.1  # the |cos| below which two prompts count as orthogonal
+LEAST_SIGNAL = 0.1  # share of squared norms below which nothing is said of cosines
 
 
 class CosineStatistics(NamedTuple):
@@ -26,125 +28,47 @@ class CosineStatistics(NamedTuple):
     small_fraction: jax.Array  # of pairs with |cos| < 0.1
 
 
-def exact_cosines(
-    value_fn: Callable[[Any, Any], jax.Array], params: Any, examples: Any
-) -> jax.Array:
-    """[P, P] cosines between the gradients of value_fn(params, example) for P examples.
-
-    Holds P gradients at once: P * params * 4 bytes.
-
-    Args:
-        value_fn: (params, example) -> scalar.
-        params: Pytree of float32.
-        examples: Pytree of arrays with a leading axis of P.
-    """
-
-    def gradient(example):
-        grads = jax.grad(value_fn)(params, example)
-        return jnp.concatenate([g.ravel() for g in jax.tree.leaves(grads)])
-
-    gradients = jax.lax.map(gradient, examples)  # [P, params]
-    norms = jnp.linalg.norm(gradients, axis=1, keepdims=True)
-    unit = gradients / jnp.where(norms > 0, norms, 1.0)
-    return unit @ unit.T
-
-
-def cosine_statistics(cosines: jax.Array) -> CosineStatistics:
-    """Summary of the off-diagonal of cosines [P, P], P at least 2."""
-    if cosines.ndim != 2 or cosines.shape[0] != cosines.shape[1] or len(cosines) < 2:
-        raise ValueError(f"cosines must be [P >= 2, P], got {cosines.shape}.")
-    rows, columns = jnp.triu_indices(cosines.shape[0], k=1)
-    pairs = cosines[rows, columns]
-    return CosineStatistics(
-        pairs.mean(),
-        pairs.std(),
-        jnp.abs(pairs).mean(),
-        (pairs > 0).mean(),
-        (jnp.abs(pairs) < 0.1).mean(),
-    )
-
-
-def gradient_sketch(
-    log_prob_fn: Callable[[Any], jax.Array],
-    params: Any,
-    key: jax.Array,
-    num_directions: int,
-) -> jax.Array:
-    """[P, G, K] sketch S of per-sequence scores: E[S S^T / K] is their Gram matrix.
-
-    One jvp per direction, entries +-1 (Rademacher: never a larger variance than a
-    normal's). Nothing of size P x params is formed. The error of an inner product has
-    variance at most (|a|^2 |b|^2 + <a, b>^2) / K.
-
-    Args:
-        log_prob_fn: params -> [P, G] log-probs of whole completions.
-        params: Pytree of float arrays.
-        key: PRNG key; direction k is drawn from fold_in(key, k).
-        num_directions: K, at least 1.
-    """
-    if num_directions < 1:
-        raise ValueError(f"num_directions must be at least 1, got {num_directions}.")
-    leaves, structure = jax.tree.flatten(params)
-
-    def column(k):
-        keys = jax.random.split(jax.random.fold_in(key, k), len(leaves))
-        direction = [
-            jax.random.rademacher(key, x.shape, x.dtype)
-            for key, x in zip(keys, leaves, strict=True)
-        ]
-        tangent = structure.unflatten(direction)
-        return jax.jvp(log_prob_fn, (params,), (tangent,))[1]
-
-    columns = jax.lax.map(column, jnp.arange(num_directions))  # [K, P, G]
-    return jnp.moveaxis(columns, 0, -1)
-
-
-def sketch_gram(sketch: jax.Array) -> jax.Array:
-    """[P, G, P, G] inner products of the scores that a sketch [P, G, K] estimates."""
-    return jnp.einsum("pgk,qhk->pgqh", sketch, sketch) / sketch.shape[-1]
-
-
-def exact_gram(log_prob_fn: Callable[[Any], jax.Array], params: Any) -> jax.Array:
-    """[P, G, P, G] inner products of all scores, from the scores themselves.
-
-    Holds P * G gradients: the oracle for small models.
-    """
-    scores = jax.jacrev(log_prob_fn)(params)  # leaves [P, G, *shape]
-    parts = [
-        jnp.einsum("pgn,qhn->pgqh", x, x)
-        for x in (y.reshape(*y.shape[:2], -1) for y in jax.tree.leaves(scores))
-    ]
-    return sum(parts[1:], parts[0])
-
-
 class PromptGeometry(NamedTuple):
-    """Of P prompts' gradients, from rewards and a Gram matrix; m_* over ordered pairs.
+    """Of P prompts' gradients; the matrices' diagonals are not pairs.
 
-    A prompt without signal (tied, or fewer than 4 rewards for what is debiased) is NaN
-    in the matrices and left out of the scalars.
+    A prompt without signal (tied, or too few rewards for what is debiased) is NaN in
+    the matrices and left out of the scalars.
     """
 
     inner: jax.Array  # [P, P], unbiased off the diagonal
     squared_norms: jax.Array  # [P] debiased |grad J_x|^2; may be negative
     raw_squared_norms: jax.Array  # [P] |estimated gradient|^2, inflated by noise / G
-    cosines: jax.Array  # [P, P] raw, attenuated by that inflation
+    squared_inner: jax.Array  # [P, P] unbiased <g_x, g_y>^2 off the diagonal
+    cosines: jax.Array  # [P, P] raw, attenuated by the inflated norms
     debiased_cosines: jax.Array  # [P, P]; NaN where a debiased norm is not positive
-    mean_cosine: jax.Array  # debiased: sum of inner / sum of products of norms, the raw
-    # norms times one attenuation for all prompts, sum of debiased / sum of raw squares
+    mean_cosine: jax.Array  # debiased: mean raw cosine / attenuation
+    std_cosine: jax.Array  # debiased: from squared_inner, attenuation and the mean
+    attenuation: jax.Array  # sum of debiased / sum of raw squared norms, in [0, 1]
+    statistics: CosineStatistics  # of the raw cosines moved to the debiased mean and
+    # std: what the true ones look like if sampling noise kept their shape
     raw_statistics: CosineStatistics  # of `cosines`
     chi: jax.Array  # largest eigenvalue of `cosines`, in [1, P]
     noise_floor: jax.Array  # mean |cos| that K directions show of orthogonal vectors
     violating_fraction: jax.Array  # of pairs with a negative inner product
-    m_median: jax.Array  # M over the other pairs: |X_i g_j|^2 / (|X_i|^2 <g_i, g_j>)
+    m_bound: jax.Array  # [P, P] M of each ordered pair; NaN where inner is negative
+    m_median: jax.Array
     m_p99: jax.Array
     norm_ratio: jax.Array  # R1: 95th over 5th percentile of the norms
     sigma_ratio: jax.Array  # R2: the same of the groups' std, ties left out
+
+    @property
+    def norms(self) -> jax.Array:
+        """[P] debiased |grad J_x|, 0 where its square came out negative."""
+        return jnp.sqrt(jnp.maximum(self.squared_norms, 0))
 
 
 def prompt_geometry(
     rewards: jax.Array, gram: jax.Array, *, num_directions: int | None = None
 ) -> PromptGeometry:
     """What the Gram matrix of scores and the rewards say about prompts' gradients.
+
+    Norms are debiased over distinct quadruples of samples. M is |X_i g_j|^2 /
+    (|X_i|^2 <g_i, g_j>), X_i the matrix of prompt i's sampled scores.
 
     Args:
         rewards: [P, G], NaN where missing.
@@ -159,58 +83,228 @@ def prompt_geometry(
     if gram.shape != (p, g, p, g):
         raise ValueError(f"gram must be {(p, g, p, g)}, got {gram.shape}.")
     statistics = group_statistics(rewards)
-    count = jnp.maximum(statistics.count, 1)
-    weights = leave_one_out_advantages(rewards) / count[:, None]  # [P, G]
+    weights = _gradient_weights(rewards)  # [P, G]
     pulled = jnp.einsum("pgqh,qh->pgq", gram, weights)  # X_p g_q
     pulled = jnp.where(statistics.present[..., None], pulled, 0.0)
     inner = jnp.einsum("pg,pgq->pq", weights, pulled)
     own = jnp.einsum("pgph->pgh", gram)
-    raw = jnp.diagonal(inner)
-    squared = _debiased_squared_norms(rewards, own)
 
+    split = _by_parts(rewards, 2)  # [P, 2, G // 2]
+    halves = _gradient_weights(split.reshape(p * 2, -1)).reshape(split.shape)
+    cut = gram[:, : g // 2 * 2, :, : g // 2 * 2].reshape(p, 2, g // 2, p, 2, g // 2)
+    parts = jnp.einsum("phg,phgqkl,qkl->phqk", halves, cut, halves)
+
+    spread = jnp.linalg.eigvalsh(own * _pairs_present(statistics.present))[:, -1]
+    positive = inner > 0
+    m_bound = (pulled**2).sum(1) / (spread[:, None] * jnp.where(positive, inner, 1.0))
+    return _summary(
+        rewards,
+        inner=inner,
+        squared=_debiased_squared_norms(rewards, own),
+        squared_inner=_squared_inner(parts),
+        m_bound=jnp.where(positive, m_bound, jnp.nan),
+        num_directions=num_directions,
+    )
+
+
+def parts_geometry(
+    rewards: jax.Array, vectors: jax.Array, *, num_directions: int | None = None
+) -> PromptGeometry:
+    """The same from H estimated gradients per prompt, of disjoint parts of its group.
+
+    Products of different parts are of independent noise: norms and squares from them
+    are unbiased. M is <g_i, g_j> / |g_i|^2, with the prompt's own gradient as X_i.
+
+    Args:
+        rewards: [P, G], NaN where missing.
+        vectors: [P, H, K], H at least 2: `part_gradients` of a group, whole or hashed.
+        num_directions: K where the vectors are hashed; None: they are whole.
+    """
+    p, h = vectors.shape[:2]
+    if rewards.shape[0] != p or vectors.ndim != 3 or h < 2:
+        raise ValueError(
+            f"vectors must be [{rewards.shape[0]}, parts >= 2, K], got {vectors.shape}."
+        )
+    parts = jnp.einsum("phd,qkd->phqk", vectors, vectors)
+    inner = parts.mean((1, 3))
+    own = jnp.einsum("phpk->phk", parts)
+    between = (own.sum((1, 2)) - jnp.einsum("phh->p", own)) / (h * (h - 1))
+    raw = jnp.diagonal(inner)
+    positive = inner > 0
+    m_bound = jnp.where(positive, inner, jnp.nan) / raw[:, None]
+    return _summary(
+        rewards,
+        inner=inner,
+        squared=between,
+        squared_inner=_squared_inner(parts),
+        m_bound=m_bound,
+        num_directions=num_directions,
+    )
+
+
+def first_order_changes(
+    inner: jax.Array, squared_norms: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What a gradient step of length 1 under prompt weights does to every prompt.
+
+    The step is along g = sum_y w_y g_y; prompt x's expected reward changes by
+    <g_x, g> / |g|: w_x |g_x|^2 / |g| of its own doing, and the rest by the others'.
+
+    Args:
+        inner, squared_norms: Of a `PromptGeometry`, so unbiased.
+        weights: [P]; a prompt of NaN norm takes no part.
+
+    Returns:
+        (own [P], others [P]) in reward units; all NaN where |g|^2 is not positive.
+    """
+    usable = jnp.isfinite(squared_norms)
+    w = jnp.where(usable, weights, 0.0)
+    squares = jnp.where(usable, squared_norms, 0.0)
+    between = jnp.where(jnp.eye(len(w), dtype=bool), 0.0, inner)
+    others = between @ w
+    total = w @ others + (w**2) @ squares
+    length = jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), jnp.nan)
+    return w * squares / length, others / length
+
+
+def part_weights(rewards: jax.Array, parts: int) -> jax.Array:
+    """[P, H, G // H]: sum over a part of weight * score is its unbiased gradient."""
+    split = _by_parts(rewards, parts)
+    return _gradient_weights(split.reshape(-1, split.shape[-1])).reshape(split.shape)
+
+
+def cosine_statistics(cosines: jax.Array) -> CosineStatistics:
+    """Summary of the off-diagonal of cosines [P, P], P at least 2; NaN ones are out."""
+    if cosines.ndim != 2 or cosines.shape[0] != cosines.shape[1] or len(cosines) < 2:
+        raise ValueError(f"cosines must be [P >= 2, P], got {cosines.shape}.")
+    pairs = jnp.isfinite(cosines) & jnp.triu(jnp.ones(cosines.shape, bool), 1)
+    return weighted_statistics(jnp.where(pairs, cosines, 0.0), pairs)
+
+
+def weighted_statistics(cosines: jax.Array, weights: jax.Array) -> CosineStatistics:
+    """Of cosines, each counted `weights` times; NaN where nothing counts."""
+    total = weights.sum()
+
+    def mean(values):
+        return (weights * values).sum() / total
+
+    centre = mean(cosines)
+    return CosineStatistics(
+        centre,
+        jnp.sqrt(mean((cosines - centre) ** 2)),
+        mean(jnp.abs(cosines)),
+        mean(cosines > 0),
+        mean(jnp.abs(cosines) < SMALL),
+    )
+
+
+class Debiased(NamedTuple):
+    """`debiased_statistics`: the names of `PromptGeometry`."""
+
+    mean_cosine: jax.Array
+    std_cosine: jax.Array
+    attenuation: jax.Array
+    statistics: CosineStatistics
+    raw_statistics: CosineStatistics
+
+
+def debiased_statistics(
+    cosines: jax.Array,
+    squared: jax.Array,
+    raw: jax.Array,
+    squared_inner: jax.Array,
+    counts: jax.Array,
+    num_directions: int | None,
+) -> Debiased:
+    """Cosines without what sampling does to them, pooled over prompts before dividing.
+
+    NaN (not the raw ones) where less than a tenth of the squared norms is signal.
+
+    Args:
+        cosines: [P, P] raw; NaN where there is no signal.
+        squared, raw: [P] squared norms, debiased and not.
+        squared_inner: [P, P] unbiased squares of inner products.
+        counts: [P] how often each prompt counts (1; a bootstrap draws others).
+        num_directions: K of a sketch; None: exact.
+    """
+    both = jnp.isfinite(cosines) & jnp.isfinite(squared_inner)
+    pairs = jnp.triu(counts[:, None] * counts[None], 1) * both
+    filled = jnp.where(both, cosines, 0.0)
+    counted = counts * (jnp.isfinite(squared) & (raw > 0) & (pairs + pairs.T).any(1))
+    shrink = (counted * jnp.where(counted > 0, squared, 0)).sum()
+    shrink /= (counted * jnp.where(counted > 0, raw, 0)).sum()
+    shrink = jnp.where(shrink < LEAST_SIGNAL, jnp.nan, jnp.minimum(shrink, 1.0))
+    found = weighted_statistics(filled, pairs)
+    mean = found.mean / shrink
+    product = jnp.where(both, raw[:, None] * raw[None], 1.0)
+    square = (pairs * jnp.where(both, squared_inner / product, 0.0)).sum() / pairs.sum()
+    square /= shrink**2
+    if num_directions is not None:  # a sketch adds (1 + cos^2) / K to a squared cosine
+        square = (square - 1 / num_directions) / (1 + 1 / num_directions)
+    std = jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
+    moved = mean + (filled - found.mean) * jnp.where(
+        found.std > 0, std / jnp.where(found.std > 0, found.std, 1.0), 0.0
+    )
+    moved = jnp.clip(moved, -1.0, 1.0)
+    return Debiased(mean, std, shrink, weighted_statistics(moved, pairs), found)
+
+
+def _summary(rewards, *, inner, squared, squared_inner, m_bound, num_directions):
+    statistics = group_statistics(rewards)
+    raw = jnp.diagonal(inner)
     signal = ~statistics.tied & (raw > 0)
     unit = jnp.where(signal, jax.lax.rsqrt(jnp.where(signal, raw, 1.0)), jnp.nan)
     cosines = inner * unit[:, None] * unit[None]
     known = signal & (squared > 0)
     norms = jnp.where(known, jnp.sqrt(jnp.where(known, squared, 1.0)), jnp.nan)
-    debiased = inner / (norms[:, None] * norms[None])
-    upper = jnp.triu(jnp.ones((p, p), bool), 1)
-    pairs = upper & signal[:, None] & signal[None]
-
-    def mean_over(values, where):
-        total = jnp.where(where, values, 0).sum()
-        return total / where.sum()  # NaN without any
-
-    # Pooled before dividing: one prompt's debiased square may well be negative.
-    counted = signal & jnp.isfinite(squared)
-    level = jnp.where(counted, squared, 0.0).sum()
-    shrink = jnp.maximum(level, 0) / jnp.where(counted, raw, 0.0).sum()
-    products = jnp.sqrt(jnp.maximum(raw[:, None] * raw[None], 0)) * shrink
-    mean_cosine = mean_over(inner, pairs) / mean_over(products, pairs)
-
-    both = (pairs | pairs.T) & (inner > 0)
-    spread = jnp.linalg.eigvalsh(own * _pairs_present(statistics.present))[:, -1]
-    bound = (pulled**2).sum(1) / (spread[:, None] * jnp.where(both, inner, 1.0))
-    bound = jnp.where(both, bound, jnp.nan)
+    off_diagonal = ~jnp.eye(len(raw), dtype=bool)
+    both = signal[:, None] & signal[None] & off_diagonal
+    debiased = debiased_statistics(
+        cosines, squared, raw, squared_inner, jnp.ones_like(raw), num_directions
+    )
+    count = jnp.maximum(statistics.count, 1)
     sigma = jnp.sqrt((statistics.centred**2).sum(1) / count)
     floor = 0.0 if num_directions is None else (2 / (jnp.pi * num_directions)) ** 0.5
-    filled = jnp.where(signal[:, None] & signal[None], cosines, 0.0)
+    m_bound = jnp.where(both, m_bound, jnp.nan)
     return PromptGeometry(
         inner=inner,
         squared_norms=squared,
         raw_squared_norms=raw,
+        squared_inner=squared_inner,
         cosines=cosines,
-        debiased_cosines=debiased,
-        mean_cosine=mean_cosine,
-        raw_statistics=_pair_statistics(cosines, pairs),
-        chi=jnp.linalg.eigvalsh(filled)[-1],
+        debiased_cosines=inner / (norms[:, None] * norms[None]),
+        **debiased._asdict(),
+        chi=jnp.linalg.eigvalsh(jnp.where(jnp.isfinite(cosines), cosines, 0.0))[-1],
         noise_floor=jnp.asarray(floor, inner.dtype),
-        violating_fraction=mean_over(inner < 0, pairs),
-        m_median=jnp.nanmedian(bound),
-        m_p99=jnp.nanpercentile(bound, 99),
+        violating_fraction=(both & (inner < 0)).sum() / both.sum(),
+        m_bound=m_bound,
+        m_median=jnp.nanmedian(m_bound),
+        m_p99=jnp.nanpercentile(m_bound, 99),
         norm_ratio=_percentile_ratio(norms),
         sigma_ratio=_percentile_ratio(jnp.where(signal, sigma, jnp.nan)),
     )
+
+
+def _gradient_weights(rewards):
+    """[P, G] leave-one-out advantages over the rewards that are there."""
+    count = jnp.maximum(group_statistics(rewards).count, 1)
+    return leave_one_out_advantages(rewards) / count[:, None]
+
+
+def _by_parts(rewards, parts):
+    p, g = rewards.shape
+    return rewards[:, : g // parts * parts].reshape(p, parts, g // parts)
+
+
+def _squared_inner(parts):
+    """[P, P] unbiased <g_i, g_j>^2 from parts [P, H, P, H] of inner products: over all
+    products of two that share no part of either group."""
+    h = parts.shape[1]
+    total = parts.sum((1, 3)) ** 2
+    same_left = (parts.sum(3) ** 2).sum(1)
+    same_right = (parts.sum(1) ** 2).sum(2)
+    both = (parts**2).sum((1, 3))
+    return (total - same_left - same_right + both) / (h * (h - 1)) ** 2
 
 
 def _debiased_squared_norms(rewards, own):
@@ -236,22 +330,6 @@ def _debiased_squared_norms(rewards, own):
 
 def _pairs_present(present):
     return present[:, :, None] & present[:, None, :]
-
-
-def _pair_statistics(cosines, pairs):
-    count = pairs.sum()
-
-    def mean(values):
-        return jnp.where(pairs, values, 0).sum() / count
-
-    centre = mean(cosines)
-    return CosineStatistics(
-        centre,
-        jnp.sqrt(mean((cosines - centre) ** 2)),
-        mean(jnp.abs(cosines)),
-        mean(cosines > 0),
-        mean(jnp.abs(cosines) < 0.1),
-    )
 
 
 def _percentile_ratio(values):

@@ -137,10 +137,14 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstrumentConfig:
-    """The geometry of per-prompt gradients on a fixed set of probe prompts."""
+    """Curvature and geometry of prompts' gradients, on a fixed set of probe prompts."""
 
-    every: int = 20  # steps; also at the start and at the end; 0: never
-    prompts: int = 16  # probe prompts, fixed over the run
+    every: int = 40  # steps; also at the start and at the end; 0: never
+    # Of step time, on average; chooses how many probe prompts there are
+    max_overhead: float = 0.1
+    prompts: int | None = None  # probe prompts; default: what max_overhead allows
+    # Samples of each, a multiple of 4; default: sampling's, at least 8
+    group_size: int | None = None
     # Steps between looks at what other weightings would have done; 0: never
     counterfactual_every: int = 0
 
@@ -202,6 +206,12 @@ class TrainConfig:
             if not 0 <= leaves[name] < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {leaves[name]}.")
         check_choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
+        group = self.instrument.group_size
+        if group is not None and group % 4:
+            raise ConfigError(
+                f"instrument.group_size must be a multiple of 4, got {group}; groups "
+                "are cut into equal parts."
+            )
         target = self.warm_start.target_pass_rate
         if target is not None and not 0 < target <= 1:
             raise ConfigError(
@@ -220,13 +230,15 @@ _AT_LEAST = {
     "optimizer.clip_norm": 0, "optimizer.weight_decay": 0, "warm_start.max_steps": 1,
     "warm_start.noisy_steps": 0, "warm_start.batch_size": 1, "evaluation.every": 0,
     "evaluation.prompts": 1, "instrument.every": 0, "instrument.prompts": 2,
+    "instrument.group_size": 4,
     "instrument.counterfactual_every": 0, "weights.eps": 0,
     "weights.group_size": 2,
     "checkpoint.every": 1, "checkpoint.keep": 1, "log.samples_every": 0,
     "log.samples_prompts": 1, "log.lines_every": 1,
 }  # fmt: skip
 _POSITIVE = (
-    "sampling.temperature", "optimizer.learning_rate", "warm_start.learning_rate"
+    "instrument.max_overhead", "sampling.temperature", "optimizer.learning_rate",
+    "warm_start.learning_rate",
 )  # fmt: skip
 _WHY = {
     "sampling.group_size": "; a group of one has no baseline",

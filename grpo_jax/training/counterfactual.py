@@ -11,7 +11,7 @@ from grpo_jax.models.decoder import Policy
 from grpo_jax.objectives.loss import present_mask, shaped_rewards
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.preconditioner import posterior_weights, std_weights, unit_weights
-from grpo_jax.training.metrics import JsonLines
+from grpo_jax.training.metrics import JsonLines, rounded
 from grpo_jax.training.step import (
     Batch,
     MicroBatch,
@@ -87,21 +87,13 @@ def record(file: JsonLines, step: int, found: Counterfactual, rewards: Any) -> N
         {
             "step": step,
             "weightings": ["this run", *RULES],
-            "group_mean": _rounded(means),
-            "norm_ratio": _rounded(norms / norms[1] if norms[1] > 0 else norms * 0),
-            "cosines": _rounded(found.cosines),
-            "update_norm": _rounded(found.update_norms),
-            "update_cosines": _rounded(found.update_cosines),
-            "slope": _rounded(found.slopes),
-            "curvature": _rounded(found.curvatures),
-            "predicted_change": _rounded(found.predicted_change()),
+            "group_mean": rounded(means),
+            "norm_ratio": rounded(norms / norms[1] if norms[1] > 0 else norms * 0),
+            "cosines": rounded(found.cosines),
+            "update_norm": rounded(found.update_norms),
+            "update_cosines": rounded(found.update_cosines),
+            "slope": rounded(found.slopes),
+            "curvature": rounded(found.curvatures),
+            "predicted_change": rounded(found.predicted_change()),
         }
     )
-
-
-def _rounded(values):
-    """Six significant digits."""
-    values = np.asarray(values, float)
-    return [
-        _rounded(v) if isinstance(v, np.ndarray) else float(f"{v:.6g}") for v in values
-    ]

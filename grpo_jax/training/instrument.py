@@ -1,58 +1,487 @@
-"""A first look at why normalisation matters: a fixed set of probe prompts, watched.
+"""The instrument in a run: a fixed set of probe prompts, looked at every so often.
 
-Per probe prompt its pass rate and the std that a sampled group shows, and the cosines
-between the prompts' gradients. Where one answer is right, grad p_x = p_x grad log p_x:
-the gradient's direction is that of the answer's log-prob, exact, nothing sampled.
+A look samples every probe prompt's group, and measures: pass rates and their spread,
+the geometry of the prompts' gradients with its noise, the curvature along each one's
+own gradient, the phase this means, and what other prompt weights would do to first
+order.
+Then it waits for the next update, and compares what slope and curvature along that
+predict for every prompt with what happened. Where one answer is right, the same is
+computed exactly beside it, from that answer alone.
 """
 
+import dataclasses
+import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.gradient_geometry import cosine_statistics, exact_cosines
-from grpo_jax.models.decoder import Policy
+from grpo_jax.advantages import group_statistics, group_std
+from grpo_jax.curvature import (
+    directional_derivatives,
+    prompt_curvature,
+    prompt_slope,
+)
+from grpo_jax.errors import ConfigError
+from grpo_jax.gradient_geometry import (
+    CosineStatistics,
+    PromptGeometry,
+    cosine_statistics,
+    first_order_changes,
+    parts_geometry,
+)
+from grpo_jax.gradient_sketch import gradient_hash
+from grpo_jax.models.decoder import Policy, completion_hidden
+from grpo_jax.phases import phase
+from grpo_jax.probe import Probe, num_parts, probe_prompt
 from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.training.config import TrainConfig
+from grpo_jax.training.counterfactual import RULES
+from grpo_jax.training.metrics import rounded
 from grpo_jax.training.step import MicroBatch, batch_logprobs
 
-MAX_GRADIENT_BYTES = 2 * 1024**3  # all probe prompts' gradients, held at once
+# Costs in forward passes over tokens, measured on a CPU (BUILD_NOTES.md). A step is
+# counted low: without what the host and the optimizer do.
+SAMPLING, GRADIENT, SECOND_ORDER = 2, 4, 6
+FLOOR = 160  # tokens that a pass over one prompt's few samples costs besides its own
+MOST_PROMPTS = 32  # chosen for a run that does not say; more cost memory and file size
+VECTOR_BYTES = 128 * 2**20  # of all parts' gradients, hashed where they are more
 
 
-@jax.jit
-def _cosines(policy, answers, temperature):
-    def log_pass_rate(params, answer):
-        one = jax.tree.map(lambda x: x[None], answer)
-        return batch_logprobs(
-            policy.replace(params), one, temperature, MicroBatch(1, 1)
-        ).sum()
+@dataclasses.dataclass(frozen=True)
+class ProbePlan:
+    """What a look looks at."""
 
-    cosines = exact_cosines(log_pass_rate, policy.params, answers)
-    return cosines, cosine_statistics(cosines)
+    prompts: int
+    group_size: int
+    width: int  # coordinates kept of a gradient
+    exact: bool  # all of them
+    share: float  # of a step's time that looks should take, averaged over steps
+
+    @property
+    def num_directions(self) -> int | None:
+        return None if self.exact else self.width
+
+    def text(self, every: int) -> str:
+        kept = "whole gradients" if self.exact else f"gradients in {self.width:,} sums"
+        return (
+            f"{self.prompts} probe prompts x {self.group_size} samples, {kept}, every "
+            f"{every} steps: about {100 * self.share:.0f} % of step time"
+        )
 
 
-def look(
+def plan_probe(
+    config: TrainConfig,
+    *,
+    parameters: int,
+    train_prompts: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+) -> ProbePlan | None:
+    """Probe prompts and coordinates within config.instrument.max_overhead.
+
+    From a count of forward passes, not from a clock, so that the same command looks at
+    the same prompts; the run measures the share that it takes. None where the
+    instrument is off.
+
+    Raises:
+        ConfigError: not even two prompts fit, or the group is too small to be cut.
+    """
+    wanted, sampling = config.instrument, config.sampling
+    if not wanted.every:
+        return None
+    g = wanted.group_size or max(8, -(-sampling.group_size // 4) * 4)
+    parts, t = num_parts(g), max_new_tokens
+    step = (SAMPLING + GRADIENT) * sampling.prompts
+    step *= prompt_tokens + sampling.group_size * t
+    look = GRADIENT * (parts * (prompt_tokens + FLOOR) + g * t)  # of the parts
+    look += SECOND_ORDER * (2 * (prompt_tokens + FLOOR) + g * t)  # along their mean
+    look += SECOND_ORDER * (prompt_tokens + g * t)  # along the update
+    look += (SAMPLING + 1) * (prompt_tokens + g * t)  # and the hidden states
+    allowed = wanted.max_overhead * wanted.every * step / look
+    prompts = wanted.prompts or min(MOST_PROMPTS, int(allowed))
+    prompts = min(prompts, train_prompts)
+    if prompts < 2:
+        share = 2 * look / (wanted.every * step)
+        raise ConfigError(
+            f"instrument.max_overhead {wanted.max_overhead:g} leaves no two probe "
+            f"prompts: they would take about {100 * share:.0f} % of step time; raise "
+            "instrument.every or max_overhead, or set instrument.every to 0."
+        )
+    width = max(1, VECTOR_BYTES // (4 * prompts * parts))
+    share = prompts * look / (wanted.every * step)
+    exact = parameters <= width
+    return ProbePlan(prompts, g, parameters if exact else width, exact, share)
+
+
+class Look(NamedTuple):
+    """What the device measures of P probe prompts."""
+
+    probes: Probe  # leaves [P, ...]
+    geometry: PromptGeometry
+    null_cosines: jax.Array  # [P, P] of differences of parts: sampling noise alone
+    feature_cosines: jax.Array  # [P, P] of hidden states, mean over tokens and samples
+    centred_feature_cosines: jax.Array  # of the same less their mean over prompts
+    exact_cosines: jax.Array  # [P, P] of the exact pass rates' gradients; or NaN
+    exact_norms: jax.Array  # [P]
+
+
+def measure(
     policy: Policy,
-    answers: Rollouts,
-    group_std: np.ndarray,
-    pass_rates: np.ndarray,
-    temperature: float,
-) -> tuple[dict, dict[str, float]]:
-    """(a row of instrument.jsonl, metrics of the step).
+    rollouts: Rollouts,
+    answers: Rollouts | None,
+    temperature: jax.Array,
+    key: jax.Array,
+    *,
+    width: int,
+    exact: bool,
+) -> Look:
+    """A look at rollouts [P, G, T] with rewards; answers [P, 1, T] or None."""
+
+    hash_fn = partial(gradient_hash, key=key, width=width)
+
+    def sequence_logprobs(prompt, params, samples):
+        completions, mask = samples
+        group = Rollouts(*(x[None] for x in (*prompt, *samples)), mask[None])
+        micro = MicroBatch(1, completions.shape[0])
+        current = policy.replace(params)
+        return batch_logprobs(current, group, temperature, micro)[0].sum(-1)
+
+    def one_prompt(x):
+        rollouts, answer = x
+        log_prob_fn = partial(
+            sequence_logprobs, (rollouts.prompts, rollouts.prompt_mask)
+        )
+        right = None
+        if answer is not None:
+            right = (answer.completions, answer.completion_mask)
+        return probe_prompt(
+            log_prob_fn,
+            policy.params,
+            (rollouts.completions, rollouts.completion_mask),
+            rollouts.rewards,
+            hash_fn,
+            right,
+        )
+
+    def feature(rollouts):
+        """[D] mean hidden state of a prompt's sampled tokens."""
+        group = (rollouts.prompts, rollouts.prompt_mask, rollouts.completions)
+        hidden = completion_hidden(policy.module(), *(x[None] for x in group))[0]
+        mask = rollouts.completion_mask[..., None]
+        total = (hidden * mask).sum((0, 1), jnp.float32)
+        return total / jnp.maximum(mask.sum((0, 1)), 1)
+
+    probes = jax.lax.map(one_prompt, (rollouts, answers))
+    features = jax.lax.map(feature, rollouts)
+    geometry = parts_geometry(
+        rollouts.rewards, probes.vectors, num_directions=None if exact else width
+    )
+    parts = probes.vectors.shape[1]
+    signs = jnp.where(jnp.arange(parts) % 2 == 0, 1.0, -1.0)
+    noise = jnp.einsum("h,phk->pk", signs, probes.vectors)
+    kept = {"vectors": None, "exact_vector": None}  # large, and in the matrices
+    return Look(
+        probes._replace(**kept),
+        geometry,
+        cosines(noise),
+        cosines(features),
+        cosines(features - features.mean(0)),
+        cosines(probes.exact_vector),
+        jnp.linalg.norm(probes.exact_vector, axis=1),
+    )
+
+
+def cosines(vectors: jax.Array) -> jax.Array:
+    """[P, P] of vectors [P, K]; NaN where one of them is 0."""
+    norms = jnp.linalg.norm(vectors, axis=1)
+    unit = vectors / jnp.where(norms > 0, norms, jnp.nan)[:, None]
+    return unit @ unit.T
+
+
+class Along(NamedTuple):
+    """Of P prompts along a change of the parameters, per that change; to its square."""
+
+    slope: jax.Array  # [P]
+    curvature: jax.Array
+    exact_slope: jax.Array  # NaN where no single answer is right
+    exact_curvature: jax.Array
+
+
+def along(
+    policy: Policy,
+    change: Any,
+    rollouts: Rollouts,
+    answers: Rollouts | None,
+    temperature: jax.Array,
+    *,
+    micro: MicroBatch,
+) -> Along:
+    """Slope and curvature of every probe prompt's expected reward along `change`."""
+    group = rollouts._replace(rewards=None)
+    if answers is not None:  # one more completion of each prompt
+
+        def join(name):
+            pair = (getattr(rollouts, name), getattr(answers, name))
+            return jnp.concatenate(pair, axis=1)
+
+        names = ("completions", "completion_mask", "behaviour_logprobs")
+        group = group._replace(**{name: join(name) for name in names})
+
+    def sequence_logprobs(params):
+        current = policy.replace(params)
+        return batch_logprobs(current, group, temperature, micro).sum(-1)
+
+    value, first, second = directional_derivatives(
+        sequence_logprobs, policy.params, change
+    )
+    g = rollouts.rewards.shape[1]
+    exact = jnp.full((2, len(value)), jnp.nan)
+    if answers is not None:
+        exact = jnp.exp(value[:, g]) * jnp.stack(
+            [first[:, g], first[:, g] ** 2 + second[:, g]]
+        )
+    first, second = first[:, :g], second[:, :g]
+    return Along(
+        prompt_slope(rollouts.rewards, first),
+        prompt_curvature(rollouts.rewards, first, second),
+        *exact,
+    )
+
+
+class Instrument:
+    """The probe set of one run, its compiled programs, and the look in progress.
 
     Args:
-        answers: [P, 1, T], the probe prompts' right answers.
-        group_std: [P] of rewards sampled for them now.
-        pass_rates: [P], exact.
+        plan: What a look looks at.
+        policy: Without parameters.
+        sample_and_score: (params, key) -> rollouts of the probe prompts, with rewards.
+        answers: [P, 1, T], where one completion is right; else None.
+        prompts: Their indices among the trained ones, as written to the file.
+        sigma_history: `mean_sigma` of the looks before a resume.
     """
-    cosines, statistics = _cosines(policy, answers, np.float32(temperature))
-    rounded = partial(np.round, decimals=5)
-    row = {
-        "pass_rate": rounded(pass_rates.astype(float)).tolist(),
-        "group_std": rounded(group_std.astype(float)).tolist(),
-        "cosines": rounded(np.asarray(cosines, float)).tolist(),
+
+    def __init__(
+        self,
+        plan: ProbePlan,
+        policy: Policy,
+        sample_and_score: Callable[[Any, jax.Array], Rollouts],
+        answers: Rollouts | None,
+        *,
+        prompts: np.ndarray,
+        temperature: float,
+        micro: MicroBatch,
+        key: jax.Array,
+        sigma_history: list[float],
+    ):
+        self.plan, self.policy, self.answers = plan, policy, answers
+        self.sample_and_score, self.prompts = sample_and_score, prompts
+        self.temperature, self.key = np.float32(temperature), key
+        self.sigma_history = sigma_history
+        self._measure = jax.jit(partial(measure, width=plan.width, exact=plan.exact))
+        self._along = jax.jit(partial(along, micro=micro))
+        self._pass_rates = jax.jit(
+            lambda policy, answers, temperature: jnp.exp(
+                batch_logprobs(
+                    policy, answers, temperature, MicroBatch(plan.prompts, 1)
+                ).sum((1, 2))
+            )
+        )
+        self.pending = None  # (sampling key, rollouts, exact pass rates, row)
+
+    def look(self, params: Any, step: int) -> dict[str, Any]:
+        """Measures; the row waits for the next update. Returns metrics of the step."""
+        began = time.monotonic()
+        policy = self.policy.replace(params)
+        key = jax.random.fold_in(self.key, step)
+        rollouts = self.sample_and_score(params, key)
+        found = self._measure(
+            policy,
+            rollouts,
+            self.answers,
+            self.temperature,
+            jax.random.fold_in(self.key, 0),
+        )
+        exact = self._exact_pass_rates(params)
+        standing = phase(
+            found.geometry,
+            rollouts.rewards,
+            sigma_history=tuple(self.sigma_history),
+            num_directions=self.plan.num_directions,
+        )
+        self.sigma_history.append(standing.mean_sigma)
+        row = {"step": step, "phase": standing._asdict()}
+        row |= self._row(jax.device_get(found), np.asarray(rollouts.rewards), exact)
+        self.pending = (key, rollouts, exact, row)
+        return metrics_of(row) | {"time/instrument_s": time.monotonic() - began}
+
+    def follow(self, before: Any, after: Any) -> dict[str, float]:
+        """Completes the pending row with what the update did; metrics of its step."""
+        began = time.monotonic()
+        key, rollouts, exact, row = self.pending
+        change = jax.tree.map(jnp.subtract, after, before)
+        found = jax.device_get(
+            self._along(
+                self.policy.replace(before),
+                change,
+                rollouts,
+                self.answers,
+                self.temperature,
+            )
+        )
+        if exact is not None:
+            realised = self._exact_pass_rates(after) - exact
+        else:  # the same random numbers: what did not change is sampled again
+            now = self.sample_and_score(after, key).rewards
+            realised = _means(now) - _means(rollouts.rewards)
+        row["update"] = {
+            "slope": rounded(found.slope),
+            "curvature": rounded(found.curvature),
+            "predicted": rounded(found.slope + found.curvature / 2),
+            "realised": rounded(realised),
+            "exact_slope": rounded(found.exact_slope),
+            "exact_curvature": rounded(found.exact_curvature),
+        }
+        return {"time/instrument_s": time.monotonic() - began}
+
+    def compile(self, params: Any) -> None:
+        """Runs what `follow` will need, so that no step waits for it."""
+        self.follow(params, params)
+        self.pending[-1]["update"] = None
+
+    def forget(self) -> None:
+        """Drops the look in progress."""
+        if self.sigma_history:
+            self.sigma_history.pop()
+        self.pending = None
+
+    def take(self) -> dict | None:
+        """The pending row, to be written; None if there is none."""
+        if self.pending is None:
+            return None
+        row, self.pending = self.pending[-1], None
+        return row
+
+    def _exact_pass_rates(self, params):
+        if self.answers is None:
+            return None
+        return np.asarray(
+            self._pass_rates(
+                self.policy.replace(params), self.answers, self.temperature
+            ),
+            float,
+        )
+
+    def _row(self, found: Look, rewards, pass_rates):
+        geometry = found.geometry
+        std, _ = group_std(rewards)
+        statistics = jax.device_get(group_statistics(rewards))
+        count = np.maximum(statistics.count - 1, 1)
+        sigma = np.sqrt((statistics.centred**2).sum(1) / count)
+        row = {
+            "prompts": [int(i) for i in self.prompts],
+            "group_size": rewards.shape[1],
+            "directions": self.plan.num_directions,
+            "group_mean": rounded(_means(rewards)),
+            "group_std": rounded(np.asarray(std)),
+            "sigma": rounded(sigma),
+            "pass_rate": None if pass_rates is None else rounded(pass_rates),
+            "curvature": rounded(found.probes.curvature),
+            "spread": rounded(found.probes.spread),
+            "slope": rounded(found.probes.slope),
+            "geometry": {
+                name: _plain(getattr(geometry, name)) for name in _GEOMETRY_FIELDS
+            },
+            "null": _plain(_statistics(found.null_cosines)),
+            "features": {
+                "raw": _plain(_statistics(found.feature_cosines)),
+                "centred": _plain(_statistics(found.centred_feature_cosines)),
+            },
+            "weightings": {},
+            "exact": None,
+            "update": None,
+        }
+        for name, rule in RULES.items():
+            weights, _ = rule.weights(jnp.asarray(rewards), rule.init())
+            own, others = first_order_changes(
+                geometry.inner, geometry.squared_norms, weights
+            )
+            row["weightings"][name] = {"own": rounded(own), "others": rounded(others)}
+        if pass_rates is not None:
+            true = np.asarray(found.exact_cosines, float)
+            row["exact"] = {
+                "cosines": rounded(true),
+                "statistics": _plain(_statistics(true)),
+                "chi": float(np.linalg.eigvalsh(np.nan_to_num(true))[-1]),
+                "norms": rounded(found.exact_norms),
+                "curvature": rounded(found.probes.exact_curvature),
+                "slope": rounded(found.probes.exact_slope),
+            }
+        return row
+
+
+_GEOMETRY_FIELDS = (
+    "cosines", "squared_norms", "raw_squared_norms", "mean_cosine", "std_cosine",
+    "attenuation", "statistics", "raw_statistics", "chi", "noise_floor",
+    "violating_fraction", "m_median", "m_p99", "norm_ratio", "sigma_ratio",
+)  # fmt: skip
+
+
+def metrics_of(row: dict) -> dict[str, Any]:
+    """What metrics.jsonl keeps of a look."""
+    geometry, standing = row["geometry"], row["phase"]
+    metrics = {
+        "phase/label": standing["label"],
+        "phase/small_fraction": standing["small_fraction"],
+        "phase/rate_factor": standing["rate_factor"],
+        "geometry/mean_cosine": geometry["mean_cosine"],
+        "geometry/std_cosine": geometry["std_cosine"],
+        "geometry/mean_abs_cosine": geometry["statistics"]["mean_abs"],
+        "geometry/violating_fraction": geometry["violating_fraction"],
+        "geometry/chi": geometry["chi"],
+        "geometry/attenuation": geometry["attenuation"],
+        "curvature/sigma2_rank_correlation": rank_correlation(
+            np.abs(row["curvature"]), np.square(row["sigma"])
+        ),
     }
-    return row, {
-        "geometry/mean_abs_cosine": float(statistics.mean_abs),
-        "geometry/std_cosine": float(statistics.std),
-        "geometry/small_fraction": float(statistics.small_fraction),
-    }
+    if row["exact"] is not None:
+        exact = row["exact"]["statistics"]
+        metrics["geometry/exact_mean_abs_cosine"] = exact["mean_abs"]
+        metrics["geometry/exact_std_cosine"] = exact["std"]
+    return metrics
+
+
+def rank_correlation(x: Any, y: Any) -> float:
+    """Spearman's, over the pairs that are there; NaN for fewer than three."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    there = np.isfinite(x) & np.isfinite(y)
+    if there.sum() < 3:
+        return float("nan")
+    x, y = (_ranks(v[there]) for v in (x, y))
+    x, y = x - x.mean(), y - y.mean()
+    scale = np.sqrt((x**2).sum() * (y**2).sum())
+    return float((x * y).sum() / scale) if scale > 0 else float("nan")
+
+
+def _ranks(values):
+    """Ranks, ties sharing their mean."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+_statistics = jax.jit(cosine_statistics)
+
+
+def _means(rewards):
+    statistics = jax.device_get(group_statistics(jnp.asarray(rewards)))
+    return np.where(statistics.count > 0, statistics.mean, np.nan)
+
+
+def _plain(value):
+    """Arrays and records as JSON takes them."""
+    if isinstance(value, CosineStatistics):
+        return {name: _plain(x) for name, x in value._asdict().items()}
+    return rounded(value)

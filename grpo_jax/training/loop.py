@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.advantages import group_std
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.decoder import Policy, init_policy
 from grpo_jax.objectives.loss import needs_entropy
@@ -36,10 +35,11 @@ from grpo_jax.rollouts.sampling import sample
 from grpo_jax.rollouts.scoring import score
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Task
-from grpo_jax.training import counterfactual, instrument
+from grpo_jax.training import counterfactual
 from grpo_jax.training.checkpoint import Checkpoints, load_params, save_params
 from grpo_jax.training.config import TrainConfig
 from grpo_jax.training.console import Console
+from grpo_jax.training.instrument import Instrument
 from grpo_jax.training.metrics import (
     JsonLines,
     count_compiles,
@@ -178,14 +178,13 @@ class _Run:
         self.compiles = count_compiles()
         self.order = None  # (epoch, its permutation of the prompts)
         self.told_of_ties = False
-        self.probed = {}  # the latest row of instrument.jsonl, until it is written
         self.temperature = config.sampling.temperature
         self.tokenizer = plan.task.tokenizer
         # Derived keys: parameters, training samples, evaluation samples.
         root = jax.random.key(config.seed)
-        self.init_key, self.run_key, self.eval_key, self.draft_key, self.refill_key = (
-            jax.random.fold_in(root, i) for i in range(5)
-        )
+        keys = (jax.random.fold_in(root, i) for i in range(6))
+        self.init_key, self.run_key, self.eval_key, *keys = keys
+        self.draft_key, self.refill_key, self.probe_key = keys
 
     def train(self) -> TrainResult:
         self.console.say(self.plan.headline)
@@ -299,7 +298,7 @@ class _Run:
             "train": [plan.task.train[i] for i in pick[:count]],
             "heldout": plan.task.heldout,
         }
-        self.probe_ids = pick[: min(config.instrument.prompts, len(pick))]
+        self.probe_ids = pick[: plan.probe.prompts] if plan.probe else []
         self.start_ids = pick[: config.sampling.prompts]
         self.eval_prompts = {
             name: self._padded(
@@ -309,8 +308,10 @@ class _Run:
         }
         self.answers = {}
         if plan.task.single_answer:
-            probes = [plan.task.train[i] for i in self.probe_ids]
-            for name, examples in {**self.eval_sets, "probe": probes}.items():
+            sets = dict(self.eval_sets)
+            if plan.probe is not None:
+                sets["probe"] = [plan.task.train[i] for i in self.probe_ids]
+            for name, examples in sets.items():
                 self.answers[name] = answer_rollouts(
                     self.tokenizer, examples, plan.prompt_length, plan.max_new_tokens
                 )
@@ -356,12 +357,55 @@ class _Run:
 
     def _open_files(self, step):
         self.files = {}
-        for name in ("metrics", "samples", "instrument", "counterfactual"):
+        # At step 0 everything is written again, the look at the start included. A look
+        # waits for the update after it, so the one of this very step is taken again.
+        kept = dict.fromkeys(("metrics", "samples", "counterfactual"), step or -1)
+        kept["instrument"] = step - self._due(step)
+        for name, last in kept.items():
             path = self.directory / f"{name}.jsonl"
             if path.exists():
-                # At step 0 everything is written again, the look at the start included.
-                keep_until(path, step if step else -1)
+                keep_until(path, last)
             self.files[name] = JsonLines(path)
+        self.instrument = self._make_instrument()
+
+    def _make_instrument(self) -> Instrument | None:
+        plan = self.plan
+        if plan.probe is None:
+            return None
+        p, g = plan.probe.prompts, plan.probe.group_size
+
+        def sample_and_score(params, key):
+            sampled = self._rollouts(params, self.probe_ids, key, g)
+            scored, errors, _ = self._score(jax.device_get(sampled), self.probe_ids)
+            if errors:
+                self.console.warn(
+                    f"instrument: {len(errors)} rewards missing: {errors[0][:200]}"
+                )
+            return jax.tree.map(jnp.asarray, scored)
+
+        rows = read_lines(self.directory / "instrument.jsonl")
+        return Instrument(
+            plan.probe,
+            self.policy,
+            sample_and_score,
+            self.answers.get("probe"),
+            prompts=self.probe_ids,
+            temperature=self.temperature,
+            micro=micro_batch(
+                p,
+                g + ("probe" in self.answers),
+                plan.prompt_length,
+                plan.max_new_tokens,
+                self.config.micro_batch_tokens,
+            ),
+            key=self.probe_key,
+            sigma_history=[row["phase"]["mean_sigma"] for row in rows],
+        )
+
+    def _due(self, step: int) -> bool:
+        """Whether the instrument looks at the policy after `step` steps."""
+        every = self.config.instrument.every
+        return bool(every) and (step in (0, self.config.steps) or step % every == 0)
 
     def _rollout_shapes(self, t: int) -> Rollouts:
         p, g = self.config.sampling.prompts, self.config.sampling.group_size
@@ -556,9 +600,14 @@ class _Run:
         config = self.config
         began = time.monotonic()
         self._compile_updates(state)
-        # Looked at even on resume, where it is not written: so that evaluation and
-        # instrument are compiled before the first step too.
-        row = self._look(state.params, 0)
+        # Evaluated and looked at even on resume, where it is not written, so that all
+        # is compiled before the first step.
+        row = self._evaluate(state.params, 0)
+        if self.instrument is not None:
+            row |= self.instrument.look(state.params, step)
+            self.instrument.compile(state.params)
+            if not self._due(step):
+                self.instrument.forget()
         if step == 0:
             self._write(0, {}, row)
         self.console.say(f"ready after {time.monotonic() - began:.1f} s")
@@ -589,10 +638,16 @@ class _Run:
             times["time/score_s"] = time.monotonic() - scored
 
             compared = self._compared(state, batch, step + 1)
+            watched = self.instrument is not None and self.instrument.pending
+            before = jax.tree.map(jnp.copy, state.params) if watched else None
             updating = time.monotonic()
             state, updated = self._update(state, batch)
             metrics |= updated
             times["time/update_s"] = time.monotonic() - updating
+            if watched:
+                times |= self.instrument.follow(before, state.params)
+                del before
+                self.files["instrument"].write(self.instrument.take())
             step += 1
             if compared is not None:
                 counterfactual.record(
@@ -612,6 +667,11 @@ class _Run:
                 )
             self._log_samples(step, indices, texts, rollouts)
             looked = self._look(state.params, step)
+            spent = looked.pop("time/instrument_s", 0) + times.get(
+                "time/instrument_s", 0
+            )
+            if spent:
+                times["time/instrument_s"] = spent
             times["time/step_s"] = time.monotonic() - step_began
             pending = (step, metrics, times | host | looked)
             failed = int(state.skipped_in_a_row) >= SKIPPED_LIMIT
@@ -624,6 +684,8 @@ class _Run:
         if pending is not None:
             row = self._write(*pending)
             self._save(state, step, row)
+        if self.instrument is not None and self.instrument.pending:
+            self.files["instrument"].write(self.instrument.take())
         self.checkpoints.wait()
         self.console.stop()
         finished = step >= config.steps
@@ -698,15 +760,13 @@ class _Run:
     # ---- looking and writing
 
     def _look(self, params, step) -> dict[str, float]:
-        """Evaluation and instrument where they are due, with their own files."""
-        config = self.config
-        at_end = step in (0, config.steps)
+        """Evaluation and instrument where they are due."""
+        every = self.config.evaluation.every
         metrics = {}
-        if at_end or (config.evaluation.every and step % config.evaluation.every == 0):
+        if step == self.config.steps or (every and step % every == 0):
             metrics |= self._evaluate(params, step)
-        every = config.instrument.every
-        if every and (at_end or step % every == 0) and "probe" in self.answers:
-            metrics |= self._instrument(params, step)
+        if self._due(step):
+            metrics |= self.instrument.look(params, step)
         return metrics
 
     def _exact(self, params, name):
@@ -773,30 +833,11 @@ class _Run:
         t = batch.rollouts.completions.shape[-1]
         return jax.device_get(self.programs[t]["counterfactual"](state, batch))
 
-    def _instrument(self, params, step):
-        key = jax.random.fold_in(self.eval_key, step)
-        sampled = self._rollouts(
-            params, self.probe_ids, key, self.config.sampling.group_size
-        )
-        scored, _, _ = self._score(jax.device_get(sampled), self.probe_ids)
-        std, _ = group_std(scored.rewards)
-        row, metrics = instrument.look(
-            self.policy.replace(params),
-            self.answers["probe"],
-            np.asarray(std),
-            self._exact(params, "probe"),
-            self.temperature,
-        )
-        self.probed = {"step": step} | row
-        return metrics
-
     def _write(self, step, metrics, host):
         row = {"step": step} | to_numbers(metrics) | host
         if step:
             applied = row["update/applied"]
             row["learning_rate"] = float(self.schedule(max(0, applied - 1)))
-        if self.probed.get("step") == step:
-            self.files["instrument"].write(self.probed)
         row["compiles"] = self.compiles()
         self.files["metrics"].write(row)
         if step:

@@ -46,7 +46,7 @@ FIELDS = {
     "time/sample_s": "seconds until the completions were on the host; drafts included",
     "time/score_s": "seconds of reward functions, refills and recomputed log-probs",
     "time/update_s": "seconds of the update, the device's work included",
-    "time/step_s": "seconds of the whole step, evaluation included",
+    "time/step_s": "seconds of the whole step, evaluation and instrument included",
     "compiles": "programs compiled since this process began the run",
     "eval/train_pass_rate": "pass rate of trained prompts: the mean of the exact ones "
     "where one answer is right, else the share solved (reward 1) by one sample each",
@@ -58,9 +58,26 @@ FIELDS = {
     "eval/heldout_sampled": "share of held-out prompts solved by one sample each",
     "eval/heldout_sampled_low": "lower end of its 95 % Wilson interval",
     "eval/heldout_sampled_high": "upper end",
-    "geometry/mean_abs_cosine": "mean |cos| between the probe prompts' gradients",
-    "geometry/std_cosine": "std of those cosines",
-    "geometry/small_fraction": "fraction of pairs with |cos| < 0.1",
+    "phase/label": "I, II or III, as the probe set's debiased cosines have it",
+    "phase/small_fraction": "fraction of the probe set's pairs with |cos| < 0.1, "
+    "debiased",
+    "phase/rate_factor": "C = 8/3 of the mean std of rewards over the looks so far; "
+    "below 1 the bound of arXiv:2601.23135 for std-normalisation is the better one",
+    "geometry/mean_cosine": "mean cosine between the probe prompts' gradients, "
+    "debiased",
+    "geometry/std_cosine": "std of those cosines, debiased",
+    "geometry/mean_abs_cosine": "mean |cos|, debiased",
+    "geometry/violating_fraction": "fraction of pairs with a negative inner product",
+    "geometry/chi": "largest eigenvalue of the matrix of sampled cosines",
+    "geometry/attenuation": "debiased over raw squared norm: what sampling leaves of a "
+    "cosine",
+    "geometry/exact_mean_abs_cosine": "mean |cos| of the exact gradients (where one "
+    "answer is right)",
+    "geometry/exact_std_cosine": "std of the exact cosines",
+    "curvature/sigma2_rank_correlation": "Spearman, |curvature| along a prompt's own "
+    "gradient against the variance of its rewards, over the probe prompts",
+    "time/instrument_s": "seconds of the instrument's look, or of its comparison after "
+    "the update that follows one",
 }
 
 
@@ -103,7 +120,7 @@ def _without_nan(value: Any) -> Any:
     """The value with null for every number that JSON cannot say."""
     if isinstance(value, dict):
         return {name: _without_nan(x) for name, x in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_without_nan(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -111,6 +128,14 @@ def _without_nan(value: Any) -> Any:
 def to_numbers(metrics: dict[str, Any]) -> dict[str, float | int]:
     """Device scalars as Python numbers."""
     return {name: np.asarray(x).item() for name, x in jax.device_get(metrics).items()}
+
+
+def rounded(values: Any) -> Any:
+    """An array as (nested) lists of numbers of six significant digits, for JSON."""
+    values = np.asarray(values, float)
+    if values.ndim == 0:
+        return float(f"{values:.6g}")
+    return [rounded(value) for value in values]
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:

@@ -10,9 +10,10 @@ from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.encoding import bucket, completion_buckets, encode_all
 from grpo_jax.rollouts.refine import refined_length, template_pieces
 from grpo_jax.tasks import Task, load_task
-from grpo_jax.training import counterfactual, instrument
+from grpo_jax.training import counterfactual
 from grpo_jax.training.budget import estimate_memory, num_parameters, readable
 from grpo_jax.training.config import TrainConfig
+from grpo_jax.training.instrument import ProbePlan, plan_probe
 from grpo_jax.training.step import micro_batch
 from grpo_jax.training.weighting import (
     resolve_objective,
@@ -37,6 +38,7 @@ class Plan:
     max_new_tokens: int
     buckets: list[int]  # completion lengths of the update
     micro: Any  # MicroBatch, of the longest bucket
+    probe: ProbePlan | None  # None: no instrument
     headline: str
     warnings: list[str]
 
@@ -112,17 +114,6 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"got {vocab_size}; leave it out to take the tokenizer's."
         )
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
-    probes = (
-        min(config.instrument.prompts, len(task.train)) if task.single_answer else 0
-    )
-    held = probes * num_parameters(model) * 4
-    if config.instrument.every and held > instrument.MAX_GRADIENT_BYTES:
-        raise ConfigError(
-            f"instrument.prompts is {probes}: that many gradients "
-            f"of this model take {readable(held, 'B')}, more than "
-            f"{readable(instrument.MAX_GRADIENT_BYTES, 'B')}; lower it, or set "
-            "instrument.every to 0."
-        )
     prompt_length = bucket(len(prompts[longest]))
     p, g = sampling.prompts, sampling.group_size
     refine, train_prompt_length = [], prompt_length
@@ -157,6 +148,19 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         copies=_extra_copies(config, objective),
     )
     mechanisms = "".join(f" | {text}" for text in objective.mechanisms())
+    probe = plan_probe(
+        config,
+        parameters=num_parameters(model),
+        train_prompts=len(task.train),
+        prompt_tokens=prompt_length,
+        max_new_tokens=max_new_tokens,
+    )
+    if probe and probe.share > 1.1 * config.instrument.max_overhead:
+        warnings.append(
+            f"the instrument will take about {100 * probe.share:.0f} % of step time, "
+            f"more than instrument.max_overhead; lower instrument.prompts or raise "
+            "instrument.every."
+        )
     headline = (
         f"{config.objective.name} on {task.name}: {objective.formula()}"
         f"{weights_text(config.weights)}{mechanisms} | "
@@ -165,6 +169,8 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         f"{readable(num_parameters(model))} parameters, {model.compute_dtype} | "
         f"about {readable(memory.peak, 'B')} on the device"
     )
+    if probe:
+        headline += f"\ninstrument: {probe.text(config.instrument.every)}"
     return Plan(
         task,
         objective,
@@ -179,6 +185,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         # A history holds rollouts of many steps: one length for all.
         [max_new_tokens] if seen > p else completion_buckets(max_new_tokens),
         micro,
+        probe,
         headline,
         warnings,
     )

@@ -12,7 +12,8 @@ import grpo_jax as gj
 ROOT = Path(gj.__file__).parent
 LAYERS = [
     ["errors", "advantages", "preconditioner", "objectives", "logprobs"]
-    + ["gradient_geometry", "curvature", "counterfactual", "loglinear"],
+    + ["gradient_geometry", "gradient_sketch", "curvature", "counterfactual"]
+    + ["phases", "probe", "loglinear"],
     ["models"],
     ["rollouts", "tasks"],
     ["training"],

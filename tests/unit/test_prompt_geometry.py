@@ -8,12 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.gradient_geometry import (
-    exact_gram,
-    gradient_sketch,
-    prompt_geometry,
-    sketch_gram,
-)
+from grpo_jax.gradient_geometry import prompt_geometry
+from grpo_jax.gradient_sketch import exact_gram, gradient_sketch, sketch_gram
 
 NAN = float("nan")
 
@@ -113,7 +109,7 @@ def test_a_missing_reward_leaves_the_group_of_the_others(x64):
         )
 
 
-# theory.md 3.4: true cosine .44, shrunk by groups of 4 to a fraction of it.
+# Groups of 4 shrink a cosine of .44 to a fraction of it.
 def test_the_debiased_mean_cosine_finds_what_the_raw_one_does_not(x64):
     rng = np.random.default_rng(4)
     width, prompts, group = 200, 2, 4
