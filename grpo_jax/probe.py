@@ -25,7 +25,10 @@ LogProbFn = Callable[[Any, Any], jax.Array]  # (params, samples) -> [samples]
 class Probe(NamedTuple):
     """Along u, one half's gradient estimate, on the other half; a mean over both.
 
-    NaN where a half has no signal to give a direction; the other then stands alone.
+    A half without signal gives no direction: the other then stands alone, and NaN
+    stands where neither does. Each half's figure is unbiased given its direction, so in
+    means over prompts or looks (where it matters: groups often tied) a figure counts as
+    many times as there are `halves` in it.
     """
 
     vectors: jax.Array  # [H, K], gradients of the parts, hashed or whole
@@ -35,6 +38,7 @@ class Probe(NamedTuple):
     slope: jax.Array  # grad J . u / |u|, reward / parameter
     exact_curvature: jax.Array  # of the same directions, from the one right answer
     exact_slope: jax.Array
+    halves: jax.Array  # 0, 1 or 2 behind the figures
     exact_vector: jax.Array  # [K] gradient of the exact pass rate, hashed like vectors
 
 
@@ -124,9 +128,9 @@ def probe_prompt(
             *exact,
         ]
         figures = [jnp.where(known, x, jnp.nan) for x in figures]
-        return vectors[:half], vector, figures
+        return vectors[:half], vector, known, figures
 
-    vectors, exact_vector, figures = jax.lax.map(one_half, jnp.arange(2))
+    vectors, exact_vector, known, figures = jax.lax.map(one_half, jnp.arange(2))
     curvature, spread, slope, exact_curvature, exact_slope = (
         jnp.nanmean(x) for x in figures
     )
@@ -137,5 +141,6 @@ def probe_prompt(
         slope,
         exact_curvature,
         exact_slope,
+        known.sum(),
         exact_vector[0],
     )

@@ -390,6 +390,7 @@ class Instrument:
             "sigma": rounded(sigma),
             "pass_rate": None if pass_rates is None else rounded(pass_rates),
             "curvature": rounded(found.probes.curvature),
+            "halves": [int(n) for n in found.probes.halves],
             "spread": rounded(found.probes.spread),
             "slope": rounded(found.probes.slope),
             "geometry": {

@@ -1,0 +1,231 @@
+"""placeholder"""
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+import grpo_jax as gj
+from grpo_jax.phases import PHASES, THRESHOLDS
+from grpo_jax.training.config import from_dict
+from grpo_jax.training.metrics import read_lines, t_interval
+
+METHODS = {"std": {"name": "std"}, "none": {"name": "unit"}}  # prompt weights
+NUMBERS = ("small_fraction", "std_cosine", "mean_cosine", "mean_sigma")
+# Table 3 of the paper, at steps 0, 260 and 500 of its run.
+PAPER = "mean .000 .039 .056 | std .045 .066 .130 | |cos| < .1: 97.7 80.3 52.4 %"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    task: str = "chains"  # any task that `grpo-jax train` knows
+    task_path: str | None = None  # its data, where it reads any
+    results: Path = Path("results/three_phases")  # a directory of the task's in it
+    smoke: bool = False  # a tiny model, 2 + 2 runs of 4 steps
+    plot_only: bool = False  # redraw from runs.jsonl
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_seed: int = 10  # on which each method's learning rate is chosen
+    learning_rates: tuple[float, ...] = (1.5e-4, 3e-4, 6e-4)
+    steps: int = 120
+    prompts: int = 16  # per step
+    group_size: int = 16
+    looks_every: int = 10  # steps between looks of the instrument
+    probe_prompts: int = 64
+    probe_group_size: int = 32
+
+
+def settings_of(c: Config, method: str, rate: float, seed: int, watched: bool) -> dict:
+    settings = {
+        "task": {"name": c.task, "path": c.task_path},
+        # Group mean as baseline, no KL: the weights are the only difference.
+        "objective": {"name": "grpo", "kl_coef": 0.0},
+        "weights": METHODS[method],
+        "sampling": {"prompts": c.prompts, "group_size": c.group_size},
+        "optimizer": {"learning_rate": rate},
+        "evaluation": {"every": c.looks_every},
+        "instrument": {
+            "every": c.looks_every if watched else 0,
+            "prompts": c.probe_prompts,
+            "group_size": c.probe_group_size,
+            "max_overhead": 1e6,  # this run is for the looks
+        },
+        "steps": c.steps,
+        "seed": seed,
+    }
+    if c.smoke:
+        settings["model"] = {"width": 32, "mlp_width": 48, "head_dim": 8}
+        settings["warm_start"] = {"max_steps": 60, "noisy_steps": 0}
+        if c.task == "gsm8k-expressions":
+            del settings["warm_start"]["noisy_steps"]
+        settings["task"] |= {"heldout_prompts": 32}
+    return settings
+
+
+def one_run(c: Config, method: str, rate: float, seed: int, watched: bool) -> Path:
+    """The run's directory; finished runs of the same settings are kept."""
+    kind = "run" if watched else "tuning"
+    directory = c.results / c.task / f"{kind}-{method}-lr{rate:g}-seed{seed}"
+    if not (directory / "report.html").exists():
+        settings = settings_of(c, method, rate, seed, watched)
+        gj.train(from_dict(gj.TrainConfig, settings | {"run_dir": str(directory)}))
+    return directory
+
+
+def pass_rates(run: Path, name: str) -> np.ndarray:
+    rows = read_lines(run / "metrics.jsonl")
+    return np.array(
+        [r[f"eval/{name}_pass_rate"] for r in rows if "eval/train_low" in r]
+    )
+
+
+def best_rate(c: Config, method: str) -> float:
+    """The learning rate of the highest mean trained pass rate over a tuning run."""
+    if len(c.learning_rates) == 1:
+        return c.learning_rates[0]
+    runs = {r: one_run(c, method, r, c.tuning_seed, False) for r in c.learning_rates}
+    return max(runs, key=lambda r: pass_rates(runs[r], "train").mean())
+
+
+def summarise(c: Config, method: str, rate: float, seed: int) -> dict:
+    """A run as lists over its looks."""
+    directory = one_run(c, method, rate, seed, True)
+    looks = read_lines(directory / "instrument.jsonl")
+    exact = looks[0]["exact"] is not None
+    rates = np.array(
+        [r["pass_rate"] if exact else r["group_mean"] for r in looks], float
+    )
+    order = np.argsort(rates[0])
+    third = len(order) // 3
+    row = {"method": method, "rate": rate, "seed": seed, "directory": str(directory)}
+    row["step"] = [r["step"] for r in looks]
+    row["easy"] = rates[:, order[-third:]].mean(1).tolist()
+    row["hard"] = rates[:, order[:third]].mean(1).tolist()
+    for name in ("train", "heldout"):
+        row[name] = pass_rates(directory, name).tolist()
+    for name in (*NUMBERS, "label", "shares"):
+        row[name] = [r["phase"][name] for r in looks]
+    for name in ("raw_statistics", "chi", "violating_fraction", "m_median", "m_p99"):
+        row[name] = [r["geometry"][name] for r in looks]
+    row["exact"] = [r["exact"]["statistics"] for r in looks] if exact else None
+    row["features"] = [r["features"]["raw"]["mean_abs"] for r in looks]
+    return row
+
+
+def over_seeds(rows, method, get) -> tuple[np.ndarray, np.ndarray]:
+    """(means, half widths of 95 %) over seeds of a list over looks."""
+    values = [[np.nan if x is None else x for x in get(r)] for r in rows[method]]
+    pairs = [t_interval(np.array(x)) for x in zip(*values, strict=True)]
+    return np.array([m for m, _ in pairs]), np.array([h for _, h in pairs])
+
+
+def table(c: Config, rows) -> str:
+    steps = rows["std"][0]["step"]
+    shown = [0, len(steps) // 3, 2 * len(steps) // 3, len(steps) - 1]
+    head = " | ".join(f"step {steps[i]}" for i in shown)
+    lines = [f"paper: {PAPER}", "", f"| std-normalised run | {head} |"]
+    lines += ["|---" * (len(shown) + 1) + "|"]
+    series = {name: lambda r, name=name: r[name] for name in NUMBERS}
+    raw = {f"raw {x}": lambda r, x=x: [y[x] for y in r["raw_statistics"]]
+           for x in ("mean", "std", "small_fraction")}  # fmt: skip
+    series |= raw
+    if rows["std"][0]["exact"]:
+        series |= {f"exact {x}": lambda r, x=x: [y[x] for y in r["exact"]]
+                   for x in ("mean", "std", "small_fraction")}  # fmt: skip
+    for name in ("chi", "violating_fraction", "m_median", "features"):
+        series[name] = lambda r, name=name: r[name]
+    for name, get in series.items():
+        mean, half = over_seeds(rows, "std", get)
+        cells = [f"{mean[i]:.3f} ± {half[i]:.3f}" for i in shown]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    labels = [" ".join(r["label"][i] for r in rows["std"]) for i in shown]
+    lines.append("| label, by seed | " + " | ".join(labels) + " |")
+    lines += ["", "| std less none, best against best | mean of run | end |"]
+    lines += ["|---|---|---|"]
+    for name in ("train", "heldout", "easy", "hard"):
+        std, none = (
+            np.array([r[name] for r in rows[m]]) for m in METHODS
+        )  # [seeds, looks]
+        gaps = (std - none)[:, 1:].mean(1), (std - none)[:, -1]
+        cells = ["{:+.3f} ± {:.3f}".format(*t_interval(gap)) for gap in gaps]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    rates = {m: rows[m][0]["rate"] for m in METHODS}
+    lines += ["", f"learning rates chosen on seed {c.tuning_seed}: {rates}"]
+    return "\n".join(lines) + "\n"
+
+
+def plot(c: Config, rows, path: Path) -> None:
+    plt.switch_backend("Agg")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    steps = rows["std"][0]["step"]
+
+    def draw(axis, method, get, label, **style):
+        mean, half = over_seeds(rows, method, get)
+        axis.plot(steps, mean, label=label, **style)
+        axis.fill_between(
+            steps, mean - half, mean + half, alpha=0.15, color=style["color"], lw=0
+        )
+
+    colours = {"std": "#2f5d8a", "none": "#c0562f"}
+    for method, colour in colours.items():
+        for name, style in (("easy", "-"), ("hard", "--")):
+            draw(axes[0, 0], method, lambda r, n=name: r[n], f"{method}, {name}",
+                 color=colour, ls=style)  # fmt: skip
+        draw(axes[0, 1], method, lambda r: r["heldout"], method, color=colour)
+        draw(axes[0, 2], method, lambda r: r["mean_sigma"], method, color=colour)
+        draw(axes[1, 0], method, lambda r: r["small_fraction"], method, color=colour)
+        draw(axes[1, 1], method, lambda r: r["std_cosine"], method, color=colour)
+        if rows[method][0]["exact"]:
+            for axis, x in ((axes[1, 0], "small_fraction"), (axes[1, 1], "std")):
+                draw(axis, method, lambda r, x=x: [y[x] for y in r["exact"]],
+                     f"{method}, exact", color=colour, ls=":")  # fmt: skip
+    shares = np.mean([r["shares"] for r in rows["std"]], 0)
+    axes[1, 2].stackplot(
+        steps, shares.T, labels=PHASES, colors=("#9dbdd6", "#e6d7a3", "#d9a38c")
+    )
+    axes[0, 0].set(title="Pass rate, easiest and hardest third", ylim=(0, 1))
+    axes[0, 1].set(title="Held-out pass rate", ylim=(0, 1))
+    axes[0, 2].set(title="Mean sigma (C < 1 below the line)", ylim=(0, 0.5))
+    axes[0, 2].axhline(3 / 8, color="k", lw=0.8)
+    axes[1, 0].set(title="Share of |cos| < .1 between prompts' gradients")
+    axes[1, 0].axhline(THRESHOLDS.small_fraction, color="k", lw=0.8)
+    axes[1, 1].set(title="Std of the cosines")
+    axes[1, 1].axhline(THRESHOLDS.std_cosine, color="k", lw=0.8)
+    axes[1, 2].set(title="Phase, shares of bootstrap samples (std)", ylim=(0, 1))
+    for axis in axes.ravel():
+        axis.set(xlabel="step")
+        axis.legend(frameon=False, fontsize=7.5)
+        axis.grid(alpha=0.25)
+    figure.suptitle(f"{c.task}: std-normalised against not, {len(c.seeds)} seeds")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(c: Config) -> None:
+    if c.smoke:
+        few = dict(seeds=(0, 1), learning_rates=(3e-4,), steps=4, looks_every=2)
+        c = dataclasses.replace(c, **few, probe_prompts=6, probe_group_size=8)
+    directory = c.results / c.task
+    if not c.plot_only:
+        directory.mkdir(parents=True, exist_ok=True)
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        config = dataclasses.asdict(c) | {"git": commit or "unknown"}
+        (directory / "config.json").write_text(json.dumps(config, default=str))
+        best = {method: best_rate(c, method) for method in METHODS}
+        lines = [summarise(c, m, best[m], seed) for m in METHODS for seed in c.seeds]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (directory / "metrics.jsonl").write_text(text)
+    lines = read_lines(directory / "metrics.jsonl")
+    rows = {m: [line for line in lines if line["method"] == m] for m in METHODS}
+    text = table(c, rows)
+    (directory / "table.md").write_text(text)
+    print(text)
+    plot(c, rows, directory / "plot.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

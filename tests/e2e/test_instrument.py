@@ -1,0 +1,187 @@
+"""The instrument in a run: what it writes, that it changes nothing, that it resumes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import grpo_jax as gj
+from grpo_jax.errors import ConfigError
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.tasks import load_task
+from grpo_jax.training.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    InstrumentConfig,
+    SamplingConfig,
+    TrainConfig,
+    WarmStartConfig,
+)
+from grpo_jax.training.instrument import plan_probe, rank_correlation
+from grpo_jax.training.metrics import read_lines
+from grpo_jax.training.plan import make_plan
+from grpo_jax.training.snapshots import load_policy, saved_steps
+
+LOOKS = InstrumentConfig(every=2, prompts=5, group_size=8)
+
+
+def config_of(directory, looks=LOOKS, **more):
+    config = TrainConfig(
+        model=ModelConfig(width=32, mlp_width=48, head_dim=8),
+        sampling=SamplingConfig(prompts=16, group_size=16),
+        warm_start=WarmStartConfig(max_steps=300, noisy_steps=0),
+        evaluation=EvaluationConfig(every=0, prompts=16),
+        checkpoint=CheckpointConfig(every=1, keep=10),
+        instrument=looks,
+        steps=4,
+        run_dir=str(directory),
+    )
+    return dataclasses.replace(config, **more)
+
+
+def rows_of(directory, name="instrument"):
+    return read_lines(directory / f"{name}.jsonl")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("instrument") / "run"
+    gj.train(config_of(directory))
+    return directory
+
+
+def test_a_row_per_look(finished):
+    rows = rows_of(finished)
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert [row["update"] is None for row in rows] == [False, False, True]
+    assert all(len(row["prompts"]) == 5 for row in rows)
+    assert rows[0]["prompts"] == rows[-1]["prompts"]
+    for row in rows:
+        p = np.array(row["pass_rate"])
+        assert ((0 <= p) & (p <= 1)).all() and row["phase"]["label"]
+        assert np.array(row["geometry"]["cosines"], float).shape == (5, 5)
+        assert set(row["weightings"]) == {"reinforce", "std", "shrunk", "1/std^2"}
+
+
+# Slope and half the curvature, from the answer alone, are the change that happened, up
+# to third order.
+def test_the_exact_prediction_is_what_happened(finished):
+    for row in rows_of(finished)[:2]:
+        update = {k: np.array(v, float) for k, v in row["update"].items()}
+        predicted = update["exact_slope"] + update["exact_curvature"] / 2
+        assert np.abs(update["realised"]).max() > 1e-4
+        np.testing.assert_allclose(
+            update["realised"], predicted, atol=0.1 * np.abs(predicted).max()
+        )
+
+
+def test_metrics_of_a_look_are_in_its_steps_line(finished):
+    metrics = {row["step"]: row for row in rows_of(finished, "metrics")}
+    looks = {row["step"]: row for row in rows_of(finished)}
+    for step, row in metrics.items():
+        assert ("phase/label" in row) == (step in looks)
+    assert metrics[2]["phase/label"] == looks[2]["phase"]["label"]
+    assert "time/instrument_s" in metrics[3]  # the comparison after the update
+
+
+# What is looked at moves nothing: the same parameters with and without.
+def test_looking_changes_no_run(finished, tmp_path):
+    gj.train(config_of(tmp_path / "blind", InstrumentConfig(every=0)))
+    one, two = (rows_of(d, "metrics") for d in (finished, tmp_path / "blind"))
+    assert [r["reward/mean"] for r in one[1:]] == [r["reward/mean"] for r in two[1:]]
+    seen, blind = (load_policy(d, 4) for d in (finished, tmp_path / "blind"))
+    for a, b in zip(*(jax.tree.leaves(x.params) for x in (seen, blind)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not (tmp_path / "blind" / "instrument.jsonl").read_text()
+
+
+def test_a_resumed_run_writes_the_same_rows(finished, tmp_path):
+    directory = tmp_path / "run"
+    config = config_of(directory)
+    gj.train(dataclasses.replace(config, steps=2))
+    assert [r["step"] for r in rows_of(directory)] == [0, 2]
+    gj.train(dataclasses.replace(config, resume=True))
+    assert rows_of(directory) == rows_of(finished)
+
+
+def test_policies_of_a_run_can_be_loaded(finished):
+    assert saved_steps(finished) == [0, 1, 2, 3, 4]
+    start, end = load_policy(finished, 0), load_policy(finished, 4)
+    assert any(
+        (np.asarray(a) != np.asarray(b)).any()
+        for a, b in zip(
+            jax.tree.leaves(start.params), jax.tree.leaves(end.params), strict=True
+        )
+    )
+    with pytest.raises(ConfigError, match=r"step must be one of \[0, 1, 2, 3, 4\]"):
+        load_policy(finished, 7)
+
+
+# Without a single answer: sampled before and after with the same random numbers.
+def test_a_task_with_many_right_answers(tmp_path):
+    task = load_task("chains", train_prompts=32, heldout_prompts=8)
+
+    def share(example, text):
+        pairs = zip(example.answer.split(","), text.split(","), strict=False)
+        return sum(a == b for a, b in pairs) / len(example.answer.split(","))
+
+    task = dataclasses.replace(task, reward=share, single_answer=False, warm_start=None)
+    sampling = SamplingConfig(prompts=6, group_size=8, max_new_tokens=8)
+    cold = WarmStartConfig(enabled=False)
+    config = config_of(tmp_path / "run", warm_start=cold, sampling=sampling)
+    gj.train(config, task=task)
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert all(row["exact"] is None and row["pass_rate"] is None for row in rows)
+    update = rows[0]["update"]
+    assert set(update["exact_slope"]) == {None}
+    assert len(update["realised"]) == 5 and None not in update["predicted"]
+
+
+SIZES = dict(train_prompts=500, prompt_tokens=10, max_new_tokens=8)
+
+
+def plan(parameters=10**5, **looks):
+    config = TrainConfig(instrument=InstrumentConfig(**looks))
+    return plan_probe(config, parameters=parameters, **SIZES)
+
+
+def test_the_budget_chooses_the_probe_set():
+    few, many = plan(max_overhead=0.05), plan(max_overhead=0.2)
+    assert 2 <= few.prompts < many.prompts <= 32
+    for found, most in ((few, 0.05), (many, 0.2)):
+        assert 0.6 * most < found.share <= most
+    assert plan(every=80).prompts > plan(every=40).prompts
+    assert few.exact and few.num_directions is None
+    large = plan(parameters=10**9)
+    assert not large.exact and large.num_directions == large.width
+    assert large.width * 4 * large.prompts * 4 <= 2**27
+    assert plan(every=0) is None
+    assert plan(prompts=40).prompts == 40  # said is said; the plan warns
+    assert "% of step time" in few.text(40)
+
+
+def test_a_budget_for_nobody_is_refused():
+    with pytest.raises(ConfigError, match="no two probe prompts: they would take"):
+        plan(max_overhead=0.001)
+    with pytest.raises(ConfigError, match="max_overhead must be positive, got 0"):
+        TrainConfig(instrument=InstrumentConfig(max_overhead=0))
+    with pytest.raises(ConfigError, match="group_size must be a multiple of 4, got 6"):
+        TrainConfig(instrument=InstrumentConfig(group_size=6))
+
+
+def test_the_plan_says_what_is_looked_at():
+    found = make_plan(TrainConfig())
+    assert "instrument: " in found.headline and not found.warnings
+    config = TrainConfig(instrument=InstrumentConfig(prompts=64))
+    assert any("instrument will take" in x for x in make_plan(config).warnings)
+
+
+# Ranks (1, 2.5, 2.5, 4) against (4, 2, 3, 1): -4.5 / sqrt(4.5 * 5).
+def test_rank_correlation_shares_ties():
+    x, y = [0.0, 5, 5, 9, np.nan], [8.0, 2, 3, 1, 4]
+    expected = -4.5 / np.sqrt(4.5 * 5)
+    np.testing.assert_allclose(rank_correlation(x, y), expected)
+    assert np.isnan(rank_correlation([1.0, 2], [1.0, 2]))
+    assert np.isnan(rank_correlation([1.0, 1, 1], [1.0, 2, 3]))

@@ -1,0 +1,168 @@
+"""The phase label, its uncertainty, and change points."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grpo_jax as gj
+from grpo_jax.gradient_geometry import parts_geometry
+from grpo_jax.phases import Thresholds, change_points, mean_sigma, phase
+
+
+def geometry_of(gradients, noise=0.0, parts=4, seed=0):
+    """(geometry, rewards) of prompts with these gradients [P, D] and noisy parts."""
+    rng = np.random.default_rng(seed)
+    shape = (len(gradients), parts, gradients.shape[1])
+    vectors = gradients[:, None] + noise * rng.normal(size=shape)
+    rewards = np.tile([1.0, 0.0], (len(gradients), 8))
+    return parts_geometry(jnp.asarray(rewards), jnp.asarray(vectors)), rewards
+
+
+def spread(p, share, d=400):
+    """Gradients whose cosines are share * (+-1), half of either sign."""
+    common = np.zeros(d)
+    common[0] = 1
+    own = np.zeros((p, d))
+    own[np.arange(p), 1 + np.arange(p)] = 1
+    signs = np.where(np.arange(p) % 2 == 0, 1.0, -1.0)[:, None]
+    return signs * share**0.5 * common + (1 - share) ** 0.5 * own
+
+
+@pytest.mark.parametrize(
+    ("cosine", "label"), [(0.05, "I"), (0.12, "III"), (0.4, "III")]
+)
+def test_the_label_of_cosines_of_known_size(x64, cosine, label):
+    geometry, rewards = geometry_of(spread(24, cosine))
+    found = phase(geometry, rewards)
+    np.testing.assert_allclose(found.std_cosine, cosine, rtol=0.02)
+    assert found.label == label and found.shares["I II III".split().index(label)] > 0.9
+    assert found.small_fraction == (1 if cosine < 0.1 else 0)
+    assert found.prompts == 24
+
+
+# Cosines all +.2: none is small, none differs from another.
+def test_aligned_prompts_are_neither_orthogonal_nor_spread(x64):
+    gradients = np.abs(spread(20, 0.2))
+    found = phase(*geometry_of(gradients))
+    assert found.label == "II" and found.shares[1] > 0.95
+    np.testing.assert_allclose(found.mean_cosine, 0.2, rtol=1e-6)
+    looser = phase(*geometry_of(gradients), Thresholds(0.0, 0.1))
+    assert looser.label == "I"
+
+
+# Noise alone widens raw cosines; the debiased ones keep the label, and its bounds.
+def test_noise_does_not_move_the_label(x64):
+    gradients = spread(32, 0.15, d=600)
+    geometry, rewards = geometry_of(gradients, noise=0.05)
+    found = phase(geometry, rewards)
+    assert geometry.attenuation < 0.8
+    low, high = found.std_cosine_interval
+    assert low <= 0.15 <= high and high - low < 0.1
+    raw = geometry.raw_statistics.std
+    assert abs(found.std_cosine - 0.15) < abs(raw - 0.15)
+    assert found.label == "III"
+
+
+def test_nothing_is_said_without_signal(x64):
+    geometry, rewards = geometry_of(spread(12, 0.15), noise=5.0)
+    found = phase(geometry, rewards)
+    assert found.label == "unknown" and math.isnan(found.std_cosine)
+    tied = parts_geometry(jnp.ones((3, 8)), jnp.zeros((3, 2, 5)))
+    found = phase(tied, np.ones((3, 8)))
+    assert found.label == "unknown" and found.prompts == 0 and found.mean_sigma == 0
+
+
+# sigma of (1, 0, 1, 0) with ddof 1: sqrt(1/3); C = 8/3 of the mean over looks.
+def test_the_rate_factor(x64):
+    geometry, _ = geometry_of(spread(4, 0.05))
+    rewards = np.tile([1.0, 0, 1, 0], (4, 1))
+    np.testing.assert_allclose(mean_sigma(rewards), 3**-0.5)
+    found = phase(geometry, rewards)
+    np.testing.assert_allclose(found.rate_factor, 8 / 3 * 3**-0.5)
+    assert not found.gain
+    later = phase(geometry, rewards, sigma_history=(0.1, 0.1))
+    np.testing.assert_allclose(later.rate_factor, 8 / 9 * (3**-0.5 + 0.2))
+    assert later.gain
+    missing = np.array([[1.0, 0, np.nan, np.nan], [np.nan] * 4])
+    np.testing.assert_allclose(mean_sigma(missing), 0.5**0.5)
+
+
+def test_the_same_seed_gives_the_same_shares():
+    geometry, rewards = geometry_of(spread(10, 0.1), noise=0.02)
+    one, two = (phase(geometry, rewards, seed=3) for _ in range(2))
+    assert one == two
+
+
+def test_what_is_refused():
+    geometry, rewards = geometry_of(spread(4, 0.1))
+    with pytest.raises(ValueError, match="2 prompts or more, got 1"):
+        phase(geometry, rewards[:1])
+    with pytest.raises(ValueError, match="thresholds must be a share"):
+        gj.phase(geometry, rewards, Thresholds(1.5, 0.1))
+
+
+def test_change_points():
+    rng = np.random.default_rng(0)
+    level = np.repeat([0.0, 1.0, 3.0], [6, 9, 7])[:, None] * [1.0, -2.0]
+    series = level + 0.1 * rng.normal(size=(22, 2))
+    assert change_points(series) == [6, 15]
+    assert change_points(series, most=1) == [15]
+    assert change_points(0.1 * rng.normal(size=(22, 2))) == []
+    assert change_points(np.zeros((3, 2))) == [] == change_points(np.ones((9, 1)))
+    with pytest.raises(ValueError, match="looks, measures"):
+        change_points(np.array([[np.nan], [1.0], [2.0], [3.0]]))
+
+
+def test_parts_and_gram_say_the_same(x64):
+    """Scores known whole: parts' gradients against the Gram matrix of all scores."""
+    rng = np.random.default_rng(5)
+    rewards = np.tile([1.0, 0, 1, 0], (5, 4))
+    signal = rewards[..., None] * spread(5, 0.3, d=40)[:, None]
+    scores = 0.2 * rng.normal(size=(5, 16, 40)) + signal
+    weights = gj.leave_one_out_advantages(rewards.reshape(20, 4)).reshape(5, 4, 4) / 4
+    vectors = np.einsum("phg,phgd->phd", weights, scores.reshape(5, 4, 4, 40))
+    parts = jax.jit(parts_geometry)(rewards, vectors)
+    gram = np.einsum("pgd,qhd->pgqh", scores, scores)
+    whole = jax.jit(gj.prompt_geometry)(rewards, gram)
+    pairs = ~np.eye(5, dtype=bool)
+    for name in ("inner", "cosines"):
+        a, b = (np.asarray(getattr(x, name))[pairs] for x in (parts, whole))
+        assert np.corrcoef(a, b)[0, 1] > 0.9
+
+
+# Unbiased norms and squared inner products, by enumeration over the parts' noise.
+def test_parts_debias_norms_and_squares(x64):
+    true = np.array([[1.0, 0.5], [0.2, 0.4]])
+    noise = np.array(np.meshgrid(*[[-1.0, 1.0]] * 4)).reshape(4, -1).T  # [16, 4]
+    rewards = jnp.tile(jnp.array([1.0, 0.0]), (2, 4))
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, None))
+    @partial(jax.vmap, in_axes=(None, 0))
+    def look(a, b):
+        # Two parts a prompt; part h has noise (a_2h, a_2h+1), of mean 0.
+        noisy = jnp.stack([a.reshape(2, 2), b.reshape(2, 2)])
+        found = parts_geometry(rewards, true[:, None] + noisy)
+        return found.squared_norms, found.squared_inner[0, 1], found.inner[0, 1]
+
+    squared, square, inner = look(noise, noise)
+    np.testing.assert_allclose(squared.mean((0, 1)), (true**2).sum(1))
+    np.testing.assert_allclose(square.mean(), (true[0] @ true[1]) ** 2)
+    np.testing.assert_allclose(inner.mean(), true[0] @ true[1])
+
+
+# A step of length 1 along sum_y w_y g_y.
+def test_first_order_changes(x64):
+    g = np.array([[1.0, 0.0], [0.6, 0.8], [5.0, 5.0]])
+    inner, squares = g @ g.T, np.array([1.0, 1.0, np.nan])
+    own, others = gj.gradient_geometry.first_order_changes(
+        inner, squares, jnp.array([1.0, 2.0, 7.0])
+    )
+    step = g[0] + 2 * g[1]
+    step /= np.linalg.norm(step)
+    np.testing.assert_allclose((own + others)[:2], g[:2] @ step)
+    np.testing.assert_allclose(own[0], 1 / np.linalg.norm(g[0] + 2 * g[1]))
