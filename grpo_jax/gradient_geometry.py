@@ -42,7 +42,7 @@ class PromptGeometry(NamedTuple):
     cosines: jax.Array  # [P, P] raw, attenuated by the inflated norms
     debiased_cosines: jax.Array  # [P, P]; NaN where a debiased norm is not positive
     mean_cosine: jax.Array  # debiased: mean raw cosine / attenuation
-    std_cosine: jax.Array  # debiased: from squared_inner, attenuation and the mean
+    std_cosine: jax.Array  # debiased: see `debiased_statistics`
     attenuation: jax.Array  # sum of debiased / sum of raw squared norms, in [0, 1]
     statistics: CosineStatistics  # of the raw cosines moved to the debiased mean and
     # std: what the true ones look like if sampling noise kept their shape
@@ -213,40 +213,55 @@ def debiased_statistics(
     squared: jax.Array,
     raw: jax.Array,
     squared_inner: jax.Array,
+    sigma: jax.Array,
     counts: jax.Array,
     num_directions: int | None,
 ) -> Debiased:
-    """Cosines without what sampling does to them, pooled over prompts before dividing.
+    """Cosines without what sampling does to them, averaged before dividing.
 
-    NaN (not the raw ones) where less than a tenth of the squared norms is signal.
+    The mean is that of the raw cosines over the pooled attenuation. The mean square is
+    a ratio of averages: of squared inner products, and of products of debiased squared
+    norms, of gradients divided by their prompt's std; so pairs count as they do in a
+    std-normalised update. (A mean of ratios does not do: a pair's inner product and
+    its raw norms share their noise.) All NaN where less than a tenth of the squared
+    norms is signal.
 
     Args:
         cosines: [P, P] raw; NaN where there is no signal.
         squared, raw: [P] squared norms, debiased and not.
         squared_inner: [P, P] unbiased squares of inner products.
+        sigma: [P] std of rewards.
         counts: [P] how often each prompt counts (1; a bootstrap draws others).
         num_directions: K of a sketch; None: exact.
     """
-    both = jnp.isfinite(cosines) & jnp.isfinite(squared_inner)
-    pairs = jnp.triu(counts[:, None] * counts[None], 1) * both
-    filled = jnp.where(both, cosines, 0.0)
-    counted = counts * (jnp.isfinite(squared) & (raw > 0) & (pairs + pairs.T).any(1))
-    shrink = (counted * jnp.where(counted > 0, squared, 0)).sum()
-    shrink /= (counted * jnp.where(counted > 0, raw, 0)).sum()
+    signal = jnp.isfinite(cosines)
+    both = signal & jnp.isfinite(squared_inner)
+    both &= jnp.isfinite(squared)[:, None] & jnp.isfinite(squared)[None]
+    upper = jnp.triu(counts[:, None] * counts[None], 1)
+    pairs = upper * both
+    counted = counts * (both & ~jnp.eye(len(raw), dtype=bool)).any(1)
+
+    def kept(values, where):
+        return jnp.where(where > 0, values, 0.0)
+
+    shrink = (counted * kept(squared, counted)).sum()
+    shrink /= (counted * kept(raw, counted)).sum()
     shrink = jnp.where(shrink < LEAST_SIGNAL, jnp.nan, jnp.minimum(shrink, 1.0))
-    found = weighted_statistics(filled, pairs)
-    mean = found.mean / shrink
-    product = jnp.where(both, raw[:, None] * raw[None], 1.0)
-    square = (pairs * jnp.where(both, squared_inner / product, 0.0)).sum() / pairs.sum()
-    square /= shrink**2
+    filled = jnp.where(signal, cosines, 0.0)
+    found = weighted_statistics(filled, upper * signal)
+    mean = (pairs * filled).sum() / pairs.sum() / shrink
+
+    variance = jnp.where(counted > 0, sigma**2, 1.0)
+    norms = kept(squared, counted) / variance
+    above = pairs * kept(squared_inner, pairs) / (variance[:, None] * variance[None])
+    square = above.sum() / (pairs * norms[:, None] * norms[None]).sum()
     if num_directions is not None:  # a sketch adds (1 + cos^2) / K to a squared cosine
         square = (square - 1 / num_directions) / (1 + 1 / num_directions)
-    std = jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
-    moved = mean + (filled - found.mean) * jnp.where(
-        found.std > 0, std / jnp.where(found.std > 0, found.std, 1.0), 0.0
-    )
-    moved = jnp.clip(moved, -1.0, 1.0)
-    return Debiased(mean, std, shrink, weighted_statistics(moved, pairs), found)
+    std = jnp.sqrt(jnp.maximum(square - mean**2, 0.0)) + 0 * shrink
+    wide = found.std > 0
+    moved = mean + (filled - found.mean) * std / jnp.where(wide, found.std, 1.0)
+    moved = weighted_statistics(jnp.clip(moved, -1.0, 1.0), pairs)
+    return Debiased(mean, std, shrink, moved, found)
 
 
 def _summary(rewards, *, inner, squared, squared_inner, m_bound, num_directions):
@@ -259,11 +274,10 @@ def _summary(rewards, *, inner, squared, squared_inner, m_bound, num_directions)
     norms = jnp.where(known, jnp.sqrt(jnp.where(known, squared, 1.0)), jnp.nan)
     off_diagonal = ~jnp.eye(len(raw), dtype=bool)
     both = signal[:, None] & signal[None] & off_diagonal
+    sigma = group_sigma(rewards)
     debiased = debiased_statistics(
-        cosines, squared, raw, squared_inner, jnp.ones_like(raw), num_directions
+        cosines, squared, raw, squared_inner, sigma, jnp.ones_like(raw), num_directions
     )
-    count = jnp.maximum(statistics.count, 1)
-    sigma = jnp.sqrt((statistics.centred**2).sum(1) / count)
     floor = 0.0 if num_directions is None else (2 / (jnp.pi * num_directions)) ** 0.5
     m_bound = jnp.where(both, m_bound, jnp.nan)
     return PromptGeometry(
@@ -283,6 +297,13 @@ def _summary(rewards, *, inner, squared, squared_inner, m_bound, num_directions)
         norm_ratio=_percentile_ratio(norms),
         sigma_ratio=_percentile_ratio(jnp.where(signal, sigma, jnp.nan)),
     )
+
+
+def group_sigma(rewards: jax.Array) -> jax.Array:
+    """[P] std of rewards, unbiased in the variance; 0 for fewer than two rewards."""
+    statistics = group_statistics(rewards)
+    degrees = jnp.maximum(statistics.count - 1, 1)
+    return jnp.sqrt((statistics.centred**2).sum(1) / degrees)
 
 
 def _gradient_weights(rewards):

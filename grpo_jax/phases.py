@@ -15,7 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.advantages import group_statistics
-from grpo_jax.gradient_geometry import PromptGeometry, debiased_statistics
+from grpo_jax.gradient_geometry import (
+    PromptGeometry,
+    debiased_statistics,
+    group_sigma,
+)
 
 PHASES = ("I", "II", "III")
 
@@ -88,6 +92,7 @@ def phase(
         geometry.squared_norms,
         geometry.raw_squared_norms,
         geometry.squared_inner,
+        group_sigma(rewards),
     )
     small, std, mean = (
         np.asarray(x)
@@ -120,10 +125,10 @@ def phase(
 
 
 @partial(jax.jit, static_argnames="num_directions")
-def _resampled(cosines, squared, raw, squared_inner, counts, num_directions):
+def _resampled(cosines, squared, raw, squared_inner, sigma, counts, num_directions):
     def one(counts):
         found = debiased_statistics(
-            cosines, squared, raw, squared_inner, counts, num_directions
+            cosines, squared, raw, squared_inner, sigma, counts, num_directions
         )
         return found.statistics.small_fraction, found.std_cosine, found.mean_cosine
 
@@ -132,11 +137,8 @@ def _resampled(cosines, squared, raw, squared_inner, counts, num_directions):
 
 def mean_sigma(rewards: jax.Array) -> jax.Array:
     """Mean over prompts of sqrt(unbiased variance of the group's rewards)."""
-    statistics = group_statistics(rewards)
-    degrees = jnp.maximum(statistics.count - 1, 1)
-    sigma = jnp.sqrt((statistics.centred**2).sum(1) / degrees)
-    usable = statistics.count >= 2
-    return jnp.where(usable, sigma, 0).sum() / usable.sum()
+    usable = group_statistics(rewards).count >= 2
+    return jnp.where(usable, group_sigma(rewards), 0).sum() / usable.sum()
 
 
 def _interval(values):

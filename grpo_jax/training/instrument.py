@@ -31,6 +31,7 @@ from grpo_jax.gradient_geometry import (
     PromptGeometry,
     cosine_statistics,
     first_order_changes,
+    group_sigma,
     parts_geometry,
 )
 from grpo_jax.gradient_sketch import gradient_hash
@@ -378,16 +379,13 @@ class Instrument:
     def _row(self, found: Look, rewards, pass_rates):
         geometry = found.geometry
         std, _ = group_std(rewards)
-        statistics = jax.device_get(group_statistics(rewards))
-        count = np.maximum(statistics.count - 1, 1)
-        sigma = np.sqrt((statistics.centred**2).sum(1) / count)
         row = {
             "prompts": [int(i) for i in self.prompts],
             "group_size": rewards.shape[1],
             "directions": self.plan.num_directions,
             "group_mean": rounded(_means(rewards)),
             "group_std": rounded(np.asarray(std)),
-            "sigma": rounded(sigma),
+            "sigma": rounded(group_sigma(rewards)),
             "pass_rate": None if pass_rates is None else rounded(pass_rates),
             "curvature": rounded(found.probes.curvature),
             "halves": [int(n) for n in found.probes.halves],
