@@ -29,7 +29,7 @@ class Config:
     plot_only: bool = False  # redraw from runs.jsonl
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 10  # on which each method's learning rate is chosen
-    learning_rates: tuple[float, ...] = (1.5e-4, 3e-4, 6e-4)
+    learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3)
     steps: int = 120
     prompts: int = 16  # per step
     group_size: int = 16
