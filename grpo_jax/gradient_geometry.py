@@ -189,12 +189,13 @@ def weighted_statistics(cosines: jax.Array, weights: jax.Array) -> CosineStatist
         return (weights * values).sum() / total
 
     centre = mean(cosines)
+    known = jnp.where(jnp.isfinite(centre), 1.0, jnp.nan)
     return CosineStatistics(
         centre,
         jnp.sqrt(mean((cosines - centre) ** 2)),
         mean(jnp.abs(cosines)),
-        mean(cosines > 0),
-        mean(jnp.abs(cosines) < SMALL),
+        mean(cosines > 0) * known,
+        mean(jnp.abs(cosines) < SMALL) * known,
     )
 
 
@@ -249,7 +250,7 @@ def debiased_statistics(
     shrink = jnp.where(shrink < LEAST_SIGNAL, jnp.nan, jnp.minimum(shrink, 1.0))
     filled = jnp.where(signal, cosines, 0.0)
     found = weighted_statistics(filled, upper * signal)
-    mean = (pairs * filled).sum() / pairs.sum() / shrink
+    mean = jnp.clip((pairs * filled).sum() / pairs.sum() / shrink, -1.0, 1.0)
 
     variance = jnp.where(counted > 0, sigma**2, 1.0)
     norms = kept(squared, counted) / variance
@@ -257,7 +258,8 @@ def debiased_statistics(
     square = above.sum() / (pairs * norms[:, None] * norms[None]).sum()
     if num_directions is not None:  # a sketch adds (1 + cos^2) / K to a squared cosine
         square = (square - 1 / num_directions) / (1 + 1 / num_directions)
-    std = jnp.sqrt(jnp.maximum(square - mean**2, 0.0)) + 0 * shrink
+    square = jnp.minimum(square, 1.0) + 0 * shrink
+    std = jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
     wide = found.std > 0
     moved = mean + (filled - found.mean) * std / jnp.where(wide, found.std, 1.0)
     moved = weighted_statistics(jnp.clip(moved, -1.0, 1.0), pairs)

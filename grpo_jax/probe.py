@@ -33,8 +33,9 @@ class Probe(NamedTuple):
 
     vectors: jax.Array  # [H, K], gradients of the parts, hashed or whole
     curvature: jax.Array  # u' H u / |u|^2, unbiased given u; reward / parameter^2
-    spread: jax.Array  # (largest - smallest) second derivative of a sampled sequence's
-    # likelihood, relative to it: |curvature| <= sigma^2 * its true value
+    spread: jax.Array  # (largest - smallest) second derivative of a sequence's
+    # likelihood, relative to it, over the samples and the answer: binary rewards have
+    # |curvature| <= sigma^2 * its value over all completions
     slope: jax.Array  # grad J . u / |u|, reward / parameter
     exact_curvature: jax.Array  # of the same directions, from the one right answer
     exact_slope: jax.Array
@@ -123,7 +124,7 @@ def probe_prompt(
             vector = jnp.exp(value[n]) * vectors[half]
         figures = [
             prompt_curvature(other, first[None, :n], second[None, :n])[0],
-            jnp.ptp(bend[:n]),
+            jnp.ptp(bend),
             prompt_slope(other, first[None, :n])[0],
             *exact,
         ]

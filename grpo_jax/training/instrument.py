@@ -184,6 +184,9 @@ def measure(
     parts = probes.vectors.shape[1]
     signs = jnp.where(jnp.arange(parts) % 2 == 0, 1.0, -1.0)
     noise = jnp.einsum("h,phk->pk", signs, probes.vectors)
+    # A part without signal leaves the others' mean in the difference.
+    whole = (probes.vectors != 0).any(2).all(1)
+    noise = jnp.where(whole[:, None], noise, 0.0)
     kept = {"vectors": None, "exact_vector": None}  # large, and in the matrices
     return Look(
         probes._replace(**kept),
@@ -442,15 +445,22 @@ def metrics_of(row: dict) -> dict[str, Any]:
         "geometry/violating_fraction": geometry["violating_fraction"],
         "geometry/chi": geometry["chi"],
         "geometry/attenuation": geometry["attenuation"],
-        "curvature/sigma2_rank_correlation": rank_correlation(
-            np.abs(row["curvature"]), np.square(row["sigma"])
-        ),
+        "curvature/sigma2_rank_correlation": curvature_correlation(row),
     }
     if row["exact"] is not None:
         exact = row["exact"]["statistics"]
         metrics["geometry/exact_mean_abs_cosine"] = exact["mean_abs"]
         metrics["geometry/exact_std_cosine"] = exact["std"]
     return metrics
+
+
+def curvature_correlation(row: dict) -> float:
+    """Spearman of |curvature| and sigma^2 over prompts with both halves informative:
+    a curvature measured on a tied half is 0, and its sigma small, by construction."""
+    curvature = np.asarray(row["curvature"], float)
+    informative = np.asarray(row["halves"]) == 2
+    curvature = np.where(informative, np.abs(curvature), np.nan)
+    return rank_correlation(curvature, np.asarray(row["sigma"], float) ** 2)
 
 
 def rank_correlation(x: Any, y: Any) -> float:

@@ -75,7 +75,8 @@ FIELDS = {
     "answer is right)",
     "geometry/exact_std_cosine": "std of the exact cosines",
     "curvature/sigma2_rank_correlation": "Spearman, |curvature| along a prompt's own "
-    "gradient against the variance of its rewards, over the probe prompts",
+    "gradient against the variance of its rewards, over the probe prompts with signal "
+    "in both halves of the group",
     "time/instrument_s": "seconds of the instrument's look, or of its comparison after "
     "the update that follows one",
 }

@@ -1,22 +1,21 @@
 """report.html: one self-contained file that says what a run did, or several beside each
 other. Plots are inline SVG; nothing is fetched when it is opened."""
 
-import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from grpo_jax.advantages import expected_group_std
 from grpo_jax.errors import ConfigError
 from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.training.config import differences
+from grpo_jax.training.instrument_figures import instrument_section
+from grpo_jax.training.instrument_reading import THIRDS
 from grpo_jax.training.metrics import FIELDS, read_lines
+from grpo_jax.training.plots import COLOURS, svg_figure
 from grpo_jax.training.run_directory import read_config_dict, read_notes
-
-COLOURS = ("#2f5d8a", "#c0562f", "#4d8a4a", "#7b569c", "#8a7a2f", "#3f8f8f")
 
 
 class Run(NamedTuple):
@@ -73,10 +72,13 @@ def write_report(directories: Sequence[Path], output: Path) -> Path:
         runs = [run._replace(name=str(run.directory)) for run in runs]
     import jinja2
 
+    instrument = _instrument(runs)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page = environment.from_string(_PAGE).render(
         title=" and ".join(run.name for run in runs),
         runs=[_facts(run) for run in runs],
+        instrument=instrument,
+        beside_each_other=_beside_each_other(instrument),
         figures=[f for f in _figures(runs) if f is not None],
         compared=[(run.name, _comparison(run)) for run in runs if run.compared],
         samples=[(run.name, _last_samples(run)) for run in runs],
@@ -152,6 +154,20 @@ def _verdict(run: Run) -> list[str]:
     return [*sentences, run.note] if run.note else sentences
 
 
+def _instrument(runs):
+    sections = [
+        instrument_section(run.name if len(runs) > 1 else "", run.probes)
+        for run in runs
+    ]
+    return [section for section in sections if section is not None]
+
+
+def _beside_each_other(sections):
+    """The runs' figures, one kind after another; None where one run has no such."""
+    kinds = zip(*(section["figures"] for section in sections), strict=True)
+    return [figure for kind in kinds if any(kind) for figure in kind]
+
+
 def _config_differences(runs):
     first = runs[0]
     return [(run.name, differences(first.config, run.config)) for run in runs[1:]]
@@ -188,8 +204,6 @@ def _figures(runs):
         ),
         _lines(runs, "Within-prompt std", "group/std_mean", smooth=True),
         _lines(runs, "Informative groups", "group/informative", smooth=True, top=1.0),
-        _pass_rate_and_std(runs),
-        _lines(runs, "Orthogonality", "geometry/mean_abs_cosine", marker="o"),
         _lines(runs, "Reward", "reward/mean", smooth=True),
         _lines(runs, "Entropy", "entropy/sampled", smooth=True),
         _lines(runs, "KL to the start", "kl/mean", smooth=True),
@@ -197,29 +211,6 @@ def _figures(runs):
         _phases(runs),
         *(_predicted_changes(run, len(runs) > 1) for run in runs if run.compared),
     ]
-
-
-def _plot(title: str, caption: str, draw: Callable) -> dict:
-    """Runs draw(axes) and returns the figure as inline SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style = {
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "grpo_jax",
-    }  # fmt: skip
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
-        draw(axes)
-        if axes.get_legend_handles_labels()[0] and axes.get_legend() is None:
-            axes.legend(frameon=False, fontsize=7.5)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    svg = buffer.getvalue()
-    return {"title": title, "caption": caption, "svg": svg[svg.index("<svg") :]}
 
 
 def _curves(runs, title, prefixes, caption):
@@ -240,10 +231,10 @@ def _curves(runs, title, prefixes, caption):
                 axes.fill_between(steps, low, high, color=colour, alpha=0.13, lw=0)
         axes.set(xlabel="step", ylabel="pass rate", ylim=(0, 1))
 
-    return _plot(title, caption, draw)
+    return svg_figure(title, caption, draw)
 
 
-def _lines(runs, title, field, *, smooth=False, log=False, top=None, marker=None):
+def _lines(runs, title, field, *, smooth=False, log=False, top=None):
     if not any(len(run.series(field)[0]) for run in runs):
         return None
 
@@ -256,7 +247,7 @@ def _lines(runs, title, field, *, smooth=False, log=False, top=None, marker=None
                 axes.plot(steps, values, color=colour, alpha=0.25, lw=0.8)
                 values = np.convolve(values, np.ones(width) / width, mode="valid")
                 steps = steps[width - 1 :]
-            axes.plot(steps, values, color=colour, label=label, marker=marker, ms=3)
+            axes.plot(steps, values, color=colour, label=label)
         axes.set(xlabel="step")
         if log:
             axes.set_yscale("log")
@@ -265,57 +256,7 @@ def _lines(runs, title, field, *, smooth=False, log=False, top=None, marker=None
         else:
             axes.set_ylim(bottom=0)
 
-    return _plot(title, FIELDS[field][0].upper() + FIELDS[field][1:] + ".", draw)
-
-
-def _pass_rate_and_std(runs):
-    """Each probe prompt's exact pass rate against the std its sampled group showed."""
-    runs = [run for run in runs if run.probes]
-    if not runs:
-        return None
-
-    def draw(axes):
-        grid = np.linspace(0, 1, 101)
-        group = runs[0].config["sampling"]["group_size"]
-        axes.plot(
-            grid, np.sqrt(grid * (1 - grid)), color="#999", lw=1, label="sigma(p)"
-        )
-        axes.plot(
-            grid,
-            np.asarray(expected_group_std(grid, group)),
-            color="#999",
-            ls=":",
-            label=f"what groups of {group} show on average",
-        )
-        for run, colour in zip(runs, _colours(runs), strict=True):
-            prefix = f"{run.name}, " if len(runs) > 1 else ""
-            ends = ((run.probes[0], "o", "none"), (run.probes[-1], "o", colour))
-            for row, marker, face in ends:
-                axes.scatter(
-                    row["pass_rate"],
-                    row["group_std"],
-                    s=22,
-                    marker=marker,
-                    facecolors=face,
-                    edgecolors=colour,
-                    label=f"{prefix}step {row['step']}",
-                )
-        axes.set(xlabel="exact pass rate of a probe prompt", ylabel="std of its group")
-        axes.set_xlim(-0.03, 1.03)
-
-    caption = (
-        "Each probe prompt at the start (open) and at the end (full). Where a group "
-        "shows no spread it is tied: its weight is exactly 0."
-    )
-    return _plot("Pass rate against std", caption, draw)
-
-
-# Pass rates of the step's groups that the counterfactual step tells apart.
-THIRDS = (
-    ("hard", -np.inf, 1 / 3),
-    ("middle", 1 / 3, 2 / 3),
-    ("easy", 2 / 3, np.inf),
-)
+    return svg_figure(title, FIELDS[field][0].upper() + FIELDS[field][1:] + ".", draw)
 
 
 def _comparison(run: Run) -> list[dict]:
@@ -374,7 +315,7 @@ def _predicted_changes(run, named):
         "run's optimizer would have made of each weighting's gradient, by slope and "
         f"curvature along it; mean over {len(run.compared)} steps, in five bins."
     )
-    return _plot(f"{title}: {run.name}" if named else title, caption, draw)
+    return svg_figure(f"{title}: {run.name}" if named else title, caption, draw)
 
 
 def _phases(runs):
@@ -395,14 +336,23 @@ def _phases(runs):
         axes.set(xlabel="seconds a step (median)", ylim=(-0.6, len(runs) + 0.3))
         axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper left")
 
-    return _plot("Time per phase", "Median seconds of each phase of a step.", draw)
+    return svg_figure("Time per phase", "Median seconds of each phase of a step.", draw)
 
 
 def _colours(runs):
     return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
 
 
-_PAGE = """<!doctype html>
+_PAGE = """{% macro grid(figures, columns) %}
+<div class="figures"{% if columns %} style="grid-template-columns:
+ repeat({{ columns }}, 1fr)"{% endif %}>
+{% for figure in figures %}
+<figure>{% if figure %}<h3>{{ figure.title }}</h3>{{ figure.svg | safe }}
+<figcaption>{{ figure.caption }}</figcaption>{% endif %}</figure>
+{% endfor %}
+</div>
+{% endmacro %}
+<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto;
@@ -415,6 +365,9 @@ table { border-collapse: collapse; } td, th { padding: .15em .9em .15em 0;
 figcaption { color: #555; font-size: .88em; } figure h3 { margin: 0; font-size: 1em; }
 code, pre { font: 13px ui-monospace, monospace; } pre { background: #f6f6f4;
   padding: .8em; overflow-x: auto; } .muted { color: #666; }
+.figures { margin: 1em 0; } summary { cursor: pointer; }
+.looks { overflow-x: auto; font-size: .78em; line-height: 1.3; }
+.looks td { white-space: pre; } .looks td, .looks th { padding-right: .7em; }
 .right { color: #2c7a3f; } .wrong { color: #a8442a; } p { margin: .4em 0; }
 </style></head><body>
 <h1>{{ title }}</h1>
@@ -442,13 +395,31 @@ rewards missing: {{ run.missing }}. {{ run.source }}.</p>
 {% if rows %}{% for row in rows %}<code>{{ row }}</code>{{ "; " if not loop.last }}
 {%- endfor %}{% else %}nothing{% endif %}.</p>
 {% endfor %}
-<h2>Curves</h2>
-<div class="figures">
-{% for figure in figures %}
-<figure><h3>{{ figure.title }}</h3>{{ figure.svg | safe }}
-<figcaption>{{ figure.caption }}</figcaption></figure>
+{% if instrument %}
+<h2>Why and when normalisation helps</h2>
+<p class="muted">Dividing a prompt's advantages by their std sigma scales its gradient
+by 1 / sigma. That pays where the prompt's curvature falls with sigma&sup2;, so that a
+longer step is safe, and as far as prompts' gradients do not interfere. Measured here on
+a fixed set of probe prompts.</p>
+{% for section in instrument %}
+{% if section.name %}<h3>{{ section.name }}</h3>{% endif %}
+{% for sentence in section.reading %}<p>{{ sentence }}</p>{% endfor %}
 {% endfor %}
-</div>
+{{ grid(beside_each_other, instrument | length if instrument | length in (2, 3)) }}
+{% for section in instrument %}
+<details{% if section.rows | length <= 25 %} open{% endif %}><summary>Every look
+{{- " of " ~ section.name if section.name }}</summary>
+<div class="looks"><table>
+<tr>{% for name in section.header %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in section.rows %}
+<tr>{% for x in row %}<td>{{ x }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+<p class="muted">{{ section.table_note }}</p></details>
+{% endfor %}
+{% endif %}
+<h2>Curves</h2>
+{{ grid(figures) }}
 {% for name, rows in compared %}
 <h2>Other weightings{{ " in " ~ name if compared | length > 1 }}</h2>
 <p class="muted">The same rollouts under other prompt weights, means over the steps

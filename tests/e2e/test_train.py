@@ -109,8 +109,10 @@ def test_report_is_one_file_that_fetches_nothing(finished):
     page = (finished.run_dir / "report.html").read_text()
     assert page.count("<svg") >= 8
     assert "src=" not in page and "<link" not in page and "<script" not in page
-    for section in ("Pass rate", "Within-prompt std", "Orthogonality", "Samples"):
+    for section in ("Pass rate", "Within-prompt std", "Samples"):
         assert section in page
+    main, curves = page.index("Why and when normalisation"), page.index("<h2>Curves")
+    assert main < page.index("Every look") < curves
 
 
 def test_reports_of_two_runs_are_overlaid(finished, tmp_path):

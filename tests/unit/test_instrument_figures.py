@@ -1,0 +1,248 @@
+"""The report's section on the instrument, from rows made up here."""
+
+import json
+
+import numpy as np
+import pytest
+
+from grpo_jax.training.instrument_figures import FIGURES, instrument_section
+from grpo_jax.training.instrument_reading import (
+    exact_label,
+    is_binary,
+    kind,
+    reading,
+    sampled_kind,
+    table,
+    usable,
+)
+from grpo_jax.training.metrics import _without_nan
+
+NAN = float("nan")
+
+
+def statistics(mean=0.05, std=0.12, small=0.8):
+    return {
+        "mean": mean,
+        "std": std,
+        "mean_abs": abs(mean) + std / 2,
+        "positive_fraction": 0.6,
+        "small_fraction": small,
+    }
+
+
+def made_row(step, *, prompts=6, exact=True, binary=True, label="II", update=True):
+    """One look as instrument.jsonl has it, pass rates rising with the step."""
+    rng = np.random.default_rng(step)
+    p = np.clip(np.linspace(0.02, 0.7, prompts) + step / 100, 0, 0.98)
+    mean = np.round(p * 8) / 8
+    mean[0] = 0.0  # a tied group
+    std = np.sqrt(mean * (1 - mean)) * (1.0 if binary else 0.4)
+    signal = std > 0
+
+    def some(scale=1.0):
+        return np.where(signal, scale * rng.normal(size=prompts), NAN).tolist()
+
+    cosines = np.eye(prompts) + 0.1 * rng.normal(size=(prompts, prompts))
+    cosines[~signal] = cosines[:, ~signal] = NAN
+    known = label != "unknown"
+    return {
+        "step": step,
+        "phase": {
+            "label": label,
+            "shares": [0.2, 0.5, 0.3] if known else [0.0, 0.0, 0.0],
+            "small_fraction": 0.8 if known else 0.0,
+            "small_fraction_interval": [0.1, 0.9] if known else [NAN, NAN],
+            "std_cosine": 0.08 if known else NAN,
+            "std_cosine_interval": [0.0, 0.2] if known else [NAN, NAN],
+            "mean_cosine": 0.03 if known else NAN,
+            "mean_cosine_interval": [-0.1, 0.1] if known else [NAN, NAN],
+            "mean_sigma": 0.3,
+            "rate_factor": 0.8,
+            "gain": True,
+            "prompts": int(signal.sum()),
+        },
+        "prompts": list(range(prompts)),
+        "group_size": 8,
+        "directions": None,
+        "group_mean": mean.tolist(),
+        "group_std": std.tolist(),
+        "sigma": (std * np.sqrt(8 / 7)).tolist(),
+        "pass_rate": p.tolist() if exact else None,
+        "curvature": some(10),
+        "halves": [2 if x else 0 for x in signal],
+        "spread": np.where(signal, 500.0, NAN).tolist(),
+        "slope": some(),
+        "geometry": {
+            "cosines": cosines.tolist(),
+            "attenuation": 0.4 if known else NAN,
+            "violating_fraction": 0.45,
+            "chi": 1.7,
+        },
+        "null": statistics(0.0, 0.07),
+        "features": {"raw": statistics(0.8), "centred": statistics(-0.1)},
+        "weightings": {
+            name: {"own": np.abs(some()).tolist(), "others": some()}
+            for name in ("reinforce", "std")
+        },
+        "exact": {
+            "cosines": (np.eye(prompts) * 0.9 + 0.1).tolist(),
+            "statistics": statistics(),
+            "chi": 2.0,
+            "norms": [1.0] * prompts,
+            "curvature": some(10),
+            "slope": some(),
+        }
+        if exact
+        else None,
+        "update": {
+            "predicted": some(0.01),
+            "realised": some(0.01),
+            "exact_slope": some(0.01) if exact else [NAN] * prompts,
+            "exact_curvature": some(0.01) if exact else [NAN] * prompts,
+        }
+        if update
+        else None,
+    }
+
+
+def made_rows(count=5, **changes):
+    """As read from disk: NaN is null there."""
+    rows = [made_row(10 * i, update=i < count - 1, **changes) for i in range(count)]
+    return json.loads(json.dumps([_without_nan(row) for row in rows]))
+
+
+def emptied(value):
+    """The row with every measured number gone."""
+    if isinstance(value, dict):
+        kept = ("step", "label", "group_size")
+        return {k: x if k in kept else emptied(x) for k, x in value.items()}
+    if isinstance(value, list):
+        return [emptied(x) for x in value]
+    return None if isinstance(value, float) else value
+
+
+def titles(section):
+    return [figure["title"] for figure in section["figures"] if figure]
+
+
+def test_exact_rows_make_every_figure():
+    section = instrument_section("", made_rows())
+    assert len(titles(section)) == len(FIGURES)
+    assert all("<svg" in figure["svg"] for figure in section["figures"])
+    assert len(section["rows"]) == 5
+    assert {len(row) for row in section["rows"]} == {len(section["header"])}
+
+
+def test_the_run_stands_in_every_title_of_several():
+    section = instrument_section("mine", [made_row(0, update=False)])
+    assert all(title.endswith(": mine") for title in titles(section))
+
+
+def test_without_exact_figures_only_what_needs_them_is_missing():
+    section = instrument_section("", made_rows(2, exact=False))
+    assert len(titles(section)) == len(FIGURES) - 1
+    assert "Pass rate against std" not in titles(section)
+    assert "exact" not in " ".join(section["reading"])
+
+
+def test_one_look():
+    section = instrument_section("", [made_row(0, update=False)])
+    assert "Predicted and realised change" not in titles(section)
+    assert "at 1 of 1 look" in section["reading"][0]
+
+
+def test_two_prompts_and_looks_without_a_phase():
+    rows = [made_row(0, prompts=2, label="unknown"), made_row(5, prompts=2)]
+    section = instrument_section("", rows)
+    assert "unknown at 1" in section["reading"][0]
+    assert section["rows"][0][1:6] == ["unknown", "-", "-\n", "-\n", "-\n"]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_nothing_measured_is_said_to_be_nothing(exact):
+    rows = made_rows(4, label="unknown", exact=exact)
+    section = instrument_section("", [emptied(row) for row in rows])
+    assert titles(section) == []
+    phase, rate, interference, noise = section["reading"]
+    assert phase.startswith("No phase can be told at any of 4 looks")
+    assert rate.startswith("C cannot be told")
+    assert "nothing can be said" in interference
+    assert "hides the cosines at every look" in noise
+
+
+def test_rows_of_an_older_version_are_left_out():
+    old = {"step": 0, "pass_rate": [0.5], "group_std": [0.5], "inner": [[1.0]]}
+    assert instrument_section("", [old]) is None
+    assert instrument_section("", []) is None
+    assert usable([old, made_row(10)])[0]["step"] == 10
+
+
+def test_no_bound_is_drawn_for_rewards_that_are_not_binary():
+    rows = made_rows(1, exact=False, binary=False)
+    assert is_binary(made_rows()) and not is_binary(rows)
+    captions = " ".join(
+        f["caption"] for f in instrument_section("", rows)["figures"] if f
+    )
+    assert "no bound in sigma²" in captions
+    assert "no statement" in reading(usable(rows))[1]
+
+
+def test_what_is_said_follows_the_numbers():
+    rows = usable(made_rows())
+    phase, rate, interference, noise = reading(rows)
+    assert "sampled cosines: II at 5 of 5 looks" in phase
+    assert "0 hold one phase in 95 %" in phase
+    assert "5 leave the fraction of small cosines open by more than 0.5" in phase
+    # Exact std 0.12 with 80 % below 0.1 is III, so the two never agree.
+    assert "III at 5 of 5 looks; both agree at 0 of 5 looks" in phase
+    assert "0.80 at the last look: below 1" in rate and "no more" in rate
+    assert "of mixed sign at 5 of 5 looks" in interference
+    assert "mean +0.05, std 0.12, 80 % of them below 0.1 in size" in interference
+    assert "above 0 at 0 of 5 looks, below 0 at 0" in interference
+    assert "leaves 40 % of a true cosine" in noise
+
+
+@pytest.mark.parametrize(
+    ("small", "mean", "std", "expected"),
+    [
+        (0.95, 0.0, 0.05, "near-orthogonal"),
+        (0.2, 0.5, 0.1, "aligned"),
+        (0.2, -0.5, 0.1, "opposed"),
+        (0.5, 0.05, 0.2, "of mixed sign"),
+    ],
+)
+def test_kind(small, mean, std, expected):
+    assert kind(small, mean, std) == expected
+
+
+def test_sampled_cosines_are_of_a_kind_only_where_their_intervals_agree():
+    phase = made_row(0)["phase"]
+
+    def told(small, std, mean):
+        changes = {"small_fraction": small, "std_cosine": std, "mean_cosine": mean}
+        changes = {f"{name}_interval": x for name, x in changes.items()}
+        return sampled_kind({"phase": phase | changes})
+
+    assert told((0.95, 1), (0, 0.1), (-0.1, 0.1)) == "near-orthogonal"
+    assert told((0, 0.5), (0, 0.1), (0.2, 0.4)) == "aligned"
+    assert told((0, 0.5), (0, 0.1), (-0.4, -0.2)) == "opposed"
+    assert told((0, 0.5), (0.2, 0.3), (-0.1, 0.1)) == "of mixed sign"
+    assert told((0, 1), (0.2, 0.3), (-0.1, 0.1)) == "unknown"
+    assert told((0, 0.5), (0, 0.1), (0.2, 1.4)) == "unknown"
+    assert told((0, 0.5), (0, 0.3), (0.2, 0.4)) == "unknown"
+
+
+def test_exact_label_by_the_thresholds():
+    row = made_row(0)
+    labels = []
+    for small, std in ((0.95, 0.2), (0.8, 0.05), (0.8, 0.2), (None, None)):
+        row["exact"]["statistics"] = statistics(std=std, small=small) if std else {
+            "small_fraction": None, "std": None,
+        }  # fmt: skip
+        labels.append(exact_label(row))
+    assert labels == ["I", "II", "III", "unknown"]
+
+
+def test_table_gives_intervals():
+    line = table(usable([made_row(0)]))[0]
+    assert line[3] == "0.80\n[0.10, 0.90]" and line[2] == "0.20 / 0.50 / 0.30"
