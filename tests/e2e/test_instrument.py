@@ -96,6 +96,7 @@ def test_looking_changes_no_run(finished, tmp_path):
     assert not (tmp_path / "blind" / "instrument.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_writes_the_same_rows(finished, tmp_path):
     directory = tmp_path / "run"
     config = config_of(directory)
@@ -119,6 +120,7 @@ def test_policies_of_a_run_can_be_loaded(finished):
 
 
 # Without a single answer: sampled before and after with the same random numbers.
+@pytest.mark.slow
 def test_a_task_with_many_right_answers(tmp_path):
     task = load_task("chains", train_prompts=32, heldout_prompts=8)
 
