@@ -11,8 +11,9 @@ import tyro
 
 import grpo_jax as gj
 from grpo_jax.phases import PHASES, THRESHOLDS
-from grpo_jax.training.config import from_dict
+from grpo_jax.training.config import differences, from_dict, to_dict
 from grpo_jax.training.metrics import read_lines, t_interval
+from grpo_jax.training.run_directory import read_config_dict
 
 METHODS = {"std": {"name": "std"}, "none": {"name": "unit"}}  # prompt weights
 NUMBERS = ("small_fraction", "std_cosine", "mean_cosine", "mean_sigma")
@@ -66,12 +67,18 @@ def settings_of(c: Config, method: str, rate: float, seed: int, watched: bool) -
 
 
 def one_run(c: Config, method: str, rate: float, seed: int, watched: bool) -> Path:
-    """The run's directory; finished runs of the same settings are kept."""
+    """The run's directory; a finished run of the same settings is kept."""
     kind = "run" if watched else "tuning"
     directory = c.results / c.task / f"{kind}-{method}-lr{rate:g}-seed{seed}"
+    settings = settings_of(c, method, rate, seed, watched)
+    config = from_dict(gj.TrainConfig, settings | {"run_dir": str(directory)})
     if not (directory / "report.html").exists():
-        settings = settings_of(c, method, rate, seed, watched)
-        gj.train(from_dict(gj.TrainConfig, settings | {"run_dir": str(directory)}))
+        gj.train(config)
+    elif rows := differences(read_config_dict(directory), to_dict(config)):
+        raise SystemExit(
+            f"{directory} is a run of other settings ({'; '.join(rows)}); give another "
+            "--results."
+        )
     return directory
 
 
@@ -165,9 +172,8 @@ def plot(c: Config, rows, path: Path) -> None:
     def draw(axis, method, get, label, **style):
         mean, half = over_seeds(rows, method, get)
         axis.plot(steps, mean, label=label, **style)
-        axis.fill_between(
-            steps, mean - half, mean + half, alpha=0.15, color=style["color"], lw=0
-        )
+        low, high = np.maximum(mean - half, 0), np.minimum(mean + half, 1)
+        axis.fill_between(steps, low, high, alpha=0.15, color=style["color"], lw=0)
 
     colours = {"std": "#2f5d8a", "none": "#c0562f"}
     for method, colour in colours.items():
@@ -197,7 +203,7 @@ def plot(c: Config, rows, path: Path) -> None:
     axes[1, 2].set(title="Phase, shares of bootstrap samples (std)", ylim=(0, 1))
     for axis in axes.ravel():
         axis.set(xlabel="step")
-        axis.legend(frameon=False, fontsize=7.5)
+        axis.legend(frameon=axis is axes[1, 2], fontsize=7.5)
         axis.grid(alpha=0.25)
     figure.suptitle(f"{c.task}: std-normalised against not, {len(c.seeds)} seeds")
     figure.savefig(path, dpi=110)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.config import ModelConfig
@@ -50,4 +51,5 @@ def load_policy(run_dir: Path | str, step: int) -> Policy:
     path = run_dir.absolute() / "checkpoints" / str(step) / "state"
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(path)["params"]
-    return policy.replace(jax.tree.map(jnp.asarray, params))
+    # Through the host: like a new policy's, so that no program is compiled again.
+    return policy.replace(jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params))

@@ -1,0 +1,260 @@
+"""placeholder"""
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+import grpo_jax as gj
+from grpo_jax.gradient_geometry import cosine_statistics
+from grpo_jax.gradient_sketch import num_coordinates
+from grpo_jax.rollouts.encoding import answer_rollouts
+from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.training.config import from_dict
+from grpo_jax.training.instrument import along, measure
+from grpo_jax.training.metrics import read_lines, rounded, t_interval
+from grpo_jax.training.snapshots import load_policy
+from grpo_jax.training.step import MicroBatch
+
+PROMPTWISE = (
+    "curvature", "slope along the update", "curvature along the update",
+    "squared norm", "raw squared norm",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    results: Path = Path("results/exact_truth")
+    task: str = "chains"  # any task where one completion is right
+    task_path: str | None = None  # its data, where it reads any
+    smoke: bool = False  # 8 prompts, the start alone, 2 group sizes, 3 repeats
+    plot_only: bool = False  # redraw plot.png and the table from metrics.jsonl
+    seed: int = 0  # of the run that is looked at
+    steps: tuple[int, ...] = (0, 20, 120)  # of it, whose policies are looked at
+    towards: tuple[int, ...] = (20, 40, 100)  # the "update" at each: towards that one's
+    length: float = 0.05  # of that update, as long as one of Adam's
+    prompts: int = 32  # of the probe set
+    group_sizes: tuple[int, ...] = (8, 16, 64)
+    repeats: int = 20  # independent looks at each group size
+    widths: tuple[int, ...] = (64, 256, 1024, 4096)  # K of the hashed gradients
+
+
+def run_directory(c: Config) -> Path:
+    """A run of the default job, with the policies that are looked at."""
+    directory = c.results / f"run-{c.task}-{c.seed}"
+    if not (directory / "report.html").exists():
+        needed = {*c.steps, *c.towards} - {0}
+        settings = {
+            "task": {"name": c.task, "path": c.task_path},
+            "instrument": {"every": 0},
+            "checkpoint": {"every": math.gcd(*needed), "keep": 1000},
+            "seed": c.seed,
+            "steps": max(needed),
+            "run_dir": str(directory),
+        }
+        gj.train(from_dict(gj.TrainConfig, settings))
+    return directory
+
+
+def probes(c: Config):
+    """(answers [P, 1, T], tokenizer) of a fixed set of trained prompts."""
+    task = gj.load_task(c.task, path=c.task_path)
+    pick = np.random.default_rng([c.seed, 9]).permutation(len(task.train))
+    examples = [task.train[i] for i in pick[: c.prompts]]
+    ids = [task.tokenizer(e.prompt + e.answer)["input_ids"] for e in examples]
+    longest = max(len(x) for x in ids)
+    answers = answer_rollouts(task.tokenizer, examples, longest, 8)
+    return jax.tree.map(jnp.asarray, answers), task.tokenizer
+
+
+def sampled(policy, answers: Rollouts, tokenizer, key, group_size) -> Rollouts:
+    """Groups with rewards: 1 where the completion is the answer, token by token."""
+    found = gj.sample(
+        policy,
+        answers.prompts,
+        answers.prompt_mask,
+        group_size=group_size,
+        max_new_tokens=answers.completions.shape[-1],
+        key=key,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+    right = (found.completions == answers.completions) | (found.completion_mask == 0)
+    right &= found.completion_mask == answers.completion_mask
+    return found._replace(rewards=right.all(-1).astype(jnp.float32))
+
+
+@partial(jax.jit, static_argnames=("width", "exact"))
+def look(policy, change, rollouts, answers, key, *, width, exact):
+    """(figures of one look with the exact ones beside them, its geometry)."""
+    found = measure(policy, rollouts, answers, 1.0, key, width=width, exact=exact)
+    p, g, _ = rollouts.completions.shape
+    # `along` takes the answers as one more completion of each prompt.
+    moved = along(policy, change, rollouts, answers, 1.0, micro=MicroBatch(p, g + 1))
+    geometry, probe = found.geometry, found.probes
+    true = cosine_statistics(found.exact_cosines)
+    return {
+        "curvature": (probe.curvature, probe.exact_curvature),
+        "slope along the update": (moved.slope, moved.exact_slope),
+        "curvature along the update": (moved.curvature, moved.exact_curvature),
+        "squared norm": (geometry.squared_norms, found.exact_norms**2),
+        "raw squared norm": (geometry.raw_squared_norms, found.exact_norms**2),
+        "mean": (geometry.mean_cosine, true.mean),
+        "raw mean": (geometry.raw_statistics.mean, true.mean),
+        "std": (geometry.std_cosine, true.std),
+        "raw std": (geometry.raw_statistics.std, true.std),
+        "small": (geometry.statistics.small_fraction, true.small_fraction),
+        "raw small": (geometry.raw_statistics.small_fraction, true.small_fraction),
+    }, geometry
+
+
+def run(c: Config) -> None:
+    """Writes metrics.jsonl: a line per look, every figure as (estimated, exact)."""
+    directory = run_directory(c)
+    answers, tokenizer = probes(c)
+    key = jax.random.key(c.seed)
+    size = num_coordinates(load_policy(directory, 0).params)
+    # Whole gradients at every group size; then hashed ones at one of them.
+    looks = [(g, None, i) for g in c.group_sizes for i in range(c.repeats)]
+    hashed = [(16, k, i) for k in c.widths for i in range(c.repeats)]
+    with (c.results / "metrics.jsonl").open("w") as file:
+        for step, other in zip(c.steps, c.towards, strict=True):
+            policy, end = (load_policy(directory, s) for s in (step, other))
+            change = jax.tree.map(jnp.subtract, end.params, policy.params)
+            length = jnp.sqrt(sum((x**2).sum() for x in jax.tree.leaves(change)))
+            change = jax.tree.map(lambda x, n=length: c.length * x / n, change)
+            for g, width, repeat in looks + (hashed if step == c.steps[0] else []):
+                draw = jax.random.fold_in(jax.random.fold_in(key, step), g)
+                draw = jax.random.fold_in(draw, repeat)
+                rollouts = sampled(policy, answers, tokenizer, draw, g)
+                shape = {"width": width or size, "exact": width is None}
+                found, geometry = look(policy, change, rollouts, answers, draw, **shape)
+                standing = gj.phase(geometry, rollouts.rewards, num_directions=width)
+                row = {"step": step, "group_size": g, "width": width, "repeat": repeat}
+                row |= {name: [rounded(x) for x in xs] for name, xs in found.items()}
+                row["label"], row["shares"] = standing.label, standing.shares
+                row["mean interval"] = standing.mean_cosine_interval
+                row["std interval"] = standing.std_cosine_interval
+                row["small interval"] = standing.small_fraction_interval
+                file.write(json.dumps(row) + "\n")
+
+
+def fits(rows, name) -> dict:
+    """Correlation, slope of estimated on exact, and mean error over mean |exact|, per
+    look over the prompts; each (mean, 95 % half width) over the looks."""
+    found = {"correlation": [], "slope": [], "bias": []}
+    for row in rows:
+        x, y = (np.asarray(v, float) for v in row[name][::-1])
+        there = np.isfinite(x) & np.isfinite(y)
+        x, y = x[there], y[there]
+        if len(x) < 3 or not x.std() * y.std() > 0:
+            continue
+        found["correlation"].append(np.corrcoef(x, y)[0, 1])
+        found["slope"].append(np.polyfit(x, y, 1)[0])
+        found["bias"].append((y - x).mean() / np.abs(x).mean())
+    return {key: t_interval(np.array(values)) for key, values in found.items()}
+
+
+def table(c: Config) -> str:
+    rows = read_lines(c.results / "metrics.jsonl")
+    whole = [row for row in rows if row["width"] is None]
+    lines = [
+        "| step | G | figure | correlation | slope | mean error / mean abs exact |"
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for step, g in itertools.product(c.steps, c.group_sizes):
+        these = [r for r in whole if (r["step"], r["group_size"]) == (step, g)]
+        for name in PROMPTWISE:
+            cells = ["{:.2f} ± {:.2f}".format(*v) for v in fits(these, name).values()]
+            lines.append(f"| {step} | {g} | {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| step | G | K | cosines' | exact | estimated | raw | covered |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for step, g, width in settings_of(c):
+        these = [
+            r
+            for r in rows
+            if (r["step"], r["group_size"], r["width"]) == (step, g, width)
+        ]
+        for name in ("mean", "std", "small"):
+            values = np.array([r[name] for r in these], float)
+            raw = np.array([r[f"raw {name}"][0] for r in these], float)
+            ends = np.array([r[f"{name} interval"] for r in these], float)
+            kept = np.isfinite(values[:, 0])
+            inside = (ends[:, 0] <= values[:, 1]) & (values[:, 1] <= ends[:, 1])
+            cells = [step, g, width or "all", name, f"{values[:, 1].mean():.3f}"]
+            cells += ["{:.3f} ± {:.3f}".format(*t_interval(values[kept, 0]))]
+            cells += ["{:.3f} ± {:.3f}".format(*t_interval(raw[kept]))]
+            cells += [f"{100 * inside[kept].mean():.0f} % of {kept.sum()}"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def settings_of(c: Config):
+    """(step, group size, width) of every group of looks."""
+    yield from ((s, g, None) for s in c.steps for g in c.group_sizes)
+    yield from ((c.steps[0], 16, width) for width in c.widths)
+
+
+def plot(c: Config) -> None:
+    plt.switch_backend("Agg")
+    rows = [r for r in read_lines(c.results / "metrics.jsonl") if r["width"] is None]
+    shape = (len(c.steps), len(c.group_sizes) + 1)
+    size = (3.4 * shape[1], 3.1 * shape[0])
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained")
+    for step, line in zip(c.steps, np.atleast_2d(axes), strict=True):
+        mine = [r for r in rows if r["step"] == step]
+        for g, axis in zip(c.group_sizes, line, strict=False):
+            these = [r["curvature"] for r in mine if r["group_size"] == g]
+            y, x = (np.array([r[i] for r in these], float).ravel() for i in (0, 1))
+            axis.plot(x, y, ".", ms=3, alpha=0.4)
+            ends = np.nanpercentile(x, [0, 100])
+            axis.plot(ends, ends, "k", lw=0.8)
+            low, high = np.nanpercentile(y, [1, 99])
+            axis.set(ylim=(low, high), title=f"step {step}, G = {g}")
+            axis.set(xlabel="exact curvature", ylabel="measured")
+        for i, name in enumerate(("mean", "std", "raw std")):
+            for j, g in enumerate(c.group_sizes):
+                values = [r[name][0] for r in mine if r["group_size"] == g]
+                mean, half = t_interval(np.array(values)[np.isfinite(values)])
+                place = j + 0.15 * (i - 1)
+                label = f"{name}, estimated" if j == 0 else None
+                line[-1].errorbar(
+                    place, mean, half, fmt="o", color=f"C{i}", ms=3, label=label
+                )
+            if name != "raw std":
+                line[-1].axhline(mine[0][name][1], color=f"C{i}", lw=0.8)
+        ticks = dict(xticks=range(len(c.group_sizes)), xticklabels=c.group_sizes)
+        line[-1].set(title="cosines; lines: exact", xlabel="G", **ticks)
+        line[-1].legend(frameon=False, fontsize=7)
+    figure.savefig(c.results / "plot.png", dpi=110)
+    plt.close(figure)
+
+
+def main(c: Config) -> None:
+    if c.smoke:
+        few = dict(steps=(0,), towards=(2,), group_sizes=(8, 16), widths=(256,))
+        c = dataclasses.replace(c, **few, prompts=8, repeats=3)
+    if not c.plot_only:
+        c.results.mkdir(parents=True, exist_ok=True)
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        config = dataclasses.asdict(c) | {"git": commit or "unknown"}
+        (c.results / "config.json").write_text(json.dumps(config, default=str))
+        run(c)
+    text = table(c)
+    (c.results / "table.md").write_text(text)
+    print(text)
+    plot(c)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

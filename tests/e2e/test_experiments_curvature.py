@@ -1,0 +1,71 @@
+"""The experiments on curvature and on the relaxed assumptions, in their smoke form."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PNG = b"\x89PNG"
+
+pytestmark = pytest.mark.slow
+
+
+def smoke(name, directory):
+    """(results, rows of metrics.jsonl); a second call only draws the plot again."""
+    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--smoke"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    results = directory / "results" / name / "chains"
+    for flags in ([], ["--plot-only"]):
+        (results / "plot.png").unlink(missing_ok=True)
+        process = subprocess.run(
+            command + flags,
+            capture_output=True,
+            text=True,
+            cwd=directory,
+            env=environment,
+            timeout=600,
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert (results / "plot.png").read_bytes().startswith(PNG)
+    config = json.loads((results / "config.json").read_text())
+    assert config["smoke"] and config["git"]
+    lines = (results / "metrics.jsonl").read_text().splitlines()
+    return results, [json.loads(line) for line in lines]
+
+
+def test_local_curvature(tmp_path):
+    results, rows = smoke("local_curvature", tmp_path)
+    assert [(row["seed"], row["step"]) for row in rows] == [(0, 0), (0, 2)]
+    for row in rows:
+        x = {k: np.array(v, float) for k, v in row.items() if k not in ("seed", "step")}
+        assert all(v.shape == (6,) for v in x.values())
+        np.testing.assert_allclose(x["sigma2"], x["p"] * (1 - x["p"]), rtol=1e-3)
+        largest = 1.01 * np.maximum(-x["low"], x["high"])
+        for name in ("own", "update", "sampled_exact"):  # inside the spectrum
+            assert not (np.abs(x[name]) > largest).any()
+        assert (x["fisher"] > 0).all()
+    assert "Correlations of |curvature|" in (results / "table.md").read_text()
+
+
+def test_relaxed_assumptions(tmp_path):
+    results, rows = smoke("relaxed_assumptions", tmp_path)
+    kinds = [(row["step"], row["group_size"]) for row in rows if "step" in row]
+    assert kinds == [(step, g) for step in (0, 2) for g in (None, 8, 16)]
+    for row in rows:
+        if row["group_size" if "step" in row else "dimension"] is None:
+            assert row["prompts"] == 6  # the exact gradients know no tie
+            assert row["agree"] == 1 and row["false"] == row["missed"] == 0
+        if row["violating"] is not None:
+            assert 0 <= row["violating"] <= 1
+            median, p99, largest = row["m_full"]
+            assert 0 < median <= p99 <= largest
+            for reinforce, grpo in row["costs"]:
+                assert reinforce >= 1 and grpo >= 1
+    random = [row for row in rows if "dimension" in row]
+    assert [row["dimension"] for row in random] == [4, 32, 256]
+    assert "random features" in (results / "table.md").read_text()

@@ -1,0 +1,63 @@
+"""The experiments that look at runs, in their smoke form."""
+
+import json
+import math
+
+import pytest
+import tyro
+
+from experiments import exact_truth, three_phases
+
+pytestmark = pytest.mark.slow
+
+
+def run(experiment, path, *flags):
+    argv = ["--smoke", "--results", str(path), *flags]
+    experiment.main(tyro.cli(experiment.Config, args=argv))
+    return path
+
+
+def lines_of(path):
+    return [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_plot(path):
+    assert (path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((path / "config.json").read_text())
+    assert config["smoke"] and config["git"]
+
+
+def test_three_phases(tmp_path, capsys):
+    directory = run(three_phases, tmp_path / "results") / "chains"
+    check_plot(directory)
+    rows = lines_of(directory)
+    assert [(r["method"], r["seed"]) for r in rows] == [
+        ("std", 0), ("std", 1), ("none", 0), ("none", 1)
+    ]  # fmt: skip
+    for row in rows:
+        assert row["step"] == [0, 2, 4] and len(row["exact"]) == 3
+        assert len(row["hard"]) == len(row["easy"]) == len(row["label"]) == 3
+    # One start for both methods: only the weights differ.
+    assert rows[0]["exact"][0] == rows[2]["exact"][0]
+    assert "std less none" in capsys.readouterr().out
+    # Nothing is trained again, and other settings are not taken for these.
+    before = (directory / "run-std-lr0.0003-seed0" / "metrics.jsonl").stat().st_mtime
+    run(three_phases, tmp_path / "results")
+    after = (directory / "run-std-lr0.0003-seed0" / "metrics.jsonl").stat().st_mtime
+    assert before == after
+    with pytest.raises(SystemExit, match="sampling.group_size: 16 -> 8"):
+        run(three_phases, tmp_path / "results", "--group-size", "8")
+
+
+def test_exact_truth(tmp_path):
+    path = run(exact_truth, tmp_path / "results")
+    check_plot(path)
+    rows = lines_of(path)
+    assert {(r["group_size"], r["width"]) for r in rows} == {
+        (8, None), (16, None), (16, 256)
+    }  # fmt: skip
+    for row in rows:
+        estimated, exact = row["slope along the update"]
+        assert len(estimated) == len(exact) == 8 and all(map(math.isfinite, exact))
+    table = (path / "table.md").read_text()
+    assert "| 0 | 16 | curvature |" in table and "| 0 | 16 | 256 | std |" in table
