@@ -26,37 +26,37 @@ _NEED_PASS_RATES = ("group_mean", "beta", "finite_group", "shrunk", "posterior")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rule:
+class Rule:
     uses: tuple[str, ...]  # settings of `WeightsConfig`
     build: Callable[[dict[str, Any], int], PromptWeights]  # (settings, prompts)
     text: str
 
 
 WEIGHTS = {
-    "unit": _Rule((), lambda s, n: unit_weights(), "1"),
-    "std": _Rule(
+    "unit": Rule((), lambda s, n: unit_weights(), "1"),
+    "std": Rule(
         ("power", "power_end", "eps", "ddof"),
         lambda s, n: std_weights(**s),
         "(std + eps)^-power",
     ),
-    "batch_std": _Rule(
+    "batch_std": Rule(
         ("eps", "ddof"), lambda s, n: batch_std_weights(**s), "1 / batch's std"
     ),
-    "group_mean": _Rule(
+    "group_mean": Rule(
         ("eps",), lambda s, n: group_mean_weights(**s), "1 / group's mean"
     ),
-    "beta": _Rule((), lambda s, n: beta_weights(), "1 / Beta density at group's mean"),
-    "finite_group": _Rule(
+    "beta": Rule((), lambda s, n: beta_weights(), "1 / Beta density at group's mean"),
+    "finite_group": Rule(
         ("group_size",),
         lambda s, n: finite_group_weights(**s),
         "w_G(mean) / ((1 - 1/n) mean (1 - mean)), n rewards",
     ),
-    "shrunk": _Rule(
+    "shrunk": Rule(
         ("power", "power_end", "prior"),
         lambda s, n: posterior_weights(None, **s),
         "(posterior std of this group)^-power",
     ),
-    "posterior": _Rule(
+    "posterior": Rule(
         ("power", "power_end", "prior", "discount"),
         lambda s, n: posterior_weights(n, **s),
         "(posterior std over visits)^-power",

@@ -1,0 +1,71 @@
+"""The adaptive-weighting experiment in its smoke form: its files, and its rules."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tyro
+
+from experiments import adaptive_weighting
+from experiments.adaptive_weighting import RULES, Config, Seen
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("results") / "adaptive_weighting"
+    argv = ["--smoke", "--results", str(path)]
+    adaptive_weighting.main(tyro.cli(Config, args=argv))
+    return path
+
+
+def rows(results, kind):
+    lines = (results / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def test_files_and_what_is_redrawn_from_them(results):
+    config = json.loads((results / "config.json").read_text())
+    assert config["smoke"] and config["git"] and config["task_path"] is None
+    before = (results / "metrics.jsonl").stat()
+    (results / "plot.png").unlink()
+    adaptive_weighting.main(Config(smoke=True, plot_only=True, results=results))
+    assert (results / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert (results / "metrics.jsonl").stat().st_mtime_ns == before.st_mtime_ns
+    assert "hard posterior" in (results / "table.md").read_text()
+
+
+def test_rates_are_chosen_on_other_seeds(results):
+    found = rows(results, "loglinear")
+    assert [row["rule"] for row in found] == list(RULES)
+    for row in found:
+        assert 4.0 <= row["log2_rate"] <= 6.0
+        assert len(row["mean"]) == 3 and 0 < np.mean(row["mean"]) < 1
+    runs = rows(results, "task")
+    assert {row["seed"] for row in runs} == {0, 1, 2}
+    assert {row["rule"] for row in runs} == {"unit", "std 1", "hard posterior"}
+
+
+def test_every_rule_is_1_at_one_half_and_known():
+    many = jnp.full(2, 1e4)
+    seen = Seen(jnp.full(2, 0.5), many, many, jnp.float32(0.3), jnp.float32(0.1))
+    for name, rule in RULES.items():
+        np.testing.assert_allclose(rule(seen), 1, atol=0.02, err_msg=name)
+
+
+def test_rules_of_the_trainer_are_those_of_the_policies():
+    rewards = jnp.array([[1.0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
+    weights, _ = adaptive_weighting.hard_weights().weights(rewards, ())
+    mean = rewards.mean(1)
+    expected = adaptive_weighting.skewed(mean, 1.0, 0.5)
+    np.testing.assert_allclose(weights, jnp.where(mean == 1, 0, expected), rtol=1e-6)
+    rule = adaptive_weighting.hard_posterior_weights(5)
+    ids = jnp.array([4, 0, 2])
+    first, state = rule.weights(rewards, rule.init(), ids)
+    p = (jnp.array([1, 4, 3]) + 0.5) / 5
+    expected = adaptive_weighting.skewed(p, 1.0, 0.5).at[1].set(0)
+    np.testing.assert_allclose(first, expected, rtol=1e-6)
+    second, _ = rule.weights(rewards, state, ids)
+    assert second[0] > first[0]  # known better to be hard
