@@ -1,4 +1,44 @@
-"""placeholder"""
+"""Are the instrument's estimates right? Against exact figures of a language model.
+
+Question (ours): slopes, curvatures, norms and cosines of prompts' gradients, estimated
+from G samples a prompt, beside what they truly are: bias, correlation, coverage, as G
+and the width K of hashed gradients grow.
+
+    python experiments/exact_truth.py [--smoke] [--plot-only] [--task
+        gsm8k-expressions --task-path DIR_OF_GSM8K]
+
+Setting: the default job (100k parameters, seed 0), its policies at steps 0, 20 and 120,
+32 trained prompts. One completion is right, so a pass rate p = exp(log-prob), its
+gradient and products with its Hessian are exact. Curvature is along each prompt's own
+gradient, estimated from one half of a group and measured on the other; the exact one is
+along the same directions. "The update" is .05 of the way's length towards another
+policy of the run. 16 looks each. Per look: correlation and slope over prompts of
+estimated on exact, mean error over mean |exact|; cosines: mean, std, share below .1,
+and how often the 95 % bootstrap interval over prompts holds the exact one. +- 95 %, t
+over looks; the exact figures are of all prompts, the estimates of those not tied.
+Hardware and time: one CPU core, 8 minutes after the run (--smoke: 1 minute).
+
+Expected: slopes 1 and no mean error; raw norms inflated, raw cosines attenuated.
+Got (2026-11-21): as expected; what little bias there is is in the std of cosines.
+* Curvature along the own gradient, correlation / slope, G = 8, 16, 64: step 0 .56 +-
+  .14 / .75 +- .28, .76 +- .13 / 1.00 +- .28, .97 +- .01 / .99 +- .06; step 20 .47 +-
+  .11 / .94 +- .26, .65 +- .09 / 1.03 +- .18, .91 +- .02 / 1.05 +- .05; step 120 .35 +-
+  .21 / 1.02 +- .79, .48 +- .23 / 1.04 +- .66, .80 +- .19 / .91 +- .32. No mean error
+  but one of nine is outside its interval (.08 +- .06).
+* Slope along the update .61 to .75, .80 to .86, .92 to .96; debiased squared norms .32
+  to .51, .46 to .70, .83 to .94; their slopes .93 to 1.62, within two half widths of 1.
+  Raw squared norms are 2.0 to 3.1, 1.6 to 2.2 and 1.1 to 1.4 times the exact ones.
+* Mean cosine, exact .081 .016 .024: debiased .114 .013 .035 (G = 8), .090 .018 .050
+  (16), .084 .015 .023 (64); raw .052 .006 .011, .058 .010 .019, .077 .014 .017. The
+  intervals hold the exact one in 93 to 100 % of looks.
+* Std of cosines, exact .121 .095 .092: debiased .035 .082 .162, .097 .102 .188, .095
+  .106 .158; held in 81 to 100 %. At step 120 the pairs count very unequally (as in a
+  std-normalised update): with the same weights the exact one is .15, so this is the
+  estimand, not a bias. At G = 8 and step 0 it is one: the root of a variance that noise
+  makes negative is cut at 0.
+* Hashed to K = 64, 256, 1024, 4096 sums (step 0, G = 16) mean .083 .094 .088 .091, std
+  .061 .095 .095 .096, raw std .156 .121 .109 .105: from 256 on the group is the noise.
+"""
 
 import dataclasses
 import itertools
@@ -29,6 +69,8 @@ PROMPTWISE = (
     "curvature", "slope along the update", "curvature along the update",
     "squared norm", "raw squared norm",
 )  # fmt: skip
+
+COSINES = ("mean", "std", "small")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,20 +220,22 @@ def table(c: Config) -> str:
             lines.append(f"| {step} | {g} | {name} | " + " | ".join(cells) + " |")
     lines += ["", "| step | G | K | cosines' | exact | estimated | raw | covered |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
+    # Of whole gradients, also where the estimate is of hashed ones.
+    exact = {row["step"]: {x: row[x][1] for x in COSINES} for row in whole}
     for step, g, width in settings_of(c):
         these = [
             r
             for r in rows
             if (r["step"], r["group_size"], r["width"]) == (step, g, width)
         ]
-        for name in ("mean", "std", "small"):
-            values = np.array([r[name] for r in these], float)
+        for name in COSINES:
+            values = np.array([r[name][0] for r in these], float)
             raw = np.array([r[f"raw {name}"][0] for r in these], float)
             ends = np.array([r[f"{name} interval"] for r in these], float)
-            kept = np.isfinite(values[:, 0])
-            inside = (ends[:, 0] <= values[:, 1]) & (values[:, 1] <= ends[:, 1])
-            cells = [step, g, width or "all", name, f"{values[:, 1].mean():.3f}"]
-            cells += ["{:.3f} ± {:.3f}".format(*t_interval(values[kept, 0]))]
+            kept, true = np.isfinite(values), exact[step][name]
+            inside = (ends[:, 0] <= true) & (true <= ends[:, 1])
+            cells = [step, g, width or "all", name, f"{true:.3f}"]
+            cells += ["{:.3f} ± {:.3f}".format(*t_interval(values[kept]))]
             cells += ["{:.3f} ± {:.3f}".format(*t_interval(raw[kept]))]
             cells += [f"{100 * inside[kept].mean():.0f} % of {kept.sum()}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
