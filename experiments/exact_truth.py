@@ -56,7 +56,6 @@ import tyro
 
 import grpo_jax as gj
 from grpo_jax.gradient_geometry import cosine_statistics
-from grpo_jax.gradient_sketch import num_coordinates
 from grpo_jax.rollouts.encoding import answer_rollouts
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.config import from_dict
@@ -164,7 +163,7 @@ def run(c: Config) -> None:
     directory = run_directory(c)
     answers, tokenizer = probes(c)
     key = jax.random.key(c.seed)
-    size = num_coordinates(load_policy(directory, 0).params)
+    size = sum(x.size for x in jax.tree.leaves(load_policy(directory, 0).params))
     # Whole gradients at every group size; then hashed ones at one of them.
     looks = [(g, None, i) for g in c.group_sizes for i in range(c.repeats)]
     hashed = [(16, k, i) for k in c.widths for i in range(c.repeats)]

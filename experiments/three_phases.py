@@ -33,8 +33,8 @@ are near-orthogonal, and nothing on the shared skill.
 * std less none there: trained +.024 +- .006 (mean of run), +.028 +- .016 (end); hard
   thirds of the probe set +.030 +- .039, easy +.002 +- .020: where the gain sits is not
   resolved. Held-out -.003 +- .003: facts.
-* The estimates (32 samples) follow the exact figures: std .111 .139 .145 .120 on chains,
-  where late pairs count unequally, .063 .059 .052 .058 on expressions.
+* The estimates (32 samples) follow the exact figures: std .111, .139, .145, .120 on
+  chains, where late pairs count unequally, .063, .059, .052, .058 on expressions.
 """
 
 import dataclasses

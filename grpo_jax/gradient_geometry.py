@@ -12,7 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.advantages import group_statistics, leave_one_out_advantages
+from grpo_jax.advantages import (
+    group_statistics,
+    group_std,
+    leave_one_out_advantages,
+)
 
 SMALL = 0.1  # the |cos| below which two prompts count as orthogonal
 LEAST_SIGNAL = 0.1  # share of squared norms below which nothing is said of cosines
@@ -32,7 +36,7 @@ class PromptGeometry(NamedTuple):
     """Of P prompts' gradients; the matrices' diagonals are not pairs.
 
     A prompt without signal (tied, or too few rewards for what is debiased) is NaN in
-    the matrices and left out of the scalars.
+    the cosines and left out of the scalars.
     """
 
     inner: jax.Array  # [P, P], unbiased off the diagonal
@@ -113,7 +117,8 @@ def parts_geometry(
     """The same from H estimated gradients per prompt, of disjoint parts of its group.
 
     Products of different parts are of independent noise: norms and squares from them
-    are unbiased. M is <g_i, g_j> / |g_i|^2, with the prompt's own gradient as X_i.
+    are unbiased. M is <g_i, g_j> / |g_i|^2, with the prompt's own gradient as X_i. A
+    prompt with a part of fewer than two rewards is left out.
 
     Args:
         rewards: [P, G], NaN where missing.
@@ -132,11 +137,13 @@ def parts_geometry(
     raw = jnp.diagonal(inner)
     positive = inner > 0
     m_bound = jnp.where(positive, inner, jnp.nan) / raw[:, None]
+    whole = (jnp.isfinite(_by_parts(rewards, h)).sum(2) >= 2).all(1)
+    both = whole[:, None] & whole[None]
     return _summary(
         rewards,
-        inner=inner,
-        squared=between,
-        squared_inner=_squared_inner(parts),
+        inner=jnp.where(both, inner, jnp.nan),
+        squared=jnp.where(whole, between, jnp.nan),
+        squared_inner=jnp.where(both, _squared_inner(parts), jnp.nan),
         m_bound=m_bound,
         num_directions=num_directions,
     )
@@ -161,10 +168,11 @@ def first_order_changes(
     w = jnp.where(usable, weights, 0.0)
     squares = jnp.where(usable, squared_norms, 0.0)
     between = jnp.where(jnp.eye(len(w), dtype=bool), 0.0, inner)
-    others = between @ w
-    total = w @ others + (w**2) @ squares
+    others = jnp.where(usable[None], between, 0.0) @ w
+    total = w @ jnp.where(usable, others, 0.0) + (w**2) @ squares
     length = jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), jnp.nan)
-    return w * squares / length, others / length
+    own, others = w * squares / length, others / length
+    return jnp.where(usable, own, jnp.nan), jnp.where(usable, others, jnp.nan)
 
 
 def part_weights(rewards: jax.Array, parts: int) -> jax.Array:
@@ -224,8 +232,8 @@ def debiased_statistics(
     a ratio of averages: of squared inner products, and of products of debiased squared
     norms, of gradients divided by their prompt's std; so pairs count as they do in a
     std-normalised update. (A mean of ratios does not do: a pair's inner product and
-    its raw norms share their noise.) All NaN where less than a tenth of the squared
-    norms is signal.
+    its raw norms share their noise.) NaN where less than a tenth of the squared norms
+    is signal, or what is divided by comes out negative.
 
     Args:
         cosines: [P, P] raw; NaN where there is no signal.
@@ -255,7 +263,8 @@ def debiased_statistics(
     variance = jnp.where(counted > 0, sigma**2, 1.0)
     norms = kept(squared, counted) / variance
     above = pairs * kept(squared_inner, pairs) / (variance[:, None] * variance[None])
-    square = above.sum() / (pairs * norms[:, None] * norms[None]).sum()
+    below = (pairs * norms[:, None] * norms[None]).sum()
+    square = jnp.where(below > 0, above.sum() / jnp.where(below > 0, below, 1), jnp.nan)
     if num_directions is not None:  # a sketch adds (1 + cos^2) / K to a squared cosine
         square = (square - 1 / num_directions) / (1 + 1 / num_directions)
     square = jnp.minimum(square, 1.0) + 0 * shrink
@@ -276,7 +285,7 @@ def _summary(rewards, *, inner, squared, squared_inner, m_bound, num_directions)
     norms = jnp.where(known, jnp.sqrt(jnp.where(known, squared, 1.0)), jnp.nan)
     off_diagonal = ~jnp.eye(len(raw), dtype=bool)
     both = signal[:, None] & signal[None] & off_diagonal
-    sigma = group_sigma(rewards)
+    sigma, _ = group_std(rewards, ddof=1)
     debiased = debiased_statistics(
         cosines, squared, raw, squared_inner, sigma, jnp.ones_like(raw), num_directions
     )
@@ -299,13 +308,6 @@ def _summary(rewards, *, inner, squared, squared_inner, m_bound, num_directions)
         norm_ratio=_percentile_ratio(norms),
         sigma_ratio=_percentile_ratio(jnp.where(signal, sigma, jnp.nan)),
     )
-
-
-def group_sigma(rewards: jax.Array) -> jax.Array:
-    """[P] std of rewards, unbiased in the variance; 0 for fewer than two rewards."""
-    statistics = group_statistics(rewards)
-    degrees = jnp.maximum(statistics.count - 1, 1)
-    return jnp.sqrt((statistics.centred**2).sum(1) / degrees)
 
 
 def _gradient_weights(rewards):

@@ -6,7 +6,6 @@ gradient that is there into K sums: all coordinates for the price of reading it 
 so K can be in the thousands. Both are unbiased, with the same error of order 1 / K.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -87,10 +86,10 @@ def gradient_hash(gradient: Any, key: jax.Array, width: int) -> jax.Array:
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}.")
     leaves = jax.tree.leaves(gradient)
-    if sum(x.size for x in leaves) <= width:
-        flat = jnp.concatenate([x.ravel() for x in leaves])
-        return jnp.pad(flat, (0, width - flat.size))
     dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
+    if sum(x.size for x in leaves) <= width:
+        flat = jnp.concatenate([x.ravel().astype(dtype) for x in leaves])
+        return jnp.pad(flat, (0, width - flat.size))
     total = jnp.zeros(width, dtype)
     for i, leaf in enumerate(leaves):
         total += _hashed(leaf.ravel().astype(dtype), jax.random.fold_in(key, i), width)
@@ -108,8 +107,3 @@ def _hashed(flat, key, width):
     shift = jax.random.randint(shifts, (rows, 1), 0, width)
     place = (jnp.arange(width)[None] + shift) % width
     return jnp.take_along_axis(table, place, axis=1).sum(0)
-
-
-def num_coordinates(tree: Any) -> int:
-    """Scalars in a pytree of arrays."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.advantages import group_statistics
+from grpo_jax.advantages import group_statistics, group_std
 from grpo_jax.gradient_geometry import (
     PromptGeometry,
     debiased_statistics,
-    group_sigma,
 )
 
 PHASES = ("I", "II", "III")
+LEAST_PROMPTS = 4  # with signal; resamples of fewer are hardly different
 
 
 class Thresholds(NamedTuple):
@@ -35,7 +35,7 @@ THRESHOLDS = Thresholds()
 class Phase(NamedTuple):
     """`phase`: the label, what it was decided on, and its standing in resamples."""
 
-    label: str  # "I", "II", "III"; "unknown" where fewer than two prompts have signal
+    label: str  # "I", "II", "III"; "unknown": too little signal
     shares: tuple[float, float, float]  # of bootstrap samples of the prompts, I to III
     small_fraction: float  # debiased, as are the next two
     small_fraction_interval: tuple[float, float]  # 95 %
@@ -43,7 +43,7 @@ class Phase(NamedTuple):
     std_cosine_interval: tuple[float, float]
     mean_cosine: float
     mean_cosine_interval: tuple[float, float]
-    mean_sigma: float  # mean std of a prompt's reward, unbiased in the variance
+    mean_sigma: float  # mean std of a prompt's reward: `sigma`, or the groups' (ddof 1)
     rate_factor: float  # C = (8/3) mean sigma, over `sigma_history` and now
     gain: bool  # C < 1: std-normalisation has the better bound (binary rewards)
     prompts: int  # with signal
@@ -54,6 +54,7 @@ def phase(
     rewards: jax.Array,
     thresholds: Thresholds = THRESHOLDS,
     *,
+    sigma: float | None = None,
     sigma_history: tuple[float, ...] = (),
     num_directions: int | None = None,
     resamples: int = 500,
@@ -65,6 +66,9 @@ def phase(
         geometry: Of P prompts, P at least 2.
         rewards: [P, G], as given for the geometry.
         thresholds: Where the phases part.
+        sigma: Mean over prompts of the rewards' true std, where it is known. Groups
+            show less of it (half of it at pass rate .02 and 16 samples), which makes C
+            come out low.
         sigma_history: `mean_sigma` of earlier looks; C is over the whole run.
         num_directions: As given for the geometry.
         resamples: Bootstrap samples of the prompts.
@@ -92,7 +96,7 @@ def phase(
         geometry.squared_norms,
         geometry.raw_squared_norms,
         geometry.squared_inner,
-        group_sigma(rewards),
+        group_std(rewards, ddof=1)[0],
     )
     small, std, mean = (
         np.asarray(x)
@@ -105,9 +109,14 @@ def phase(
     )
     told = np.isfinite(small[1:]) & np.isfinite(std[1:])  # a resample of one prompt
     shares = np.bincount(labels[1:][told], minlength=3) / max(1, told.sum())
-    known = np.isfinite(small[0]) and np.isfinite(std[0])
-    sigma = float(mean_sigma(rewards))
-    factor = 8 / 3 * float(np.mean([*sigma_history, sigma]))
+    prompts = int(np.isfinite(np.asarray(geometry.cosines)).any(1).sum())
+    known = np.isfinite([small[0], std[0]]).all() and prompts >= LEAST_PROMPTS
+    if not known:
+        told[:] = False
+        shares = np.full(3, np.nan)
+    sigma = float(mean_sigma(rewards)) if sigma is None else sigma
+    history = [x for x in (*sigma_history, sigma) if np.isfinite(x)]
+    factor = 8 / 3 * float(np.mean(history)) if history else float("nan")
     return Phase(
         label=PHASES[labels[0]] if known else "unknown",
         shares=tuple(float(x) for x in shares),
@@ -120,7 +129,7 @@ def phase(
         mean_sigma=sigma,
         rate_factor=factor,
         gain=factor < 1,
-        prompts=int(np.isfinite(np.asarray(geometry.cosines)).any(1).sum()),
+        prompts=prompts,
     )
 
 
@@ -138,7 +147,7 @@ def _resampled(cosines, squared, raw, squared_inner, sigma, counts, num_directio
 def mean_sigma(rewards: jax.Array) -> jax.Array:
     """Mean over prompts of sqrt(unbiased variance of the group's rewards)."""
     usable = group_statistics(rewards).count >= 2
-    return jnp.where(usable, group_sigma(rewards), 0).sum() / usable.sum()
+    return jnp.where(usable, group_std(rewards, ddof=1)[0], 0).sum() / usable.sum()
 
 
 def _interval(values):

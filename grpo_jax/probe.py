@@ -2,8 +2,8 @@
 
 A direction that was estimated from some samples must not be measured on them: the
 curvature would see its own noise. So a group is cut in halves; each half's gradient is
-the direction along which the other half is measured, and the two are averaged. Nothing
-larger than two gradients (three with an answer) is held at once.
+the direction along which the other half is measured, and the two are averaged. Two
+gradients are kept at once (three with an answer), with what making them takes.
 """
 
 from collections.abc import Callable
@@ -110,8 +110,9 @@ def probe_prompt(
         vectors = jax.lax.map(hash_fn, gradients)
         direction = jax.tree.map(lambda x: x[:half].mean(0), gradients)
         length = jnp.sqrt(sum((x**2).sum() for x in jax.tree.leaves(direction)))
-        known = length > 0
-        scale = jnp.where(known, 1 / jnp.where(known, length, 1.0), 0.0)
+        # Tied samples measure 0, rightly; fewer than two measure nothing.
+        known = (length > 0) & (jnp.isfinite(other).sum() >= 2)
+        scale = 1 / jnp.where(length > 0, length, 1.0)
         direction = jax.tree.map(lambda x: x * scale, direction)
         value, first, second = directional_derivatives(
             lambda params: log_prob_fn(params, measured), params, direction

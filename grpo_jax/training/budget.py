@@ -23,11 +23,12 @@ class Memory(NamedTuple):
     state: int  # parameters, Adam's two moments, the reference policy
     cache: int  # keys and values while sampling
     update: int  # gradients, one micro-batch's activations, one chunk of logits
+    look: int = 0  # the instrument's gradients and directions, and the same activations
 
     @property
     def peak(self) -> int:
-        """Sampling and the update do not overlap."""
-        return self.state + max(self.cache, self.update)
+        """Sampling, the update and a look do not overlap."""
+        return self.state + max(self.cache, self.update, self.look)
 
 
 def estimate_memory(
@@ -40,12 +41,15 @@ def estimate_memory(
     micro: MicroBatch,
     reference: bool,
     copies: int = 0,
+    looks: bool = False,
 ) -> Memory:
     """Bytes from shapes alone: leading terms, good to a few tens of percent.
 
     Args:
         reference: A reference policy is kept.
         copies: Further copies of the parameters that a step holds.
+        looks: The instrument is on: 8 copies of the parameters more while it looks, as
+            measured, and one beside an update.
     """
     parameters = num_parameters(c)
     size = 4 if c.compute_dtype == "float32" else 2
@@ -63,10 +67,12 @@ def estimate_memory(
     rows = micro.prompts * micro.samples
     chunk = max(rows, min(512, MAX_LOGITS // c.vocab_size))
     logits = 3 * 4 * min(chunk, tokens) * c.vocab_size
+    work = stack + layer + logits
     return Memory(
         state=parameters * 4 * ((4 if reference else 3) + copies),
         cache=cache,
-        update=parameters * 4 * 2 + stack + layer + logits,
+        update=parameters * 4 * (2 + looks) + work,
+        look=(parameters * 4 * 8 + work) * looks,
     )
 
 

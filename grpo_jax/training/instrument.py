@@ -31,7 +31,6 @@ from grpo_jax.gradient_geometry import (
     PromptGeometry,
     cosine_statistics,
     first_order_changes,
-    group_sigma,
     parts_geometry,
 )
 from grpo_jax.gradient_sketch import gradient_hash
@@ -42,14 +41,15 @@ from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.config import TrainConfig
 from grpo_jax.training.counterfactual import RULES
 from grpo_jax.training.metrics import rounded
-from grpo_jax.training.step import MicroBatch, batch_logprobs
+from grpo_jax.training.step import MicroBatch, batch_logprobs, micro_batch
+from grpo_jax.training.warm_start import pass_rates
 
 # Costs in forward passes over tokens, measured on a CPU (BUILD_NOTES.md). A step is
 # counted low: without what the host and the optimizer do.
 SAMPLING, GRADIENT, SECOND_ORDER = 2, 4, 6
 FLOOR = 160  # tokens that a pass over one prompt's few samples costs besides its own
 MOST_PROMPTS = 32  # chosen for a run that does not say; more cost memory and file size
-VECTOR_BYTES = 128 * 2**20  # of all parts' gradients, hashed where they are more
+VECTOR_BYTES = 128 * 2**20  # of all parts' gradients, and three more a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ProbePlan:
         kept = "whole gradients" if self.exact else f"gradients in {self.width:,} sums"
         return (
             f"{self.prompts} probe prompts x {self.group_size} samples, {kept}, every "
-            f"{every} steps: about {100 * self.share:.0f} % of step time"
+            f"{every} steps and at the end: about {100 * self.share:.0f} % of step time"
         )
 
 
@@ -104,6 +104,12 @@ def plan_probe(
     look += (SAMPLING + 1) * (prompt_tokens + g * t)  # and the hidden states
     allowed = wanted.max_overhead * wanted.every * step / look
     prompts = wanted.prompts or min(MOST_PROMPTS, int(allowed))
+    if train_prompts < max(2, wanted.prompts or 0):
+        raise ConfigError(
+            f"instrument.prompts must be from 2 to {train_prompts}, the task's trained "
+            f"prompts, got {wanted.prompts or 'no number'}; lower it, or set "
+            "instrument.every to 0."
+        )
     prompts = min(prompts, train_prompts)
     if prompts < 2:
         share = 2 * look / (wanted.every * step)
@@ -112,8 +118,9 @@ def plan_probe(
             f"prompts: they would take about {100 * share:.0f} % of step time; raise "
             "instrument.every or max_overhead, or set instrument.every to 0."
         )
-    width = max(1, VECTOR_BYTES // (4 * prompts * parts))
-    share = prompts * look / (wanted.every * step)
+    width = max(1, VECTOR_BYTES // (4 * prompts * (parts + 3)))
+    looks = len({*range(0, config.steps + 1, wanted.every), config.steps}) - 1
+    share = looks * prompts * look / (config.steps * step)
     exact = parameters <= width
     return ProbePlan(prompts, g, parameters if exact else width, exact, share)
 
@@ -139,15 +146,20 @@ def measure(
     *,
     width: int,
     exact: bool,
+    micro_batch_tokens: int = 2**16,
 ) -> Look:
-    """A look at rollouts [P, G, T] with rewards; answers [P, 1, T] or None."""
+    """A look at rollouts [P, G, T] with rewards; answers [P, 1, T] or None.
 
+    Passes are split so that each sees about `micro_batch_tokens` tokens.
+    """
+    length, t = rollouts.prompts.shape[1], rollouts.completions.shape[-1]
     hash_fn = partial(gradient_hash, key=key, width=width)
 
     def sequence_logprobs(prompt, params, samples):
         completions, mask = samples
         group = Rollouts(*(x[None] for x in (*prompt, *samples)), mask[None])
-        micro = MicroBatch(1, completions.shape[0])
+        n = completions.shape[0]
+        micro = micro_batch(1, n, length, t, micro_batch_tokens)
         current = policy.replace(params)
         return batch_logprobs(current, group, temperature, micro)[0].sum(-1)
 
@@ -170,11 +182,19 @@ def measure(
 
     def feature(rollouts):
         """[D] mean hidden state of a prompt's sampled tokens."""
-        group = (rollouts.prompts, rollouts.prompt_mask, rollouts.completions)
-        hidden = completion_hidden(policy.module(), *(x[None] for x in group))[0]
-        mask = rollouts.completion_mask[..., None]
-        total = (hidden * mask).sum((0, 1), jnp.float32)
-        return total / jnp.maximum(mask.sum((0, 1)), 1)
+        prompt = (rollouts.prompts[None], rollouts.prompt_mask[None])
+        g = rollouts.completions.shape[0]
+        size = micro_batch(1, g, length, t, micro_batch_tokens).samples
+
+        def total(x):
+            completions, mask = x
+            hidden = completion_hidden(policy.module(), *prompt, completions[None])[0]
+            return (hidden * mask[..., None]).sum((0, 1), jnp.float32)
+
+        cut = (rollouts.completions, rollouts.completion_mask)
+        cut = jax.tree.map(lambda x: x.reshape(g // size, size, t), cut)
+        count = jnp.maximum(rollouts.completion_mask.sum(), 1)
+        return jax.lax.map(total, cut).sum(0) / count
 
     probes = jax.lax.map(one_prompt, (rollouts, answers))
     features = jax.lax.map(feature, rollouts)
@@ -277,7 +297,9 @@ class Instrument:
         *,
         prompts: np.ndarray,
         temperature: float,
-        micro: MicroBatch,
+        prompt_tokens: int,
+        max_new_tokens: int,
+        micro_batch_tokens: int,
         key: jax.Array,
         sigma_history: list[float],
     ):
@@ -285,15 +307,22 @@ class Instrument:
         self.sample_and_score, self.prompts = sample_and_score, prompts
         self.temperature, self.key = np.float32(temperature), key
         self.sigma_history = sigma_history
-        self._measure = jax.jit(partial(measure, width=plan.width, exact=plan.exact))
-        self._along = jax.jit(partial(along, micro=micro))
-        self._pass_rates = jax.jit(
-            lambda policy, answers, temperature: jnp.exp(
-                batch_logprobs(
-                    policy, answers, temperature, MicroBatch(plan.prompts, 1)
-                ).sum((1, 2))
-            )
+        self.tokens = micro_batch_tokens
+        # Not a key of a look's samples: those are of steps.
+        self.hash_key = jax.random.fold_in(key, 2**31 - 1)
+        shape = {"width": plan.width, "exact": plan.exact}
+        self._measure = jax.jit(
+            partial(measure, **shape, micro_batch_tokens=micro_batch_tokens)
         )
+        completions = plan.group_size + (answers is not None)
+        micro = micro_batch(
+            plan.prompts,
+            completions,
+            prompt_tokens,
+            max_new_tokens,
+            micro_batch_tokens,
+        )
+        self._along = jax.jit(partial(along, micro=micro))
         self.pending = None  # (sampling key, rollouts, exact pass rates, row)
 
     def look(self, params: Any, step: int) -> dict[str, Any]:
@@ -307,12 +336,13 @@ class Instrument:
             rollouts,
             self.answers,
             self.temperature,
-            jax.random.fold_in(self.key, 0),
+            self.hash_key,
         )
         exact = self._exact_pass_rates(params)
         standing = phase(
             found.geometry,
             rollouts.rewards,
+            sigma=None if exact is None else float(np.sqrt(exact * (1 - exact)).mean()),
             sigma_history=tuple(self.sigma_history),
             num_directions=self.plan.num_directions,
         )
@@ -372,12 +402,9 @@ class Instrument:
     def _exact_pass_rates(self, params):
         if self.answers is None:
             return None
-        return np.asarray(
-            self._pass_rates(
-                self.policy.replace(params), self.answers, self.temperature
-            ),
-            float,
-        )
+        policy = self.policy.replace(params)
+        found = pass_rates(policy, self.answers, self.temperature, self.tokens)
+        return np.asarray(found, float)
 
     def _row(self, found: Look, rewards, pass_rates):
         geometry = found.geometry
@@ -388,7 +415,7 @@ class Instrument:
             "directions": self.plan.num_directions,
             "group_mean": rounded(_means(rewards)),
             "group_std": rounded(np.asarray(std)),
-            "sigma": rounded(group_sigma(rewards)),
+            "sigma": rounded(group_std(rewards, ddof=1)[0]),
             "pass_rate": None if pass_rates is None else rounded(pass_rates),
             "curvature": rounded(found.probes.curvature),
             "halves": [int(n) for n in found.probes.halves],

@@ -184,7 +184,7 @@ def sampled_kind(row: dict) -> str:
         return "unknown"
     nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
     farthest = max(abs(low), abs(high))
-    if farthest > 1:  # more than a cosine can be: the debiasing has failed
+    if farthest >= 1:  # as far as a cosine can go: the debiasing has failed
         return "unknown"
     if small[0] >= THRESHOLDS.small_fraction:
         return "near-orthogonal"

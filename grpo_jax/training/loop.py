@@ -358,9 +358,11 @@ class _Run:
     def _open_files(self, step):
         self.files = {}
         # At step 0 everything is written again, the look at the start included. A look
-        # waits for the update after it, so the one of this very step is taken again.
+        # waits for the update after it, so one of this very step is taken again.
+        looks = read_lines(self.directory / "instrument.jsonl")
+        self.looks_now = self._due(step) or any(r["step"] == step for r in looks)
         kept = dict.fromkeys(("metrics", "samples", "counterfactual"), step or -1)
-        kept["instrument"] = step - self._due(step)
+        kept["instrument"] = step - 1
         for name, last in kept.items():
             path = self.directory / f"{name}.jsonl"
             if path.exists():
@@ -374,9 +376,17 @@ class _Run:
             return None
         p, g = plan.probe.prompts, plan.probe.group_size
 
+        # As many completions at a time as a step samples; the last part filled up.
+        sampling = self.config.sampling
+        size = min(p, max(1, sampling.prompts * sampling.group_size // g))
+
         def sample_and_score(params, key):
-            sampled = self._rollouts(params, self.probe_ids, key, g)
-            scored, errors, _ = self._score(jax.device_get(sampled), self.probe_ids)
+            parts = []
+            for start in range(0, p, size):
+                part = np.resize(self.probe_ids[start : start + size], size)
+                parts.append(jax.device_get(self._rollouts(params, part, key, g)))
+            sampled = jax.tree.map(lambda *x: np.concatenate(x)[:p], *parts)
+            scored, errors, _ = self._score(sampled, self.probe_ids)
             if errors:
                 self.console.warn(
                     f"instrument: {len(errors)} rewards missing: {errors[0][:200]}"
@@ -391,21 +401,22 @@ class _Run:
             self.answers.get("probe"),
             prompts=self.probe_ids,
             temperature=self.temperature,
-            micro=micro_batch(
-                p,
-                g + ("probe" in self.answers),
-                plan.prompt_length,
-                plan.max_new_tokens,
-                self.config.micro_batch_tokens,
-            ),
+            prompt_tokens=plan.prompt_length,
+            max_new_tokens=plan.max_new_tokens,
+            micro_batch_tokens=self.config.micro_batch_tokens,
             key=self.probe_key,
-            sigma_history=[row["phase"]["mean_sigma"] for row in rows],
+            sigma_history=[
+                float("nan") if x is None else x
+                for x in (row["phase"]["mean_sigma"] for row in rows)
+            ],
         )
 
     def _due(self, step: int) -> bool:
         """Whether the instrument looks at the policy after `step` steps."""
+        if self.plan.probe is None:
+            return False
         every = self.config.instrument.every
-        return bool(every) and (step in (0, self.config.steps) or step % every == 0)
+        return step in (0, self.config.steps) or step % every == 0
 
     def _rollout_shapes(self, t: int) -> Rollouts:
         p, g = self.config.sampling.prompts, self.config.sampling.group_size
@@ -606,7 +617,7 @@ class _Run:
         if self.instrument is not None:
             row |= self.instrument.look(state.params, step)
             self.instrument.compile(state.params)
-            if not self._due(step):
+            if not self.looks_now:
                 self.instrument.forget()
         if step == 0:
             self._write(0, {}, row)
@@ -647,7 +658,7 @@ class _Run:
             if watched:
                 times |= self.instrument.follow(before, state.params)
                 del before
-                self.files["instrument"].write(self.instrument.take())
+                self._write_look()
             step += 1
             if compared is not None:
                 counterfactual.record(
@@ -680,12 +691,12 @@ class _Run:
                 row, pending = self._write(*pending), None
                 self._save(state, step, row)
             if failed:
+                self._write_look()
                 self._give_up(step, rollouts)
         if pending is not None:
             row = self._write(*pending)
             self._save(state, step, row)
-        if self.instrument is not None and self.instrument.pending:
-            self.files["instrument"].write(self.instrument.take())
+        self._write_look()
         self.checkpoints.wait()
         self.console.stop()
         finished = step >= config.steps
@@ -865,6 +876,11 @@ class _Run:
                     "rewards": [None if r is None else float(r) for r in rewards[p]],
                 }
             )
+
+    def _write_look(self):
+        """The row of the look in progress, complete or not."""
+        if self.instrument is not None and self.instrument.pending:
+            self.files["instrument"].write(self.instrument.take())
 
     def _save(self, state, step, row):
         score = row.get("eval/heldout_pass_rate")

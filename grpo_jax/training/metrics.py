@@ -58,11 +58,13 @@ FIELDS = {
     "eval/heldout_sampled": "share of held-out prompts solved by one sample each",
     "eval/heldout_sampled_low": "lower end of its 95 % Wilson interval",
     "eval/heldout_sampled_high": "upper end",
-    "phase/label": "I, II or III, as the probe set's debiased cosines have it",
+    "phase/label": "I, II or III, as the probe set's debiased cosines have it; unknown "
+    "where they hold too little signal",
     "phase/small_fraction": "fraction of the probe set's pairs with |cos| < 0.1, "
     "debiased",
-    "phase/rate_factor": "C = 8/3 of the mean std of rewards over the looks so far; "
-    "below 1 the bound of arXiv:2601.23135 for std-normalisation is the better one",
+    "phase/rate_factor": "C = 8/3 of the mean std of rewards over the looks so far "
+    "(low where only groups tell it); for rewards 0 and 1, below 1 the bound of "
+    "arXiv:2601.23135 for std-normalisation is the better one",
     "geometry/mean_cosine": "mean cosine between the probe prompts' gradients, "
     "debiased",
     "geometry/std_cosine": "std of those cosines, debiased",
@@ -79,6 +81,33 @@ FIELDS = {
     "in both halves of the group",
     "time/instrument_s": "seconds of the instrument's look, or of its comparison after "
     "the update that follows one",
+}
+
+# Field of a line of instrument.jsonl -> what it is; lists are over its probe prompts.
+LOOK_FIELDS = {
+    "step": "of the policy looked at",
+    "phase": "label, its shares of bootstrap samples, and what it was decided on",
+    "prompts": "indices among the trained prompts",
+    "group_size": "samples of each",
+    "directions": "sums that gradients were hashed to; null: whole gradients",
+    "group_mean": "mean reward of the sampled group",
+    "group_std": "std of the group (ddof 0)",
+    "sigma": "std of the group (ddof 1)",
+    "pass_rate": "exact, where one answer is right; else null",
+    "curvature": "u'Hu / |u|^2 along the prompt's own gradient, unbiased given u: one "
+    "half's gradient, measured on the other half, mean of both",
+    "halves": "how many halves are behind curvature, spread and slope: 0, 1 or 2",
+    "spread": "range over completions of what |curvature| is at most sigma^2 times of",
+    "slope": "change of expected reward per unit length along the same u",
+    "geometry": "raw cosines and squared norms, and the summary of `PromptGeometry`",
+    "null": "cosines of differences of a group's parts: sampling noise alone",
+    "features": "cosines of mean hidden states, raw and less their mean",
+    "weightings": "first-order change of each prompt for a gradient step of length 1 "
+    "under other prompt weights: of its own doing, and the others'",
+    "exact": "cosines, norms, curvature and slope (along the same u) from the one right "
+    "answer; null where there is none",
+    "update": "slope and curvature along the update that followed, per update and to "
+    "its square, the change predicted and realised; null where none followed",
 }
 
 

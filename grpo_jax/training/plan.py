@@ -12,7 +12,7 @@ from grpo_jax.rollouts.refine import refined_length, template_pieces
 from grpo_jax.tasks import Task, load_task
 from grpo_jax.training import counterfactual
 from grpo_jax.training.budget import estimate_memory, num_parameters, readable
-from grpo_jax.training.config import TrainConfig
+from grpo_jax.training.config import InstrumentConfig, TrainConfig
 from grpo_jax.training.instrument import ProbePlan, plan_probe
 from grpo_jax.training.step import micro_batch
 from grpo_jax.training.weighting import (
@@ -137,6 +137,26 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     micro = micro_batch(
         seen, g, train_prompt_length, max_new_tokens, config.micro_batch_tokens
     )
+    try:
+        probe = plan_probe(
+            config,
+            parameters=num_parameters(model),
+            train_prompts=len(task.train),
+            prompt_tokens=prompt_length,
+            max_new_tokens=max_new_tokens,
+        )
+    except ConfigError as error:
+        if config.instrument != InstrumentConfig():
+            raise
+        probe = None  # nobody asked for it
+        warnings.append(f"the instrument is off: {error}")
+    wanted = config.instrument
+    if probe and wanted.prompts and probe.share > 1.1 * wanted.max_overhead:
+        warnings.append(
+            f"the instrument will take about {100 * probe.share:.0f} % of step time, "
+            f"more than instrument.max_overhead; lower instrument.prompts or raise "
+            "instrument.every."
+        )
     memory = estimate_memory(
         model,
         prompts=p,
@@ -146,21 +166,9 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         micro=micro,
         reference=bool(objective.kl_coef),
         copies=_extra_copies(config, objective),
+        looks=probe is not None,
     )
     mechanisms = "".join(f" | {text}" for text in objective.mechanisms())
-    probe = plan_probe(
-        config,
-        parameters=num_parameters(model),
-        train_prompts=len(task.train),
-        prompt_tokens=prompt_length,
-        max_new_tokens=max_new_tokens,
-    )
-    if probe and probe.share > 1.1 * config.instrument.max_overhead:
-        warnings.append(
-            f"the instrument will take about {100 * probe.share:.0f} % of step time, "
-            f"more than instrument.max_overhead; lower instrument.prompts or raise "
-            "instrument.every."
-        )
     headline = (
         f"{config.objective.name} on {task.name}: {objective.formula()}"
         f"{weights_text(config.weights)}{mechanisms} | "

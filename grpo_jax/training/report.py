@@ -13,7 +13,7 @@ from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.training.config import differences
 from grpo_jax.training.instrument_figures import instrument_section
 from grpo_jax.training.instrument_reading import THIRDS
-from grpo_jax.training.metrics import FIELDS, read_lines
+from grpo_jax.training.metrics import FIELDS, LOOK_FIELDS, read_lines
 from grpo_jax.training.plots import COLOURS, svg_figure
 from grpo_jax.training.run_directory import read_config_dict, read_notes
 
@@ -84,7 +84,7 @@ def write_report(directories: Sequence[Path], output: Path) -> Path:
         samples=[(run.name, _last_samples(run)) for run in runs],
         differing=_config_differences(runs),
         configs=[(run.name, json.dumps(run.config, indent=1)) for run in runs],
-        fields=FIELDS,
+        fields={"metrics.jsonl": FIELDS, "instrument.jsonl": LOOK_FIELDS},
     )
     temporary = output.with_suffix(".tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -463,9 +463,11 @@ counts as gain, under every weighting alike.</p>
 {% for name, config in configs %}
 <details><summary>config of {{ name }}</summary><pre>{{ config }}</pre></details>
 {% endfor %}
-<details><summary>fields of metrics.jsonl</summary><table>
-{% for field, meaning in fields.items() %}
+{% for file, meanings in fields.items() %}
+<details><summary>fields of {{ file }}</summary><table>
+{% for field, meaning in meanings.items() %}
 <tr><td><code>{{ field }}</code></td><td>{{ meaning }}</td></tr>{% endfor %}
 </table></details>
+{% endfor %}
 </body></html>
 """

@@ -19,7 +19,7 @@ from grpo_jax.training.config import (
     WarmStartConfig,
 )
 from grpo_jax.training.instrument import plan_probe, rank_correlation
-from grpo_jax.training.metrics import read_lines
+from grpo_jax.training.metrics import LOOK_FIELDS, read_lines
 from grpo_jax.training.plan import make_plan
 from grpo_jax.training.snapshots import load_policy, saved_steps
 
@@ -58,6 +58,7 @@ def test_a_row_per_look(finished):
     assert all(len(row["prompts"]) == 5 for row in rows)
     assert rows[0]["prompts"] == rows[-1]["prompts"]
     for row in rows:
+        assert set(row) == set(LOOK_FIELDS)
         p = np.array(row["pass_rate"])
         assert ((0 <= p) & (p <= 1)).all() and row["phase"]["label"]
         assert np.array(row["geometry"]["cosines"], float).shape == (5, 5)
@@ -141,11 +142,38 @@ def test_a_task_with_many_right_answers(tmp_path):
     assert len(update["realised"]) == 5 and None not in update["predicted"]
 
 
+# A finished run goes on: its last look is taken again, with the update after it.
+@pytest.mark.slow
+def test_a_run_continued_past_its_end_looks_again_there(tmp_path):
+    directory = tmp_path / "run"
+    config = config_of(directory, dataclasses.replace(LOOKS, every=4))
+    gj.train(dataclasses.replace(config, steps=2))
+    assert rows_of(directory)[-1]["update"] is None
+    gj.train(dataclasses.replace(config, resume=True))
+    rows = rows_of(directory)
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert [row["update"] is None for row in rows] == [False, False, True]
+
+
+# Rewards all missing at a look: nothing is said, and the run goes on and resumes.
+@pytest.mark.slow
+def test_a_look_without_rewards(tmp_path):
+    task = load_task("chains", train_prompts=32, heldout_prompts=8)
+    task = dataclasses.replace(task, reward=lambda *_: float("nan"), warm_start=None)
+    cold = WarmStartConfig(enabled=False)
+    config = config_of(tmp_path / "run", warm_start=cold)
+    gj.train(dataclasses.replace(config, steps=2), task=task)
+    gj.train(dataclasses.replace(config, resume=True), task=task)
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert {row["phase"]["label"] for row in rows} == {"unknown"}
+
+
 SIZES = dict(train_prompts=500, prompt_tokens=10, max_new_tokens=8)
 
 
 def plan(parameters=10**5, **looks):
-    config = TrainConfig(instrument=InstrumentConfig(**looks))
+    config = TrainConfig(instrument=InstrumentConfig(**looks), steps=400)
     return plan_probe(config, parameters=parameters, **SIZES)
 
 
@@ -158,7 +186,7 @@ def test_the_budget_chooses_the_probe_set():
     assert few.exact and few.num_directions is None
     large = plan(parameters=10**9)
     assert not large.exact and large.num_directions == large.width
-    assert large.width * 4 * large.prompts * 4 <= 2**27
+    assert large.width * 4 * large.prompts * 7 <= 2**27
     assert plan(every=0) is None
     assert plan(prompts=40).prompts == 40  # said is said; the plan warns
     assert "% of step time" in few.text(40)
@@ -167,10 +195,20 @@ def test_the_budget_chooses_the_probe_set():
 def test_a_budget_for_nobody_is_refused():
     with pytest.raises(ConfigError, match="no two probe prompts: they would take"):
         plan(max_overhead=0.001)
+    with pytest.raises(ConfigError, match="must be from 2 to 500.* got 501"):
+        plan(prompts=501)
     with pytest.raises(ConfigError, match="max_overhead must be positive, got 0"):
         TrainConfig(instrument=InstrumentConfig(max_overhead=0))
     with pytest.raises(ConfigError, match="group_size must be a multiple of 4, got 6"):
         TrainConfig(instrument=InstrumentConfig(group_size=6))
+
+
+def test_an_instrument_that_nobody_asked_for_is_left_out_where_it_does_not_fit():
+    small = SamplingConfig(prompts=2, group_size=2)
+    found = make_plan(TrainConfig(sampling=small))
+    assert found.probe is None and "the instrument is off" in found.warnings[0]
+    with pytest.raises(ConfigError, match="no two probe prompts"):
+        make_plan(TrainConfig(sampling=small, instrument=InstrumentConfig(every=41)))
 
 
 def test_the_plan_says_what_is_looked_at():

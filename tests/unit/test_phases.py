@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import grpo_jax as gj
-from grpo_jax.gradient_geometry import parts_geometry
+from grpo_jax.gradient_geometry import debiased_statistics, parts_geometry
 from grpo_jax.phases import Thresholds, change_points, mean_sigma, phase
 
 
@@ -76,6 +76,35 @@ def test_nothing_is_said_without_signal(x64):
     assert found.label == "unknown" and found.prompts == 0 and found.mean_sigma == 0
 
 
+# Prompts whose parts have no two rewards each say nothing.
+def test_missing_rewards_leave_a_prompt_out(x64):
+    rng = np.random.default_rng(3)
+    vectors, rewards = rng.normal(size=(6, 2, 30)), np.tile([1.0, 0.0], (6, 4))
+    rewards[2, 4:7] = np.nan
+    found = parts_geometry(rewards, vectors)
+    keep = [0, 1, 3, 4, 5]
+    other = parts_geometry(rewards[keep], vectors[keep])
+    assert np.isnan(found.squared_norms[2]) and np.isnan(found.cosines[2]).all()
+    for name in ("mean_cosine", "std_cosine", "attenuation", "chi", "m_median"):
+        np.testing.assert_allclose(getattr(found, name), getattr(other, name))
+
+
+# A denominator that noise made negative is no std of 0.
+def test_a_negative_product_of_norms_says_nothing():
+    squared, raw = jnp.array([10.0, -1.0]), jnp.array([12.0, 3.0])
+    cosines = jnp.array([[1.0, 0.1], [0.1, 1.0]])
+    found = debiased_statistics(
+        cosines, squared, raw, jnp.ones((2, 2)), jnp.ones(2), jnp.ones(2), None
+    )
+    assert np.isnan(found.std_cosine) and found.attenuation > 0.5
+
+
+def test_three_prompts_are_too_few_for_a_phase(x64):
+    found = phase(*geometry_of(spread(3, 0.3)))
+    assert found.label == "unknown" and np.isnan(found.shares).all()
+    assert np.isfinite(found.std_cosine) and np.isnan(found.std_cosine_interval).all()
+
+
 # sigma of (1, 0, 1, 0) with ddof 1: sqrt(1/3); C = 8/3 of the mean over looks.
 def test_the_rate_factor(x64):
     geometry, _ = geometry_of(spread(4, 0.05))
@@ -87,6 +116,8 @@ def test_the_rate_factor(x64):
     later = phase(geometry, rewards, sigma_history=(0.1, 0.1))
     np.testing.assert_allclose(later.rate_factor, 8 / 9 * (3**-0.5 + 0.2))
     assert later.gain
+    known = phase(geometry, rewards, sigma=0.3, sigma_history=(float("nan"), 0.1))
+    np.testing.assert_allclose([known.mean_sigma, known.rate_factor], [0.3, 1.6 / 3])
     missing = np.array([[1.0, 0, np.nan, np.nan], [np.nan] * 4])
     np.testing.assert_allclose(mean_sigma(missing), 0.5**0.5)
 

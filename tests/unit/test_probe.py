@@ -100,6 +100,17 @@ def test_a_missing_reward_takes_no_part(x64):
     np.testing.assert_allclose(found.curvature, same.curvature)
 
 
+# Unlike a tied half, one without two rewards measures nothing.
+def test_a_half_without_rewards_is_not_a_measurement_of_0(x64):
+    samples, nan = jnp.array([0, 1, 2, 1, 0, 1, 2, 0]), jnp.nan
+    rewards = jnp.array([1.0, 0, 0, 0, nan, nan, nan, 1.0])
+    found = probe_prompt(log_probs, THETA, samples, rewards, jnp.ravel)
+    assert np.isnan(found.curvature) and found.halves == 0
+    rewards = rewards.at[6].set(0.0)
+    found = probe_prompt(log_probs, THETA, samples, rewards, jnp.ravel)
+    assert found.halves == 2
+
+
 @pytest.mark.parametrize(("size", "parts"), [(4, 2), (8, 2), (15, 2), (16, 4)])
 def test_parts_of_a_group(size, parts):
     assert num_parts(size) == parts
