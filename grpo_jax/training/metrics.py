@@ -104,8 +104,8 @@ LOOK_FIELDS = {
     "features": "cosines of mean hidden states, raw and less their mean",
     "weightings": "first-order change of each prompt for a gradient step of length 1 "
     "under other prompt weights: of its own doing, and the others'",
-    "exact": "cosines, norms, curvature and slope (along the same u) from the one right "
-    "answer; null where there is none",
+    "exact": "cosines, norms, curvature and slope (along the same u) from the one "
+    "right answer; null where there is none",
     "update": "slope and curvature along the update that followed, per update and to "
     "its square, the change predicted and realised; null where none followed",
 }
