@@ -85,7 +85,7 @@ class Config:
     length: float = 0.05  # of that update, as long as one of Adam's
     prompts: int = 32  # of the probe set
     group_sizes: tuple[int, ...] = (8, 16, 64)
-    repeats: int = 20  # independent looks at each group size
+    repeats: int = 16  # independent looks at each group size
     widths: tuple[int, ...] = (64, 256, 1024, 4096)  # K of the hashed gradients
 
 

@@ -65,7 +65,7 @@ class Config:
     results: Path = Path("results/three_phases")  # a directory of the task's in it
     smoke: bool = False  # a tiny model, 2 + 2 runs of 4 steps
     plot_only: bool = False  # redraw from runs.jsonl
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seed: int = 10  # on which each method's learning rate is chosen
     learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3)
     steps: int = 120
