@@ -225,7 +225,9 @@ def plot(c: Config, rows, path: Path) -> None:
             for axis, x in ((axes[1, 0], "small_fraction"), (axes[1, 1], "std")):
                 draw(axis, method, lambda r, x=x: [y[x] for y in r["exact"]],
                      f"{method}, exact", color=colour, ls=":")  # fmt: skip
-    shares = np.mean([r["shares"] for r in rows["std"]], 0)
+    # An unknown phase, null in every share, leaves a gap at the top.
+    shares = [np.array(r["shares"], float) for r in rows["std"]]
+    shares = np.nan_to_num(shares).mean(0)
     axes[1, 2].stackplot(
         steps, shares.T, labels=PHASES, colors=("#9dbdd6", "#e6d7a3", "#d9a38c")
     )

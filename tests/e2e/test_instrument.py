@@ -51,6 +51,7 @@ def finished(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_a_row_per_look(finished):
     rows = rows_of(finished)
     assert [row["step"] for row in rows] == [0, 2, 4]
@@ -67,6 +68,7 @@ def test_a_row_per_look(finished):
 
 # Slope and half the curvature, from the answer alone, are the change that happened, up
 # to third order.
+@pytest.mark.slow
 def test_the_exact_prediction_is_what_happened(finished):
     for row in rows_of(finished)[:2]:
         update = {k: np.array(v, float) for k, v in row["update"].items()}
@@ -77,6 +79,7 @@ def test_the_exact_prediction_is_what_happened(finished):
         )
 
 
+@pytest.mark.slow
 def test_metrics_of_a_look_are_in_its_steps_line(finished):
     metrics = {row["step"]: row for row in rows_of(finished, "metrics")}
     looks = {row["step"]: row for row in rows_of(finished)}
@@ -87,6 +90,7 @@ def test_metrics_of_a_look_are_in_its_steps_line(finished):
 
 
 # What is looked at moves nothing: the same parameters with and without.
+@pytest.mark.slow
 def test_looking_changes_no_run(finished, tmp_path):
     gj.train(config_of(tmp_path / "blind", InstrumentConfig(every=0)))
     one, two = (rows_of(d, "metrics") for d in (finished, tmp_path / "blind"))
@@ -107,6 +111,7 @@ def test_a_resumed_run_writes_the_same_rows(finished, tmp_path):
     assert rows_of(directory) == rows_of(finished)
 
 
+@pytest.mark.slow
 def test_policies_of_a_run_can_be_loaded(finished):
     assert saved_steps(finished) == [0, 1, 2, 3, 4]
     start, end = load_policy(finished, 0), load_policy(finished, 4)

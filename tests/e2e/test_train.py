@@ -20,7 +20,7 @@ from grpo_jax.training.config import (
     WarmStartConfig,
 )
 from grpo_jax.training.loop import NonFiniteGradients
-from grpo_jax.training.metrics import FIELDS, read_lines
+from grpo_jax.training.metrics import FIELDS, LOOK_FIELDS, read_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -89,6 +89,13 @@ def test_every_field_is_documented_and_the_promised_ones_are_there(finished):
     assert [row["step"] for row in evaluated] == [0, 3, 6]
     assert all("eval/heldout_pass_rate" in row for row in evaluated)
     assert max(row["mismatch/max_abs"] for row in rows[1:]) < 1e-5
+
+
+def test_a_look_of_the_instrument_is_in_its_file(finished):
+    rows = read_lines(finished.run_dir / "instrument.jsonl")
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    assert all(set(row) == set(LOOK_FIELDS) for row in rows)
+    assert [row["update"] is None for row in rows] == [False, False, True]
 
 
 def test_nothing_is_compiled_after_the_first_steps(finished):

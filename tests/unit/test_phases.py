@@ -12,6 +12,8 @@ import grpo_jax as gj
 from grpo_jax.gradient_geometry import debiased_statistics, parts_geometry
 from grpo_jax.phases import Thresholds, change_points, mean_sigma, phase
 
+jitted = jax.jit(parts_geometry)
+
 
 def geometry_of(gradients, noise=0.0, parts=4, seed=0):
     """(geometry, rewards) of prompts with these gradients [P, D] and noisy parts."""
@@ -19,7 +21,7 @@ def geometry_of(gradients, noise=0.0, parts=4, seed=0):
     shape = (len(gradients), parts, gradients.shape[1])
     vectors = gradients[:, None] + noise * rng.normal(size=shape)
     rewards = np.tile([1.0, 0.0], (len(gradients), 8))
-    return parts_geometry(jnp.asarray(rewards), jnp.asarray(vectors)), rewards
+    return jitted(jnp.asarray(rewards), jnp.asarray(vectors)), rewards
 
 
 def spread(p, share, d=400):
@@ -46,7 +48,7 @@ def test_the_label_of_cosines_of_known_size(x64, cosine, label):
 
 # Cosines all +.2: none is small, none differs from another.
 def test_aligned_prompts_are_neither_orthogonal_nor_spread(x64):
-    gradients = np.abs(spread(20, 0.2))
+    gradients = np.abs(spread(24, 0.2))
     found = phase(*geometry_of(gradients))
     assert found.label == "II" and found.shares[1] > 0.95
     np.testing.assert_allclose(found.mean_cosine, 0.2, rtol=1e-6)
@@ -56,8 +58,8 @@ def test_aligned_prompts_are_neither_orthogonal_nor_spread(x64):
 
 # Noise alone widens raw cosines; the debiased ones keep the label, and its bounds.
 def test_noise_does_not_move_the_label(x64):
-    gradients = spread(32, 0.15, d=600)
-    geometry, rewards = geometry_of(gradients, noise=0.05)
+    gradients = spread(24, 0.15)
+    geometry, rewards = geometry_of(gradients, noise=0.06)
     found = phase(geometry, rewards)
     assert geometry.attenuation < 0.8
     low, high = found.std_cosine_interval
@@ -68,10 +70,10 @@ def test_noise_does_not_move_the_label(x64):
 
 
 def test_nothing_is_said_without_signal(x64):
-    geometry, rewards = geometry_of(spread(12, 0.15), noise=5.0)
+    geometry, rewards = geometry_of(spread(24, 0.15), noise=5.0)
     found = phase(geometry, rewards)
     assert found.label == "unknown" and math.isnan(found.std_cosine)
-    tied = parts_geometry(jnp.ones((3, 8)), jnp.zeros((3, 2, 5)))
+    tied = jitted(jnp.ones((3, 8)), jnp.zeros((3, 2, 5)))
     found = phase(tied, np.ones((3, 8)))
     assert found.label == "unknown" and found.prompts == 0 and found.mean_sigma == 0
 
@@ -81,9 +83,9 @@ def test_missing_rewards_leave_a_prompt_out(x64):
     rng = np.random.default_rng(3)
     vectors, rewards = rng.normal(size=(6, 2, 30)), np.tile([1.0, 0.0], (6, 4))
     rewards[2, 4:7] = np.nan
-    found = parts_geometry(rewards, vectors)
+    found = jitted(rewards, vectors)
     keep = [0, 1, 3, 4, 5]
-    other = parts_geometry(rewards[keep], vectors[keep])
+    other = jitted(rewards[keep], vectors[keep])
     assert np.isnan(found.squared_norms[2]) and np.isnan(found.cosines[2]).all()
     for name in ("mean_cosine", "std_cosine", "attenuation", "chi", "m_median"):
         np.testing.assert_allclose(getattr(found, name), getattr(other, name))
@@ -107,8 +109,8 @@ def test_three_prompts_are_too_few_for_a_phase(x64):
 
 # sigma of (1, 0, 1, 0) with ddof 1: sqrt(1/3); C = 8/3 of the mean over looks.
 def test_the_rate_factor(x64):
-    geometry, _ = geometry_of(spread(4, 0.05))
-    rewards = np.tile([1.0, 0, 1, 0], (4, 1))
+    geometry, _ = geometry_of(spread(24, 0.05))
+    rewards = np.tile([1.0, 0, 1, 0], (24, 1))
     np.testing.assert_allclose(mean_sigma(rewards), 3**-0.5)
     found = phase(geometry, rewards)
     np.testing.assert_allclose(found.rate_factor, 8 / 3 * 3**-0.5)
@@ -123,13 +125,13 @@ def test_the_rate_factor(x64):
 
 
 def test_the_same_seed_gives_the_same_shares():
-    geometry, rewards = geometry_of(spread(10, 0.1), noise=0.02)
+    geometry, rewards = geometry_of(spread(24, 0.1), noise=0.02)
     one, two = (phase(geometry, rewards, seed=3) for _ in range(2))
     assert one == two
 
 
 def test_what_is_refused():
-    geometry, rewards = geometry_of(spread(4, 0.1))
+    geometry, rewards = geometry_of(spread(24, 0.1))
     with pytest.raises(ValueError, match="2 prompts or more, got 1"):
         phase(geometry, rewards[:1])
     with pytest.raises(ValueError, match="thresholds must be a share"):
