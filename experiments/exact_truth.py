@@ -56,12 +56,10 @@ import tyro
 
 import grpo_jax as gj
 from grpo_jax.gradient_geometry import cosine_statistics
-from grpo_jax.rollouts.encoding import answer_rollouts
-from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.config import from_dict
 from grpo_jax.training.instrument import along, measure
 from grpo_jax.training.metrics import read_lines, rounded, t_interval
-from grpo_jax.training.snapshots import load_policy
+from grpo_jax.training.snapshots import load_policy, pick_answers, sample_groups
 from grpo_jax.training.step import MicroBatch
 
 PROMPTWISE = (
@@ -106,34 +104,6 @@ def run_directory(c: Config) -> Path:
     return directory
 
 
-def probes(c: Config):
-    """(answers [P, 1, T], tokenizer) of a fixed set of trained prompts."""
-    task = gj.load_task(c.task, path=c.task_path)
-    pick = np.random.default_rng([c.seed, 9]).permutation(len(task.train))
-    examples = [task.train[i] for i in pick[: c.prompts]]
-    ids = [task.tokenizer(e.prompt + e.answer)["input_ids"] for e in examples]
-    longest = max(len(x) for x in ids)
-    answers = answer_rollouts(task.tokenizer, examples, longest, 8)
-    return jax.tree.map(jnp.asarray, answers), task.tokenizer
-
-
-def sampled(policy, answers: Rollouts, tokenizer, key, group_size) -> Rollouts:
-    """Groups with rewards: 1 where the completion is the answer, token by token."""
-    found = gj.sample(
-        policy,
-        answers.prompts,
-        answers.prompt_mask,
-        group_size=group_size,
-        max_new_tokens=answers.completions.shape[-1],
-        key=key,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-    )
-    right = (found.completions == answers.completions) | (found.completion_mask == 0)
-    right &= found.completion_mask == answers.completion_mask
-    return found._replace(rewards=right.all(-1).astype(jnp.float32))
-
-
 @partial(jax.jit, static_argnames=("width", "exact"))
 def look(policy, change, rollouts, answers, key, *, width, exact):
     """(figures of one look with the exact ones beside them, its geometry)."""
@@ -161,7 +131,8 @@ def look(policy, change, rollouts, answers, key, *, width, exact):
 def run(c: Config) -> None:
     """Writes metrics.jsonl: a line per look, every figure as (estimated, exact)."""
     directory = run_directory(c)
-    answers, tokenizer = probes(c)
+    task = gj.load_task(c.task, path=c.task_path)
+    answers = pick_answers(task, c.prompts, seed=c.seed, length=8)
     key = jax.random.key(c.seed)
     size = sum(x.size for x in jax.tree.leaves(load_policy(directory, 0).params))
     # Whole gradients at every group size; then hashed ones at one of them.
@@ -176,7 +147,7 @@ def run(c: Config) -> None:
             for g, width, repeat in looks + (hashed if step == c.steps[0] else []):
                 draw = jax.random.fold_in(jax.random.fold_in(key, step), g)
                 draw = jax.random.fold_in(draw, repeat)
-                rollouts = sampled(policy, answers, tokenizer, draw, g)
+                rollouts = sample_groups(policy, answers, task.tokenizer, draw, g)
                 shape = {"width": width or size, "exact": width is None}
                 found, geometry = look(policy, change, rollouts, answers, draw, **shape)
                 standing = gj.phase(geometry, rollouts.rewards, num_directions=width)

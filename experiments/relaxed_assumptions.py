@@ -61,12 +61,11 @@ from jax.flatten_util import ravel_pytree
 
 import grpo_jax as gj
 from grpo_jax.loglinear import LogLinear, exact
-from grpo_jax.rollouts.encoding import answer_rollouts
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.config import from_dict
 from grpo_jax.training.metrics import read_lines, rounded, t_interval
 from grpo_jax.training.paths import use_compile_cache
-from grpo_jax.training.snapshots import load_policy
+from grpo_jax.training.snapshots import load_policy, pick_answers, sample_groups
 from grpo_jax.training.step import MicroBatch, batch_logprobs
 
 PAPER_M = (89, 250, 418)  # Table 3, at steps 0, 260 and 500 of its run
@@ -109,33 +108,6 @@ def run_directory(c: Config, seed: int) -> Path:
             settings["task"] |= {"heldout_prompts": 32}
         gj.train(from_dict(gj.TrainConfig, settings))
     return c.runs / name
-
-
-def probes(c: Config, seed: int):
-    """(answers [P, 1, T], tokenizer) of some trained prompts."""
-    task = gj.load_task(c.task, path=c.task_path)
-    pick = np.random.default_rng([seed, 9]).permutation(len(task.train))
-    examples = [task.train[i] for i in pick[: c.prompts]]
-    ids = [task.tokenizer(e.prompt + e.answer)["input_ids"] for e in task.train]
-    answers = answer_rollouts(task.tokenizer, examples, max(map(len, ids)), 8)
-    return jax.tree.map(jnp.asarray, answers), task.tokenizer
-
-
-def sampled(policy, answers: Rollouts, tokenizer, key, group_size) -> Rollouts:
-    """Groups with rewards: 1 where the completion is the answer, token by token."""
-    found = gj.sample(
-        policy,
-        answers.prompts,
-        answers.prompt_mask,
-        group_size=group_size,
-        max_new_tokens=answers.completions.shape[-1],
-        key=key,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-    )
-    right = (found.completions == answers.completions) | (found.completion_mask == 0)
-    right &= found.completion_mask == answers.completion_mask
-    return found._replace(rewards=right.all(-1).astype(jnp.float32))
 
 
 @partial(jax.jit, static_argnames="sizes")
@@ -276,12 +248,15 @@ def run(c: Config, directory: Path) -> None:
 
         for seed in c.seeds:
             where = run_directory(c, seed)
-            answers, tokenizer = probes(c, seed)
+            task = gj.load_task(c.task, path=c.task_path)
+            answers = pick_answers(task, c.prompts, seed=seed, length=8)
             never = np.ones((c.prompts, c.prompts), bool)  # violated so far
             for step in c.steps:
                 policy = load_policy(where, step)
                 key = jax.random.fold_in(jax.random.key(seed), step)
-                groups = sampled(policy, answers, tokenizer, key, c.group_sizes[-1])
+                groups = sample_groups(
+                    policy, answers, task.tokenizer, key, c.group_sizes[-1]
+                )
                 found = jax.device_get(
                     look(policy, groups, answers, sizes=c.group_sizes)
                 )

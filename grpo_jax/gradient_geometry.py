@@ -93,8 +93,7 @@ def prompt_geometry(
     inner = jnp.einsum("pg,pgq->pq", weights, pulled)
     own = jnp.einsum("pgph->pgh", gram)
 
-    split = _by_parts(rewards, 2)  # [P, 2, G // 2]
-    halves = _gradient_weights(split.reshape(p * 2, -1)).reshape(split.shape)
+    halves = part_weights(rewards, 2)  # [P, 2, G // 2]
     cut = gram[:, : g // 2 * 2, :, : g // 2 * 2].reshape(p, 2, g // 2, p, 2, g // 2)
     parts = jnp.einsum("phg,phgqkl,qkl->phqk", halves, cut, halves)
 
@@ -122,7 +121,8 @@ def parts_geometry(
 
     Args:
         rewards: [P, G], NaN where missing.
-        vectors: [P, H, K], H at least 2: `part_gradients` of a group, whole or hashed.
+        vectors: [P, H, K], H at least 2: of each part, the sum of `part_weights` times
+            scores, whole or hashed.
         num_directions: K where the vectors are hashed; None: they are whole.
     """
     p, h = vectors.shape[:2]

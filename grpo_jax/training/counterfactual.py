@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
@@ -17,7 +16,7 @@ from grpo_jax.training.step import (
     MicroBatch,
     TrainState,
     batch_logprobs,
-    compiled_statistics,
+    group_means,
     make_gradients,
 )
 
@@ -80,14 +79,12 @@ def record(file: JsonLines, step: int, found: Counterfactual, rewards: Any) -> N
         found: On the host.
         rewards: [P, G] as scored; `group_mean` is null for a group without any.
     """
-    statistics = jax.device_get(compiled_statistics(rewards))
-    means = np.where(statistics.count > 0, statistics.mean, np.nan)
     norms = np.asarray(found.norms, float)
     file.write(
         {
             "step": step,
             "weightings": ["this run", *RULES],
-            "group_mean": rounded(means),
+            "group_mean": rounded(group_means(rewards)),
             "norm_ratio": rounded(norms / norms[1] if norms[1] > 0 else norms * 0),
             "cosines": rounded(found.cosines),
             "update_norm": rounded(found.update_norms),

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.advantages import group_statistics, group_std
+from grpo_jax.advantages import group_std
 from grpo_jax.curvature import (
     directional_derivatives,
     prompt_curvature,
@@ -41,7 +41,12 @@ from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.config import TrainConfig
 from grpo_jax.training.counterfactual import RULES
 from grpo_jax.training.metrics import rounded
-from grpo_jax.training.step import MicroBatch, batch_logprobs, micro_batch
+from grpo_jax.training.step import (
+    MicroBatch,
+    batch_logprobs,
+    group_means,
+    micro_batch,
+)
 from grpo_jax.training.warm_start import pass_rates
 
 # Costs in forward passes over tokens, measured on a CPU (BUILD_NOTES.md). A step is
@@ -370,7 +375,7 @@ class Instrument:
             realised = self._exact_pass_rates(after) - exact
         else:  # the same random numbers: what did not change is sampled again
             now = self.sample_and_score(after, key).rewards
-            realised = _means(now) - _means(rollouts.rewards)
+            realised = group_means(now) - group_means(rollouts.rewards)
         row["update"] = {
             "slope": rounded(found.slope),
             "curvature": rounded(found.curvature),
@@ -408,13 +413,12 @@ class Instrument:
 
     def _row(self, found: Look, rewards, pass_rates):
         geometry = found.geometry
-        std, _ = group_std(rewards)
         row = {
             "prompts": [int(i) for i in self.prompts],
             "group_size": rewards.shape[1],
             "directions": self.plan.num_directions,
-            "group_mean": rounded(_means(rewards)),
-            "group_std": rounded(np.asarray(std)),
+            "group_mean": rounded(group_means(rewards)),
+            "group_std": rounded(group_std(rewards)[0]),
             "sigma": rounded(group_std(rewards, ddof=1)[0]),
             "pass_rate": None if pass_rates is None else rounded(pass_rates),
             "curvature": rounded(found.probes.curvature),
@@ -472,7 +476,7 @@ def metrics_of(row: dict) -> dict[str, Any]:
         "geometry/violating_fraction": geometry["violating_fraction"],
         "geometry/chi": geometry["chi"],
         "geometry/attenuation": geometry["attenuation"],
-        "curvature/sigma2_rank_correlation": curvature_correlation(row),
+        "curvature/sigma2_rank_correlation": rank_correlation(*sampled_curvature(row)),
     }
     if row["exact"] is not None:
         exact = row["exact"]["statistics"]
@@ -481,39 +485,31 @@ def metrics_of(row: dict) -> dict[str, Any]:
     return metrics
 
 
-def curvature_correlation(row: dict) -> float:
-    """Spearman of |curvature| and sigma^2 over prompts with both halves informative:
-    a curvature measured on a tied half is 0, and its sigma small, by construction."""
-    curvature = np.asarray(row["curvature"], float)
+def sampled_curvature(row: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(sigma^2 [P], |curvature| [P]), NaN for prompts without signal in both halves:
+    measured on a tied half a curvature is 0, and its sigma small, by construction."""
+    curvature = np.abs(np.asarray(row["curvature"], float))
     informative = np.asarray(row["halves"]) == 2
-    curvature = np.where(informative, np.abs(curvature), np.nan)
-    return rank_correlation(curvature, np.asarray(row["sigma"], float) ** 2)
+    sigma = np.asarray(row["sigma"], float)
+    return sigma**2, np.where(informative, curvature, np.nan)
 
 
 def rank_correlation(x: Any, y: Any) -> float:
-    """Spearman's, over the pairs that are there; NaN for fewer than three."""
+    """Spearman's, over the pairs that are there; NaN for fewer than three, or where
+    one side does not vary."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     there = np.isfinite(x) & np.isfinite(y)
     if there.sum() < 3:
         return float("nan")
-    x, y = (_ranks(v[there]) for v in (x, y))
-    x, y = x - x.mean(), y - y.mean()
-    scale = np.sqrt((x**2).sum() * (y**2).sum())
-    return float((x * y).sum() / scale) if scale > 0 else float("nan")
+    x, y = x[there], y[there]
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    from scipy import stats
 
-
-def _ranks(values):
-    """Ranks, ties sharing their mean."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return float(stats.spearmanr(x, y).statistic)
 
 
 _statistics = jax.jit(cosine_statistics)
-
-
-def _means(rewards):
-    statistics = jax.device_get(group_statistics(jnp.asarray(rewards)))
-    return np.where(statistics.count > 0, statistics.mean, np.nan)
 
 
 def _plain(value):

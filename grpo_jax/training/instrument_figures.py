@@ -6,6 +6,7 @@ import numpy as np
 
 from grpo_jax.advantages import expected_group_std
 from grpo_jax.phases import PHASES, THRESHOLDS, change_points
+from grpo_jax.training.instrument import sampled_curvature
 from grpo_jax.training.instrument_reading import (
     HEADER,
     TABLE_NOTE,
@@ -173,7 +174,7 @@ def _ends(rows, colour):
 def _curvature(rows):
     """sigma^2 against |curvature| along the own gradient, and the theory's bound."""
     binary, exact = is_binary(rows), with_exact(rows)
-    kinds = [("sampled", BLUE, rows, _sampled_curvature)]
+    kinds = [("sampled", BLUE, rows, sampled_curvature)]
     if exact:
         kinds.append(("exact", ORANGE, exact, _exact_curvature))
     points = {name: [of(row) for row in its] for name, _, its, of in kinds}
@@ -238,13 +239,6 @@ def _curvature(rows):
     elif not binary:
         caption += "Rewards are not 0 and 1, so there is no bound in sigma²."
     return svg_figure("Curvature against variance", caption, draw, height=3.4)
-
-
-def _sampled_curvature(row):
-    """Of prompts with signal in both halves: a tied one makes both figures small."""
-    sigma, curvature = (values([row], name)[0] for name in ("sigma", "curvature"))
-    informative = np.asarray(row["halves"]) == 2
-    return sigma**2, np.where(informative, np.abs(curvature), np.nan)
 
 
 def _exact_curvature(row):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from grpo_jax.phases import PHASES, THRESHOLDS
-from grpo_jax.training.instrument import curvature_correlation, rank_correlation
+from grpo_jax.training.instrument import rank_correlation, sampled_curvature
 
 # Pass rates that the report tells apart.
 THIRDS = (
@@ -364,7 +364,7 @@ def curvature_correlations(row: dict) -> tuple[float, float]:
     if row["exact"] is not None:
         true, rate = values([row], "exact", "curvature")[0], rates(row)
         exact = rank_correlation(np.abs(true), rate * (1 - rate))
-    return curvature_correlation(row), exact
+    return rank_correlation(*sampled_curvature(row)), exact
 
 
 def _number(x):

@@ -368,9 +368,10 @@ class _Run:
             if path.exists():
                 keep_until(path, last)
             self.files[name] = JsonLines(path)
-        self.instrument = self._make_instrument()
+        self.instrument = self._make_instrument([r for r in looks if r["step"] < step])
 
-    def _make_instrument(self) -> Instrument | None:
+    def _make_instrument(self, earlier: list[dict]) -> Instrument | None:
+        """None where it is off; `earlier`: the rows of looks before this start."""
         plan = self.plan
         if plan.probe is None:
             return None
@@ -393,7 +394,6 @@ class _Run:
                 )
             return jax.tree.map(jnp.asarray, scored)
 
-        rows = read_lines(self.directory / "instrument.jsonl")
         return Instrument(
             plan.probe,
             self.policy,
@@ -407,7 +407,7 @@ class _Run:
             key=self.probe_key,
             sigma_history=[
                 float("nan") if x is None else x
-                for x in (row["phase"]["mean_sigma"] for row in rows)
+                for x in (row["phase"]["mean_sigma"] for row in earlier)
             ],
         )
 

@@ -1,4 +1,5 @@
-"""The policies that a run left on disk, for looking at them afterwards."""
+"""The policies that a run left on disk, for looking at them afterwards, and prompts to
+look at them with: of tasks where one completion is right, so that truth is exact."""
 
 import dataclasses
 from pathlib import Path
@@ -10,6 +11,10 @@ import numpy as np
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Policy, init_policy
+from grpo_jax.rollouts.encoding import answer_rollouts
+from grpo_jax.rollouts.sampling import sample
+from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.tasks import Task
 from grpo_jax.training.checkpoint import load_params
 from grpo_jax.training.config import from_dict
 from grpo_jax.training.run_directory import read_config_dict
@@ -53,3 +58,36 @@ def load_policy(run_dir: Path | str, step: int) -> Policy:
         params = checkpointer.restore(path)["params"]
     # Through the host: like a new policy's, so that no program is compiled again.
     return policy.replace(jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params))
+
+
+def pick_answers(task: Task, count: int, *, seed: int, length: int) -> Rollouts:
+    """[P, 1, length] right answers of up to `count` trained prompts, drawn by `seed`.
+
+    Prompts are padded to what any trained prompt and its answer take, so that other
+    seeds have the same shapes.
+    """
+    pick = np.random.default_rng([seed, 9]).permutation(len(task.train))
+    ids = [task.tokenizer(e.prompt + e.answer)["input_ids"] for e in task.train]
+    examples = [task.train[i] for i in pick[:count]]
+    answers = answer_rollouts(task.tokenizer, examples, max(map(len, ids)), length)
+    return jax.tree.map(jnp.asarray, answers)
+
+
+def sample_groups(
+    policy: Policy, answers: Rollouts, tokenizer, key: jax.Array, group_size: int
+) -> Rollouts:
+    """Groups [P, group_size, T] for `pick_answers`, with rewards: 1 where
+    the completion is the answer, token by token."""
+    found = sample(
+        policy,
+        answers.prompts,
+        answers.prompt_mask,
+        group_size=group_size,
+        max_new_tokens=answers.completions.shape[-1],
+        key=key,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+    right = (found.completions == answers.completions) | (found.completion_mask == 0)
+    right &= found.completion_mask == answers.completion_mask
+    return found._replace(rewards=right.all(-1).astype(jnp.float32))

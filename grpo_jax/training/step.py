@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from grpo_jax.advantages import group_statistics, group_std, overlong_punishment
@@ -37,6 +38,12 @@ from grpo_jax.training.config import OptimizerConfig
 
 # Of rewards on the host: one small program, compiled in a run's first step.
 compiled_statistics = jax.jit(group_statistics)
+
+
+def group_means(rewards: Any) -> np.ndarray:
+    """[P] mean reward of each group [P, G], on the host; NaN for one without any."""
+    statistics = jax.device_get(compiled_statistics(rewards))
+    return np.where(statistics.count > 0, statistics.mean, np.nan)
 
 
 class TrainState(NamedTuple):
