@@ -8,8 +8,33 @@ import numpy as np
 
 
 class Example(NamedTuple):
+    """A question and its gold answer.
+
+    Attributes:
+        prompt: What is asked, without any template.
+        answer: The gold answer as the task's rewards compare it.
+        solution: The worked text a model may imitate; "" where the answer is all.
+        tags: What evaluation is broken down by, as ("level", "3") pairs.
+    """
+
     prompt: str
     answer: str
+    solution: str = ""
+    tags: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward:
+    """A reward by name, computed in a worker process that can be killed.
+
+    `rollouts/verifiers.py` has the names; "module:function" is the user's own, called
+    as function(example, completion) -> float. The rewards of a task are added up with
+    their weights; a completion solves its prompt where the first of them is 1 or more.
+    """
+
+    name: str
+    weight: float = 1.0
+    options: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +61,12 @@ class Task:
     Attributes:
         train, heldout: Disjoint examples.
         tokenizer: A Hugging Face fast tokenizer with pad and eos tokens.
-        reward: (example, completion text without EOS) -> float; NaN or an exception
-            mean that the reward is missing.
+        reward: (example, completion text without EOS) -> float, called in this process,
+            or `Reward`s, computed in worker processes; NaN or an exception mean that
+            the reward is missing.
+        eos_ids: Tokens that end a completion; empty: the tokenizer's EOS.
+        template: How a prompt becomes tokens, a name of `templates.py`; the same in
+            training and evaluation.
         single_answer: Exactly one completion is right, `example.answer` and EOS, so the
             pass rate exp(log-prob of the answer) is exact without sampling.
         warm_start: None where the model must come with a policy worth training.
@@ -49,7 +78,9 @@ class Task:
     train: list[Example]
     heldout: list[Example]
     tokenizer: Any
-    reward: Callable[[Example, str], float]
+    reward: Callable[[Example, str], float] | tuple[Reward, ...]
+    eos_ids: tuple[int, ...] = ()
+    template: str = "none"
     single_answer: bool = False
     warm_start: WarmStart | None = None
     refine_template: str = "{prompt}{draft}\n{prompt}"
