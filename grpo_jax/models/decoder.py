@@ -134,17 +134,34 @@ class Decoder(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A decoder split once: static config and graph, float32 params (a plain dict)."""
+    """A decoder split once: static config and graph, and parameters as plain dicts.
+
+    Attributes:
+        params: What is trained, float32 in training: all parameters, or with LoRA its
+            low-rank factors.
+        frozen: With LoRA the base weights, in any float dtype; else None.
+    """
 
     config: ModelConfig = dataclasses.field(metadata=dict(static=True))
     graphdef: Any = dataclasses.field(metadata=dict(static=True))
     params: Any
+    frozen: Any = None
 
     def module(self) -> Decoder:
-        return nnx.merge(self.graphdef, self.params)
+        return nnx.merge(self.graphdef, merged(self.params, self.frozen))
 
     def replace(self, params) -> "Policy":
         return dataclasses.replace(self, params=params)
+
+
+def merged(params: Any, frozen: Any) -> Any:
+    """One nested dict of two that share no leaf; `frozen` None: `params` itself."""
+    if frozen is None:
+        return params
+    both = dict(frozen)
+    for name, value in params.items():
+        both[name] = merged(value, frozen[name]) if name in frozen else value
+    return both
 
 
 def init_policy(config: ModelConfig, key: jax.Array) -> Policy:

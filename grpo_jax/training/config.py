@@ -19,13 +19,29 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """What is asked and how it is scored."""
+    """What is asked and how it is scored; an option that a task does not know is an
+    error."""
 
-    name: str = "chains"  # chains | gsm8k-expressions
+    # chains | gsm8k-expressions | gsm8k | math | countdown | jsonl
+    name: str = "chains"
     path: str | None = None  # the data's file or directory, for tasks that read one
+    heldout_path: str | None = None  # a file only evaluated, such as MATH-500's
     train_prompts: int | None = None  # prompts trained on; default: the task's
     heldout_prompts: int | None = None  # prompts only evaluated; default: the task's
     seed: int = 0  # of the split into trained, held-out and warm-start prompts
+    # none | qa | r1 | qwen-math | chat; default: chat where the tokenizer has one
+    template: str | None = None
+    system: str | None = None  # the system prompt of template chat
+    # NAME=WEIGHT, NAME(option=1)=WEIGHT or module:function=WEIGHT; the first decides
+    # what is solved; default: the task's
+    rewards: tuple[str, ...] = ()
+    levels: tuple[int, ...] = ()  # math: 1 to 5; default: all
+    subjects: tuple[str, ...] = ()  # math: such as Algebra; default: all
+    prompt_field: str | None = None  # jsonl: the field of the question
+    answer_field: str | None = None  # jsonl: the field of the gold answer
+    solution_field: str | None = None  # jsonl: the field of a worked text
+    tag_fields: tuple[str, ...] = ()  # jsonl: fields that evaluation is split by
+    vocab_size: int | None = None  # of a tokenizer made from the task's own text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +116,15 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """The worker processes that compute rewards by name."""
+
+    workers: int = 2  # processes
+    timeout_s: float = 3.0  # of one check; past it the worker is killed, the reward 0
+    memory_gib: float = 2.0  # of each worker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW behind a global-norm clip."""
 
@@ -133,6 +158,7 @@ class EvaluationConfig:
 
     every: int = 10  # steps; also at the start and at the end; 0: only those two
     prompts: int = 256  # trained prompts looked at (held-out ones: all)
+    samples: int = 1  # of each prompt, at the policy's temperature
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,10 +197,14 @@ class TrainConfig:
     """One run: a policy, a task, an objective, and how long."""
 
     task: TaskConfig = TaskConfig()
+    # A directory of config.json, safetensors and tokenizer, or a Hub name; of `model`
+    # only compute_dtype, remat and lora_* may then be given
+    pretrained: str | None = None
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     weights: WeightsConfig = WeightsConfig()
     sampling: SamplingConfig = SamplingConfig()
+    scoring: ScoringConfig = ScoringConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -221,6 +251,71 @@ class TrainConfig:
             raise ConfigError("resume needs the run to continue: give --run-dir DIR.")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What a policy is asked, how often, and where the answers go."""
+
+    pretrained: str | None = None  # the policy: a directory or a Hub name; or
+    run_dir: str | None = None  # a run's, whose task is then the default
+    step: int | None = None  # of the run; default: its newest checkpoint
+    task: TaskConfig = TaskConfig()
+    part: Literal["heldout", "train"] = "heldout"  # of the task's prompts
+    prompts: int | None = None  # only so many of them, drawn by seed; default: all
+    greedy: bool = True  # one answer of each prompt by greedy decoding
+    samples: int = 0  # k sampled answers of each prompt, for avg@k and pass@k; 0: none
+    pass_at: tuple[int, ...] = ()  # the k's of pass@k; default: 1, 2, 4, ... samples
+    temperature: float = 1.0  # of the samples
+    top_k: int | None = None  # samples are drawn from the k most likely tokens
+    top_p: float | None = None  # or from the fewest that have this much probability
+    max_new_tokens: int | None = None  # default: the task's longest answer
+    rows: int = 64  # completions sampled at a time
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    scoring: ScoringConfig = ScoringConfig()
+    seed: int = 0  # of the samples
+    output: str | None = None  # a directory; an interrupted evaluation goes on there
+
+    def __post_init__(self):
+        if bool(self.pretrained) == bool(self.run_dir):
+            raise ConfigError(
+                "eval needs one policy: give --pretrained DIR or --run-dir DIR."
+            )
+        if self.step is not None and not self.run_dir:
+            raise ConfigError("step is a run's: give it with --run-dir.")
+        for name, least in (
+            ("samples", 0), ("rows", 1), ("prompts", 1), ("max_new_tokens", 1),
+            ("top_k", 1), ("scoring.workers", 1), ("seed", 0), ("step", 0),
+        ):  # fmt: skip
+            value = dict(_leaves(self)).get(name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}.")
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"temperature must be positive, got {self.temperature}; greedy "
+                "decoding is --greedy."
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if not self.greedy and not self.samples:
+            raise ConfigError("nothing to evaluate: give --samples K or --greedy.")
+        for k in self.pass_at:
+            if not 1 <= k <= self.samples:
+                raise ConfigError(
+                    f"pass_at must be between 1 and samples={self.samples}, got {k}."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmupConfig:
+    """Supervised learning of a task's solutions, saved as a model directory."""
+
+    output: str  # the directory to write: config.json, safetensors, tokenizer
+    pretrained: str | None = None  # what to start from; default: a new `model`
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    seed: int = 0  # of parameters and of the order of demonstrations
+
+
 _AT_LEAST = {
     "steps": 1, "updates_per_rollout": 1, "micro_batch_tokens": 1, "seed": 0,
     "task.seed": 0, "task.train_prompts": 1, "task.heldout_prompts": 1,
@@ -229,7 +324,8 @@ _AT_LEAST = {
     "sampling.max_new_tokens": 1, "optimizer.warmup_steps": 0, "optimizer.eps": 0,
     "optimizer.clip_norm": 0, "optimizer.weight_decay": 0, "warm_start.max_steps": 1,
     "warm_start.noisy_steps": 0, "warm_start.batch_size": 1, "evaluation.every": 0,
-    "evaluation.prompts": 1, "instrument.every": 0, "instrument.prompts": 2,
+    "evaluation.prompts": 1, "evaluation.samples": 1, "task.vocab_size": 300,
+    "scoring.workers": 1, "instrument.every": 0, "instrument.prompts": 2,
     "instrument.group_size": 4,
     "instrument.counterfactual_every": 0, "weights.eps": 0,
     "weights.group_size": 2,
@@ -238,7 +334,7 @@ _AT_LEAST = {
 }  # fmt: skip
 _POSITIVE = (
     "instrument.max_overhead", "sampling.temperature", "optimizer.learning_rate",
-    "warm_start.learning_rate",
+    "warm_start.learning_rate", "scoring.timeout_s", "scoring.memory_gib",
 )  # fmt: skip
 _WHY = {
     "sampling.group_size": "; a group of one has no baseline",
@@ -308,9 +404,12 @@ def _coerce(kind, value, name):
         )
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
+        if kinds[1:] == (...,) and isinstance(value, list | tuple):
+            kinds = kinds[:1] * len(value)
         if isinstance(value, list | tuple) and len(value) == len(kinds):
             return tuple(_coerce(k, v, name) for k, v in zip(kinds, value, strict=True))
-        raise ConfigError(f"{name} must be {len(kinds)} values, got {value!r}.")
+        count = "a list of" if kinds[1:] == (...,) else len(kinds)
+        raise ConfigError(f"{name} must be {count} values, got {value!r}.")
     if kind is float and isinstance(value, int | float | str):
         try:
             if not isinstance(value, bool):

@@ -31,9 +31,9 @@ WEIGHTINGS = 1 + len(RULES)
 
 
 def look(
-    policy: Policy,
     objective: Objective,
     optimizer: optax.GradientTransformation,
+    policy: Policy,
     state: TrainState,
     batch: Batch,
     *,
@@ -41,7 +41,10 @@ def look(
     temperature: float,
     max_length: int,
 ) -> Counterfactual:
-    """The run's own weights, then `RULES`: one batch, one optimizer state; pure."""
+    """The run's own weights, then `RULES`: one batch, one optimizer state; pure.
+
+    `policy` has no parameters but frozen ones; the others are the state's.
+    """
     params = state.params
     rollouts = batch.rollouts
     rewards = shaped_rewards(
@@ -55,7 +58,7 @@ def look(
     for name, rule in RULES.items():
         weights[name], _ = rule.weights(rewards, rule.init())
     gradients = make_gradients(
-        policy, objective, micro=micro, temperature=temperature, max_length=max_length
+        objective, micro=micro, temperature=temperature, max_length=max_length
     )
 
     def sequence_logprobs(params):
@@ -63,7 +66,7 @@ def look(
         return batch_logprobs(current, rollouts, temperature, micro).sum(-1)
 
     return counterfactual_updates(
-        lambda w: gradients(params, batch._replace(weights=w))[0],
+        lambda w: gradients(policy.replace(params), batch._replace(weights=w))[0],
         sequence_logprobs,
         params,
         rollouts.rewards,

@@ -487,17 +487,16 @@ class _Run:
         if config.instrument.counterfactual_every:
             look = partial(
                 counterfactual.look,
-                self.policy,
                 objective,
                 self.optimizer,
                 micro=whole,
                 **shared,
             )
-            compiled("counterfactual", look, state, batch)
+            compiled("counterfactual", look, self.policy, state, batch)
         if objective.history > 1:
             _, batch = compiled("with_history", with_history, state.history, batch)
         step = make_train_step(
-            self.policy,
+            dataclasses.replace(self.policy, frozen=None),
             objective,
             self.optimizer,
             micro=micro_batch(
@@ -506,11 +505,11 @@ class _Run:
             **shared,
         )
 
-        def update(state, batch, index, *at):
-            return step(state, part_of(batch, index, self.parts), *at)
+        def update(state, batch, index, at, frozen):
+            return step(state, part_of(batch, index, self.parts), at, frozen)
 
-        at = (state.params,) if self.stay else ()
-        compiled("update", update, state, batch, np.int32(0), *at, donate=0)
+        at, frozen = state.params if self.stay else None, self.policy.frozen
+        compiled("update", update, state, batch, np.int32(0), at, frozen, donate=0)
         return programs
 
     # ---- one step
@@ -745,10 +744,12 @@ class _Run:
         if "with_history" in programs:
             history, batch = programs["with_history"](state.history, batch)
             state = state._replace(history=history)
-        at = (jax.tree.map(jnp.copy, state.params),) if self.stay else ()
+        at = jax.tree.map(jnp.copy, state.params) if self.stay else None
         metrics, mismatch = {}, None
         for i in range(self.config.updates_per_rollout):
-            state, metrics = update(state, batch, np.int32(i % self.parts), *at)
+            state, metrics = update(
+                state, batch, np.int32(i % self.parts), at, self.policy.frozen
+            )
             if i == 0:  # the sampler is compared with the policy it sampled from
                 mismatch = metrics["mismatch/max_abs"]
             if self.objective.stop_deviation is not None and metrics["update/stopped"]:
@@ -842,7 +843,9 @@ class _Run:
         if not every or step % every:
             return None
         t = batch.rollouts.completions.shape[-1]
-        return jax.device_get(self.programs[t]["counterfactual"](state, batch))
+        return jax.device_get(
+            self.programs[t]["counterfactual"](self.policy, state, batch)
+        )
 
     def _write(self, step, metrics, host):
         row = {"step": step} | to_numbers(metrics) | host

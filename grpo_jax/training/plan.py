@@ -51,7 +51,9 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     """
     objective = resolve_objective(config)
     if task is None:
-        task = load_task(config.task.name, **_without(config.task, "name"))
+        options = _without(config.task, "name")
+        options = {k: v for k, v in options.items() if v not in (None, ())}
+        task = load_task(config.task.name, **options)
     settings = _without(config.warm_start, "enabled")
     given = [name for name, value in settings.items() if value is not None]
     if given and not (config.warm_start.enabled and task.warm_start is not None):

@@ -331,9 +331,12 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
+DECAYED = ("kernel", "embedding", "unembedding", "lora_a", "lora_b")
+
+
 def _decayed(params):
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding", "unembedding"), params
+        lambda path, _: path[-1].key in DECAYED, params
     )
 
 
@@ -350,14 +353,14 @@ def init_state(
 
 
 def make_gradients(
-    policy: Policy,
     objective: Objective,
     *,
     micro: MicroBatch,
     temperature: float,
     max_length: int,
 ):
-    """gradients(params, batch) -> (grads, metrics): the loss's, under batch.weights.
+    """gradients(policy, batch) -> (grads, metrics): the loss's, under batch.weights,
+    by policy.params.
 
     On policy (batch.old_logprobs is None) the behaviour policy is the current one:
     `stop_gradient(logprobs)` stands for it and the ratio is exactly 1. The sampler's
@@ -365,7 +368,8 @@ def make_gradients(
     """
     wants_entropy = needs_entropy(objective)
 
-    def gradients(params, batch):
+    def gradients(policy, batch):
+        params = policy.params
         rollouts, weights = batch.rollouts, batch.weights
         mask = present_mask(rollouts.completion_mask, rollouts.rewards)
         rewards = shaped_rewards(
@@ -478,21 +482,25 @@ def make_train_step(
     temperature: float,
     max_length: int,
 ):
-    """train_step(state, batch, at=None) -> (state, metrics), pure; jit it with donated
-    state.
+    """train_step(state, batch, at=None, frozen=None) -> (state, metrics), pure; jit it
+    with donated state.
 
-    The gradient is taken at the parameters `at`, by default the state's own: without an
-    importance ratio, all updates of one rollout take it where that was sampled.
+    `policy` is a template without parameters. `frozen` ones are an argument of the
+    step: closed over, they would be constants of the program. The gradient is taken at
+    the parameters `at`, by default the state's own: without an importance ratio, all
+    updates of one rollout take it where that was sampled.
 
     An update that is not finite changes nothing but the counts of skipped ones; nor
     does one after the objective's `stop_deviation` was passed.
     """
     gradients = make_gradients(
-        policy, objective, micro=micro, temperature=temperature, max_length=max_length
+        objective, micro=micro, temperature=temperature, max_length=max_length
     )
 
-    def train_step(state: TrainState, batch: Batch, at: Any = None):
-        grads, metrics = gradients(state.params if at is None else at, batch)
+    def train_step(state: TrainState, batch: Batch, at: Any = None, frozen: Any = None):
+        params = state.params if at is None else at
+        current = dataclasses.replace(policy, params=params, frozen=frozen)
+        grads, metrics = gradients(current, batch)
         norm = optax.tree.norm(grads)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         change_norm = optax.tree.norm(changes)
