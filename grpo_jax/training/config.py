@@ -308,6 +308,10 @@ def _coerce(kind, value, name):
         )
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
+        if isinstance(value, list | tuple) and kinds[1:] == (...,):
+            return tuple(_coerce(kinds[0], v, name) for v in value)
+        if kinds[1:] == (...,):
+            raise ConfigError(f"{name} must be a list of values, got {value!r}.")
         if isinstance(value, list | tuple) and len(value) == len(kinds):
             return tuple(_coerce(k, v, name) for k, v in zip(kinds, value, strict=True))
         raise ConfigError(f"{name} must be {len(kinds)} values, got {value!r}.")
