@@ -13,12 +13,18 @@ import jax.numpy as jnp
 MAX_LOGITS = 2**24
 
 
+def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap): x where it is small, never past +-cap; None leaves x."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def token_logprobs(
     hidden: jax.Array,
     unembedding: jax.Array,
     token_ids: jax.Array,
     *,
     temperature: float | jax.Array = 1.0,
+    softcap: float | None = None,
     chunk_size: int = 512,
     with_entropy: bool = False,
 ):
@@ -29,6 +35,7 @@ def token_logprobs(
         unembedding: [D, V].
         token_ids: [..., T] int32 in [0, V).
         temperature: The policy's, positive; the log-probs are of the tempered policy.
+        softcap: The model's `logit_softcap`, applied before the temperature.
         chunk_size: Tokens whose logits are alive at once (counted over all leading
             axes); fewer where V is large, so that no more than `MAX_LOGITS` logits
             are. The T axis is what is cut, so one position of all rows is the least.
@@ -74,7 +81,7 @@ def token_logprobs(
         logits = jnp.matmul(
             hidden.reshape(-1, width), unembedding, preferred_element_type=dtype
         ).reshape(*hidden.shape[:-1], -1)
-        logits = logits / temperature
+        logits = soft_capped(logits, softcap) / temperature
         log_total = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]
         if not with_entropy:

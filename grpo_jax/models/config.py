@@ -8,7 +8,11 @@ from grpo_jax.errors import check_choice
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+    """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, gated MLP.
+
+    The fields are independent of each other. Together they cover Qwen2 and 2.5, Qwen3,
+    Llama 3, Gemma 2 and the text models of Gemma 3.
+    """
 
     vocab_size: int = 0  # tokens; 0 in a run's config: taken from the tokenizer
     num_layers: int = 2
@@ -18,24 +22,50 @@ class ModelConfig:
     num_kv_heads: int = 4  # key/value heads; divides num_heads
     head_dim: int = 16  # even, for RoPE
     rope_theta: float = 10_000.0  # base of the rotary frequencies
+    # How RoPE's frequencies are stretched to contexts longer than the original ones:
+    # not, all by rope_factor, or (Llama 3) the slow ones by it and the fast ones not.
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_factor: float = 1.0  # wavelengths are multiplied by this
+    rope_original_length: int = 8192  # llama3: tokens of the original context
+    # llama3: turns within the original context, at most: stretched by the whole factor
+    rope_slow_turns: float = 1.0
+    rope_fast_turns: float = 4.0  # llama3: and at least: not stretched
+    # Of layers with a sliding window, unscaled (Gemma 3); None: as in other layers
+    rope_local_theta: float | None = None
+    sliding_window: int | None = (
+        None  # tokens that sliding layers look at, own included
+    )
+    sliding_layers: tuple[int, ...] = ()  # indices of the layers that slide
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    norm_offset: bool = False  # RMSNorm multiplies by 1 + its weight (Gemma)
+    post_norms: bool = False  # RMSNorm after attention and after the MLP too (Gemma)
     qk_bias: bool = False  # biases on the query, key and value projections (Qwen2)
-    qk_norm: bool = False  # RMSNorm over each head's query and key (Qwen3)
+    output_bias: bool = False  # a bias on attention's output projection
+    qk_norm: bool = False  # RMSNorm over each head's query and key (Qwen3, Gemma 3)
+    # Attention scores are divided by the root of this; None: head_dim (Gemma)
+    query_scale: int | None = None
+    # Scores or logits x become cap * tanh(x / cap); None: they stay (Gemma 2)
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    scale_embedding: bool = False  # embeddings are multiplied by sqrt(width) (Gemma)
     tie_embeddings: bool = True  # the unembedding is the embedding's transpose
-    # What the layers compute in; parameters, log-probs and statistics stay float32.
+    max_positions: int = 32_768  # promised by an exported config; limits nothing here
+    # What the layers compute in; log-probs and statistics stay float32, and so do
+    # parameters, unless they were loaded as bfloat16.
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     # What a layer keeps for its backward pass: everything, the matmul results, nothing.
     remat: Literal["none", "dots", "full"] = "full"
 
     def __post_init__(self):
-        positive = (
-            "num_layers", "width", "mlp_width", "num_heads", "num_kv_heads", "head_dim"
+        at_least_one = (
+            "num_layers", "width", "mlp_width", "num_heads", "num_kv_heads",
+            "head_dim", "rope_original_length", "sliding_window", "max_positions",
         )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}."
-                )
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads={self.num_heads}, "
@@ -44,10 +74,33 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}.")
         for name, choices in (
+            ("rope_scaling", ("none", "linear", "llama3")),
+            ("activation", ("silu", "gelu_tanh")),
             ("compute_dtype", ("float32", "bfloat16")),
             ("remat", ("none", "dots", "full")),
         ):
             check_choice(name, getattr(self, name), choices)
-        for name in ("rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        positive = (
+            "rope_theta", "rope_local_theta", "rope_factor", "rope_slow_turns",
+            "norm_eps", "query_scale", "attention_softcap", "logit_softcap",
+        )  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
+        if not self.rope_fast_turns > self.rope_slow_turns:
+            raise ValueError(
+                f"rope_fast_turns must be more than rope_slow_turns="
+                f"{self.rope_slow_turns}, got {self.rope_fast_turns}."
+            )
+        outside = [i for i in self.sliding_layers if not 0 <= i < self.num_layers]
+        if outside or len({*self.sliding_layers}) != len(self.sliding_layers):
+            raise ValueError(
+                "sliding_layers must be different layers of "
+                f"0 to {self.num_layers - 1}, got {self.sliding_layers}."
+            )
+        if self.sliding_layers and self.sliding_window is None:
+            raise ValueError(
+                f"sliding_window must be given where layers slide, got None with "
+                f"sliding_layers={self.sliding_layers}."
+            )

@@ -1,7 +1,7 @@
 """One decoder for every family: layers stacked, scanned and rematerialised.
 
-A `Policy` is the module split once: a static graph, and a plain dict of float32
-parameters that everything else (optax, orbax, the instrument) sees as a pytree.
+A `Policy` is the module split once: a static graph, and a plain dict of parameters
+that everything else (optax, orbax, the instrument) sees as a pytree.
 The prompt is encoded once per group: all G completions attend to the same keys and
 values, in training and in sampling alike.
 """
@@ -13,17 +13,43 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from grpo_jax.logprobs import soft_capped
 from grpo_jax.models.attention import (
+    ByLayer,
     causal_attention,
+    rotary_stretch,
     rotary_table,
     rotate,
     shared_prefix_attention,
+    within_window,
 )
 from grpo_jax.models.config import ModelConfig
 
 
+class OffsetRMSNorm(nnx.Module):
+    """RMSNorm that multiplies by 1 + its weight, in float32 (Gemma)."""
+
+    def __init__(self, width: int, *, epsilon: float, dtype: Any, rngs: nnx.Rngs):
+        del rngs
+        self.scale = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.epsilon, self.dtype = epsilon, dtype
+
+    def __call__(self, x):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = jnp.square(wide).mean(-1, keepdims=True)
+        weight = 1 + self.scale[...].astype(wide.dtype)
+        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (normed * jnp.expand_dims(weight, range(x.ndim - 1))).astype(self.dtype)
+
+
+def _norm(config: ModelConfig, width: int, rngs: nnx.Rngs):
+    kind = OffsetRMSNorm if config.norm_offset else nnx.RMSNorm
+    dtype = jnp.dtype(config.compute_dtype)
+    return kind(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+
+
 class Block(nnx.Module):
-    """One layer: attention and SwiGLU, each behind an RMSNorm, each added back."""
+    """One layer: attention and a gated MLP, each behind an RMSNorm, each added back."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, dtype = config, jnp.dtype(config.compute_dtype)
@@ -35,16 +61,19 @@ class Block(nnx.Module):
             )
 
         def norm(width):
-            return nnx.RMSNorm(width, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
+            return _norm(c, width, rngs)
 
         self.config = config
         self.attention_norm, self.mlp_norm = norm(c.width), norm(c.width)
+        if c.post_norms:
+            self.attention_post_norm = norm(c.width)
+            self.mlp_post_norm = norm(c.width)
         self.q = linear(c.width, c.num_heads * c.head_dim, c.qk_bias)
         self.k = linear(c.width, c.num_kv_heads * c.head_dim, c.qk_bias)
         self.v = linear(c.width, c.num_kv_heads * c.head_dim, c.qk_bias)
         # Both writers to the residual stream start small, so depth does not add up.
         residual = 1.0 / (2 * c.num_layers)
-        self.o = linear(c.num_heads * c.head_dim, c.width, scale=residual)
+        self.o = linear(c.num_heads * c.head_dim, c.width, c.output_bias, residual)
         self.gate, self.up = (linear(c.width, c.mlp_width) for _ in range(2))
         self.down = linear(c.mlp_width, c.width, scale=residual)
         if c.qk_norm:
@@ -73,10 +102,15 @@ class Block(nnx.Module):
 
     def output(self, x, attended):
         """The rest of the layer: x [..., D] and what attention read [..., H, d]."""
-        rows = x.reshape(-1, self.config.width)
-        rows = rows + self.o(attended.reshape(rows.shape[0], -1))
+        c = self.config
+        rows = x.reshape(-1, c.width)
+        read = self.o(attended.reshape(rows.shape[0], -1))
+        rows = rows + (self.attention_post_norm(read) if c.post_norms else read)
         gate, up = self.gate_and_up(self.mlp_norm(rows))
-        return (rows + self.down(jax.nn.silu(gate) * up)).reshape(x.shape)
+        gate = jax.nn.silu(gate) if c.activation == "silu" else jax.nn.gelu(gate)
+        made = self.down(gate * up)
+        made = self.mlp_post_norm(made) if c.post_norms else made
+        return (rows + made).reshape(x.shape)
 
 
 class Decoder(nnx.Module):
@@ -96,9 +130,7 @@ class Decoder(nnx.Module):
             rngs=rngs,
         )
         self.layers = stacked_blocks(rngs)
-        self.final_norm = nnx.RMSNorm(
-            config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs
-        )
+        self.final_norm = _norm(config, config.width, rngs)
         if not config.tie_embeddings:
             init = nnx.initializers.normal(0.02)
             shape = (config.width, config.vocab_size)
@@ -112,15 +144,70 @@ class Decoder(nnx.Module):
             matrix = self.unembedding[...]
         return matrix.astype(self.config.compute_dtype)
 
-    def rotary(self, positions):
-        return rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+    def embed(self, token_ids):
+        """[...] -> [..., D], in the compute dtype."""
+        x = self.embedding(token_ids)
+        if not self.config.scale_embedding:
+            return x
+        return x * jnp.asarray(self.config.width**0.5, x.dtype)  # rounded, as theirs
+
+    def rotary(self, positions) -> ByLayer:
+        """Rotary tables at positions [...]."""
+        c, stretch = self.config, None
+        if c.rope_scaling == "linear":
+            stretch = jnp.full(c.head_dim // 2, c.rope_factor)
+        elif c.rope_scaling == "llama3":
+            stretch = rotary_stretch(
+                c.head_dim,
+                c.rope_theta,
+                c.rope_factor,
+                (c.rope_slow_turns, c.rope_fast_turns),
+                c.rope_original_length,
+            )
+        whole = rotary_table(positions, c.head_dim, c.rope_theta, stretch)
+        if c.rope_local_theta is None or not c.sliding_layers:
+            return ByLayer(whole, whole)
+        return ByLayer(whole, rotary_table(positions, c.head_dim, c.rope_local_theta))
+
+    def masks(self, mask, queries, keys) -> ByLayer:
+        """`mask`, and with the sliding window on top, for positions queries and keys.
+
+        mask: [..., L] or [..., S, L] bool; queries: [..., S]; keys: [..., L].
+        """
+        if not self.config.sliding_layers:
+            return ByLayer(mask, mask)
+        near = within_window(queries, keys, self.config.sliding_window)
+        mask = mask[..., None, :] if mask.ndim < near.ndim else mask
+        return ByLayer(jnp.broadcast_to(mask, near.shape), mask & near)
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """How attention makes its scores."""
+        c = self.config
+        scale = None if c.query_scale is None else c.query_scale**-0.5
+        return dict(scale=scale, softcap=c.attention_softcap)
+
+    def logits(self, hidden):
+        """[..., D] -> [..., V] float32."""
+        logits = jnp.matmul(
+            hidden, self.unembedding_matrix(), preferred_element_type=jnp.float32
+        )
+        return soft_capped(logits, self.config.logit_softcap)
 
     def scan(self, layer, carry):
-        """Runs layer(block, carry) -> (carry, output) through the stack."""
-        graph, stacked = nnx.split(self.layers)
+        """Runs layer(block, carry, slides) -> (carry, output) through the stack.
 
-        def body(carry, params):
-            return layer(nnx.merge(graph, params), carry)
+        `slides`, for `ByLayer.of`, rides along as data; None where no layer does.
+        """
+        c = self.config
+        graph, stacked = nnx.split(self.layers)
+        slides = None
+        if c.sliding_layers:
+            slides = jnp.array([i in c.sliding_layers for i in range(c.num_layers)])
+
+        def body(carry, x):
+            params, slides = x
+            return layer(nnx.merge(graph, params), carry, slides)
 
         if self.config.remat != "none":
             policy = {
@@ -128,7 +215,7 @@ class Decoder(nnx.Module):
                 "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             }[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        return jax.lax.scan(body, carry, stacked)
+        return jax.lax.scan(body, carry, (stacked, slides))
 
 
 @jax.tree_util.register_dataclass
@@ -214,18 +301,17 @@ def next_token_logits(
     """
     model = policy.module()
     mask = jnp.ones_like(token_ids) if attention_mask is None else attention_mask
-    rotary = model.rotary(_positions(mask.astype(bool)))
+    positions = _positions(mask.astype(bool))
+    rotary = model.rotary(positions)
+    masks = model.masks(mask.astype(bool), positions, positions)
 
-    def layer(block, x):
-        q, k, v = block.qkv(x, rotary)
-        return block.output(x, causal_attention(q, k, v, mask)), None
+    def layer(block, x, slides):
+        q, k, v = block.qkv(x, rotary.of(slides))
+        attended = causal_attention(q, k, v, masks.of(slides), **model.scores)
+        return block.output(x, attended), None
 
-    x, _ = model.scan(layer, model.embedding(token_ids))
-    return jnp.matmul(
-        model.final_norm(x),
-        model.unembedding_matrix(),
-        preferred_element_type=jnp.float32,
-    )
+    x, _ = model.scan(layer, model.embed(token_ids))
+    return model.logits(model.final_norm(x))
 
 
 def completion_hidden(
@@ -246,27 +332,31 @@ def completion_hidden(
     inputs = jnp.concatenate((first, completions[..., :-1]), axis=-1)
     positions = split.length[:, None, None] + jnp.arange(t)  # [P, 1, T]
     own_rotary, prefix_rotary = model.rotary(positions), model.rotary(split.positions)
-    causal = jnp.tril(jnp.ones((t, t), bool))
+    steps = jnp.arange(t)
+    causal = model.masks(jnp.tril(jnp.ones((t, t), bool)), steps, steps)
+    to_prefix = model.masks(split.prefix_mask, positions[:, 0], split.positions)
+    in_prefix = model.masks(split.prefix_mask, split.positions, split.positions)
 
-    def layer(block, carry):
+    def layer(block, carry, slides):
         prefix, own = carry
-        prefix_q, prefix_k, prefix_v = block.qkv(prefix, prefix_rotary)
-        q, k, v = block.qkv(own, own_rotary)
+        prefix_q, prefix_k, prefix_v = block.qkv(prefix, prefix_rotary.of(slides))
+        q, k, v = block.qkv(own, own_rotary.of(slides))
         attended = shared_prefix_attention(
             q,
             prefix_k.transpose(0, 2, 3, 1),
             prefix_v.swapaxes(1, 2),
-            split.prefix_mask,
+            to_prefix.of(slides),
             k.transpose(0, 1, 3, 4, 2),
             v.swapaxes(2, 3),
-            causal,
+            causal.of(slides),
+            **model.scores,
         )
         prefix_attended = causal_attention(
-            prefix_q, prefix_k, prefix_v, split.prefix_mask
+            prefix_q, prefix_k, prefix_v, in_prefix.of(slides), **model.scores
         )
         prefix = block.output(prefix, prefix_attended)
         return (prefix, block.output(own, attended)), None
 
-    carry = model.embedding(prompts), model.embedding(inputs)
+    carry = model.embed(prompts), model.embed(inputs)
     (_, own), _ = model.scan(layer, carry)
     return model.final_norm(own)

@@ -5,11 +5,13 @@ product. `conflict_weights` is made inside the objective that asks for it; the o
 are passed in as `token_weights`.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.advantages import group_statistics
-from grpo_jax.logprobs import MAX_LOGITS
+from grpo_jax.logprobs import MAX_LOGITS, soft_capped
 
 
 def conflict_weights(
@@ -68,6 +70,7 @@ def nthr_weights(
     beta: float = 1.0,
     eta: float = 0.0,
     temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> jax.Array:
     """NTHR's factors [P, G, T]: eta on wrong answers' tokens that hurt the right ones.
 
@@ -88,6 +91,8 @@ def nthr_weights(
         rewards: [P, G]; above the group's mean a completion is right, below it wrong.
         beta, eta: 1 and 0 in the paper's experiments.
         temperature: The policy's.
+        softcap: The model's `logit_softcap`. pi is that of the capped logits; the cap's
+            own slope is left out of e, as the temperature's is (not in the paper).
 
     References:
         Deng et al. 2025, arXiv:2505.18830 Eq. 7 and Sec. 5.3. With a single right
@@ -104,7 +109,9 @@ def nthr_weights(
         alive = live.reshape(-1)
         h = hidden.reshape(g * t, width).astype(float)
         h = jnp.where(alive[:, None], h, 0.0)
-        errors = _error_gram(h, unembedding.astype(float), ids.reshape(-1), temperature)
+        errors = _error_gram(
+            h, unembedding.astype(float), ids.reshape(-1), temperature, softcap
+        )
         pairs = errors * (h @ h.T)  # 0 where either is not a token
         influence = pairs.reshape(g, t, g, t).sum(1)  # [G, G, T], of each on a token
         lengths = jnp.maximum(live.sum(-1), 1)
@@ -121,7 +128,7 @@ def nthr_weights(
     return jax.lax.stop_gradient(jnp.where(damped, eta, 1.0))
 
 
-def _error_gram(hidden, unembedding, token_ids, temperature):
+def _error_gram(hidden, unembedding, token_ids, temperature, softcap):
     """[N, N] <e, e'> of e = onehot - softmax, from hidden [N, D] and [D, V]."""
     rows, vocab = hidden.shape[0], unembedding.shape[1]
     width = max(1, min(vocab, MAX_LOGITS // rows))
@@ -132,7 +139,7 @@ def _error_gram(hidden, unembedding, token_ids, temperature):
 
     def logits_of(chunk):
         columns, places = chunk
-        logits = hidden @ columns / temperature
+        logits = soft_capped(hidden @ columns, softcap) / temperature
         return jnp.where(places[None] < vocab, logits, -jnp.inf)
 
     log_total = jax.lax.map(
@@ -149,15 +156,24 @@ def _error_gram(hidden, unembedding, token_ids, temperature):
     return jax.lax.scan(add, zero, (columns, places))[0]
 
 
+def is_eos(token_ids: jax.Array, eos_id: int | Sequence[int] | jax.Array) -> jax.Array:
+    """[...] bool: where tokens [...] are the id, or one of the ids."""
+    ids = jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
+    return (token_ids[..., None] == ids).any(-1)
+
+
 def overlong_weights(
-    token_ids: jax.Array, completion_mask: jax.Array, eos_id: int
+    token_ids: jax.Array,
+    completion_mask: jax.Array,
+    eos_id: int | Sequence[int] | jax.Array,
 ) -> jax.Array:
     """[P, G, T]: 0 on completions cut off before EOS (DAPO's overlong filtering).
 
-    They stay in their group's statistics and in token counts.
+    They stay in their group's statistics and in token counts. `eos_id` is the id of
+    the token that ends a completion, or the ids of several that do.
     """
     live = completion_mask.astype(bool)
-    ended = ((token_ids == eos_id) & live).any(-1, keepdims=True)
+    ended = (is_eos(token_ids, eos_id) & live).any(-1, keepdims=True)
     return jnp.broadcast_to(ended, live.shape).astype(float)
 
 

@@ -6,6 +6,7 @@ completion has. A token's randomness is a function of (key, prompt, sample, toke
 of nothing else, so a sample does not depend on what else is in the batch.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from grpo_jax.logprobs import token_logprobs
+from grpo_jax.logprobs import soft_capped, token_logprobs
 from grpo_jax.models.attention import causal_attention, shared_prefix_attention
 from grpo_jax.models.decoder import Policy, completion_hidden, split_prompts
+from grpo_jax.objectives.token_weights import is_eos
 from grpo_jax.rollouts.types import Rollouts
 
 _FIRST_CACHE = 32  # tokens; each next cache is twice as long
@@ -33,7 +35,7 @@ def sample(
     temperature: float | jax.Array = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos_id: int,
+    eos_id: int | Sequence[int] | jax.Array,
     pad_id: int,
     prompt_indices: jax.Array | None = None,
 ) -> Rollouts:
@@ -49,7 +51,7 @@ def sample(
         temperature: Positive; part of the policy, also where log-probs are recomputed.
         top_k, top_p: Truncation of the distribution (evaluation); the log-probs
             returned are those of the truncated, renormalised distribution.
-        eos_id: Ends a completion, and is its last token.
+        eos_id: Ends a completion, and is its last token; or several ids that do.
         pad_id: Fills completions after their end.
         prompt_indices: [P] int32 naming the prompts for the randomness, so that a
             prompt gets the same samples in any batch; default 0..P-1.
@@ -136,32 +138,39 @@ def _sample(
     def step(cache_length, carry):
         t, token, done, keys, values, completions, mask, logprobs = carry
         rotary = jax.tree.map(lambda x: x[t], rotary_by_step)
-        seen = (jnp.arange(cache_length) <= t)[None]  # [1, U]
-        x = model.embedding(token)  # [P, G, D]
+        slots = jnp.arange(cache_length)
+        own_mask = model.masks((slots <= t)[None], t[None], slots)  # [1, U]
+        prefix_mask = model.masks(
+            split.prefix_mask, split.length[:, None] + t, split.positions
+        )
+        x = model.embed(token)  # [P, G, D]
         for i, block in enumerate(blocks):
-            q, k, v = block.qkv(x, rotary)
+            slides = i in config.sliding_layers
+            q, k, v = block.qkv(x, rotary.of(slides))
             keys[i] = _write(keys[i], k[..., None], t, axis=4)
             values[i] = _write(values[i], v[:, :, :, None], t, axis=3)
             attended = shared_prefix_attention(
                 q[:, :, None],
                 prefix_keys[i],
                 prefix_values[i],
-                split.prefix_mask,
+                prefix_mask.of(slides),
                 keys[i],
                 values[i],
-                seen,
+                own_mask.of(slides),
+                **model.scores,
             )[:, :, 0]
             x = block.output(x, attended)
         hidden = model.final_norm(x).reshape(-1, config.width)
         logits = jnp.matmul(
             hidden, unembedding, preferred_element_type=jnp.float32
         ).reshape(*token.shape, -1)
+        logits = soft_capped(logits, config.logit_softcap)
         token, logprob = _draw(sample_keys, t, logits / temperature, top_k, top_p)
         token = jnp.where(done, pad_id, token)
         completions = _write(completions, token[..., None], t, axis=2)
         mask = _write(mask, (~done[..., None]).astype(jnp.int32), t, axis=2)
         logprobs = _write(logprobs, jnp.where(done, 0.0, logprob)[..., None], t, axis=2)
-        done = done | (token == eos_id)
+        done = done | is_eos(token, eos_id)
         return t + 1, token, done, keys, values, completions, mask, logprobs
 
     shape = (num_prompts, g)
@@ -219,6 +228,7 @@ def completion_logprobs(
         model.unembedding_matrix(),
         rollouts.completions,
         temperature=temperature,
+        softcap=policy.config.logit_softcap,
     )
     return jnp.where(rollouts.completion_mask.astype(bool), logprobs, 0.0)
 
@@ -228,12 +238,15 @@ def _prefill(model, prompts, split):
 
     rotary = model.rotary(split.positions)
 
-    def layer(block, x):
-        q, k, v = block.qkv(x, rotary)
-        x = block.output(x, causal_attention(q, k, v, split.prefix_mask))
+    masks = model.masks(split.prefix_mask, split.positions, split.positions)
+
+    def layer(block, x, slides):
+        q, k, v = block.qkv(x, rotary.of(slides))
+        attended = causal_attention(q, k, v, masks.of(slides), **model.scores)
+        x = block.output(x, attended)
         return x, (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
-    _, (keys, values) = model.scan(layer, model.embedding(prompts))
+    _, (keys, values) = model.scan(layer, model.embed(prompts))
     return list(keys), list(values)
 
 

@@ -11,8 +11,9 @@ from grpo_jax.training.step import MicroBatch
 def num_parameters(c: ModelConfig) -> int:
     """Of a decoder of that shape, norms and biases included."""
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    layer = c.width * (2 * heads + 2 * kv) + 3 * c.width * c.mlp_width + 2 * c.width
-    layer += (heads + 2 * kv) * c.qk_bias + 2 * c.head_dim * c.qk_norm
+    layer = c.width * (2 * heads + 2 * kv) + 3 * c.width * c.mlp_width
+    layer += 2 * c.width * (1 + c.post_norms) + 2 * c.head_dim * c.qk_norm
+    layer += (heads + 2 * kv) * c.qk_bias + c.width * c.output_bias
     embeddings = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
     return c.num_layers * layer + embeddings + c.width
 

@@ -7,6 +7,7 @@ those of the whole batch, so how it is split changes no gradient.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -170,6 +171,7 @@ def _logprobs(policy, prompts, prompt_mask, completions, temperature, entropy=Fa
         model.unembedding_matrix(),
         completions,
         temperature=temperature,
+        softcap=policy.config.logit_softcap,
         with_entropy=entropy,
     )
 
@@ -185,7 +187,7 @@ def token_weights(
     rollouts: Rollouts,
     *,
     temperature: float,
-    eos_id: int,
+    eos_id: int | Sequence[int],
 ) -> jax.Array:
     """[P, G, T]: the product of the factors that the objective asks for."""
     mask = present_mask(rollouts.completion_mask, rollouts.rewards)
@@ -206,6 +208,7 @@ def token_weights(
                 rewards,
                 mask,
                 temperature=temperature,
+                softcap=policy.config.logit_softcap,
             )[0]
 
         groups = (
