@@ -5,6 +5,8 @@ from typing import Literal
 
 from grpo_jax.errors import check_choice
 
+LINEAR_MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -50,6 +52,11 @@ class ModelConfig:
     logit_softcap: float | None = None
     scale_embedding: bool = False  # embeddings are multiplied by sqrt(width) (Gemma)
     tie_embeddings: bool = True  # the unembedding is the embedding's transpose
+    # LoRA: 0 trains every parameter, else low-rank factors of this rank beside the
+    # targets' kernels, which stay as they are
+    lora_rank: int = 0
+    lora_alpha: float = 16.0  # the factors' product is multiplied by lora_alpha / rank
+    lora_targets: tuple[str, ...] = LINEAR_MAPS
     max_positions: int = 32_768  # promised by an exported config; limits nothing here
     # What the layers compute in; log-probs and statistics stay float32, and so do
     # parameters, unless they were loaded as bfloat16.
@@ -82,7 +89,8 @@ class ModelConfig:
             check_choice(name, getattr(self, name), choices)
         positive = (
             "rope_theta", "rope_local_theta", "rope_factor", "rope_slow_turns",
-            "norm_eps", "query_scale", "attention_softcap", "logit_softcap",
+            "norm_eps", "lora_alpha", "query_scale", "attention_softcap",
+            "logit_softcap",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -104,3 +112,13 @@ class ModelConfig:
                 f"sliding_window must be given where layers slide, got None with "
                 f"sliding_layers={self.sliding_layers}."
             )
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}.")
+        unknown = [name for name in self.lora_targets if name not in LINEAR_MAPS]
+        if unknown or len({*self.lora_targets}) != len(self.lora_targets):
+            raise ValueError(
+                f"lora_targets must be different ones of {', '.join(LINEAR_MAPS)}, "
+                f"got {self.lora_targets}."
+            )
+        if self.lora_rank and not self.lora_targets:
+            raise ValueError("lora_targets must name at least one map, got none.")

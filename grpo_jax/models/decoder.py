@@ -7,6 +7,8 @@ values, in training and in sampling alike.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +25,8 @@ from grpo_jax.models.attention import (
     shared_prefix_attention,
     within_window,
 )
-from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.config import LINEAR_MAPS, ModelConfig
+from grpo_jax.models.lora import LoRALinear, merge_factors, split_factors, without_lora
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -54,10 +57,20 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, dtype = config, jnp.dtype(config.compute_dtype)
 
-        def linear(inputs, outputs, bias=False, scale=1.0):
+        def linear(name, inputs, outputs, bias=False, scale=1.0):
             init = nnx.initializers.variance_scaling(scale, "fan_in", "normal")
-            return nnx.Linear(
-                inputs, outputs, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs
+            kind, factors = nnx.Linear, {}
+            if c.lora_rank and name in c.lora_targets:
+                kind = LoRALinear
+                factors = dict(rank=c.lora_rank, scale=c.lora_alpha / c.lora_rank)
+            return kind(
+                inputs,
+                outputs,
+                use_bias=bias,
+                dtype=dtype,
+                kernel_init=init,
+                rngs=rngs,
+                **factors,
             )
 
         def norm(width):
@@ -68,14 +81,14 @@ class Block(nnx.Module):
         if c.post_norms:
             self.attention_post_norm = norm(c.width)
             self.mlp_post_norm = norm(c.width)
-        self.q = linear(c.width, c.num_heads * c.head_dim, c.qk_bias)
-        self.k = linear(c.width, c.num_kv_heads * c.head_dim, c.qk_bias)
-        self.v = linear(c.width, c.num_kv_heads * c.head_dim, c.qk_bias)
+        self.q = linear("q", c.width, c.num_heads * c.head_dim, c.qk_bias)
+        self.k = linear("k", c.width, c.num_kv_heads * c.head_dim, c.qk_bias)
+        self.v = linear("v", c.width, c.num_kv_heads * c.head_dim, c.qk_bias)
         # Both writers to the residual stream start small, so depth does not add up.
         residual = 1.0 / (2 * c.num_layers)
-        self.o = linear(c.num_heads * c.head_dim, c.width, c.output_bias, residual)
-        self.gate, self.up = (linear(c.width, c.mlp_width) for _ in range(2))
-        self.down = linear(c.mlp_width, c.width, scale=residual)
+        self.o = linear("o", c.num_heads * c.head_dim, c.width, c.output_bias, residual)
+        self.gate, self.up = (linear(n, c.width, c.mlp_width) for n in ("gate", "up"))
+        self.down = linear("down", c.mlp_width, c.width, scale=residual)
         if c.qk_norm:
             self.q_norm, self.k_norm = norm(c.head_dim), norm(c.head_dim)
 
@@ -240,6 +253,13 @@ class Policy:
     def replace(self, params) -> "Policy":
         return dataclasses.replace(self, params=params)
 
+    def reconfigured(self, **settings: Any) -> "Policy":
+        """The same parameters under other settings of how to compute: compute_dtype,
+        remat."""
+        config = dataclasses.replace(self.config, **settings)
+        other = abstract_policy(config)
+        return dataclasses.replace(other, params=self.params, frozen=self.frozen)
+
 
 def merged(params: Any, frozen: Any) -> Any:
     """One nested dict of two that share no leaf; `frozen` None: `params` itself."""
@@ -252,13 +272,68 @@ def merged(params: Any, frozen: Any) -> Any:
 
 
 def init_policy(config: ModelConfig, key: jax.Array) -> Policy:
-    """A policy with fresh random float32 parameters."""
+    """A policy with fresh random float32 parameters, LoRA's factors apart."""
 
     def build(key):
         return nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1])
 
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    return Policy(config, nnx.split(abstract)[0], jax.jit(build)(key))
+    return _policy(config, jax.jit(build)(key))
+
+
+def abstract_policy(config: ModelConfig) -> Policy:
+    """A policy with `jax.ShapeDtypeStruct`s for parameters."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.split(decoder)[1])
+    return _policy(config, params)
+
+
+def _policy(config, params):
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    frozen = None
+    if config.lora_rank:
+        params, frozen = split_factors(params)
+    return Policy(config, nnx.split(decoder)[0], params, frozen)
+
+
+def add_lora(
+    policy: Policy,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = LINEAR_MAPS,
+    key: jax.Array,
+) -> Policy:
+    """The policy with low-rank factors to train beside its own, frozen, parameters.
+
+    Raises:
+        ValueError: it has some already, or a setting is outside its range.
+    """
+    if policy.frozen is not None:
+        raise ValueError("the policy has LoRA factors already; merge_lora them first.")
+    if rank < 1:
+        raise ValueError(f"lora_rank must be at least 1, got {rank}.")
+    config = dataclasses.replace(
+        policy.config, lora_rank=rank, lora_alpha=alpha, lora_targets=tuple(targets)
+    )
+
+    def factors(key):  # the rest of the random parameters is never made
+        params = nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1])
+        return split_factors(params)[0]
+
+    adapted = abstract_policy(config)
+    return dataclasses.replace(
+        adapted, params=jax.jit(factors)(key), frozen=policy.params
+    )
+
+
+def merge_lora(policy: Policy) -> Policy:
+    """A policy without factors that computes the same, up to rounding."""
+    if policy.frozen is None:
+        return policy
+    c = policy.config
+    merge = jax.jit(partial(merge_factors, scale=c.lora_alpha / c.lora_rank))
+    plain = abstract_policy(without_lora(c))
+    return plain.replace(merge(policy.frozen, policy.params))
 
 
 class PromptSplit(NamedTuple):

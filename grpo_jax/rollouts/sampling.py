@@ -17,6 +17,7 @@ from flax import nnx
 from grpo_jax.logprobs import soft_capped, token_logprobs
 from grpo_jax.models.attention import causal_attention, shared_prefix_attention
 from grpo_jax.models.decoder import Policy, completion_hidden, split_prompts
+from grpo_jax.models.lora import LoRALinear
 from grpo_jax.objectives.token_weights import is_eos
 from grpo_jax.rollouts.types import Rollouts
 
@@ -283,7 +284,11 @@ def _side_by_side(*linears):
 
     def apply(x):
         y = x @ kernel
-        return jnp.split(y if bias is None else y + bias, ends, axis=-1)
+        parts = jnp.split(y if bias is None else y + bias, ends, axis=-1)
+        return [
+            y + linear.low_rank(x) if isinstance(linear, LoRALinear) else y
+            for y, linear in zip(parts, linears, strict=True)
+        ]
 
     return apply
 

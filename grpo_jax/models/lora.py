@@ -1,0 +1,131 @@
+"""LoRA: linear maps trained through low-rank factors, the base weights frozen.
+
+y = x W + (alpha / rank) (x A) B, with B = 0 at the start, so that training starts from
+the base policy (Hu et al. 2021, arXiv:2106.09685). The base is shared with whatever
+else uses it: the reference policy takes no further memory.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.models.config import ModelConfig
+
+FACTORS = ("lora_a", "lora_b")
+# Our names of a layer's linear maps -> Hugging Face's.
+HF_NAMES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+class LoRALinear(nnx.Linear):
+    """A linear map with low-rank factors beside its kernel."""
+
+    def __init__(self, inputs, outputs, *, rank, scale, rngs, **arguments):
+        super().__init__(inputs, outputs, rngs=rngs, **arguments)
+        bound = inputs**-0.5
+        a = jax.random.uniform(rngs.params(), (inputs, rank), minval=-1, maxval=1)
+        self.lora_a = nnx.Param(bound * a)
+        self.lora_b = nnx.Param(jnp.zeros((rank, outputs)))
+        self.scale = scale
+
+    def low_rank(self, x):
+        """(alpha / rank) (x A) B, in the compute dtype."""
+        a, b = (p[...].astype(self.dtype) for p in (self.lora_a, self.lora_b))
+        return self.scale * ((x.astype(self.dtype) @ a) @ b)
+
+    def __call__(self, x):
+        return super().__call__(x) + self.low_rank(x)
+
+
+def split_factors(params: dict) -> tuple[dict, dict]:
+    """(the low-rank factors, everything else) of a nested dict of parameters."""
+    factors, rest = {}, {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            inner, outer = split_factors(value)
+            if inner:
+                factors[name] = inner
+            if outer:
+                rest[name] = outer
+        else:
+            (factors if name in FACTORS else rest)[name] = value
+    return factors, rest
+
+
+def merge_factors(params: dict, factors: dict, scale: float) -> dict:
+    """The base parameters with scale A B added to each kernel, in the kernel's dtype;
+    the sum is made in float32."""
+    result = {}
+    for name, value in params.items():
+        inner = factors.get(name)
+        if inner is None:
+            result[name] = value
+        elif "lora_a" in inner:
+            delta = scale * jnp.matmul(
+                inner["lora_a"], inner["lora_b"], precision="highest"
+            )
+            kernel = value["kernel"]
+            kernel = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+            result[name] = value | {"kernel": kernel}
+        else:
+            result[name] = merge_factors(value, inner, scale)
+    return result
+
+
+def without_lora(config: ModelConfig) -> ModelConfig:
+    """The config of the base."""
+    plain = ModelConfig()
+    names = ("lora_rank", "lora_alpha", "lora_targets")
+    return dataclasses.replace(config, **{n: getattr(plain, n) for n in names})
+
+
+def save_adapter(
+    factors: dict, config: ModelConfig, directory: Path | str, *, base: str | None
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them.
+
+    Args:
+        factors: `Policy.params` of a policy with LoRA.
+        base: Where the base model is, as the file should say.
+    """
+    from safetensors.numpy import save_file
+
+    if not config.lora_rank:
+        raise ConfigError("the policy has no LoRA factors; save the model whole.")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    names = config.lora_targets
+    facts = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": [HF_NAMES[name].split(".")[1] for name in names],
+    }
+    tensors = {}
+    for name in names:
+        for i in range(config.num_layers):
+            stem = f"base_model.model.model.layers.{i}.{HF_NAMES[name]}"
+            a, b = (np.asarray(factors["layers"][name][f][i]) for f in FACTORS)
+            tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a.T)
+            tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b.T)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(facts, indent=2))
