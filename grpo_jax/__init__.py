@@ -72,6 +72,7 @@ _HOMES = {
     "grpo_jax.models.decoder": ("Policy", "init_policy", "next_token_logits"),
     "grpo_jax.rollouts.types": ("Rollouts",),
     "grpo_jax.rollouts.sampling": ("sample", "completion_logprobs"),
+    "grpo_jax.rollouts.scoring": ("verify",),
     "grpo_jax.tasks": ("Example", "Task", "load_task"),
     "grpo_jax.training.config": ("TrainConfig",),
     "grpo_jax.training.loop": ("train", "TrainResult"),

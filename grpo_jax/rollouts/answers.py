@@ -160,15 +160,15 @@ _UNITS = {
         ["radian", "radians"],
         ["percent", "percents"],
         ["mph"],
-        ["a.m.", "am"],
-        ["p.m.", "pm"],
+        ["a.m.", "a.m", "am"],
+        ["p.m.", "p.m", "pm"],
         ["unit", "units"],
     )
     for word in names
 }
 _TEXT_UNIT = re.compile(r"(?s)(.*\S)\s*\\text\s*\{([^{}]*)\}(?:\^\s*\{?[0-9]\}?)?")
 _BARE_UNIT = re.compile(
-    rf"(.*[0-9}}])\s*({'|'.join(sorted((u for u in _UNITS if len(u) > 2), key=len))})"
+    rf"(.*[0-9}}])\s*({'|'.join(re.escape(u) for u in _UNITS if len(u) > 2)})"
     r"(?:\^\s*\{?[0-9]\}?)?"
 )
 _OPEN, _CLOSE = "([{", ")]}"
@@ -186,6 +186,10 @@ class Answer(NamedTuple):
     prefix: str
     body: str
     unit: str
+
+    def equation(self) -> str:
+        """With the prefix again, for a comparison with an equation."""
+        return f"{self.prefix}={self.body}" if self.prefix else self.body
 
 
 def read_answer(text: str) -> Answer:
@@ -235,7 +239,7 @@ def _without_unit(text):
 
 def rational(body: str) -> Fraction | None:
     """The rational number spelled out: 1,234 or 2.50 or 3/4 or 1\\frac{1}{2}."""
-    text = re.sub(r"\s", "", body).removeprefix("+")
+    text = _without_spaces(body)
     if re.fullmatch(rf"-?(?:{_NUMBER})", text):
         return _rational(text.replace(",", ""), "1")
     if match := re.fullmatch(r"(-?[0-9]+)/([0-9]+)", text):
@@ -343,4 +347,9 @@ def _split(text):
 
 def _key(body):
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", body)
-    return re.sub(r"\s", "", text).removeprefix("+")
+    return _without_spaces(text)
+
+
+def _without_spaces(text):
+    # 1 2 is no 12.
+    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).removeprefix("+")

@@ -9,7 +9,7 @@ pass, and sums, integrals and limits do not: an answer is worked out.
 import functools
 import re
 
-from grpo_jax.rollouts.answers import Answer, read_answer, same_answer
+from grpo_jax.rollouts.answers import read_answer, same_answer
 
 MAX_SYMBOLIC = 400  # characters that sympy may be given
 MAX_DEPTH = 20  # brackets within brackets
@@ -34,7 +34,9 @@ def same_math(gold: str, answer: str, *, spelling: bool = True) -> bool:
         verdict = same_answer(left, right)
         if verdict is not None:
             return verdict
-    return _may_be_compared(left, right) and _same_by_math_verify(left.body, right.body)
+    equations = "=" in left.body or "=" in right.body
+    bodies = [a.equation() if equations else a.body for a in (left, right)]
+    return _may_be_compared(*bodies) and _same_by_math_verify(*bodies)
 
 
 def refused(body: str) -> str | None:
@@ -60,11 +62,11 @@ def refused(body: str) -> str | None:
     return "nested too deeply" if deepest > MAX_DEPTH else None
 
 
-def _may_be_compared(gold: Answer, answer: Answer) -> bool:
-    if refused(gold.body) or refused(answer.body):
+def _may_be_compared(gold: str, answer: str) -> bool:
+    if refused(gold) or refused(answer):
         return False
     # math_verify takes the right-hand side of any equation: 2+2=5 would be a 5.
-    return "=" in gold.body or "=" not in answer.body
+    return "=" in gold or "=" not in answer
 
 
 def _same_by_math_verify(gold: str, answer: str) -> bool:
