@@ -79,6 +79,7 @@ _HOMES = {
     "grpo_jax.models.lora": ("save_adapter",),
     "grpo_jax.rollouts.types": ("Rollouts",),
     "grpo_jax.rollouts.sampling": ("sample", "completion_logprobs"),
+    "grpo_jax.rollouts.scoring": ("verify",),
     "grpo_jax.tasks": ("Example", "Task", "load_task"),
     "grpo_jax.training.config": ("TrainConfig",),
     "grpo_jax.training.loop": ("train", "TrainResult"),
