@@ -6,8 +6,6 @@ metrics are written while the device samples the next step.
 """
 
 import dataclasses
-import hashlib
-import json
 import signal
 import time
 from functools import partial
@@ -19,26 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.models.decoder import Policy, init_policy
+from grpo_jax.models.decoder import Policy, add_lora, init_policy
+from grpo_jax.models.lora import without_lora
 from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.rollouts.encoding import (
     answer_rollouts,
     decode_groups,
-    encode_all,
+    encode_prompts,
     pad_left,
 )
 from grpo_jax.rollouts.refine import (
     refined_prompts,
 )
 from grpo_jax.rollouts.sampling import sample
-from grpo_jax.rollouts.scoring import score
+from grpo_jax.rollouts.scoring import Scores, score
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Task
 from grpo_jax.training import counterfactual
 from grpo_jax.training.checkpoint import Checkpoints, load_params, save_params
 from grpo_jax.training.config import TrainConfig
 from grpo_jax.training.console import Console
+from grpo_jax.training.evaluation import ask, pass_rate, verifier_pool
 from grpo_jax.training.instrument import Instrument
 from grpo_jax.training.metrics import (
     JsonLines,
@@ -50,6 +50,13 @@ from grpo_jax.training.metrics import (
     wilson_interval,
 )
 from grpo_jax.training.paths import cache_directory, use_compile_cache
+from grpo_jax.training.policies import (
+    data_fingerprint,
+    fingerprint,
+    load_base,
+    local_directory,
+    pretrained_policy,
+)
 from grpo_jax.training.plan import Plan, make_plan
 from grpo_jax.training.run_directory import claim, record
 from grpo_jax.training.step import (
@@ -108,20 +115,20 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)
     plan = make_plan(config, task)
-    directory = claim(config, **_facts(plan.task))
-    use_compile_cache()
-    with _Signals() as signals:
-        return _Run(config, plan, directory, signals).train()
+    with verifier_pool(plan.task, config.scoring) as pool:
+        directory = claim(config, **_facts(config, plan.task))
+        use_compile_cache()
+        with _Signals() as signals:
+            return _Run(config, plan, directory, signals, pool).train()
 
 
-def _facts(task):
-    """What config.json keeps of a task: its note, and a fingerprint of its data."""
-    vocabulary = sorted(task.tokenizer.get_vocab().items())
-    text = json.dumps([task.train, task.heldout, vocabulary])
-    return {
-        "note": task.note,
-        "data": hashlib.sha256(text.encode()).hexdigest()[:20],
-    }
+def _facts(config, task):
+    """What config.json keeps besides the config: the task's note, and fingerprints of
+    its data and of what the policy starts from."""
+    base = ""
+    if config.pretrained:
+        base = fingerprint(local_directory(config.pretrained))
+    return {"note": task.note, "data": data_fingerprint(task), "base": base}
 
 
 def _named_interval(name, stem, interval):
@@ -157,11 +164,22 @@ class _Spent:
     """What a step's sampling cost: every completion drawn, kept or not."""
 
     def __init__(self):
-        self.tokens, self.errors = 0, []
+        self.tokens = self.failures = 0
+        self.errors: list[str] = []
 
-    def add(self, rollouts: Rollouts, errors: list[str]) -> None:
+    def add(self, rollouts: Rollouts, scores: Scores) -> None:
         self.tokens += int(rollouts.completion_mask.sum())
-        self.errors = self.errors + errors
+        self.failures += scores.failures
+        self.errors = self.errors + scores.errors
+
+
+def _reward_parts(scores: Scores) -> dict[str, float]:
+    """Each reward's own mean, where there are several; before any refills."""
+    return {
+        f"reward/of {name}": float(np.nanmean(values))
+        for name, values in scores.parts.items()
+        if np.isfinite(values).any()
+    }
 
 
 def _tied(rewards):
@@ -171,9 +189,9 @@ def _tied(rewards):
 class _Run:
     """One process's part of a run; `train` is its only entrance."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, directory: Path, signals):
+    def __init__(self, config: TrainConfig, plan: Plan, directory: Path, signals, pool):
         self.config, self.plan, self.directory = config, plan, directory
-        self.signals = signals
+        self.signals, self.pool, self.task = signals, pool, plan.task
         self.console = Console(config.log.lines_every)
         self.compiles = count_compiles()
         self.order = None  # (epoch, its permutation of the prompts)
@@ -182,9 +200,9 @@ class _Run:
         self.tokenizer = plan.task.tokenizer
         # Derived keys: parameters, training samples, evaluation samples.
         root = jax.random.key(config.seed)
-        keys = (jax.random.fold_in(root, i) for i in range(6))
+        keys = (jax.random.fold_in(root, i) for i in range(7))
         self.init_key, self.run_key, self.eval_key, *keys = keys
-        self.draft_key, self.refill_key, self.probe_key = keys
+        self.draft_key, self.refill_key, self.probe_key, self.lora_key = keys
 
     def train(self) -> TrainResult:
         self.console.say(self.plan.headline)
@@ -209,7 +227,7 @@ class _Run:
             self.checkpoints = checkpoints
             state, step = self._starting_state(policy)
             if self.config.resume:  # a new run's was written when it was claimed
-                record(self.directory, self.config, **_facts(self.plan.task))
+                record(self.directory, self.config, **_facts(self.config, self.task))
             del policy  # its parameters are the state's now, to be given away
             self._open_files(step)
             try:
@@ -223,15 +241,27 @@ class _Run:
 
     def _starting_policy(self) -> Policy | None:
         """The policy at step 0, which is also the reference; None if stopped."""
-        policy = init_policy(self.plan.model, self.init_key)
-        file, config, plan = (
-            self.directory / "initial.safetensors",
-            self.config,
-            self.plan,
+        policy = self._base_policy()
+        if policy is None or not self.plan.model.lora_rank:
+            return policy
+        c = self.plan.model
+        return add_lora(
+            policy,
+            rank=c.lora_rank,
+            alpha=c.lora_alpha,
+            targets=c.lora_targets,
+            key=self.lora_key,
         )
+
+    def _base_policy(self) -> Policy | None:
+        """All parameters to start from, without LoRA's factors."""
+        config, plan = self.config, self.plan
+        if config.pretrained:
+            return pretrained_policy(config.pretrained, plan.model)
+        file = self.directory / "initial.safetensors"
         if file.exists():
-            params, _ = load_params(file, policy.params)
-            return policy.replace(jax.tree.map(jnp.asarray, params))
+            return load_base(self.directory, plan.model, None)
+        policy = init_policy(without_lora(plan.model), self.init_key)
         if config.warm_start.enabled and plan.task.warm_start is not None:
             settings = warm_start_settings(config.warm_start, plan.task)
             began = time.monotonic()
@@ -285,11 +315,12 @@ class _Run:
         self.schedule = make_schedule(config.optimizer, total)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
         self.weights = plan.weights
+        self.eos_ids = tuple(sorted(self.task.stop_ids))
         self.sample = partial(
             sample,
             max_new_tokens=plan.max_new_tokens,
             temperature=self.temperature,
-            eos_id=self.tokenizer.eos_token_id,
+            eos_id=self.eos_ids,
             pad_id=self.tokenizer.pad_token_id,
         )
         pick = np.random.default_rng([config.seed, 3]).permutation(len(plan.task.train))
@@ -301,9 +332,7 @@ class _Run:
         self.probe_ids = pick[: plan.probe.prompts] if plan.probe else []
         self.start_ids = pick[: config.sampling.prompts]
         self.eval_prompts = {
-            name: self._padded(
-                encode_all(self.tokenizer, [e.prompt for e in examples], "a prompt")
-            )
+            name: self._padded(encode_prompts(self.task, examples))
             for name, examples in self.eval_sets.items()
         }
         self.answers = {}
@@ -313,7 +342,7 @@ class _Run:
                 sets["probe"] = [plan.task.train[i] for i in self.probe_ids]
             for name, examples in sets.items():
                 self.answers[name] = answer_rollouts(
-                    self.tokenizer, examples, plan.prompt_length, plan.max_new_tokens
+                    self.task, examples, plan.prompt_length, plan.max_new_tokens
                 )
 
         self.objective = self._settled(start)
@@ -387,10 +416,11 @@ class _Run:
                 part = np.resize(self.probe_ids[start : start + size], size)
                 parts.append(jax.device_get(self._rollouts(params, part, key, g)))
             sampled = jax.tree.map(lambda *x: np.concatenate(x)[:p], *parts)
-            scored, errors, _ = self._score(sampled, self.probe_ids)
-            if errors:
+            scored, scores, _ = self._score(sampled, self.probe_ids)
+            if scores.errors:
                 self.console.warn(
-                    f"instrument: {len(errors)} rewards missing: {errors[0][:200]}"
+                    f"instrument: {len(scores.errors)} rewards missing: "
+                    f"{scores.errors[0][:200]}"
                 )
             return jax.tree.map(jnp.asarray, scored)
 
@@ -476,7 +506,7 @@ class _Run:
                     token_weights,
                     objective,
                     temperature=self.temperature,
-                    eos_id=self.tokenizer.eos_token_id,
+                    eos_id=self.eos_ids,
                 ),
                 policy,
                 rollouts,
@@ -556,15 +586,15 @@ class _Run:
             return self._rollouts(params, indices, key, group_size)
         draft_key = jax.random.fold_in(self.draft_key, jax.random.bits(key))
         sampled = jax.device_get(self._rollouts(params, indices, draft_key, drafts))
-        scored, errors, _ = self._score(sampled, indices)
-        self.spent.add(sampled, errors)
+        scored, scores, _ = self._score(sampled, indices)
+        self.spent.add(sampled, scores)
         rows = refined_prompts(
             self.plan.refine,
             [self.plan.prompts[i] for i in indices],
             scored.completions,
             scored.completion_mask,
             scored.rewards,
-            self.tokenizer.eos_token_id,
+            self.task.stop_ids,
         )
         return self._rollouts(params, indices, key, group_size, rows)
 
@@ -584,8 +614,8 @@ class _Run:
             fresh = rng.permutation(others)[: len(indices)]
             key = jax.random.fold_in(jax.random.fold_in(self.refill_key, step), rounds)
             sampled = jax.device_get(self._train_rollouts(params, fresh, key))
-            more, errors, more_texts = self._score(sampled, fresh)
-            self.spent.add(sampled, errors)
+            more, scores, more_texts = self._score(sampled, fresh)
+            self.spent.add(sampled, scores)
             good = np.flatnonzero(~_tied(more.rewards))
             pairs = list(zip(tied, good, strict=False))
             for old, new in pairs:
@@ -635,14 +665,17 @@ class _Run:
             times = {"time/sample_s": time.monotonic() - step_began}
 
             scored = time.monotonic()
-            rollouts, errors, texts = self._score(rollouts, indices)
-            self.spent.add(rollouts, errors)
-            host = {}
+            rollouts, scores, texts = self._score(rollouts, indices)
+            self.spent.add(rollouts, scores)
+            host = _reward_parts(scores)
             if self.objective.refills:
-                indices, rollouts, texts, host = self._refilled(
+                indices, rollouts, texts, refilled = self._refilled(
                     state.params, step, indices, rollouts, texts
                 )
+                host |= refilled
             host["tokens/sampled"] = self.spent.tokens
+            if self.pool is not None:
+                host["reward/failed"] = self.spent.failures
             rollouts = self._trimmed(rollouts)
             state, batch, metrics = self._batch(state, rollouts, indices)
             times["time/score_s"] = time.monotonic() - scored
@@ -668,6 +701,11 @@ class _Run:
             if errors:
                 self.console.warn(
                     f"step {step}: {len(errors)} rewards missing: {errors[0][:200]}"
+                )
+            if self.spent.failures:
+                self.console.warn(
+                    f"step {step}: {self.spent.failures} checks hung or died; they "
+                    "score 0."
                 )
             if _tied(rollouts.rewards).all() and not self.told_of_ties:
                 self.told_of_ties = True
@@ -711,11 +749,16 @@ class _Run:
 
     def _score(self, rollouts, indices):
         texts = decode_groups(
-            self.tokenizer, rollouts.completions, rollouts.completion_mask
+            self.task, rollouts.completions, rollouts.completion_mask
         )
-        examples = [self.plan.task.train[i] for i in indices]
-        scores = score(self.plan.task.reward, examples, texts)
-        return rollouts._replace(rewards=scores.rewards), scores.errors, texts
+        scores = score(
+            self.task.reward,
+            [self.task.train[i] for i in indices],
+            texts,
+            tokens=rollouts.completion_mask.sum(-1),
+            pool=self.pool,
+        )
+        return rollouts._replace(rewards=scores.rewards), scores, texts
 
     def _batch(self, state, rollouts, indices):
         """(state, batch, metrics): the rollouts weighed, with what they need beside."""
@@ -808,34 +851,21 @@ class _Run:
         return metrics
 
     def _sampled_pass_rate(self, params, name, key):
-        """Share, with its interval, of prompts solved (reward 1) by a sample each."""
-        (ids, mask), examples = self.eval_prompts[name], self.eval_sets[name]
+        """Share of prompts solved by samples, with its interval."""
         s = self.config.sampling
-        rows = s.prompts * s.group_size  # at a time, as many as a step samples
-        texts = []
-        for start in range(0, len(examples), rows):
-            # The last part is filled up with its own rows: one shape, one program.
-            part = np.resize(np.arange(start, min(start + rows, len(examples))), rows)
-            sampled = self.sample(
-                self.policy.replace(params),
-                ids[part],
-                mask[part],
-                group_size=1,
-                key=key,
-                prompt_indices=part.astype(np.int32),
-            )
-            host = jax.device_get(sampled)
-            texts += decode_groups(
-                self.tokenizer, host.completions, host.completion_mask
-            )[: len(examples) - start]
-        scores = score(self.plan.task.reward, examples, texts)
-        if scores.errors:
-            self.console.warn(
-                f"evaluation: {len(scores.errors)} rewards missing, left out: "
-                f"{scores.errors[0][:200]}"
-            )
-        found = scores.rewards[np.isfinite(scores.rewards)]
-        return wilson_interval(int((found >= 1).sum()), len(found))
+        parts = ask(
+            self.sample,
+            self.policy.replace(params),
+            self.task,
+            self.eval_sets[name],
+            self.eval_prompts[name],
+            samples=self.config.evaluation.samples,
+            rows=s.prompts * s.group_size,  # at a time, as many as a step samples
+            key=key,
+            pool=self.pool,
+            warn=self.console.warn,
+        )
+        return pass_rate([row for part in parts for row in part])
 
     def _compared(self, state, batch, step):
         """What other weights would do with the batch, where that is due."""
@@ -869,7 +899,7 @@ class _Run:
             return
         rewards = np.where(np.isnan(rollouts.rewards), None, rollouts.rewards)
         for p in range(min(self.config.log.samples_prompts, len(indices))):
-            example = self.plan.task.train[indices[p]]
+            example = self.task.train[indices[p]]
             self.files["samples"].write(
                 {
                     "step": step,

@@ -15,6 +15,9 @@ FIELDS = {
     "step": "rollouts trained on so far; 0 is the start, before any update",
     "reward/mean": "mean reward of the step's samples as scored, missing ones left out",
     "reward/missing": "samples whose reward function raised or returned no number",
+    "reward/failed": "checks that hung or whose worker died; they score 0 (only where "
+    "rewards are computed in worker processes)",
+    "reward/of NAME": "mean of one of several rewards, before its weight",
     "group/informative": "fraction of groups whose rewards are not all equal",
     "group/std_mean": "mean over prompts of the within-prompt std (ddof 0)",
     "group/refills": "times that tied groups were sampled again (dynamic sampling)",
@@ -49,7 +52,7 @@ FIELDS = {
     "time/step_s": "seconds of the whole step, evaluation and instrument included",
     "compiles": "programs compiled since this process began the run",
     "eval/train_pass_rate": "pass rate of trained prompts: the mean of the exact ones "
-    "where one answer is right, else the share solved (reward 1) by one sample each",
+    "where one answer is right, else the share solved (first reward 1) by samples",
     "eval/train_low": "lower end of its 95 % interval over prompts; Wilson if sampled",
     "eval/train_high": "upper end",
     "eval/heldout_pass_rate": "the same of the held-out prompts",

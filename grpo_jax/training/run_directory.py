@@ -15,13 +15,14 @@ from grpo_jax.training.config import TrainConfig, differences, to_dict
 FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "log.")
 
 
-def claim(config: TrainConfig, *, note: str, data: str) -> Path:
+def claim(config: TrainConfig, *, note: str, data: str, base: str = "") -> Path:
     """The directory this run may write to, created; a new run's config is in it.
 
     Args:
         config: The run's.
         note: What the report should say of the task.
         data: A fingerprint of the task's prompts and answers.
+        base: One of the pretrained model, where there is one.
 
     Raises:
         ConfigError: it holds another run, or this one and `resume` is not set, or there
@@ -67,11 +68,16 @@ def claim(config: TrainConfig, *, note: str, data: str) -> Path:
                 f"cannot resume {directory} with another config "
                 f"({'; '.join(changed)}); give the same one, or another --run-dir."
             )
-        if _facts(directory).get("data", data) != data:
-            raise ConfigError(
-                f"cannot resume {directory}: the task's data changed since it began; "
-                "restore the data, or give another --run-dir."
-            )
+        facts = _facts(directory)
+        for name, value, what in (
+            ("data", data, "the task's data"),
+            ("base", base, "the pretrained model"),
+        ):
+            if facts.get(name, value) != value:
+                raise ConfigError(
+                    f"cannot resume {directory}: {what} changed since it began; "
+                    "restore it, or give another --run-dir."
+                )
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,14 +85,16 @@ def claim(config: TrainConfig, *, note: str, data: str) -> Path:
             f"cannot make the run directory {directory}: {error.strerror}."
         ) from error
     if not config.resume:
-        record(directory, config, note=note, data=data)
+        record(directory, config, note=note, data=data, base=base)
     return directory
 
 
-def record(directory: Path, config: TrainConfig, *, note: str, data: str) -> None:
+def record(
+    directory: Path, config: TrainConfig, *, note: str, data: str, base: str = ""
+) -> None:
     """Writes config.json; of a resumed run once it is known to go on."""
     facts = {"config": to_dict(config), "versions": versions()}
-    facts |= {"note": note, "data": data}
+    facts |= {"note": note, "data": data, "base": base}
     temporary = directory / "config.tmp"
     temporary.write_text(json.dumps(facts, indent=2))
     temporary.replace(directory / "config.json")

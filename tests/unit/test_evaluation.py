@@ -1,0 +1,77 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from grpo_jax import Example
+from grpo_jax.training.evaluation import (
+    Answered,
+    bootstrap_interval,
+    pass_at_k,
+    pass_rate,
+    summarise,
+    table,
+)
+
+
+def answered(index, solved, tokens=None):
+    rewards = [None if s is None else float(s) for s in solved]
+    tokens = tokens or [3] * len(solved)
+    return Answered(index, list(solved), rewards, tokens, [""] * len(solved))
+
+
+def example(**tags):
+    return Example("?", "1", tags=tuple(tags.items()))
+
+
+@pytest.mark.parametrize("solved", range(6))
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(solved, k):
+    outcomes = [1] * solved + [0] * (5 - solved)
+    subsets = list(itertools.combinations(outcomes, k))
+    expected = sum(any(s) for s in subsets) / len(subsets)
+    assert pass_at_k(solved, 5, k) == pytest.approx(expected)
+
+
+def test_one_sample_of_each_prompt_has_wilsons_interval():
+    rows = [answered(i, [i < 8]) for i in range(10)]
+    value, low, high = pass_rate(rows)
+    # Wilson 1927 at n = 10, 8 successes: (0.490, 0.943).
+    assert (value, round(low, 3), round(high, 3)) == (0.8, 0.490, 0.943)
+
+
+def test_a_missing_reward_is_left_out():
+    rows = [answered(0, [True]), answered(1, [None]), answered(2, [False])]
+    assert pass_rate(rows)[0] == 0.5
+    rows = [answered(0, [True, None]), answered(1, [None, None])]
+    assert summarise(rows, [example()] * 2, [1])["avg@2"]["all"]["value"] == 1.0
+
+
+def test_several_samples_count_by_prompt():
+    rows = [answered(0, [True, True]), answered(1, [True, False]), answered(2, [0, 0])]
+    assert pass_rate(rows)[0] == pytest.approx(0.5)
+
+
+def test_bootstrap_interval_is_about_two_standard_errors():
+    values = np.random.default_rng(1).random(400)
+    mean, low, high = bootstrap_interval(values)
+    error = values.std() / math.sqrt(400)
+    assert mean == pytest.approx(values.mean())
+    assert high - mean == pytest.approx(1.96 * error, rel=0.1)
+    assert mean - low == pytest.approx(1.96 * error, rel=0.1)
+    assert bootstrap_interval(values) == (mean, low, high)
+    assert all(math.isnan(x) for x in bootstrap_interval([]))
+
+
+def test_summary_has_every_tag_and_every_k():
+    examples = [example(level="1"), example(level="2"), example(level="2")]
+    rows = [answered(0, [1, 1]), answered(1, [1, 0]), answered(2, [0, 0])]
+    found = summarise(rows, examples, [1, 2])
+    assert list(found) == ["avg@2", "pass@1", "pass@2", "tokens"]
+    values = {name: entry["value"] for name, entry in found["pass@2"].items()}
+    assert values == {"all": pytest.approx(2 / 3), "level=1": 1.0, "level=2": 0.5}
+    assert found["avg@2"]["level=2"]["value"] == 0.25
+    assert found["avg@2"]["level=2"]["prompts"] == 2
+    lines = table(found).splitlines()
+    assert len(lines) == 4 and len({len(line.rstrip()) > 0 for line in lines}) == 1
