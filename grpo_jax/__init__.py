@@ -70,6 +70,12 @@ _HOMES = {
     "grpo_jax.logprobs": ("token_logprobs",),
     "grpo_jax.models.config": ("ModelConfig",),
     "grpo_jax.models.decoder": ("Policy", "init_policy", "next_token_logits"),
+    "grpo_jax.models.pretrained": (
+        "load_pretrained",
+        "save_pretrained",
+        "load_tokenizer",
+        "eos_ids",
+    ),
     "grpo_jax.rollouts.types": ("Rollouts",),
     "grpo_jax.rollouts.sampling": ("sample", "completion_logprobs"),
     "grpo_jax.tasks": ("Example", "Task", "load_task"),
