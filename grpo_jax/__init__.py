@@ -77,11 +77,19 @@ _HOMES = {
         "next_token_logits",
     ),
     "grpo_jax.models.lora": ("save_adapter",),
+    "grpo_jax.models.pretrained": (
+        "load_pretrained",
+        "save_pretrained",
+        "load_tokenizer",
+        "eos_ids",
+    ),
     "grpo_jax.rollouts.types": ("Rollouts",),
     "grpo_jax.rollouts.sampling": ("sample", "completion_logprobs"),
     "grpo_jax.rollouts.scoring": ("verify",),
     "grpo_jax.tasks": ("Example", "Task", "load_task"),
-    "grpo_jax.training.config": ("TrainConfig",),
+    "grpo_jax.training.config": ("TrainConfig", "EvalConfig", "WarmupConfig"),
+    "grpo_jax.training.evaluator": ("evaluate",),
+    "grpo_jax.training.policies": ("export", "warm_up"),
     "grpo_jax.training.loop": ("train", "TrainResult"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
