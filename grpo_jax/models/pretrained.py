@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from grpo_jax.errors import ConfigError, check_choice
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.decoder import Decoder, Policy
+from grpo_jax.models.decoder import Policy, abstract_policy, merge_lora
 from grpo_jax.models.families import Tensor, config_json, model_config, tensors
 
 _BLOCK_BYTES = 2**26  # of a tensor on the host at a time
@@ -61,16 +60,16 @@ def load_pretrained(
     if dtype is not None:
         check_choice("dtype", dtype, ("float32", "bfloat16"))
     folder = local_directory(directory, ("*.json", *_WEIGHTS, *_TOKENIZER))
-    config = model_config(_read_json(folder / "config.json"), f"{folder}/config.json")
+    config = read_config(folder)
     entries = _entries(folder)
     wanted = tensors(config)
-    graphdef, shapes = _abstract(config)
-    _check(config, wanted, shapes, entries)
+    _check(config, wanted, abstract_policy(config).params, entries)
     stored = {_STORED[entries[t.name].dtype] for t in wanted}
     if dtype is None:
         dtype = "bfloat16" if stored == {"bfloat16"} else "float32"
     config = dataclasses.replace(config, compute_dtype=dtype)
-    graphdef, shapes = _abstract(config)
+    abstract = abstract_policy(config)
+    shapes = abstract.params
     places = {t.name: t for t in wanted}
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     wide = [None] * len(leaves) if shardings is None else tree.flatten_up_to(shardings)
@@ -89,9 +88,22 @@ def load_pretrained(
                 for row, block in _blocks(shard.get_slice(name), entries[name]):
                     buffer = write(buffer, block, _start(place, row, block.ndim))
                 buffers[place.path] = jax.block_until_ready(buffer)
-    return Policy(
-        config, graphdef, tree.unflatten([buffers[_path(p)] for p, _ in leaves])
-    )
+    return abstract.replace(tree.unflatten([buffers[_path(p)] for p, _ in leaves]))
+
+
+def read_config(directory: str | os.PathLike) -> ModelConfig:
+    """The config of a checkpoint, without its weights; compute_dtype as it says these
+    are stored.
+
+    Raises:
+        ConfigError: as `load_pretrained`.
+    """
+    folder = local_directory(directory, ("*.json",))
+    values = _read_json(folder / "config.json")
+    stored = values.get("dtype") or values.get("torch_dtype")
+    config = model_config(values, f"{folder}/config.json")
+    dtype = "bfloat16" if stored == "bfloat16" else "float32"
+    return dataclasses.replace(config, compute_dtype=dtype)
 
 
 def save_pretrained(
@@ -109,7 +121,7 @@ def save_pretrained(
     every bit. Files of the same names are replaced, each at once.
 
     Args:
-        policy: Its config decides the architecture.
+        policy: Its config decides the architecture; LoRA's factors are merged.
         directory: Made if it does not exist.
         tokenizer: A transformers tokenizer, saved beside the model; its ids for
             padding, begin and end are written into both configs.
@@ -120,6 +132,7 @@ def save_pretrained(
         ConfigError: no supported architecture is this model, or the dtype is another.
     """
     target = Path(directory).expanduser()
+    policy = merge_lora(policy)
     leaves = jax.tree_util.tree_flatten_with_path(policy.params)[0]
     params = {_path(p): x for p, x in leaves}
     dtypes = {x.dtype.name for x in params.values()}
@@ -215,13 +228,6 @@ def local_directory(
 def _first_line(error):
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _abstract(config: ModelConfig):
-    """(graphdef, shapes) of a decoder, without making it."""
-    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(module)
-    return graphdef, nnx.to_pure_dict(state)
 
 
 def _path(keys):

@@ -11,12 +11,18 @@ import jax
 import numpy as np
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.models.pretrained import load_pretrained
 from grpo_jax.rollouts.encoding import answer_rollouts, bucket, encode_prompts, pad_left
 from grpo_jax.rollouts.sampling import sample
-from grpo_jax.rollouts.scoring import pool_for
 from grpo_jax.training.config import EvalConfig, differences, to_dict
-from grpo_jax.training.evaluation import Answered, ask, summarise, table
-from grpo_jax.training.metrics import JsonLines, mean_interval, read_lines
+from grpo_jax.training.evaluation import (
+    Answered,
+    ask,
+    summarise,
+    table,
+    verifier_pool,
+)
+from grpo_jax.training.metrics import JsonLines, mean_interval, read_lines, rewrite
 from grpo_jax.training.paths import use_compile_cache
 from grpo_jax.training.plan import completion_tokens
 from grpo_jax.training.policies import (
@@ -45,18 +51,14 @@ def evaluate(
             evaluation.
     """
     use_compile_cache()
+    pretrained = source = config.pretrained
     if config.run_dir:
-        policy, step, pretrained = policy_of_run(Path(config.run_dir), config.step)
-        source = f"step {step} of {config.run_dir}"
-        config = dataclasses.replace(config, step=step)
-    else:
-        pretrained = source = config.pretrained
-        policy = None
+        steps = saved_steps(config.run_dir)
+        if config.step is None and steps:
+            config = dataclasses.replace(config, step=steps[-1])
+        source = f"step {config.step} of {config.run_dir}"
+        pretrained = read_config_dict(Path(config.run_dir)).get("pretrained")
     task = task_of(config.task, pretrained)
-    if policy is None:
-        policy = pretrained_policy(config.pretrained, dtype=config.compute_dtype)
-    policy = policy.reconfigured(compute_dtype=config.compute_dtype)
-
     examples = getattr(task, config.part)
     asked = np.arange(len(examples))
     if config.prompts is not None and config.prompts < len(examples):
@@ -65,6 +67,11 @@ def evaluate(
     length = config.max_new_tokens or completion_tokens(task)
     directory = _directory(config, task)
     _claim(directory, config, task, say)
+    if config.run_dir:
+        policy = load_policy(config.run_dir, config.step)
+    else:
+        policy = load_pretrained(config.pretrained, dtype=config.compute_dtype)
+    policy = policy.reconfigured(compute_dtype=config.compute_dtype)
 
     encoded = encode_prompts(task, examples)
     width = bucket(max(map(len, encoded)))
@@ -72,7 +79,7 @@ def evaluate(
     draw = partial(
         sample,
         max_new_tokens=length,
-        eos_id=task.eos_set,
+        eos_id=tuple(sorted(task.stop_ids)),
         pad_id=task.tokenizer.pad_token_id,
     )
     sampled = dict(
@@ -86,7 +93,7 @@ def evaluate(
         f"{length} tokens an answer"
     )
     results: dict[str, Any] = {}
-    with pool_for(task.reward, config.scoring) as pool:
+    with verifier_pool(task, config.scoring) as pool:
         for i, (way, (samples, settings)) in enumerate(ways.items()):
             file = directory / f"{way}.jsonl"
             done = {row["index"]: Answered(**row) for row in read_lines(file)}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.models.decoder import Policy, add_lora, init_policy
+from grpo_jax.models.decoder import Policy, init_policy
 from grpo_jax.models.lora import without_lora
 from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.presets import Objective
@@ -56,6 +56,7 @@ from grpo_jax.training.policies import (
     load_base,
     local_directory,
     pretrained_policy,
+    with_factors,
 )
 from grpo_jax.training.plan import Plan, make_plan
 from grpo_jax.training.run_directory import claim, record
@@ -244,14 +245,7 @@ class _Run:
         policy = self._base_policy()
         if policy is None or not self.plan.model.lora_rank:
             return policy
-        c = self.plan.model
-        return add_lora(
-            policy,
-            rank=c.lora_rank,
-            alpha=c.lora_alpha,
-            targets=c.lora_targets,
-            key=self.lora_key,
-        )
+        return with_factors(policy, self.plan.model, self.lora_key)
 
     def _base_policy(self) -> Policy | None:
         """All parameters to start from, without LoRA's factors."""

@@ -143,7 +143,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def keep_until(path: Path, step: int) -> None:
     """Drops the lines after `step`: what a resumed run is going to write again."""
-    rows = [row for row in read_lines(path) if row["step"] <= step]
+    rewrite(path, [row for row in read_lines(path) if row["step"] <= step])
+
+
+def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The file with these lines alone, replaced at once."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     temporary.replace(path)

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.decoder import Policy, abstract_policy
+from grpo_jax.models.decoder import Policy, abstract_policy, add_lora
 from grpo_jax.models.lora import without_lora
 from grpo_jax.models.pretrained import (
     eos_ids,
     load_pretrained,
     load_tokenizer,
     local_directory,
+    read_config,
 )
 from grpo_jax.tasks import Task, load_task
 from grpo_jax.training.checkpoint import load_params
-from grpo_jax.training.config import TaskConfig
+from grpo_jax.training.config import TaskConfig, TrainConfig
 
 # What of `model` may be given beside `pretrained`: how to compute, not what.
 FREE = ("compute_dtype", "remat", "lora_rank", "lora_alpha", "lora_targets")
@@ -88,6 +89,17 @@ def pretrained_policy(name: str, settings: ModelConfig) -> Policy:
     )
 
 
+def with_factors(policy: Policy, model: ModelConfig, key: jax.Array) -> Policy:
+    """The policy with the LoRA factors that `model` asks for, fresh."""
+    return add_lora(
+        policy,
+        rank=model.lora_rank,
+        alpha=model.lora_alpha,
+        targets=model.lora_targets,
+        key=key,
+    )
+
+
 def load_base(run_dir: Path, model: ModelConfig, pretrained: str | None) -> Policy:
     """The policy that a run started from, without factors.
 
@@ -102,3 +114,18 @@ def load_base(run_dir: Path, model: ModelConfig, pretrained: str | None) -> Poli
     policy = abstract_policy(without_lora(model))
     params, _ = load_params(run_dir / "initial.safetensors", policy.params)
     return policy.replace(jax.tree.map(jnp.asarray, params))
+
+
+def model_of_run(run_dir: Path, config: TrainConfig) -> ModelConfig:
+    """A run's model, with the vocabulary that config.json may leave to the tokenizer."""
+    if config.pretrained is not None:
+        return with_settings(read_config(config.pretrained), config.model)
+    from safetensors import SafetensorError, safe_open
+
+    start = run_dir / "initial.safetensors"
+    try:
+        with safe_open(start, framework="numpy") as file:
+            vocab_size = file.get_slice("embedding.embedding").get_shape()[0]
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read {start}: {error}.") from error
+    return dataclasses.replace(config.model, vocab_size=vocab_size)

@@ -1,7 +1,6 @@
 """The policies that a run left on disk, for looking at them afterwards, and prompts to
 look at them with: of tasks where one completion is right, so that truth is exact."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -9,48 +8,49 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.decoder import Policy, init_policy
+from grpo_jax.models.decoder import Policy, abstract_policy
+from grpo_jax.models.lora import without_lora
 from grpo_jax.rollouts.encoding import answer_rollouts
 from grpo_jax.rollouts.sampling import sample
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Task
-from grpo_jax.training.checkpoint import load_params
-from grpo_jax.training.config import from_dict
+from grpo_jax.training.config import TrainConfig, from_dict
+from grpo_jax.training.policies import load_base, model_of_run, with_factors
 from grpo_jax.training.run_directory import read_config_dict
 
 
 def saved_steps(run_dir: Path | str) -> list[int]:
-    """Steps of a run whose policy is on disk: 0 and those of its checkpoints."""
+    """Steps of a run whose policy can be had: 0 and those of its checkpoints."""
     run_dir = Path(run_dir)
     names = [path.name for path in (run_dir / "checkpoints").glob("*")]
-    start = [0] if (run_dir / "initial.safetensors").exists() else []
+    begun = (run_dir / "initial.safetensors").exists() or names
+    start = [0] if begun else []
     return sorted({*start, *(int(name) for name in names if name.isdigit())})
 
 
-def load_policy(run_dir: Path | str, step: int) -> Policy:
-    """The policy of a run after `step` steps, one of `saved_steps`.
+def load_policy(run_dir: Path | str, step: int | None = None) -> Policy:
+    """The policy of a run after `step` steps, one of `saved_steps`; None: the newest.
 
     Raises:
         ConfigError: there is none of that step, or it cannot be read.
     """
     run_dir = Path(run_dir)
-    if step not in saved_steps(run_dir):
+    steps = saved_steps(run_dir)
+    step = steps[-1] if step is None and steps else step
+    if step not in steps:
         raise ConfigError(
-            f"step must be one of {saved_steps(run_dir)}, those that {run_dir} kept, "
+            f"step must be one of {steps}, those that {run_dir} kept, "
             f"got {step}; checkpoint.every and checkpoint.keep say which are."
         )
-    from safetensors import safe_open
-
-    start = run_dir / "initial.safetensors"
-    with safe_open(start, framework="numpy") as file:
-        vocab_size = file.get_slice("embedding.embedding").get_shape()[0]
-    config = from_dict(ModelConfig, read_config_dict(run_dir)["model"])
-    config = dataclasses.replace(config, vocab_size=vocab_size)
-    policy = init_policy(config, jax.random.key(0))
+    config = from_dict(TrainConfig, read_config_dict(run_dir))
+    model = model_of_run(run_dir, config)
+    policy = abstract_policy(without_lora(model))
+    if step == 0 or model.lora_rank:  # else every parameter is in the checkpoint
+        policy = load_base(run_dir, model, config.pretrained)
+    if model.lora_rank:
+        policy = with_factors(policy, model, jax.random.key(config.seed))
     if step == 0:
-        params, _ = load_params(start, policy.params)
-        return policy.replace(jax.tree.map(jnp.asarray, params))
+        return policy
     import orbax.checkpoint as ocp
 
     path = run_dir.absolute() / "checkpoints" / str(step) / "state"
@@ -69,7 +69,7 @@ def pick_answers(task: Task, count: int, *, seed: int, length: int) -> Rollouts:
     pick = np.random.default_rng([seed, 9]).permutation(len(task.train))
     ids = [task.tokenizer(e.prompt + e.answer)["input_ids"] for e in task.train]
     examples = [task.train[i] for i in pick[:count]]
-    answers = answer_rollouts(task.tokenizer, examples, max(map(len, ids)), length)
+    answers = answer_rollouts(task, examples, max(map(len, ids)), length)
     return jax.tree.map(jnp.asarray, answers)
 
 
@@ -91,3 +91,33 @@ def sample_groups(
     right = (found.completions == answers.completions) | (found.completion_mask == 0)
     right &= found.completion_mask == answers.completion_mask
     return found._replace(rewards=right.all(-1).astype(jnp.float32))
+
+
+def export(
+    run_dir: Path | str,
+    directory: Path | str,
+    *,
+    step: int | None = None,
+    adapter: bool = False,
+) -> int:
+    """Writes a run's policy and tokenizer as a model directory; returns its step.
+
+    Args:
+        step: One of `saved_steps`; None: the newest.
+        adapter: Write the LoRA factors alone, as PEFT reads them.
+
+    Raises:
+        ConfigError: no such step, or no factors to write.
+    """
+    run_dir = Path(run_dir)
+    steps = saved_steps(run_dir)
+    step = steps[-1] if step is None and steps else step
+    policy = load_policy(run_dir, step)
+    if adapter:
+        base = read_config_dict(run_dir).get("pretrained")
+        save_adapter(policy.params, policy.config, directory, base=base)
+        return step
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    found = json.loads((run_dir / "config.json").read_text()).get("eos_ids")
+    save_pretrained(policy, directory, tokenizer=tokenizer, eos_ids=found)
+    return step
