@@ -67,7 +67,10 @@ def pick_answers(task: Task, count: int, *, seed: int, length: int) -> Rollouts:
     seeds have the same shapes.
     """
     pick = np.random.default_rng([seed, 9]).permutation(len(task.train))
-    ids = [task.tokenizer(e.prompt + e.answer)["input_ids"] for e in task.train]
+    rows = zip(
+        encode_prompts(task, task.train), encode_imitated(task, task.train), strict=True
+    )
+    longest = max(len(prompt) + len(answer) - 1 for prompt, answer in rows)
     examples = [task.train[i] for i in pick[:count]]
     answers = answer_rollouts(task, examples, max(map(len, ids)), length)
     return jax.tree.map(jnp.asarray, answers)
