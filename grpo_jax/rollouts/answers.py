@@ -112,6 +112,7 @@ _TEXT = re.compile(
     r"\\(?:mbox|textnormal|textrm|textbf|textit|mathrm|mathbf|mathit|operatorname)"
     r"(?=\s*\{)"
 )
+_WORDS = re.compile(r"\\text\s*\{([^{}]*)\}")
 _DEGREES = re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\degree|°")
 _SYMBOLS = {
     "\N{MINUS SIGN}": "-",
@@ -205,7 +206,10 @@ def read_answer(text: str) -> Answer:
     text = re.sub(r"\s*,?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*", ", ", text)
     text = re.sub(r"(?<=[\s0-9}]),?\s+(?:and|or)\s+", ", ", text)
     text = _DEGREES.sub("", text)
-    text, unit = _without_unit(text.strip().rstrip(".,;: "))
+    text = text.strip().rstrip(".,;: ")
+    if (words := _WORDS.fullmatch(text)) and re.search("[0-9]", text):
+        text = words.group(1).rstrip(".,;: ")
+    text, unit = _without_unit(text)
     text = re.sub(r"\\?%", "", text).strip()
     text = re.sub(r"^\\approx(?![A-Za-z])\s*", "", text)
     text = re.sub(r"(?<![0-9])\.(?=[0-9])", "0.", text)
@@ -284,8 +288,10 @@ def _same(gold: str, answer: str) -> bool | None:
         return re.sub(r"_.*", "", a) == b and rational(b) is not None
     if re.fullmatch(r"\(?[A-Z]\)?", a) and re.fullmatch(r"\(?[A-Z]\)?", b):
         return a.strip("()") == b.strip("()")
-    if a.isalpha() and b.isalpha() and len(a) > 1:
-        return True if a.casefold() == b.casefold() else None
+    if words := _WORDS.fullmatch(gold):  # to sympy CBAD is a product, equal to ABCD
+        return a.casefold() == b.casefold() or bool(_same_parts(words.group(1), answer))
+    if a.isalpha() and a.casefold() == b.casefold() and len(a) > 1:
+        return True
     return _same_parts(gold, answer)
 
 
@@ -346,7 +352,7 @@ def _split(text):
 
 
 def _key(body):
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", body)
+    text = _WORDS.sub(r"\1", body)
     return _without_spaces(text)
 
 

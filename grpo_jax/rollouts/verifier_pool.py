@@ -238,7 +238,7 @@ class VerifierPool:
             self._bad_starts = 0
             raise RuntimeError(
                 f"verifier workers must start, {BAD_STARTS} in a row died or hung at "
-                f"their imports (the last with status {worker.process.returncode}); try "
+                f"their imports (status {worker.process.returncode}); try "
                 f"`{sys.executable} -c 'import math_verify'`, or more memory_gib than "
                 f"{self._setup['memory_gib']:g}."
             )

@@ -75,11 +75,10 @@ def _load(names):
     return functions
 
 
-def _user_function(name):
+def _user_function(name) -> Callable[..., Any]:
     module, _, attributes = name.partition(":")
-    return functools.reduce(
-        getattr, attributes.split("."), importlib.import_module(module)
-    )
+    value: Any = importlib.import_module(module)
+    return functools.reduce(getattr, attributes.split("."), value)
 
 
 def _answer(check, functions):
