@@ -89,7 +89,8 @@ _HOMES = {
     "grpo_jax.tasks": ("Example", "Task", "load_task"),
     "grpo_jax.training.config": ("TrainConfig", "EvalConfig", "WarmupConfig"),
     "grpo_jax.training.evaluator": ("evaluate",),
-    "grpo_jax.training.policies": ("export", "warm_up"),
+    "grpo_jax.training.snapshots": ("export",),
+    "grpo_jax.training.warmup": ("warm_up",),
     "grpo_jax.training.loop": ("train", "TrainResult"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -3,13 +3,24 @@
 import sys
 
 from grpo_jax.errors import ConfigError, nearest
-from grpo_jax.training.config import TrainConfig, load_config_file
+from grpo_jax.training.config import (
+    EvalConfig,
+    TrainConfig,
+    WarmupConfig,
+    load_config_file,
+)
 
 _USAGE = """\
 usage: grpo-jax COMMAND [...]
 
   train    train a policy, from prompts to a finished report
-           (`grpo-jax train --help` lists every setting)
+  eval     ask a model or a run a task's prompts: greedy, avg@k, pass@k
+  warmup   teach a model a task's solutions, and save it
+           (`grpo-jax train --help` lists every setting; so do eval and warmup)
+  export   RUN_DIR OUT_DIR [--step N] [--adapter]: write a run's policy as a model that
+           transformers loads; --adapter: its LoRA factors alone, as PEFT reads them
+  audit    FILE --verifier gsm8k|math [--output FILE.json] [--workers N]: which gold
+           answers the verifier accepts against themselves and rewritten
   objectives [NAME ...]: every method's formula, axes and source (or of those named)
   report   RUN_DIR [RUN_DIR ...] [--output FILE]: write the report of a run, or of
            several overlaid
@@ -25,7 +36,15 @@ _SHORT = {
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code (0 done, 1 failed, 2 bad input)."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "objectives": _objectives, "report": _report}
+    commands = {
+        "train": _train,
+        "eval": _eval,
+        "warmup": _warmup,
+        "export": _export,
+        "audit": _audit,
+        "objectives": _objectives,
+        "report": _report,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if argv else 2
@@ -49,9 +68,7 @@ def _bad(message):
 
 
 def _train(argv):
-    import tyro
-
-    base = TrainConfig()
+    base, argv = TrainConfig(), _long(argv)
     if argv and argv[0].partition("=")[0] == "--config":
         given = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
         if not given:
@@ -60,24 +77,17 @@ def _train(argv):
         base = load_config_file(given)
     elif "--config" in [arg.partition("=")[0] for arg in argv]:
         raise ConfigError("--config FILE comes first, flags that change it after it.")
-    argv = [
-        _SHORT.get(flag, flag) + equals + value
-        for flag, equals, value in (arg.partition("=") for arg in argv)
-    ]
     if base == TrainConfig() and "--resume" in argv:
         # A run goes on with what it was started with; flags may still change it.
         base = _config_of_run(argv) or base
-    try:
-        config = tyro.cli(
-            TrainConfig,
-            default=base,
-            args=argv,
-            prog="grpo-jax train",
-            description="Train a policy. --config FILE.yaml|json comes first, flags on "
-            "top of it; --task, --objective and --weights are short for their .name.",
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    config = _parsed(
+        TrainConfig,
+        argv,
+        "train",
+        "Train a policy. --config FILE.yaml|json comes first, flags on top of it; "
+        "--task, --objective and --weights are short for their .name.",
+        base,
+    )
     from grpo_jax.training.loop import NonFiniteGradients, train
 
     try:
@@ -88,19 +98,156 @@ def _train(argv):
     return 0
 
 
+def _long(argv):
+    """The flags with their short spellings written out."""
+    return [
+        _SHORT.get(flag, flag) + equals + value
+        for flag, equals, value in (arg.partition("=") for arg in argv)
+    ]
+
+
+def _parsed(kind, argv, command, description, base=None):
+    """A config of that kind from flags, over `base`."""
+    import tyro
+
+    default = {} if base is None else {"default": base}
+    try:
+        return tyro.cli(
+            kind,
+            args=argv,
+            prog=f"grpo-jax {command}",
+            description=description,
+            **default,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _eval(argv):
+    argv, base = _long(argv), None
+    run = _config_of_run(argv)
+    if run is not None:  # its task, unless another is named
+        directory = _value(argv, "--run-dir")
+        base = EvalConfig(
+            run_dir=directory,
+            task=run.task,
+            compute_dtype=run.model.compute_dtype,
+            temperature=run.sampling.temperature,
+            max_new_tokens=run.sampling.max_new_tokens,
+        )
+    config = _parsed(
+        EvalConfig,
+        argv,
+        "eval",
+        "Ask a model directory (--pretrained) or a run (--run-dir) a task's prompts. An "
+        "interrupted evaluation goes on where it was.",
+        base,
+    )
+    from grpo_jax.training.evaluator import evaluate
+
+    evaluate(config)
+    return 0
+
+
+def _warmup(argv):
+    config = _parsed(
+        WarmupConfig,
+        _long(argv),
+        "warmup",
+        "Teach a new model, or a pretrained one, the worked solutions of a task.",
+    )
+    from grpo_jax.training.warmup import warm_up
+
+    warm_up(config)
+    return 0
+
+
+def _export(argv):
+    usage = "usage: grpo-jax export RUN_DIR OUT_DIR [--step N] [--adapter]."
+    directories, options = _arguments(argv, {"--step": int, "--adapter": None}, usage)
+    if len(directories) != 2:
+        raise ConfigError(f"export needs a run and a directory to write to; {usage}")
+    from grpo_jax.training.snapshots import export
+
+    step = export(
+        *directories,
+        step=options.get("--step"),
+        adapter="--adapter" in options,
+    )
+    print(f"step {step} of {directories[0]} written to {directories[1]}")
+    return 0
+
+
+def _audit(argv):
+    usage = "usage: grpo-jax audit FILE --verifier NAME [--output FILE] [--workers N]."
+    known = {"--verifier": str, "--output": str, "--workers": int}
+    files, options = _arguments(argv, known, usage)
+    if len(files) != 1 or "--verifier" not in options:
+        raise ConfigError(f"audit needs one file and a verifier; {usage}")
+    import json
+    from pathlib import Path
+
+    from grpo_jax.rollouts.audit import audit_file
+
+    found = audit_file(
+        files[0], options["--verifier"], workers=options.get("--workers", 2)
+    )
+    print(found.table())
+    if "--output" in options:
+        Path(options["--output"]).write_text(json.dumps(found.as_dict(), indent=2))
+    return 0
+
+
+def _arguments(argv, known, usage):
+    """(plain arguments, options): `known` maps an option to its type, None for a bare
+    one."""
+    plain, options = [], {}
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith("--") and flag != "-h":
+            plain.append(argument)
+        elif flag in ("-h", "--help"):
+            print(usage)
+            raise SystemExit(0)
+        elif flag not in known:
+            raise ConfigError(
+                f"unknown option {flag!r}; {nearest(flag, list(known))}{usage}"
+            )
+        elif known[flag] is None:
+            options[flag] = True
+        else:
+            value = value if equals else next(arguments, "")
+            try:
+                options[flag] = known[flag](value)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{flag} must be a whole number, got {value!r}."
+                ) from error
+            if value == "":
+                raise ConfigError(f"{flag} needs a value; {usage}")
+    return plain, options
+
+
 def _config_of_run(argv):
     """The config of the run that --run-dir names; None where there is none yet."""
     from grpo_jax.training.config import from_dict
     from grpo_jax.training.run_directory import read_config_dict
 
-    directory = None
-    for i, argument in enumerate(argv):
-        flag, equals, value = argument.partition("=")
-        if flag in ("--run-dir", "--run_dir"):
-            directory = value if equals else next(iter(argv[i + 1 :]), None)
+    directory = _value(argv, "--run-dir")
     if directory is None:
         return None
     return from_dict(TrainConfig, read_config_dict(directory))
+
+
+def _value(argv, name):
+    """What a flag is given, in either spelling; None where it is not there."""
+    found = None
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag.replace("_", "-") == name:
+            found = value if equals else next(iter(argv[i + 1 :]), None)
+    return found
 
 
 def _objectives(argv):
@@ -126,20 +273,9 @@ def _objectives(argv):
 def _report(argv):
     from pathlib import Path
 
-    output, directories = None, []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--output":
-            output = next(arguments, None)
-            if output is None:
-                raise ConfigError("--output needs a file.")
-        elif argument.startswith("-"):
-            raise ConfigError(
-                f"unknown option {argument!r}; {nearest(argument, ['--output'])}"
-                "usage: grpo-jax report RUN_DIR [RUN_DIR ...] [--output FILE]."
-            )
-        else:
-            directories.append(Path(argument))
+    usage = "usage: grpo-jax report RUN_DIR [RUN_DIR ...] [--output FILE]."
+    names, options = _arguments(argv, {"--output": str}, usage)
+    directories, output = [Path(name) for name in names], options.get("--output")
     if not directories:
         raise ConfigError("report needs at least one run directory.")
     from grpo_jax.training.report import write_report

@@ -25,12 +25,9 @@ from grpo_jax.training.evaluation import (
 from grpo_jax.training.metrics import JsonLines, mean_interval, read_lines, rewrite
 from grpo_jax.training.paths import use_compile_cache
 from grpo_jax.training.plan import completion_tokens
-from grpo_jax.training.policies import (
-    data_fingerprint,
-    policy_of_run,
-    pretrained_policy,
-    task_of,
-)
+from grpo_jax.training.policies import data_fingerprint, task_of
+from grpo_jax.training.run_directory import read_config_dict
+from grpo_jax.training.snapshots import load_policy, saved_steps
 from grpo_jax.training.warm_start import pass_rates
 
 # What does not change an answer, and may differ when an evaluation is gone on with.
@@ -97,6 +94,7 @@ def evaluate(
         for i, (way, (samples, settings)) in enumerate(ways.items()):
             file = directory / f"{way}.jsonl"
             done = {row["index"]: Answered(**row) for row in read_lines(file)}
+            rewrite(file, [row._asdict() for row in done.values()])
             left = [j for j in asked if j not in done]
             parts = ask(
                 partial(draw, **settings),

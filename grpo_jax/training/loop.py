@@ -35,7 +35,7 @@ from grpo_jax.rollouts.scoring import Scores, score
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Task
 from grpo_jax.training import counterfactual
-from grpo_jax.training.checkpoint import Checkpoints, load_params, save_params
+from grpo_jax.training.checkpoint import Checkpoints, save_params
 from grpo_jax.training.config import TrainConfig
 from grpo_jax.training.console import Console
 from grpo_jax.training.evaluation import ask, pass_rate, verifier_pool
@@ -47,9 +47,9 @@ from grpo_jax.training.metrics import (
     mean_interval,
     read_lines,
     to_numbers,
-    wilson_interval,
 )
 from grpo_jax.training.paths import cache_directory, use_compile_cache
+from grpo_jax.training.plan import Plan, make_plan
 from grpo_jax.training.policies import (
     data_fingerprint,
     fingerprint,
@@ -58,7 +58,6 @@ from grpo_jax.training.policies import (
     pretrained_policy,
     with_factors,
 )
-from grpo_jax.training.plan import Plan, make_plan
 from grpo_jax.training.run_directory import claim, record
 from grpo_jax.training.step import (
     Batch,
@@ -117,7 +116,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         config = dataclasses.replace(config, task=named)
     plan = make_plan(config, task)
     with verifier_pool(plan.task, config.scoring) as pool:
-        directory = claim(config, **_facts(config, plan.task))
+        directory = claim(config, _facts(config, plan.task))
         use_compile_cache()
         with _Signals() as signals:
             return _Run(config, plan, directory, signals, pool).train()
@@ -129,7 +128,12 @@ def _facts(config, task):
     base = ""
     if config.pretrained:
         base = fingerprint(local_directory(config.pretrained))
-    return {"note": task.note, "data": data_fingerprint(task), "base": base}
+    return {
+        "note": task.note,
+        "eos_ids": sorted(task.stop_ids),
+        "data": data_fingerprint(task),
+        "base": base,
+    }
 
 
 def _named_interval(name, stem, interval):
@@ -228,7 +232,7 @@ class _Run:
             self.checkpoints = checkpoints
             state, step = self._starting_state(policy)
             if self.config.resume:  # a new run's was written when it was claimed
-                record(self.directory, self.config, **_facts(self.config, self.task))
+                record(self.directory, self.config, _facts(self.config, self.task))
             del policy  # its parameters are the state's now, to be given away
             self._open_files(step)
             try:
@@ -256,7 +260,7 @@ class _Run:
         if file.exists():
             return load_base(self.directory, plan.model, None)
         policy = init_policy(without_lora(plan.model), self.init_key)
-        if config.warm_start.enabled and plan.task.warm_start is not None:
+        if plan.warm_starts:
             settings = warm_start_settings(config.warm_start, plan.task)
             began = time.monotonic()
             result = warm_start(
@@ -268,10 +272,8 @@ class _Run:
                 length=plan.answer_tokens,
                 temperature=self.temperature,
                 cache=cache_directory() / "warm_starts",
-                report=lambda stage, step, rate: (
-                    self.console.say(
-                        f"warm start, {stage}: step {step}, pass rate {rate:.3f}"
-                    )
+                report=lambda stage, step, figure: (
+                    self.console.say(f"warm start, {stage}: step {step}, {figure}")
                     if step % 100 == 0
                     else None
                 ),
@@ -282,8 +284,7 @@ class _Run:
                 return None
             how = "cached" if result.cached else f"{time.monotonic() - began:.0f} s"
             self.console.say(
-                f"warm start: {result.steps} supervised steps, pass rate "
-                f"{result.pass_rate:.3f} on trained prompts ({how})"
+                f"warm start: {result.steps} supervised steps, {result} ({how})"
             )
             if not result.reached:
                 self.console.warn(
@@ -742,9 +743,7 @@ class _Run:
         return TrainResult(self.directory, last, finished)
 
     def _score(self, rollouts, indices):
-        texts = decode_groups(
-            self.task, rollouts.completions, rollouts.completion_mask
-        )
+        texts = decode_groups(self.task, rollouts.completions, rollouts.completion_mask)
         scores = score(
             self.task.reward,
             [self.task.train[i] for i in indices],

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.models.pretrained import read_config
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.encoding import (
@@ -14,11 +16,12 @@ from grpo_jax.rollouts.encoding import (
     encode_prompts,
 )
 from grpo_jax.rollouts.refine import refined_length, template_pieces
-from grpo_jax.tasks import Task, load_task
+from grpo_jax.tasks import Example, Task
 from grpo_jax.training import counterfactual
 from grpo_jax.training.budget import estimate_memory, num_parameters, readable
 from grpo_jax.training.config import InstrumentConfig, TrainConfig
 from grpo_jax.training.instrument import ProbePlan, plan_probe
+from grpo_jax.training.policies import task_of, with_settings
 from grpo_jax.training.step import micro_batch
 from grpo_jax.training.warm_start import warm_start_settings
 from grpo_jax.training.weighting import (
@@ -42,6 +45,7 @@ class Plan:
     train_prompt_length: int  # of the prompts in the update; longer with drafts
     answer_tokens: int  # the longest answer and EOS, where they are known
     max_new_tokens: int
+    warm_starts: bool  # supervised learning comes first
     buckets: list[int]  # completion lengths of the update
     micro: Any  # MicroBatch, of the longest bucket
     probe: ProbePlan | None  # None: no instrument
@@ -57,17 +61,18 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     """
     objective = resolve_objective(config)
     if task is None:
-        options = _without(config.task, "name")
-        options = {k: v for k, v in options.items() if v not in (None, ())}
-        task = load_task(config.task.name, **options)
+        task = task_of(config.task, config.pretrained)
+    warm_starts = bool(
+        config.warm_start.enabled and task.warm_start and not config.pretrained
+    )
     settings = _without(config.warm_start, "enabled")
     given = [name for name, value in settings.items() if value is not None]
-    if given and not (config.warm_start.enabled and task.warm_start is not None):
+    if given and not warm_starts:
         raise ConfigError(
             f"warm_start.{given[0]} changes nothing: this run has no warm start; leave "
             "it out."
         )
-    if config.warm_start.enabled and task.warm_start is not None:
+    if warm_starts:
         warm_start_settings(config.warm_start, task)  # its errors belong here
     tokenizer, sampling = task.tokenizer, config.sampling
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
@@ -87,7 +92,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"prompts, got {sampling.prompts}."
         )
     examples = task.train + task.heldout
-    if config.warm_start.enabled and task.warm_start and task.warm_start.longest:
+    if warm_starts and task.warm_start.longest:
         examples = [*examples, task.warm_start.longest]
     prompts = encode_prompts(task, examples)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -100,12 +105,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         )
     max_new_tokens, needed = sampling.max_new_tokens, 1
     if task.single_answer or max_new_tokens is None:
-        lengths = [len(ids) for ids in encode_imitated(task, examples)]
-        needed = max(lengths)
-        if task.warm_start and not task.warm_start.longest:
-            # Solutions of all lengths: room for 99 in 100 of the trained ones.
-            lengths = sorted(lengths[: len(task.train)])
-            needed = lengths[math.ceil(0.99 * len(lengths)) - 1]
+        needed = completion_tokens(task, examples)
     if max_new_tokens is None:
         max_new_tokens = needed + math.ceil(needed * _spare(objective))
     if max_new_tokens < needed:
@@ -121,13 +121,16 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             "will be punished for its length; raise sampling.max_new_tokens to "
             f"{needed + math.ceil(needed * _spare(objective))} or leave it out."
         )
-    vocab_size = config.model.vocab_size or len(tokenizer)
+    model = config.model
+    if config.pretrained:
+        model = with_settings(read_config(config.pretrained), config.model)
+    vocab_size = model.vocab_size or len(tokenizer)
     if vocab_size < len(tokenizer):
         raise ConfigError(
             f"model.vocab_size must be at least {len(tokenizer)}, the tokenizer's, "
             f"got {vocab_size}; leave it out to take the tokenizer's."
         )
-    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    model = dataclasses.replace(model, vocab_size=vocab_size)
     prompt_length = bucket(len(prompts[longest]))
     p, g = sampling.prompts, sampling.group_size
     refine, train_prompt_length = [], prompt_length
@@ -204,6 +207,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         train_prompt_length,
         needed if needed > 1 else max_new_tokens,
         max_new_tokens,
+        warm_starts,
         # A history holds rollouts of many steps: one length for all.
         [max_new_tokens] if seen > p else completion_buckets(max_new_tokens),
         micro,
@@ -211,6 +215,21 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         headline,
         warnings,
     )
+
+
+def completion_tokens(task: Task, examples: Sequence[Example] | None = None) -> int:
+    """Tokens that a completion needs: the longest answer and EOS; where solutions of
+    all lengths are worked out, room for 99 in 100 of the trained ones.
+
+    Args:
+        examples: Trained ones first; None: the task's.
+    """
+    examples = task.train + task.heldout if examples is None else examples
+    lengths = [len(ids) for ids in encode_imitated(task, examples)]
+    if task.single_answer:
+        return max(lengths)
+    lengths = sorted(lengths[: len(task.train)])
+    return lengths[math.ceil(0.99 * len(lengths)) - 1]
 
 
 def _spare(objective):

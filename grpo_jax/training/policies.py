@@ -117,7 +117,7 @@ def load_base(run_dir: Path, model: ModelConfig, pretrained: str | None) -> Poli
 
 
 def model_of_run(run_dir: Path, config: TrainConfig) -> ModelConfig:
-    """A run's model, with the vocabulary that config.json may leave to the tokenizer."""
+    """A run's model, with the vocabulary that its config may leave to the tokenizer."""
     if config.pretrained is not None:
         return with_settings(read_config(config.pretrained), config.model)
     from safetensors import SafetensorError, safe_open

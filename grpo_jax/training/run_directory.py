@@ -15,14 +15,14 @@ from grpo_jax.training.config import TrainConfig, differences, to_dict
 FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "log.")
 
 
-def claim(config: TrainConfig, *, note: str, data: str, base: str = "") -> Path:
+def claim(config: TrainConfig, facts: dict[str, Any]) -> Path:
     """The directory this run may write to, created; a new run's config is in it.
 
     Args:
         config: The run's.
-        note: What the report should say of the task.
-        data: A fingerprint of the task's prompts and answers.
-        base: One of the pretrained model, where there is one.
+        facts: What config.json keeps besides: `note`, what the report should say of the
+            task; `eos_ids`; and `data` and `base`, fingerprints of the task's prompts
+            and answers and of the pretrained model.
 
     Raises:
         ConfigError: it holds another run, or this one and `resume` is not set, or there
@@ -68,12 +68,12 @@ def claim(config: TrainConfig, *, note: str, data: str, base: str = "") -> Path:
                 f"cannot resume {directory} with another config "
                 f"({'; '.join(changed)}); give the same one, or another --run-dir."
             )
-        facts = _facts(directory)
-        for name, value, what in (
-            ("data", data, "the task's data"),
-            ("base", base, "the pretrained model"),
+        old = read_facts(directory)
+        for name, what in (
+            ("data", "the task's data"),
+            ("base", "the pretrained model"),
         ):
-            if facts.get(name, value) != value:
+            if old.get(name, facts[name]) != facts[name]:
                 raise ConfigError(
                     f"cannot resume {directory}: {what} changed since it began; "
                     "restore it, or give another --run-dir."
@@ -85,18 +85,15 @@ def claim(config: TrainConfig, *, note: str, data: str, base: str = "") -> Path:
             f"cannot make the run directory {directory}: {error.strerror}."
         ) from error
     if not config.resume:
-        record(directory, config, note=note, data=data, base=base)
+        record(directory, config, facts)
     return directory
 
 
-def record(
-    directory: Path, config: TrainConfig, *, note: str, data: str, base: str = ""
-) -> None:
+def record(directory: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     """Writes config.json; of a resumed run once it is known to go on."""
-    facts = {"config": to_dict(config), "versions": versions()}
-    facts |= {"note": note, "data": data, "base": base}
+    whole = {"config": to_dict(config), "versions": versions()} | facts
     temporary = directory / "config.tmp"
-    temporary.write_text(json.dumps(facts, indent=2))
+    temporary.write_text(json.dumps(whole, indent=2))
     temporary.replace(directory / "config.json")
 
 
@@ -120,11 +117,15 @@ def read_config_dict(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the directory holds no run.
     """
-    return _facts(directory)["config"]
+    return read_facts(directory)["config"]
 
 
-def _facts(directory):
-    """All of config.json: config, versions, note, data."""
+def read_facts(directory: Path) -> dict[str, Any]:
+    """All of config.json: config, versions, and what `claim` was given.
+
+    Raises:
+        ConfigError: the directory holds no run.
+    """
     file = Path(directory) / "config.json"
     try:
         facts = json.loads(file.read_text())
@@ -139,7 +140,7 @@ def _facts(directory):
 
 def read_notes(directory: Path) -> tuple[dict[str, str], str]:
     """(package versions, the task's note) of a run."""
-    facts = _facts(directory)
+    facts = read_facts(directory)
     return facts.get("versions", {}), facts.get("note", "")
 
 

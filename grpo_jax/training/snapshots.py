@@ -9,14 +9,19 @@ import numpy as np
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.decoder import Policy, abstract_policy
-from grpo_jax.models.lora import without_lora
-from grpo_jax.rollouts.encoding import answer_rollouts
+from grpo_jax.models.lora import save_adapter, without_lora
+from grpo_jax.models.pretrained import load_tokenizer, save_pretrained
+from grpo_jax.rollouts.encoding import (
+    answer_rollouts,
+    encode_imitated,
+    encode_prompts,
+)
 from grpo_jax.rollouts.sampling import sample
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Task
 from grpo_jax.training.config import TrainConfig, from_dict
 from grpo_jax.training.policies import load_base, model_of_run, with_factors
-from grpo_jax.training.run_directory import read_config_dict
+from grpo_jax.training.run_directory import read_config_dict, read_facts
 
 
 def saved_steps(run_dir: Path | str) -> list[int]:
@@ -67,12 +72,11 @@ def pick_answers(task: Task, count: int, *, seed: int, length: int) -> Rollouts:
     seeds have the same shapes.
     """
     pick = np.random.default_rng([seed, 9]).permutation(len(task.train))
-    rows = zip(
-        encode_prompts(task, task.train), encode_imitated(task, task.train), strict=True
-    )
+    prompts, answers = (f(task, task.train) for f in (encode_prompts, encode_imitated))
+    rows = zip(prompts, answers, strict=True)
     longest = max(len(prompt) + len(answer) - 1 for prompt, answer in rows)
     examples = [task.train[i] for i in pick[:count]]
-    answers = answer_rollouts(task, examples, max(map(len, ids)), length)
+    answers = answer_rollouts(task, examples, longest, length)
     return jax.tree.map(jnp.asarray, answers)
 
 
@@ -121,6 +125,6 @@ def export(
         save_adapter(policy.params, policy.config, directory, base=base)
         return step
     tokenizer = load_tokenizer(run_dir / "tokenizer")
-    found = json.loads((run_dir / "config.json").read_text()).get("eos_ids")
-    save_pretrained(policy, directory, tokenizer=tokenizer, eos_ids=found)
+    stop_ids = read_facts(run_dir).get("eos_ids")
+    save_pretrained(policy, directory, tokenizer=tokenizer, eos_ids=stop_ids)
     return step

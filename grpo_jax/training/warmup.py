@@ -1,0 +1,76 @@
+"""`grpo-jax warmup`: a model that was taught a task's solutions, on disk."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.models.decoder import init_policy
+from grpo_jax.models.pretrained import read_config, save_pretrained
+from grpo_jax.rollouts.encoding import bucket, encode_prompts
+from grpo_jax.training.config import WarmupConfig
+from grpo_jax.training.paths import cache_directory, use_compile_cache
+from grpo_jax.training.plan import completion_tokens
+from grpo_jax.training.policies import pretrained_policy, task_of, with_settings
+from grpo_jax.training.warm_start import warm_start, warm_start_settings
+
+
+def warm_up(
+    config: WarmupConfig,
+    *,
+    say: Callable[[str], None] = print,
+    stop: Callable[[], bool] = lambda: False,
+) -> Path | None:
+    """Supervised learning of a task's solutions; the policy as a model directory.
+
+    Returns:
+        The directory; None if stopped, with nothing written.
+
+    Raises:
+        ConfigError: the task has nothing to imitate, or `output` is taken.
+    """
+    output = Path(config.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"output must be a new or empty directory, got {output}.")
+    use_compile_cache()
+    task = task_of(config.task, config.pretrained)
+    if task.warm_start is None:
+        raise ConfigError(f"task {task.name} has no solutions to imitate.")
+    settings = warm_start_settings(config.warm_start, task)
+    if config.model.lora_rank:
+        raise ConfigError("model.lora_rank is for train; warmup trains whole models.")
+    if config.pretrained:
+        model = with_settings(read_config(config.pretrained), config.model)
+        policy = pretrained_policy(config.pretrained, model)
+    else:
+        size = config.model.vocab_size or len(task.tokenizer)
+        model = dataclasses.replace(config.model, vocab_size=size)
+        policy = init_policy(model, jax.random.key(config.seed))
+    examples = task.train + ([settings.longest] if settings.longest else [])
+    prompts = encode_prompts(task, examples)
+    result = warm_start(
+        policy,
+        task,
+        settings,
+        seed=config.seed,
+        prompt_length=bucket(max(map(len, prompts))),
+        length=completion_tokens(task, examples),
+        temperature=1.0,
+        cache=cache_directory() / "warm_starts",
+        report=lambda stage, step, figure: say(f"{stage}: step {step}, {figure}"),
+        warn=lambda text: say(f"warning: {text}"),
+        stop=stop,
+    )
+    if result is None:
+        return None
+    say(f"{result.steps} supervised steps, {result}")
+    save_pretrained(
+        result.policy,
+        output,
+        tokenizer=task.tokenizer,
+        eos_ids=sorted(task.stop_ids),
+    )
+    say(f"written to {output}; train it with --pretrained {output}")
+    return output
