@@ -192,7 +192,7 @@ def _audit(argv):
     found = audit_file(
         files[0], options["--verifier"], workers=options.get("--workers", 2)
     )
-    print(found.table())
+    print(found.text())
     if "--output" in options:
         Path(options["--output"]).write_text(json.dumps(found.as_dict(), indent=2))
     return 0

@@ -30,7 +30,7 @@ def answer(capsys, *argv):
         (["train", "--steps", "0"], "steps must be at least 1"),
         (["train", "--steps", "many"], "--steps"),
         (["train", "--model.num-heads", "3"], "must divide num_heads"),
-        (["train", "--task.path", "/nowhere"], "reads no file"),
+        (["train", "--task.path", "/nowhere"], "nothing is read by task chains"),
         (["train", "--objective.kl-coef", "-1"], "kl_coef must be at least 0"),
         (["train", "--resume"], "give --run-dir"),
         (["train", "--seed", "99999999999999999999"], "seed must be below 2**63"),
