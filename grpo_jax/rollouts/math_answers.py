@@ -12,7 +12,7 @@ import re
 from grpo_jax.rollouts.answers import read_answer, same_answer
 
 MAX_SYMBOLIC = 400  # characters that sympy may be given
-MAX_DEPTH = 20  # brackets within brackets
+MAX_DEPTH = 10  # brackets within brackets
 MAX_DIGITS = 60  # in a row
 
 _CHARACTERS = re.compile(r"[A-Za-z0-9\s+\-*/^_=<>!|.,;:'()\[\]{}\\&]*")
