@@ -220,6 +220,8 @@ def read_answer(text: str) -> Answer:
     prefix = _PREFIX.match(text)
     if prefix and text.count("=") <= 1 and prefix.end() < len(text):
         name = re.sub(r"\s", "", prefix.group(1))
+        if not balanced(name):  # the = of \sum_{n=1} says nothing about the answer
+            return Answer("", text, unit)
         return Answer(name, text[prefix.end() :].strip(), unit)
     return Answer("", text, unit)
 
@@ -330,7 +332,7 @@ def _parts(text):
     text = text.strip()
     for left, right in ((r"\{", r"\}"), ("(", ")"), ("(", "]"), ("[", ")"), ("[", "]")):
         inner = text[len(left) : -len(right)]
-        if text.startswith(left) and text.endswith(right) and _balanced(inner):
+        if text.startswith(left) and text.endswith(right) and balanced(inner):
             return left, _split(inner), right
     parts = []
     for part in _split(text):
@@ -339,7 +341,8 @@ def _parts(text):
     return "", parts, ""
 
 
-def _balanced(text):
+def balanced(text: str) -> bool:
+    """Whether every bracket is closed, whatever its kind: (1,2] is an interval."""
     depth = 0
     for character in text:
         depth += (character in _OPEN) - (character in _CLOSE)

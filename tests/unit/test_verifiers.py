@@ -173,6 +173,8 @@ DIFFERENT = [
     (r"\text{May}", r"\text{May or June}"),
     ("5", "2+2=5"),
     ("5", "3=4=5"),
+    ("5", r"\frac{x=5}"),
+    ("5}", r"5}"),
     ("5", r"\text{5 or 6}"),
 ]
 
@@ -228,6 +230,7 @@ def test_the_last_box_counts_and_must_be_closed():
     "body",
     [
         "9" * 500,
+        "5}",
         "9" * 60,
         "(" * 11 + ")" * 11,
         r"\sum_{n=1}^{9} n",
