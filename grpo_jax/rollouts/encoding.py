@@ -6,24 +6,38 @@ import numpy as np
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.tasks.types import Example
+from grpo_jax.tasks.templates import encode_all, encode_templated
+from grpo_jax.tasks.types import Example, Task
 
 _SMALLEST = 16  # tokens: shorter buckets save nothing
 
 
-def encode_all(tokenizer, texts: Sequence[str], what: str) -> list[list[int]]:
-    """Token ids of each text, without special tokens added.
+def encode_prompts(task: Task, examples: Sequence[Example]) -> list[list[int]]:
+    """Token ids of each example's prompt in the task's template."""
+    return encode_templated(
+        task.tokenizer,
+        task.template,
+        [e.prompt for e in examples],
+        system=task.system,
+    )
+
+
+def encode_imitated(task: Task, examples: Sequence[Example]) -> list[list[int]]:
+    """Token ids of what a model may imitate of each example, with the EOS.
 
     Raises:
-        ConfigError: a text is empty or holds what the tokenizer cannot encode.
+        ConfigError: a text is empty, cannot be encoded, or holds a token that ends
+            completions.
     """
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    for text, ids in zip(texts, encoded, strict=True):
-        if not ids:
-            raise ConfigError(f"{what} must not be empty, got {text!r}.")
-        if tokenizer.unk_token is None and tokenizer.pad_token_id in ids:
-            raise ConfigError(f"{what} {text!r} has a character without a token.")
-    return encoded
+    texts = [task.imitated(e) for e in examples]
+    rows = encode_all(task.tokenizer, texts, "an answer")
+    for text, ids in zip(texts, rows, strict=True):
+        if not task.stop_ids.isdisjoint(ids):
+            raise ConfigError(
+                f"an answer {text[:200]!r} holds a token that ends completions; remove "
+                "the row."
+            )
+    return [[*ids, task.end_id] for ids in rows]
 
 
 def bucket(length: int) -> int:
@@ -58,44 +72,46 @@ def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int):
 
 
 def answer_rollouts(
-    tokenizer, examples: Sequence[Example], prompt_length: int, length: int
+    task: Task, examples: Sequence[Example], prompt_length: int, length: int
 ) -> Rollouts:
-    """Examples as rollouts of one completion, the answer and EOS: [N, 1, length].
+    """Examples as rollouts of one completion, what is imitated of each and the EOS:
+    [N, 1, length].
 
     `behaviour_logprobs` are 0: nobody sampled them.
     """
+    pad_id = task.tokenizer.pad_token_id
     prompts, prompt_mask = pad_left(
-        encode_all(tokenizer, [e.prompt for e in examples], "a prompt"),
-        prompt_length,
-        tokenizer.pad_token_id,
+        encode_prompts(task, examples), prompt_length, pad_id
     )
-    answers = encode_all(tokenizer, [e.answer for e in examples], "an answer")
-    completions = np.full((len(examples), 1, length), tokenizer.pad_token_id, np.int32)
+    completions = np.full((len(examples), 1, length), pad_id, np.int32)
     mask = np.zeros_like(completions)
-    for i, answer in enumerate(answers):
-        completions[i, 0, : len(answer) + 1] = [*answer, tokenizer.eos_token_id]
-        mask[i, 0, : len(answer) + 1] = 1
+    for i, ids in enumerate(encode_imitated(task, examples)):
+        completions[i, 0, : len(ids)] = ids
+        mask[i, 0, : len(ids)] = 1
     zeros = np.zeros(completions.shape, np.float32)
     return Rollouts(prompts, prompt_mask, completions, mask, zeros)
 
 
-def decode_groups(tokenizer, completions, mask) -> list[list[str]]:
+def decode_groups(task: Task, completions, mask) -> list[list[str]]:
     """Text of completions [P, G, T] without their final EOS and what follows it.
 
     Every other token shows, padding sampled as a token included, and an id that the
     tokenizer does not know as U+FFFD: different completions stay different.
     """
     p, g, _ = completions.shape
+    tokenizer, stop = task.tokenizer, task.stop_ids
     lengths, known = mask.sum(-1), len(tokenizer)
     texts = []
     for ids, length in zip(
         completions.reshape(p * g, -1), lengths.reshape(-1), strict=True
     ):
         ids = ids[:length].tolist()
-        if ids and ids[-1] == tokenizer.eos_token_id:
+        if ids and ids[-1] in stop:
             ids.pop()
         text = tokenizer.decode(
-            [i for i in ids if i < known], skip_special_tokens=False
+            [i for i in ids if i < known],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
         )
         texts.append(text + "\ufffd" * sum(i >= known for i in ids))
     return [texts[i * g : (i + 1) * g] for i in range(p)]

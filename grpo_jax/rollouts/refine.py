@@ -5,7 +5,7 @@ sees the refinements alone, whose prompt is the template with the draft in it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def refined_prompts(
     drafts: np.ndarray,
     mask: np.ndarray,
     rewards: np.ndarray,
-    eos_id: int,
+    eos_ids: Container[int],
 ) -> list[list[int]]:
     """Token ids of each prompt with its best draft, without the draft's EOS.
 
@@ -67,12 +67,13 @@ def refined_prompts(
     Args:
         drafts, mask: [P, N, T].
         rewards: [P, N], NaN where missing.
+        eos_ids: Tokens that end a completion (`Task.stop_ids`).
     """
     best = np.argmax(np.where(np.isnan(rewards), -np.inf, rewards), axis=1)
     rows = []
     for p, i in enumerate(best):
         draft = drafts[p, i][mask[p, i] > 0].tolist()
-        if draft and draft[-1] == eos_id:
+        if draft and draft[-1] in eos_ids:
             draft.pop()
         known = {"prompt": list(prompts[p]), "draft": draft}
         parts = (known[x] if isinstance(x, str) else x for x in pieces)

@@ -1,8 +1,16 @@
 """Tokenizers made here, as Hugging Face fast tokenizers like any other."""
 
 import os
+from collections.abc import Iterable
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.tasks.templates import CHATML
 
 PAD, EOS = "<pad>", "<eos>"
+# Of trained tokenizers: padding, end of a turn, its start, in this order from id 0.
+CHAT_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
+VOCAB_SIZE = 2048
+_SMALLEST = 256 + len(CHAT_TOKENS)
 
 
 def character_tokenizer(alphabet: str):
@@ -10,9 +18,7 @@ def character_tokenizer(alphabet: str):
 
     Text with any other character has no encoding: `encode_all` says so.
     """
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # it reports torch's absence
+    _quiet()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -28,3 +34,106 @@ def character_tokenizer(alphabet: str):
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None):
+    """A byte-level BPE of those texts: any text has an encoding, digits go one by one.
+
+    The same texts in the same order give the same tokenizer. Its chat template is
+    ChatML, whose <|im_end|> (1) is the EOS; <|endoftext|> (0) is the padding.
+
+    Args:
+        vocab_size: Tokens at most, the 256 bytes and 3 control tokens included; default
+            2,048. Few texts have fewer.
+    """
+    vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
+    if vocab_size < _SMALLEST:
+        raise ConfigError(
+            f"task.vocab_size must be at least {_SMALLEST}, the bytes and the control "
+            f"tokens, got {vocab_size}."
+        )
+    _quiet()
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(CHAT_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=CHAT_TOKENS[0],
+        eos_token=CHAT_TOKENS[1],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHATML,
+    )
+
+
+def spellings(tokenizer, text: str, limit: int = 2) -> int:
+    """How many token sequences decode to exactly `text`, counted up to `limit`.
+
+    1 for every answer is what makes exp(log-prob of the answer) an exact pass rate.
+    """
+    return _count(_pieces(tokenizer, set(text)), text, limit)
+
+
+def check_single_spelling(tokenizer, answers: Iterable[str], task: str) -> None:
+    """Raises ConfigError unless each answer is one token sequence and no other."""
+    answers = sorted(set(answers))
+    pieces = _pieces(tokenizer, set("".join(answers)))
+    for answer in answers:
+        if _count(pieces, answer, 2) != 1:
+            raise ConfigError(
+                f"the pass rates of task {task} are exact because one sequence of "
+                f"tokens is right, but this tokenizer has several for {answer!r}; "
+                "leave task.tokenizer out, or ask the same as a jsonl task."
+            )
+
+
+def _pieces(tokenizer, alphabet):
+    """(texts at the start, texts after another token), one per token of the alphabet.
+
+    A token's text may depend on its place: some decoders drop the space it begins with.
+    """
+    ids = sorted(tokenizer.get_vocab().values())
+    lead = tokenizer("x", add_special_tokens=False)["input_ids"][-1]
+    before = tokenizer.decode([lead], clean_up_tokenization_spaces=False)
+    options = {"clean_up_tokenization_spaces": False, "skip_special_tokens": False}
+    first = tokenizer.batch_decode([[i] for i in ids], **options)
+    later = tokenizer.batch_decode([[lead, i] for i in ids], **options)
+    later = [text.removeprefix(before) for text in later]
+    return tuple([t for t in part if set(t) <= alphabet] for part in (first, later))
+
+
+def _count(pieces, text, limit):
+    """Ways to write the text as pieces; a piece without text makes them endless."""
+    first, later = pieces
+    if "" in first or "" in later:
+        return limit
+    ways = [0] * (len(text) + 1)
+    for piece in first:
+        if text.startswith(piece):
+            ways[len(piece)] += 1
+    for at in range(1, len(text)):
+        if ways[at]:
+            for piece in later:
+                if text.startswith(piece, at):
+                    ways[at + len(piece)] += ways[at]
+    return min(ways[-1], limit)
+
+
+def _quiet():
+    # transformers reports torch's absence.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,269 @@
+"""How a prompt becomes tokens: one function for training, evaluation and warm starts.
+
+A template is text around the user's text. The control tokens of the template are that;
+the same characters inside the user's text are spelt out like any others, so that no
+question can end a turn, start one, or stop a completion.
+"""
+
+import re
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from grpo_jax.errors import ConfigError, check_choice
+
+# What stands before and after the user's text. r1 and qwen-math are the texts of Liu et
+# al. 2025, arXiv:2503.20783 (Dr. GRPO, Templates 1 and 2).
+FIXED = MappingProxyType(
+    {
+        "none": ("", ""),
+        "qa": ("Question: ", "\nAnswer:"),
+        "r1": (
+            "A conversation between User and Assistant. The User asks a question, and "
+            "the Assistant solves it. The Assistant first thinks about the reasoning "
+            "process in the mind and then provides the User with the answer. The "
+            "reasoning process is enclosed within <think> </think> and answer is "
+            "enclosed within <answer> </answer> tags, respectively, i.e., <think> "
+            "reasoning process here </think> <answer> answer here </answer>.\nUser: ",
+            "\nAssistant: <think>",
+        ),
+        "qwen-math": (
+            "<|im_start|>system\nPlease reason step by step, and put your final answer "
+            "within \\boxed{}.<|im_end|>\n<|im_start|>user\n",
+            "<|im_end|>\n<|im_start|>assistant\n",
+        ),
+    }
+)
+TEMPLATES = (*FIXED, "chat")  # chat: the tokenizer's own chat_template
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Stands for the user's text where the template is looked at: no template strips it.
+_PLACE = "\ue000text\ue001"
+
+
+def check_template(tokenizer, template: str, system: str | None = None) -> None:
+    """Raises ConfigError unless the tokenizer can do that template."""
+    try:
+        check_choice("task.template", template, TEMPLATES)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if system is not None and template != "chat":
+        raise ConfigError(
+            f"task.system needs template chat, got template {template!r}; leave it out."
+        )
+    if template == "chat" and not tokenizer.chat_template:
+        raise ConfigError(
+            "template chat needs a tokenizer with a chat_template, and this one has "
+            f"none; choose one of {', '.join(FIXED)}."
+        )
+    if template == "qwen-math":
+        absent = {"<|im_start|>", "<|im_end|>"} - set(tokenizer.get_vocab())
+        if absent:
+            raise ConfigError(
+                f"template qwen-math needs the tokens {', '.join(sorted(absent))}, "
+                "which this tokenizer lacks; choose another template."
+            )
+
+
+def encode_all(tokenizer, texts: Sequence[str], what: str) -> list[list[int]]:
+    """Token ids of each text as it stands: nothing added, no control token in it.
+
+    Raises:
+        ConfigError: a text is empty or holds what the tokenizer cannot encode.
+    """
+    if not texts:
+        return []
+    encoded = _plain(tokenizer, list(texts))
+    control = _control_ids(tokenizer)
+    for text, ids in zip(texts, encoded, strict=True):
+        _check_plain(tokenizer, text, ids, control, what)
+    return encoded
+
+
+def encode_templated(
+    tokenizer,
+    template: str,
+    texts: Sequence[str],
+    *,
+    system: str | None = None,
+    what: str = "a prompt",
+) -> list[list[int]]:
+    """Token ids of each text in its template.
+
+    For template chat, exactly `apply_chat_template(..., add_generation_prompt=True)`
+    wherever the text spells no control token. Fixed templates begin with BOS if the
+    tokenizer itself puts one before a text; a chat template prints its own.
+
+    Raises:
+        ConfigError: a text is empty or holds what the tokenizer cannot encode, or the
+            chat template does not print it once, as it is or stripped.
+    """
+    check_template(tokenizer, template, system)
+    if not texts:
+        return []
+    frame = _frame(tokenizer, template, system)
+    rendered = _rendered(tokenizer, template, texts, system)
+    whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    control = _control_ids(tokenizer)
+    own = [tokenizer.convert_tokens_to_ids(name) for name in frame.names()]
+    rows, cuts = [], None
+    for text, full, ids in zip(texts, rendered, whole, strict=True):
+        inner = _inner(frame, text, full)
+        if not inner:
+            raise ConfigError(f"{what} must not be empty, got {text!r}.")
+        spoken = [i for i in ids if i in control]
+        if spoken != own or frame.spans(full) != frame.own_spans(inner):
+            ids = _cut(tokenizer, frame, inner, what)
+            cuts = _cuts_well(tokenizer, frame) if cuts is None else cuts
+            if not cuts or [i for i in ids if i in control] != own:
+                raise _unspeakable(text, what)
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            raise _unknown(text, what)
+        rows.append([*frame.bos, *ids])
+    return rows
+
+
+class _Frame(NamedTuple):
+    before: str
+    after: str
+    bos: tuple[int, ...]
+    pattern: re.Pattern | None  # control tokens' names
+
+    def spans(self, text):
+        return [m.span() for m in self.pattern.finditer(text)] if self.pattern else []
+
+    def names(self):
+        """The template's own control tokens in order."""
+        return [
+            part[a:b] for part in (self.before, self.after) for a, b in self.spans(part)
+        ]
+
+    def own_spans(self, inner):
+        """Places of the template's own control tokens around that text."""
+        shift = len(self.before) + len(inner)
+        after = [(a + shift, b + shift) for a, b in self.spans(self.after)]
+        return self.spans(self.before) + after
+
+
+def _frame(tokenizer, template, system):
+    names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    names.sort(key=len, reverse=True)  # the longest name wins, as in the tokenizer
+    pattern = re.compile("|".join(map(re.escape, names))) if names else None
+    if template != "chat":
+        return _Frame(*FIXED[template], _bos(tokenizer), pattern)
+    (text,) = _rendered(tokenizer, template, [_PLACE], system)
+    before, *rest = text.split(_PLACE)
+    if len(rest) != 1:
+        raise ConfigError(
+            f"the chat template must print the user's text once, printed it {len(rest)} "
+            "times; choose another template."
+        )
+    return _Frame(before, rest[0], (), pattern)
+
+
+def _rendered(tokenizer, template, texts, system):
+    if template != "chat":
+        before, after = FIXED[template]
+        return [before + text + after for text in texts]
+    import jinja2
+
+    first = [] if system is None else [{"role": "system", "content": system}]
+    turns = [[*first, {"role": "user", "content": text}] for text in texts]
+    try:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ConfigError(
+            f"the chat template refuses {'system and ' if first else ''}user turns: "
+            f"{error}."
+        ) from error
+
+
+def _inner(frame, text, full):
+    """The user's text as the template prints it."""
+    inner = full[len(frame.before) : len(full) - len(frame.after)]
+    around = full == frame.before + inner + frame.after
+    if not around or inner.strip() != text.strip():
+        raise ConfigError(
+            f"the chat template does not print the prompt {text[:60]!r} as it is; "
+            "choose another template or remove the row."
+        )
+    return inner
+
+
+def _cut(tokenizer, frame, inner, what=None):
+    """Ids of the template around a text, cut at the template's control tokens."""
+    full = frame.before + inner + frame.after
+    added = {t.content: t for t in tokenizer.added_tokens_decoder.values()}
+    ids, at = [], 0
+    for start, end in [*frame.own_spans(inner), (len(full), len(full))]:
+        token = added.get(full[start:end])
+        piece = full[at:start]
+        if token is not None and token.lstrip:
+            piece = piece.rstrip()
+        if piece:
+            (found,) = _plain(tokenizer, [piece])
+            if what is not None:
+                _check_plain(tokenizer, piece, found, _control_ids(tokenizer), what)
+            ids += found
+        at = end
+        if token is not None:
+            ids.append(tokenizer.convert_tokens_to_ids(token.content))
+            if token.rstrip:
+                at += len(full[at:]) - len(full[at:].lstrip())
+    return ids
+
+
+def _cuts_well(tokenizer, frame):
+    """Whether cutting changes nothing where nothing has to be spelt out; a tokenizer
+    that marks the start of every piece is another matter."""
+    text = frame.before + _PLACE + frame.after
+    (whole,) = tokenizer([text], add_special_tokens=False)["input_ids"]
+    return _cut(tokenizer, frame, _PLACE) == whole
+
+
+def _plain(tokenizer, texts):
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
+
+
+def _control_ids(tokenizer):
+    added = tokenizer.added_tokens_decoder.items()
+    return {i for i, token in added if token.special} - {tokenizer.unk_token_id}
+
+
+def _check_plain(tokenizer, text, ids, control, what):
+    if not ids:
+        raise ConfigError(f"{what} must not be empty, got {text!r}.")
+    absent = tokenizer.unk_token_id
+    if absent is None:  # a tokenizer of characters puts its padding there
+        absent = tokenizer.pad_token_id
+    if absent is not None and absent in ids:
+        raise _unknown(text, what)
+    if not control.isdisjoint(ids):
+        raise _unspeakable(text, what)
+
+
+def _unspeakable(text, what):
+    return ConfigError(
+        f"{what} {text[:200]!r} holds a control token's name, which this tokenizer "
+        "cannot spell out; remove the row."
+    )
+
+
+def _unknown(text, what):
+    return ConfigError(f"{what} {text!r} has a character without a token.")
+
+
+def _bos(tokenizer):
+    """(BOS,) if the tokenizer itself puts it before a text."""
+    bos = tokenizer.bos_token_id
+    ids = tokenizer(["a"])["input_ids"][0]
+    plain = tokenizer(["a"], add_special_tokens=False)["input_ids"][0]
+    adds = bos is not None and ids[:1] == [bos] and plain[:1] != [bos]
+    return (bos,) if adds else ()
