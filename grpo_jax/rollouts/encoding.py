@@ -79,17 +79,27 @@ def answer_rollouts(
 
     `behaviour_logprobs` are 0: nobody sampled them.
     """
+    prompts, answers = encode_prompts(task, examples), encode_imitated(task, examples)
     pad_id = task.tokenizer.pad_token_id
-    prompts, prompt_mask = pad_left(
-        encode_prompts(task, examples), prompt_length, pad_id
-    )
-    completions = np.full((len(examples), 1, length), pad_id, np.int32)
+    return pack_answers(prompts, answers, prompt_length, length, pad_id)
+
+
+def pack_answers(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    prompt_length: int,
+    length: int,
+    pad_id: int,
+) -> Rollouts:
+    """`answer_rollouts` of token ids; an answer's last one is its EOS."""
+    ids, prompt_mask = pad_left(prompts, prompt_length, pad_id)
+    completions = np.full((len(answers), 1, length), pad_id, np.int32)
     mask = np.zeros_like(completions)
-    for i, ids in enumerate(encode_imitated(task, examples)):
-        completions[i, 0, : len(ids)] = ids
-        mask[i, 0, : len(ids)] = 1
+    for i, answer in enumerate(answers):
+        completions[i, 0, : len(answer)] = answer
+        mask[i, 0, : len(answer)] = 1
     zeros = np.zeros(completions.shape, np.float32)
-    return Rollouts(prompts, prompt_mask, completions, mask, zeros)
+    return Rollouts(ids, prompt_mask, completions, mask, zeros)
 
 
 def decode_groups(task: Task, completions, mask) -> list[list[str]]:

@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from grpo_jax.tasks.tokenizers import character_tokenizer
+from grpo_jax.tasks.build import OWN, Language, single_answer_language
 from grpo_jax.tasks.types import Example, Task, WarmStart, exact_match
 
 OPERATIONS = "+-*"
@@ -21,7 +21,11 @@ ALPHABET = "0123456789" + OPERATIONS + "=,"
 
 
 def make_chains(
-    *, train_prompts: int | None = None, heldout_prompts: int | None = None, seed: int
+    *,
+    train_prompts: int | None = None,
+    heldout_prompts: int | None = None,
+    seed: int,
+    language: Language = OWN,
 ) -> Task:
     """Trained and held-out prompts, equally many of each length as far as they go.
 
@@ -51,11 +55,20 @@ def make_chains(
                 examples.append(Example(prompt, _answer(prompt, rng, rates)))
         return examples
 
+    train, heldout = (
+        [Example(prompt, _answer(prompt)) for prompt in part]
+        for part in (train, heldout)
+    )
     return Task(
         name="chains",
-        train=[Example(prompt, _answer(prompt)) for prompt in train],
-        heldout=[Example(prompt, _answer(prompt)) for prompt in heldout],
-        tokenizer=character_tokenizer(ALPHABET),
+        train=train,
+        heldout=heldout,
+        **single_answer_language(
+            language,
+            task="chains",
+            alphabet=ALPHABET,
+            answers=[e.answer for e in train + heldout],
+        ),
         reward=exact_match,
         single_answer=True,
         warm_start=WarmStart(

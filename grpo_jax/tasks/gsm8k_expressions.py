@@ -6,12 +6,13 @@ prompts to be memorised and held-out ones to stay where they are.
 """
 
 import re
+from pathlib import Path
 
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.tasks.files import train_and_test
-from grpo_jax.tasks.tokenizers import character_tokenizer
+from grpo_jax.tasks.build import OWN, Language, single_answer_language
+from grpo_jax.tasks.files import read_parts
 from grpo_jax.tasks.types import Example, Task, WarmStart, exact_match
 
 ALPHABET = "0123456789+-*/().="
@@ -21,16 +22,24 @@ _ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
 
 def make_gsm8k_expressions(
     *,
-    path: str | None,
+    path: str | None = None,
     train_prompts: int | None = None,
     heldout_prompts: int | None = None,
     seed: int,
+    language: Language = OWN,
 ) -> Task:
     """A pool of training expressions; held-out ones are of the test file only."""
     train_prompts, heldout_prompts = train_prompts or 256, heldout_prompts or 512
-    train_rows, test_rows = train_and_test(path, ("openai/gsm8k", "main"), ["answer"])
+    if path is not None and not Path(path).is_dir():
+        raise ConfigError(
+            f"task.path must be a directory with train.jsonl and test.jsonl, "
+            f"got {path}."
+        )
+    train_rows, test_rows = read_parts(
+        path, hub_name=("openai/gsm8k", "main"), fields=["answer"]
+    )
     known, unseen = _expressions(train_rows), _expressions(test_rows)
-    seen = {prompt for prompt, _ in known}
+    seen = {example.prompt for example in known}
     unseen = [example for example in unseen if example.prompt not in seen]
     for name, wanted, available in (
         ("train_prompts", train_prompts, len(known)),
@@ -53,7 +62,12 @@ def make_gsm8k_expressions(
         name="gsm8k-expressions",
         train=pool,
         heldout=heldout,
-        tokenizer=character_tokenizer(ALPHABET),
+        **single_answer_language(
+            language,
+            task="gsm8k-expressions",
+            alphabet=ALPHABET,
+            answers=[e.answer for e in pool + heldout],
+        ),
         reward=exact_match,
         single_answer=True,
         warm_start=WarmStart(
@@ -76,7 +90,7 @@ def _expressions(rows):
     """Distinct short expressions in order of appearance; those with two answers go."""
     answers = {}
     for row in rows:
-        for left, right in _ANNOTATION.findall(row["answer"]):
+        for left, right in _ANNOTATION.findall(row.values["answer"]):
             short = len(left) <= MAX_PROMPT and len(right) <= MAX_ANSWER
             if short and set(left + right) <= set(ALPHABET):
                 answers.setdefault(left, set()).add(right)

@@ -158,8 +158,8 @@ def _frame(tokenizer, template, system):
     before, *rest = text.split(_PLACE)
     if len(rest) != 1:
         raise ConfigError(
-            f"the chat template must print the user's text once, printed it {len(rest)} "
-            "times; choose another template."
+            f"the chat template must print the user's text once, printed it "
+            f"{len(rest)} times; choose another template."
         )
     return _Frame(before, rest[0], (), pattern)
 

@@ -7,7 +7,12 @@ from typing import Any
 from grpo_jax.errors import ConfigError
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.preconditioner import PromptWeights
-from grpo_jax.rollouts.encoding import bucket, completion_buckets, encode_all
+from grpo_jax.rollouts.encoding import (
+    bucket,
+    completion_buckets,
+    encode_imitated,
+    encode_prompts,
+)
 from grpo_jax.rollouts.refine import refined_length, template_pieces
 from grpo_jax.tasks import Task, load_task
 from grpo_jax.training import counterfactual
@@ -15,6 +20,7 @@ from grpo_jax.training.budget import estimate_memory, num_parameters, readable
 from grpo_jax.training.config import InstrumentConfig, TrainConfig
 from grpo_jax.training.instrument import ProbePlan, plan_probe
 from grpo_jax.training.step import micro_batch
+from grpo_jax.training.warm_start import warm_start_settings
 from grpo_jax.training.weighting import (
     resolve_objective,
     resolve_weights,
@@ -59,6 +65,8 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"warm_start.{given[0]} changes nothing: this run has no warm start; leave "
             "it out."
         )
+    if config.warm_start.enabled and task.warm_start is not None:
+        warm_start_settings(config.warm_start, task)  # its errors belong here
     tokenizer, sampling = task.tokenizer, config.sampling
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         missing = "EOS" if tokenizer.eos_token_id is None else "padding"
@@ -77,9 +85,9 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"prompts, got {sampling.prompts}."
         )
     examples = task.train + task.heldout
-    if config.warm_start.enabled and task.warm_start is not None:
+    if config.warm_start.enabled and task.warm_start and task.warm_start.longest:
         examples = [*examples, task.warm_start.longest]
-    prompts = encode_all(tokenizer, [e.prompt for e in examples], "a prompt")
+    prompts = encode_prompts(task, examples)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     limit = sampling.max_prompt_tokens
     if limit is not None and len(prompts[longest]) > limit:
@@ -90,8 +98,12 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         )
     max_new_tokens, needed = sampling.max_new_tokens, 1
     if task.single_answer or max_new_tokens is None:
-        answers = encode_all(tokenizer, [e.answer for e in examples], "an answer")
-        needed = max(len(answer) for answer in answers) + 1
+        lengths = [len(ids) for ids in encode_imitated(task, examples)]
+        needed = max(lengths)
+        if task.warm_start and not task.warm_start.longest:
+            # Solutions of all lengths: room for 99 in 100 of the trained ones.
+            lengths = sorted(lengths[: len(task.train)])
+            needed = lengths[math.ceil(0.99 * len(lengths)) - 1]
     if max_new_tokens is None:
         max_new_tokens = needed + math.ceil(needed * _spare(objective))
     if max_new_tokens < needed:

@@ -11,7 +11,11 @@ import numpy as np
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Policy, init_policy
-from grpo_jax.rollouts.encoding import answer_rollouts
+from grpo_jax.rollouts.encoding import (
+    answer_rollouts,
+    encode_imitated,
+    encode_prompts,
+)
 from grpo_jax.rollouts.sampling import sample
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Task
@@ -67,9 +71,12 @@ def pick_answers(task: Task, count: int, *, seed: int, length: int) -> Rollouts:
     seeds have the same shapes.
     """
     pick = np.random.default_rng([seed, 9]).permutation(len(task.train))
-    ids = [task.tokenizer(e.prompt + e.answer)["input_ids"] for e in task.train]
+    rows = zip(
+        encode_prompts(task, task.train), encode_imitated(task, task.train), strict=True
+    )
+    longest = max(len(prompt) + len(answer) - 1 for prompt, answer in rows)
     examples = [task.train[i] for i in pick[:count]]
-    answers = answer_rollouts(task.tokenizer, examples, max(map(len, ids)), length)
+    answers = answer_rollouts(task, examples, longest, length)
     return jax.tree.map(jnp.asarray, answers)
 
 

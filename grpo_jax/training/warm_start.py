@@ -1,9 +1,11 @@
 """Supervised learning before reinforcement learning, stopped by what it can do.
 
-The clean stage ends when the measured pass rate reaches its target, not at a fixed step
-(the jump from a plateau comes at a different step for every seed); a second stage on
-spoiled answers then gives a policy with room to improve. The result is cached by a hash
-of everything it depends on.
+Where one completion is right, the clean stage ends when the measured pass rate reaches
+its target, not at a fixed step (the jump from a plateau comes at a different step for
+every seed); a second stage on spoiled answers then gives a policy with room to improve.
+Where many are right, worked solutions are imitated for a fixed number of steps, and
+what is measured is the loss on demonstrations that are set aside. The result is cached
+by a hash of everything it depends on.
 """
 
 import dataclasses
@@ -21,31 +23,60 @@ import optax
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.decoder import Policy
-from grpo_jax.rollouts.encoding import answer_rollouts
+from grpo_jax.rollouts.encoding import (
+    answer_rollouts,
+    encode_imitated,
+    encode_prompts,
+    pack_answers,
+)
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.tasks.types import Task, WarmStart
+from grpo_jax.tasks.types import Example, Task, WarmStart
 from grpo_jax.training.checkpoint import load_params, save_params
 from grpo_jax.training.config import WarmStartConfig
 from grpo_jax.training.step import MicroBatch, batch_logprobs
 
-_VERSION = 3  # of this procedure: a change to it must not find old results
+_VERSION = 4  # of this procedure: a change to it must not find old results
 _CHECK_EVERY = 25  # steps between two looks at the pass rate
 _PROBE = 256  # prompts looked at
+_ASIDE = 64  # demonstrations set aside, a tenth of them at most
+_TRIES = 100  # draws of a batch before its demonstrations count as too long
 
 
 class WarmStarted(NamedTuple):
     policy: Policy
-    pass_rate: float  # on trained prompts, exact
+    pass_rate: float | None  # on trained prompts, exact; None: no target
+    loss: float | None  # nats a token of demonstrations set aside; None: a target
+    left_out: int  # trained prompts whose worked text is too long to be shown
     steps: int  # of both stages
     reached: bool  # the clean stage's target, before its step limit
     cached: bool
 
+    def __str__(self):
+        if self.loss is None:
+            return f"pass rate {self.pass_rate:.3f} on trained prompts"
+        left_out = f", {self.left_out} too long to be shown" if self.left_out else ""
+        return f"{self.loss:.3f} nats a token on solutions set aside{left_out}"
+
 
 def warm_start_settings(config: WarmStartConfig, task: Task) -> WarmStart:
-    """The task's own settings with the config's overrides."""
+    """The task's own settings with the config's overrides.
+
+    Raises:
+        ConfigError: a target pass rate where it cannot be measured exactly.
+    """
     overrides = dataclasses.asdict(config)
     del overrides["enabled"]
     given = {name: value for name, value in overrides.items() if value is not None}
+    if "target_pass_rate" in given and task.warm_start.target_pass_rate is None:
+        raise ConfigError(
+            f"warm_start.target_pass_rate needs a task with one right completion, and "
+            f"{task.name} has many; set warm_start.max_steps instead."
+        )
+    if given.get("noisy_steps") and not task.warm_start.noisy_steps:
+        raise ConfigError(
+            f"warm_start.noisy_steps changes nothing: task {task.name} has no spoiled "
+            "answers; leave it out."
+        )
     return dataclasses.replace(task.warm_start, **given)
 
 
@@ -59,7 +90,7 @@ def warm_start(
     length: int,
     temperature: float,
     cache: Path,
-    report: Callable[[str, int, float], None],
+    report: Callable[[str, int, str], None],
     warn: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> WarmStarted | None:
@@ -67,18 +98,22 @@ def warm_start(
 
     Args:
         policy: Freshly initialised.
-        prompt_length, length: Padded tokens of prompts and of answers with EOS.
+        prompt_length, length: Padded tokens of prompts and of answers with EOS; longer
+            demonstrations are left out.
         cache: Directory of earlier results.
-        report: Called with (stage, step, pass rate) at every measurement.
+        report: Called with (stage, step, "pass rate 0.250") at every measurement.
         warn: Called with a sentence where the cache cannot be used.
         stop: Polled every step; True ends it with nothing kept.
 
     Returns:
         None if stopped.
+
+    Raises:
+        ConfigError: every demonstration is too long.
     """
-    file = (
-        cache / f"{_fingerprint(policy, task, settings, seed, temperature)}.safetensors"
-    )
+    sizes = prompt_length, length
+    name = _fingerprint(policy, task, settings, seed, temperature, sizes)
+    file = cache / f"{name}.safetensors"
     if file.exists():
         try:
             params, facts = load_params(file, policy.params)
@@ -87,12 +122,22 @@ def warm_start(
             return WarmStarted(policy.replace(params), **facts, cached=True)
         except (ConfigError, KeyError, ValueError) as error:
             warn(f"the cached warm start is of no use ({error}); learning anew.")
-    encode = partial(
-        answer_rollouts, task.tokenizer, prompt_length=prompt_length, length=length
-    )
-    count = min(_PROBE, len(task.train))
-    spread = np.linspace(0, len(task.train) - 1, count).astype(int)
-    probe = encode([task.train[i] for i in spread])
+    by_rate = settings.target_pass_rate is not None
+    shown = _Demonstrations(task, settings, *sizes)
+    if by_rate:
+        count = min(_PROBE, len(task.train))
+        spread = np.linspace(0, len(task.train) - 1, count).astype(int)
+        probe = answer_rollouts(task, [task.train[i] for i in spread], *sizes)
+    else:
+        probe = shown.set_aside(np.random.default_rng([seed, 6]))
+
+    def measure():
+        """The pass rate, or the loss where there is no target."""
+        now = policy.replace(params)
+        if by_rate:
+            return float(pass_rates(now, probe, temperature).mean())
+        return token_loss(now, probe)
+
     rng = np.random.default_rng([seed, 2])
     schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.max_steps)
     optimizer = optax.adamw(schedule, weight_decay=0.0)
@@ -106,16 +151,12 @@ def warm_start(
         for i in range(1, steps + 1):
             if stop():
                 return None
-            batch = encode(
-                task.warm_start.demonstrations(rng, settings.batch_size, spoiled)
-            )
-            params, opt_state = step(params, opt_state, batch)
+            params, opt_state = step(params, opt_state, shown.batch(rng, spoiled))
             if i % _CHECK_EVERY == 0 or i == steps:
-                rate = float(
-                    pass_rates(policy.replace(params), probe, temperature).mean()
-                )
-                report(stage, done + i, rate)
-                if rate >= target:
+                figure = measure()
+                what = "pass rate" if by_rate else "nats a token"
+                report(stage, done + i, f"{what} {figure:.3f}")
+                if target is not None and figure >= target:
                     return i, True
         return steps, False
 
@@ -130,21 +171,88 @@ def warm_start(
     steady = optax.adamw(settings.learning_rate / 5, weight_decay=0.0)
     step = jax.jit(partial(_supervised_step, policy, steady), donate_argnums=(0, 1))
     opt_state = steady.init(params)
-    noisy = learn("spoiled answers", settings.noisy_steps, True, 2.0, steps)
+    noisy = learn("spoiled answers", settings.noisy_steps, True, None, steps)
     if noisy is None:
         return None
+    figure = measure()
     facts = {
-        "pass_rate": float(
-            pass_rates(policy.replace(params), probe, temperature).mean()
-        ),
+        "pass_rate": figure if by_rate else None,
+        "loss": None if by_rate else figure,
+        "left_out": shown.left_out,
         "steps": steps + noisy[0],
-        "reached": reached,
+        "reached": reached or not by_rate,
     }
     try:
         save_params(file, params, {"facts": json.dumps(facts)})
     except OSError as error:
         warn(f"the warm start could not be cached ({error}).")
     return WarmStarted(policy.replace(params), **facts, cached=False)
+
+
+class _Demonstrations:
+    """Batches of demonstrations that fit, never one that is set aside."""
+
+    def __init__(self, task: Task, settings: WarmStart, prompt_length, length):
+        self.task, self.settings = task, settings
+        self.sizes = prompt_length, length
+        self.aside: frozenset[str] = frozenset()  # prompts
+        self.left_out = 0
+        if settings.longest is None:
+            self.left_out = len(task.train) - len(self._fitting(task.train))
+            if self.left_out == len(task.train):
+                raise ConfigError(
+                    f"every solution of task {task.name} is longer than {length} "
+                    "tokens, what a completion may have; raise "
+                    "sampling.max_new_tokens or set warm_start.enabled to false."
+                )
+
+    def set_aside(self, rng) -> Rollouts:
+        """Some demonstrations, which no batch will show."""
+        prompts = dict.fromkeys(e.prompt for e in self.task.train)
+        count = max(1, min(_ASIDE, len(prompts) // 10))
+        rows: dict[str, tuple] = {}
+        for _ in range(_TRIES):
+            found = self._fitting(self._draw(rng, False))
+            rows |= {example.prompt: row for example, *row in found}
+            if len(rows) >= count:
+                break
+        rows = dict(list(rows.items())[:count])
+        if len(prompts) > 1:
+            self.aside = frozenset(rows)
+        return self._packed(list(rows.values()))
+
+    def batch(self, rng, spoiled: bool) -> Rollouts:
+        rows = []
+        for _ in range(_TRIES):
+            rows += [
+                row
+                for example, *row in self._fitting(self._draw(rng, spoiled))
+                if example.prompt not in self.aside
+            ]
+            if len(rows) >= self.settings.batch_size:
+                return self._packed(rows[: self.settings.batch_size])
+        raise ConfigError(
+            f"fewer than 1 in {_TRIES} demonstrations of task {self.task.name} fit "
+            f"into {self.sizes[1]} tokens; raise sampling.max_new_tokens."
+        )
+
+    def _draw(self, rng, spoiled):
+        return self.settings.demonstrations(rng, self.settings.batch_size, spoiled)
+
+    def _fitting(self, examples) -> list[tuple[Example, list[int], list[int]]]:
+        prompts = encode_prompts(self.task, examples)
+        answers = encode_imitated(self.task, examples)
+        return [
+            row
+            for row in zip(examples, prompts, answers, strict=True)
+            if len(row[1]) <= self.sizes[0] and len(row[2]) <= self.sizes[1]
+        ]
+
+    def _packed(self, rows):
+        prompts, answers = zip(*rows, strict=True)
+        return pack_answers(
+            prompts, answers, *self.sizes, self.task.tokenizer.pad_token_id
+        )
 
 
 @partial(jax.jit, static_argnames="micro")
@@ -162,6 +270,17 @@ def pass_rates(
 
     At most about `budget` tokens are looked at in one go.
     """
+    return np.exp(_answers_logprobs(policy, answers, temperature, budget))
+
+
+def token_loss(policy: Policy, answers: Rollouts, budget: int = 2**14) -> float:
+    """Mean -log-prob of the answers' tokens [N, 1, T], their EOS included, in nats."""
+    logprobs = _answers_logprobs(policy, answers, 1.0, budget)
+    return float(-logprobs.sum() / answers.completion_mask.sum())
+
+
+def _answers_logprobs(policy, answers, temperature, budget):
+    """[N] log-probs of answers [N, 1, T], about `budget` tokens at a time."""
     n, _, t = answers.completions.shape
     part = max(1, min(n, budget // (answers.prompts.shape[1] + t)))
     # Filled up to whole parts with rows that are there already, and cut again.
@@ -169,7 +288,7 @@ def pass_rates(
     answers = jax.tree.map(lambda x: np.asarray(x)[filled], answers)
     micro, temperature = MicroBatch(part, 1), jnp.float32(temperature)
     logprobs = _answer_logprobs(policy, answers, temperature, micro)
-    return np.exp(np.asarray(logprobs)[:n, 0])
+    return np.asarray(logprobs)[:n, 0]
 
 
 def _supervised_step(policy, optimizer, params, opt_state, answers: Rollouts):
@@ -183,17 +302,19 @@ def _supervised_step(policy, optimizer, params, opt_state, answers: Rollouts):
     return optax.apply_updates(params, updates), opt_state
 
 
-def _fingerprint(policy, task, settings, seed, temperature):
+def _fingerprint(policy, task, settings, seed, temperature, sizes):
     """Hash of all that the result depends on, the data included."""
     rng = np.random.default_rng(0)
     shown = [
         [settings.demonstrations(rng, 64, spoiled) for spoiled in (False, True)],
         [task.train, task.heldout, sorted(task.tokenizer.get_vocab().items())],
+        # One prompt shows what the template makes of all.
+        [encode_prompts(task, task.train[:1]), sorted(task.stop_ids), task.end_id],
     ]
     facts = dataclasses.asdict(settings)
     del facts["demonstrations"], facts["longest"]
     parts = [
         _VERSION, task.name, shown, facts, dataclasses.asdict(policy.config), seed,
-        temperature,
+        temperature, sizes if settings.longest is None else None,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]

@@ -11,12 +11,18 @@ from grpo_jax.rollouts.encoding import (
     encode_all,
     pad_left,
 )
+from grpo_jax.tasks import Task
 from grpo_jax.tasks.tokenizers import character_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return character_tokenizer("ab")  # pad 0, eos 1, a 2, b 3
+
+
+@pytest.fixture(scope="module")
+def task(tokenizer):
+    return Task(name="ab", train=[], heldout=[], tokenizer=tokenizer, reward=())
 
 
 def test_encode_all(tokenizer):
@@ -40,9 +46,9 @@ def test_pad_left():
     assert ids.dtype == mask.dtype == np.int32
 
 
-def test_answer_rollouts_end_with_eos(tokenizer):
+def test_answer_rollouts_end_with_eos(task):
     examples = [Example("a", "bb"), Example("ab", "a")]
-    rollouts = answer_rollouts(tokenizer, examples, prompt_length=2, length=4)
+    rollouts = answer_rollouts(task, examples, prompt_length=2, length=4)
     assert rollouts.prompts.tolist() == [[0, 2], [2, 3]]
     assert rollouts.prompt_mask.tolist() == [[0, 1], [1, 1]]
     assert rollouts.completions.tolist() == [[[3, 3, 1, 0]], [[2, 1, 0, 0]]]
@@ -51,31 +57,31 @@ def test_answer_rollouts_end_with_eos(tokenizer):
 
 
 @pytest.mark.parametrize(("prompt_length", "length"), [(1, 4), (2, 2)])
-def test_answer_rollouts_cut_nothing_off(tokenizer, prompt_length, length):
+def test_answer_rollouts_cut_nothing_off(task, prompt_length, length):
     with pytest.raises(ValueError):
-        answer_rollouts(tokenizer, [Example("ab", "bb")], prompt_length, length)
+        answer_rollouts(task, [Example("ab", "bb")], prompt_length, length)
 
 
-def test_decode_groups_leaves_eos_and_padding_out(tokenizer):
+def test_decode_groups_leaves_eos_and_padding_out(task):
     completions = np.array([[[2, 3, 1, 0], [2, 2, 2, 2]], [[1, 0, 0, 0], [3, 1, 0, 0]]])
     mask = np.array([[[1, 1, 1, 0], [1, 1, 1, 1]], [[1, 0, 0, 0], [1, 1, 0, 0]]])
-    texts = decode_groups(tokenizer, completions, mask)
+    texts = decode_groups(task, completions, mask)
     assert texts == [["ab", "aaaa"], ["", "b"]]
 
 
 # Only the EOS at the end goes: padding that was sampled shows, and so does an id that
 # the tokenizer has no token for, so that no wrong completion reads like a right one.
-def test_decode_groups_shows_what_is_not_text(tokenizer):
+def test_decode_groups_shows_what_is_not_text(task):
     completions = np.array([[[2, 0, 1], [2, 9, 1], [0, 2, 1], [2, 1, 0]]])
     mask = np.array([[[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]]])
-    (texts,) = decode_groups(tokenizer, completions, mask)
+    (texts,) = decode_groups(task, completions, mask)
     assert texts[3] == "a" and len(set(texts)) == 4
 
 
-def test_decoding_undoes_encoding(tokenizer):
+def test_decoding_undoes_encoding(task):
     examples = [Example("a", "abba"), Example("a", "b")]
-    rollouts = answer_rollouts(tokenizer, examples, 1, 6)
-    texts = decode_groups(tokenizer, rollouts.completions, rollouts.completion_mask)
+    rollouts = answer_rollouts(task, examples, 1, 6)
+    texts = decode_groups(task, rollouts.completions, rollouts.completion_mask)
     assert texts == [["abba"], ["b"]]
 
 

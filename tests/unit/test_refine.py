@@ -55,7 +55,9 @@ def refined(drafts, lengths, rewards, prompts=((2, 3),), pieces=("prompt", "draf
     drafts = np.array(drafts)
     mask = np.arange(drafts.shape[-1]) < np.array(lengths)[..., None]
     rewards = np.array(rewards, np.float32)
-    return refined_prompts(pieces, prompts, drafts, mask.astype(int), rewards, {EOS, 12})
+    return refined_prompts(
+        pieces, prompts, drafts, mask.astype(int), rewards, {EOS, 12}
+    )
 
 
 DRAFTS = [[[5, 1, 0], [6, 7, 1], [8, 9, 8]]]

@@ -1,0 +1,94 @@
+r"""MATH: competition problems with worked solutions, by level and subject.
+
+Hendrycks et al. 2021, arXiv:2103.03874. The gold answer is the field `answer` where
+rows have one (as in MATH-500, to be given as the held-out file), else the last \boxed
+of the solution. Two training rows have level "?".
+"""
+
+from collections.abc import Sequence
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.rollouts.verifiers import last_boxed
+from grpo_jax.tasks.build import OWN, Language, Sourced, text_task
+from grpo_jax.tasks.files import Row, read_parts
+from grpo_jax.tasks.types import Example, Task
+
+
+def make_math(
+    *,
+    path: str | None = None,
+    heldout_path: str | None = None,
+    train_prompts: int | None = None,
+    heldout_prompts: int | None = None,
+    seed: int = 0,
+    language: Language = OWN,
+    rewards: Sequence[str] = (),
+    levels: Sequence[str | int] = (),
+    subjects: Sequence[str] = (),
+) -> Task:
+    """Training problems, and 512 of the test file's by seed, unless sizes are given.
+
+    Args:
+        levels, subjects: Only these are trained on, as (3, 4, 5) and ("Algebra",);
+            empty: all. Held-out problems are chosen alike, but for those of a
+            `heldout_path`, which are all kept.
+    """
+    if path is None:
+        raise ConfigError(
+            "task.path must be a directory with MATH's train.jsonl and test.jsonl, or "
+            "a data set's name for `datasets`."
+        )
+    train, heldout = read_parts(path, heldout_path, None, ["problem", "solution"])
+    train = _chosen([_example(row) for row in train], levels, subjects)
+    if heldout is not None:
+        heldout = [_example(row) for row in heldout]
+        if heldout_path is None:
+            heldout = _chosen(heldout, levels, subjects)
+    return text_task(
+        name="math",
+        train=train,
+        heldout=heldout,
+        train_prompts=train_prompts,
+        heldout_prompts=heldout_prompts,
+        seed=seed,
+        language=language,
+        rewards=rewards,
+        default_reward="math",
+    )
+
+
+def _example(row: Row) -> Sourced:
+    values = row.values
+    answer = values.get("answer")
+    if answer is None:
+        answer = last_boxed(values["solution"])
+    if not isinstance(answer, str):
+        raise ConfigError(
+            f"{row.where}: there is no answer, neither a field 'answer' with text nor "
+            "a closed \\boxed at the solution's end; correct the row or remove it."
+        )
+    level = str(values.get("level", "?")).removeprefix("Level").strip()
+    subject = str(values.get("subject", values.get("type", "?")))
+    tags = (("level", level), ("subject", subject))
+    return Sourced(
+        row.where, Example(values["problem"], answer, values["solution"], tags)
+    )
+
+
+def _chosen(rows, levels, subjects):
+    for name, wanted in (("level", levels), ("subject", subjects)):
+        if not wanted:
+            continue
+        wanted = {str(value) for value in wanted}
+        found = {dict(row.example.tags)[name] for row in rows}
+        if absent := wanted - found:
+            raise ConfigError(
+                f"task.{name}s must be among {', '.join(sorted(found))}, "
+                f"got {', '.join(sorted(absent))}."
+            )
+        rows = [row for row in rows if dict(row.example.tags)[name] in wanted]
+    if not rows:
+        raise ConfigError(
+            "no problem has the levels and subjects asked for; ask for more of them."
+        )
+    return rows
