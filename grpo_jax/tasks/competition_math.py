@@ -2,7 +2,8 @@ r"""MATH: competition problems with worked solutions, by level and subject.
 
 Hendrycks et al. 2021, arXiv:2103.03874. The gold answer is the field `answer` where
 rows have one (as in MATH-500, to be given as the held-out file), else the last \boxed
-of the solution. Two training rows have level "?".
+of the solution. Two training rows of the published files have level "?", two others an
+empty \boxed{} and so no answer: such rows are left out and counted in the task's note.
 """
 
 from collections.abc import Sequence
@@ -39,9 +40,11 @@ def make_math(
             "a data set's name for `datasets`."
         )
     train, heldout = read_parts(path, heldout_path, None, ["problem", "solution"])
-    train = _chosen([_example(row) for row in train], levels, subjects)
+    rows = len(train) + len(heldout or [])
+    train, heldout = _examples(train), _examples(heldout)
+    lost = rows - len(train) - len(heldout or [])
+    train = _chosen(train, levels, subjects)
     if heldout is not None:
-        heldout = [_example(row) for row in heldout]
         if heldout_path is None:
             heldout = _chosen(heldout, levels, subjects)
     return text_task(
@@ -54,14 +57,26 @@ def make_math(
         language=language,
         rewards=rewards,
         default_reward="math",
+        note=f"{lost} rows have an empty \\boxed{{}} and were left out."
+        if lost
+        else "",
     )
 
 
-def _example(row: Row) -> Sourced:
+def _examples(rows):
+    if rows is None:
+        return None
+    examples = [_example(row) for row in rows]
+    return [example for example in examples if example is not None]
+
+
+def _example(row: Row) -> Sourced | None:
     values = row.values
     answer = values.get("answer")
     if answer is None:
         answer = last_boxed(values["solution"])
+        if answer == "":
+            return None
     if not isinstance(answer, str):
         raise ConfigError(
             f"{row.where}: there is no answer, neither a field 'answer' with text nor "

@@ -6,10 +6,10 @@ model can find its own. The warm start shows one expression per trained prompt.
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 
+from grpo_jax.errors import ConfigError
 from grpo_jax.rollouts.verifiers import countdown_gold
 from grpo_jax.tasks.build import OWN, Language, Sourced, text_task
 from grpo_jax.tasks.types import Example, Task
@@ -17,6 +17,7 @@ from grpo_jax.tasks.types import Example, Task
 COUNTS = (3, 4)  # numbers in a prompt
 LARGEST, TARGET = 30, 100
 TRAIN, HELDOUT = 8192, 512
+MOST = 100_000  # prompts, a fraction of all there are
 
 
 def make_countdown(
@@ -30,6 +31,11 @@ def make_countdown(
     """Trained and held-out prompts: no set of numbers and target is in both."""
     train_prompts = TRAIN if train_prompts is None else train_prompts
     heldout_prompts = HELDOUT if heldout_prompts is None else heldout_prompts
+    if train_prompts + heldout_prompts > MOST:
+        raise ConfigError(
+            f"task.train_prompts and task.heldout_prompts must be at most {MOST} "
+            f"together, got {train_prompts} and {heldout_prompts}."
+        )
     rng = np.random.default_rng([seed, 0])
     found: dict[tuple, Example] = {}
     while len(found) < train_prompts + heldout_prompts:
@@ -73,26 +79,29 @@ def _prompt(numbers, target):
 def _puzzle(rng):
     """(numbers in the prompt's order, target, an expression that reaches it)."""
     while True:
-        numbers = [int(n) for n in rng.integers(1, LARGEST + 1, rng.choice(COUNTS))]
-        parts = [(Fraction(n), str(n), "number") for n in numbers]
+        count = COUNTS[rng.integers(len(COUNTS))]
+        numbers = [int(n) for n in rng.integers(1, LARGEST + 1, count)]
+        parts = [(n, str(n), "number") for n in numbers]
         while len(parts) > 1:
-            i, j = rng.choice(len(parts), size=2, replace=False)
-            joined = _joined(parts[i], parts[j], str(rng.choice(list("+-*/"))))
+            left = parts.pop(rng.integers(len(parts)))
+            right = parts.pop(rng.integers(len(parts)))
+            joined = _joined(left, right, "+-*/"[rng.integers(4)])
             if joined is None:
                 break
-            parts = [p for k, p in enumerate(parts) if k not in (i, j)] + [joined]
-        value, expression, _ = parts[0]
-        if len(parts) == 1 and 1 <= value <= TARGET and value.denominator == 1:
-            return numbers, int(value), expression
+            parts.append(joined)
+        else:
+            value, expression, _ = parts[0]
+            if value <= TARGET:
+                return numbers, value, expression
 
 
 def _joined(left, right, sign):
     """The two parts and the sign between, in as few parentheses as are needed; None
     where a step is no positive whole number."""
     (a, x, of_a), (b, y, of_b) = left, right
-    value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign]
-    if value < 1 or value.denominator != 1:
+    if (sign == "/" and a % b) or (sign == "-" and a <= b):
         return None
+    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
     loose = ("+", "-")
     if sign in ("*", "/") and of_a in loose:
         x = f"({x})"
