@@ -39,18 +39,16 @@ def make_math(
             "task.path must be a directory with MATH's train.jsonl and test.jsonl, or "
             "a data set's name for `datasets`."
         )
-    train, heldout = read_parts(path, heldout_path, None, ["problem", "solution"])
-    rows = len(train) + len(heldout or [])
-    train, heldout = _examples(train), _examples(heldout)
-    lost = rows - len(train) - len(heldout or [])
+    rows, test_rows = read_parts(path, heldout_path, None, ["problem", "solution"])
+    train, heldout = _examples(rows), _examples(test_rows or [])
+    lost = len(rows) + len(test_rows or []) - len(train) - len(heldout)
     train = _chosen(train, levels, subjects)
-    if heldout is not None:
-        if heldout_path is None:
-            heldout = _chosen(heldout, levels, subjects)
+    if heldout and heldout_path is None:
+        heldout = _chosen(heldout, levels, subjects, "held-out ")
     return text_task(
         name="math",
         train=train,
-        heldout=heldout,
+        heldout=None if test_rows is None else heldout,
         train_prompts=train_prompts,
         heldout_prompts=heldout_prompts,
         seed=seed,
@@ -64,8 +62,6 @@ def make_math(
 
 
 def _examples(rows):
-    if rows is None:
-        return None
     examples = [_example(row) for row in rows]
     return [example for example in examples if example is not None]
 
@@ -90,13 +86,13 @@ def _example(row: Row) -> Sourced | None:
     )
 
 
-def _chosen(rows, levels, subjects):
+def _chosen(rows, levels, subjects, part=""):
     for name, wanted in (("level", levels), ("subject", subjects)):
         if not wanted:
             continue
         wanted = {str(value) for value in wanted}
         found = {dict(row.example.tags)[name] for row in rows}
-        if absent := wanted - found:
+        if (absent := wanted - found) and not part:
             raise ConfigError(
                 f"task.{name}s must be among {', '.join(sorted(found))}, "
                 f"got {', '.join(sorted(absent))}."
@@ -104,6 +100,6 @@ def _chosen(rows, levels, subjects):
         rows = [row for row in rows if dict(row.example.tags)[name] in wanted]
     if not rows:
         raise ConfigError(
-            "no problem has the levels and subjects asked for; ask for more of them."
+            f"no {part}problem has the levels and subjects asked for; ask for more."
         )
     return rows

@@ -214,9 +214,7 @@ def test_refilled_groups_are_trained_on_whole(refilled):
     task = run.plan.task
     for row, update in zip(rows[1:], seen.updates, strict=True):
         rollouts = update.batch.rollouts
-        texts = loop.decode_groups(
-            task.tokenizer, rollouts.completions, rollouts.completion_mask
-        )
+        texts = loop.decode_groups(task, rollouts.completions, rollouts.completion_mask)
         rewards = [[starts_with_a_digit(None, t) for t in group] for group in texts]
         np.testing.assert_array_equal(rewards, rollouts.rewards)
         # Prompt, completion and log-prob belong together in every slot.
@@ -340,14 +338,14 @@ def refined(tmp_path_factory):
 @pytest.mark.slow
 def test_the_best_draft_joins_the_prompt_of_the_update(refined):
     rows, seen, result = refined
-    tokenizer, gaps = seen.runs[0].tokenizer, 0
+    task, gaps = seen.runs[0].plan.task, 0
     for row, update, call in zip(rows[1:], seen.updates, seen.refined, strict=True):
         _, _, drafts, mask, _, _, _ = call
         assert drafts.shape == (P, 4, 8)
         rollouts = update.batch.rollouts
         assert rollouts.completions.shape == (P, 3, 8)
         for p, logged in enumerate(samples_of(result, row["step"])):
-            (texts,) = loop.decode_groups(tokenizer, drafts[[p]], mask[[p]])
+            (texts,) = loop.decode_groups(task, drafts[[p]], mask[[p]])
             scores = []
             for text in texts:
                 try:
@@ -358,7 +356,7 @@ def test_the_best_draft_joins_the_prompt_of_the_update(refined):
             best = texts[scores.index(max(scores))]
             seen_ids = rollouts.prompts[p][rollouts.prompt_mask[p] > 0]
             prompt = logged["prompt"]
-            assert tokenizer.decode(seen_ids) == f"{prompt}{best},{prompt}"
+            assert task.tokenizer.decode(seen_ids) == f"{prompt}{best},{prompt}"
     assert gaps
 
 

@@ -29,7 +29,7 @@ GEMMA = (
 NAMES = ["<|begin|>", "<|eot|>", "<|head|>", "<|/head|>", "<|pad|>"]
 
 
-def build(chat_template, *, rstrip=False, bos=True):
+def build(chat_template, *, rstrip=False, bos=True, texts=TEXTS):
     """A byte-level tokenizer that puts its BOS before every text."""
     from tokenizers import (
         AddedToken,
@@ -51,7 +51,7 @@ def build(chat_template, *, rstrip=False, bos=True):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    core.train_from_iterator(TEXTS * 4, trainer)
+    core.train_from_iterator(list(texts) * 4, trainer)
     if bos:
         core.post_processor = processors.TemplateProcessing(
             single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
