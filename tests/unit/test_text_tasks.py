@@ -6,11 +6,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from grpo_jax import load_task, sample
+from grpo_jax import load_task, next_token_logits
 from grpo_jax.errors import ConfigError
 from grpo_jax.rollouts.encoding import (
     answer_rollouts,
@@ -19,7 +18,6 @@ from grpo_jax.rollouts.encoding import (
     encode_prompts,
     pad_left,
 )
-from grpo_jax.rollouts.sampling import completion_logprobs
 from grpo_jax.rollouts.verifiers import VERIFIERS, countdown_numbers
 from grpo_jax.tasks import TASKS, Example, Reward
 from grpo_jax.tasks.tokenizers import (
@@ -364,7 +362,7 @@ def test_exact_pass_rates_need_answers_of_one_spelling(tmp_path):
     tokenizer = train_tokenizer(["some text 12 12"], 300)
     assert spellings(tokenizer, "12") == 1
     joined = build(None, texts=["12 12 123"])
-    assert spellings(joined, "12") == 2 and spellings(joined, "123", limit=9) >= 3
+    assert spellings(joined, "12", limit=9) == 2
     for part, answer in (("train", "<<6+6=12>>"), ("test", "<<6*2=12>>")):
         rows = [{"question": "?", "answer": answer}]
         write(tmp_path / f"{part}.jsonl", rows)
@@ -411,27 +409,22 @@ def test_a_trained_tokenizer_is_a_function_of_its_texts(tmp_path):
             ] == list("2026365")  # fmt: skip
 
 
-# Prompts of different lengths in one batch: where the padding stands, and that a
-# template or a text was longer in another row, is no matter.
-def test_padding_of_prompts_changes_nothing(countdown):
+# Sampling and training have tests of their own for where the padding stands.
+def test_padding_of_templated_prompts_changes_no_logits(countdown):
     policy = tiny_policy(vocab_size=len(countdown.tokenizer))
     examples = sorted(countdown.train, key=lambda e: len(e.prompt))
     rows = encode_prompts(countdown, [examples[0], examples[-1]])
-    left, right = (pad_left(rows, 50, 0) for _ in range(2))
     assert len(rows[0]) != len(rows[1])
+    (ids, mask), right = (pad_left(rows, 50, 0) for _ in range(2))
     for i, row in enumerate(rows):
         for array in right:
             array[i] = np.roll(array[i], len(row) - 50)
-    settings = dict(
-        group_size=3, max_new_tokens=6, key=jax.random.key(0), eos_id=1, pad_id=0
-    )
-    found, other = (sample(policy, *part, **settings) for part in (left, right))
-    np.testing.assert_array_equal(found.completions, other.completions)
-    np.testing.assert_allclose(
-        completion_logprobs(policy, found),
-        completion_logprobs(policy, other),
-        atol=2e-5,
-    )
+    found = next_token_logits(policy, ids, mask)
+    other = next_token_logits(policy, *right)
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(
+            found[i, 50 - len(row) :], other[i, : len(row)], atol=2e-5
+        )
 
 
 def test_what_is_imitated_is_what_is_read_back(countdown):
