@@ -16,8 +16,8 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _LAST_NUMBER = re.compile(
-    rf"(?:(?<![\w.)\]}}])(?P<sign>-)\s*)?[$€£]?(?P<sign2>-)?(?P<value>{_NUMBER})"
-    rf"(?:/(?P<below>[0-9]+)(?![.,]?[0-9]))?"
+    rf"(?:(?<![\w.)\]}}])(?P<sign>-))?(?:[$€£](?P<sign2>-)?)?"
+    rf"(?P<value>{_NUMBER})(?:/(?P<below>[0-9]+)(?![.,]?[0-9]))?"
 )
 _HASHES = re.compile(r"####([^\n]*)")
 _LINE_NUMBER = re.compile(
@@ -72,7 +72,8 @@ def final_number(text: str) -> Fraction | None:
             return one_number(last_boxed(text) or "")
         match = _HASHES.match(text, hashes)
         return one_number(match.group(1)) if match else None
-    numbers = list(_LAST_NUMBER.finditer(text[-2 * MAX_ANSWER :]))
+    text = text[-2 * MAX_ANSWER :].replace("\N{MINUS SIGN}", "-")
+    numbers = list(_LAST_NUMBER.finditer(text))
     return _value(numbers[-1]) if numbers else None
 
 
@@ -128,7 +129,7 @@ _SYMBOLS = {
     "{,}": ",",
 }
 _COMMANDS = {"le": "leq", "ge": "geq", "ne": "neq", "times": "cdot"}
-_COMMANDS |= dict.fromkeys(["dfrac", "tfrac", "cfrac"], "frac")
+_COMMANDS |= {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac"}
 _TOKEN = r"(?:\s*(?=[0-9\\])|\s+|(?<=\}))([0-9A-Za-z]|\\pi(?![A-Za-z]))"
 _PREFIX = re.compile(r"([A-Za-z\\][A-Za-z\\_{}'() ^0-9]*?|\([a-z, ]+\))\s*(?:=|\\in )")
 # Of two units that are both known and differ, one is wrong; any other words are passed.
@@ -198,7 +199,7 @@ def read_answer(text: str) -> Answer:
     for old, new in _SYMBOLS.items():
         text = text.replace(old, new)
     text = re.sub(r"(?<=[0-9]),\\!\s*(?=[0-9]{3})", "", text)  # 20,\!000
-    text = _SPACES.sub(lambda m: m.group(1) or " " * (m.group()[1:2] != "!"), text)
+    text = _SPACES.sub(_space, text)
     text = re.sub(r"\\\$|\$|\\[()\[\]](?![0-9])", "", text)
     text = _SIZES.sub("", text)
     text = _TEXT.sub(r"\\text", text)
@@ -219,12 +220,20 @@ def read_answer(text: str) -> Answer:
     prefix = _PREFIX.match(text)
     if prefix and text.count("=") <= 1 and prefix.end() < len(text):
         name = re.sub(r"\s", "", prefix.group(1))
+        if not balanced(name):  # the = of \sum_{n=1} says nothing about the answer
+            return Answer("", text, unit)
         return Answer(name, text[prefix.end() :].strip(), unit)
     return Answer("", text, unit)
 
 
-def _command(match):
-    return "\\" + _COMMANDS.get(match.group(1), match.group(1))
+def _space(match: re.Match) -> str:
+    row_break, negative = match.group(1), match.group().startswith(r"\!")
+    return row_break or ("" if negative else " ")
+
+
+def _command(match: re.Match) -> str:
+    name = match.group(1)
+    return f"\\{_COMMANDS.get(name, name)}"
 
 
 def _without_unit(text):
@@ -323,7 +332,7 @@ def _parts(text):
     text = text.strip()
     for left, right in ((r"\{", r"\}"), ("(", ")"), ("(", "]"), ("[", ")"), ("[", "]")):
         inner = text[len(left) : -len(right)]
-        if text.startswith(left) and text.endswith(right) and _balanced(inner):
+        if text.startswith(left) and text.endswith(right) and balanced(inner):
             return left, _split(inner), right
     parts = []
     for part in _split(text):
@@ -332,7 +341,8 @@ def _parts(text):
     return "", parts, ""
 
 
-def _balanced(text):
+def balanced(text: str) -> bool:
+    """Whether every bracket is closed, whatever its kind: (1,2] is an interval."""
     depth = 0
     for character in text:
         depth += (character in _OPEN) - (character in _CLOSE)

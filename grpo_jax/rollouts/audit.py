@@ -73,8 +73,8 @@ class Audit:
         """A table, and at most `most` cases of each form."""
         width = max(map(len, self.counts))
         lines = [
-            f"{self.verifier}: {self.rows} gold answers, {self.distinct} distinct checks "
-            f"in {self.seconds:.1f} s ({self.checks_per_second:.0f}/s), "
+            f"{self.verifier}: {self.rows} gold answers, {self.distinct} distinct "
+            f"checks in {self.seconds:.1f} s ({self.checks_per_second:.0f}/s), "
             f"{self.failures} hung or died",
             "",
             f"{'form':{width}}  {'asked':>6}  {'accepted':>8}  {'share':>8}",
@@ -249,7 +249,8 @@ def _spoiled(gold):
 
 _FRACTION = r"(-?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}"
 _UNIT = (
-    r"([0-9.,\\!]+)\s*\\(?:text|mbox|textnormal)\{(?!\s*[ap]\.m|\s*or|\s*and)[^}]*\}"
+    r"([0-9.,!\\]*[0-9])\s*(?:\\ )?"
+    r"\\(?:text|mbox|textnormal)\{(?!\s*[ap]\.m|\s*or|\s*and)[^}]*\}"
 )
 _NAMED = r"[^=,<>\\a-zA-Z]+|\\frac\{[0-9]+\}\{[0-9]+\}"
 
@@ -303,7 +304,7 @@ REWRITINGS: dict[str, dict[str, Callable[[str], str | None]]] = {
             r"[^,()\[\]{}=]+(?:,\s*[^,()\[\]{}=!]+){1,5}",
             lambda m: (
                 ", ".join(re.split(r",\s*", m[0])[::-1])
-                if rational(m[0]) is None
+                if rational(read_answer(m[0]).body) is None
                 else None
             ),
         ),

@@ -9,10 +9,10 @@ pass, and sums, integrals and limits do not: an answer is worked out.
 import functools
 import re
 
-from grpo_jax.rollouts.answers import read_answer, same_answer
+from grpo_jax.rollouts.answers import balanced, read_answer, same_answer
 
 MAX_SYMBOLIC = 400  # characters that sympy may be given
-MAX_DEPTH = 20  # brackets within brackets
+MAX_DEPTH = 10  # brackets within brackets
 MAX_DIGITS = 60  # in a row
 
 _CHARACTERS = re.compile(r"[A-Za-z0-9\s+\-*/^_=<>!|.,;:'()\[\]{}\\&]*")
@@ -45,6 +45,8 @@ def refused(body: str) -> str | None:
         return "too long"
     if not _CHARACTERS.fullmatch(body):
         return "a character that is not listed"
+    if not balanced(body):
+        return "brackets that do not match"
     if "__" in body:
         return "two underscores"
     if re.search(rf"[0-9]{{{MAX_DIGITS}}}", body):

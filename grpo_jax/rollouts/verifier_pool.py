@@ -153,10 +153,12 @@ class VerifierPool:
         wanted = len(queue) + len(answers)
         try:
             while len(answers) < wanted:
+                for worker in [w for w in self._workers if w.idle and w.gone()]:
+                    self._remove(worker)
                 busy = sum(worker.key is not None for worker in self._workers)
                 self._restart(min(self.size, busy + len(queue)))
                 for worker in self._workers:
-                    if queue and worker.ready and worker.key is None:
+                    if queue and worker.idle:
                         key, message = queue.popleft()
                         worker.ask(key, message, self.timeout)
                         self._flush(worker, answers)
@@ -284,6 +286,14 @@ class _Worker:
         self._in = bytearray()
         with contextlib.suppress(BrokenPipeError):  # seen as a death by the reader
             self.flush()
+
+    @property
+    def idle(self) -> bool:
+        return self.ready and self.key is None
+
+    def gone(self) -> bool:
+        """Whether an idle worker has died since it was last used."""
+        return self.has_exited() or self.read()[1]
 
     def ask(self, key, message, timeout):
         self.key, self.deadline = key, time.monotonic() + timeout

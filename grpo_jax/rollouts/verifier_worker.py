@@ -49,6 +49,8 @@ def _own_the_pipes():
 
 def _limit(setup):
     if sys.platform == "linux":
+        # It also fires when the thread ends that started this process: the pool starts
+        # another worker then.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != setup["parent"]:
         sys.exit("the parent has gone")

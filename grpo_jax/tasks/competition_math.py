@@ -2,7 +2,12 @@ r"""MATH: competition problems with worked solutions, by level and subject.
 
 Hendrycks et al. 2021, arXiv:2103.03874. The gold answer is the field `answer` where
 rows have one (as in MATH-500, to be given as the held-out file), else the last \boxed
+<<<<<<< HEAD
 of the solution. Two training rows have level "?".
+=======
+of the solution. Two training rows of the published files have level "?", two others an
+empty \boxed{} and so no answer: such rows are left out and counted in the task's note.
+>>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
 """
 
 from collections.abc import Sequence
@@ -38,6 +43,7 @@ def make_math(
             "task.path must be a directory with MATH's train.jsonl and test.jsonl, or "
             "a data set's name for `datasets`."
         )
+<<<<<<< HEAD
     train, heldout = read_parts(path, heldout_path, None, ["problem", "solution"])
     train = _chosen([_example(row) for row in train], levels, subjects)
     if heldout is not None:
@@ -48,20 +54,52 @@ def make_math(
         name="math",
         train=train,
         heldout=heldout,
+=======
+    rows, test_rows = read_parts(path, heldout_path, None, ["problem", "solution"])
+    train, heldout = _examples(rows), _examples(test_rows or [])
+    lost = len(rows) + len(test_rows or []) - len(train) - len(heldout)
+    train = _chosen(train, levels, subjects)
+    if heldout and heldout_path is None:
+        heldout = _chosen(heldout, levels, subjects, "held-out ")
+    return text_task(
+        name="math",
+        train=train,
+        heldout=None if test_rows is None else heldout,
+>>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
         train_prompts=train_prompts,
         heldout_prompts=heldout_prompts,
         seed=seed,
         language=language,
         rewards=rewards,
         default_reward="math",
+<<<<<<< HEAD
     )
 
 
 def _example(row: Row) -> Sourced:
+=======
+        note=f"{lost} rows have an empty \\boxed{{}} and were left out."
+        if lost
+        else "",
+    )
+
+
+def _examples(rows):
+    examples = [_example(row) for row in rows]
+    return [example for example in examples if example is not None]
+
+
+def _example(row: Row) -> Sourced | None:
+>>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
     values = row.values
     answer = values.get("answer")
     if answer is None:
         answer = last_boxed(values["solution"])
+<<<<<<< HEAD
+=======
+        if answer == "":
+            return None
+>>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
     if not isinstance(answer, str):
         raise ConfigError(
             f"{row.where}: there is no answer, neither a field 'answer' with text nor "
@@ -75,13 +113,21 @@ def _example(row: Row) -> Sourced:
     )
 
 
+<<<<<<< HEAD
 def _chosen(rows, levels, subjects):
+=======
+def _chosen(rows, levels, subjects, part=""):
+>>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
     for name, wanted in (("level", levels), ("subject", subjects)):
         if not wanted:
             continue
         wanted = {str(value) for value in wanted}
         found = {dict(row.example.tags)[name] for row in rows}
+<<<<<<< HEAD
         if absent := wanted - found:
+=======
+        if (absent := wanted - found) and not part:
+>>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
             raise ConfigError(
                 f"task.{name}s must be among {', '.join(sorted(found))}, "
                 f"got {', '.join(sorted(absent))}."
@@ -89,6 +135,10 @@ def _chosen(rows, levels, subjects):
         rows = [row for row in rows if dict(row.example.tags)[name] in wanted]
     if not rows:
         raise ConfigError(
+<<<<<<< HEAD
             "no problem has the levels and subjects asked for; ask for more of them."
+=======
+            f"no {part}problem has the levels and subjects asked for; ask for more."
+>>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
         )
     return rows

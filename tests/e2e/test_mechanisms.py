@@ -356,7 +356,7 @@ def test_the_best_draft_joins_the_prompt_of_the_update(refined):
             best = texts[scores.index(max(scores))]
             seen_ids = rollouts.prompts[p][rollouts.prompt_mask[p] > 0]
             prompt = logged["prompt"]
-            assert tokenizer.decode(seen_ids) == f"{prompt}{best},{prompt}"
+            assert task.tokenizer.decode(seen_ids) == f"{prompt}{best},{prompt}"
     assert gaps
 
 
