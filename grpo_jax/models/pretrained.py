@@ -27,7 +27,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, Policy
 from grpo_jax.models.families import Tensor, config_json, model_config, tensors
 
-_BLOCK_BYTES = 2**26  # of a tensor on the host at a time
+_BLOCK_BYTES = 2**23  # of a tensor on the host at a time
 _INDEX = "model.safetensors.index.json"
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _WEIGHTS = ("*.safetensors",)
