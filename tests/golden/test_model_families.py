@@ -1,7 +1,7 @@
 """Logits of every model family, as transformers computes them, for machines without it.
 
-Weights follow from a fixed numpy seed; `model_logits.npz` holds what transformers 5.23.0
-(torch 2.13.0, float32, CPU, eager attention) makes of them. Written again by
+Weights follow from a fixed numpy seed; `model_logits.npz` holds what transformers
+5.23.0 (torch 2.13.0, float32, CPU, eager attention) makes of them. Written again by
 
     python -m tests.golden.test_model_families
 
