@@ -109,7 +109,7 @@ def model_config(values: dict, where: str) -> ModelConfig:
             f"supported;{only} supported: {supported}."
         )
     read = {**family.defaults, **values}
-    fields = dict(
+    fields: dict[str, Any] = dict(
         vocab_size=_whole(read, "vocab_size", where),
         num_layers=_whole(read, "num_hidden_layers", where),
         width=_whole(read, "hidden_size", where),

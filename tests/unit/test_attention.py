@@ -33,7 +33,7 @@ def random(seed, *shape):
 SCORES = [{}, dict(scale=0.7, softcap=0.9)]
 
 
-# With a mask per query too: in the second prompt, query 3 sees no token of the prefix.
+# With a mask per query, queries 2 and 3 see no token of the second prompt.
 @pytest.mark.parametrize("scores", SCORES, ids=["plain", "capped"])
 @pytest.mark.parametrize("by_query", [False, True])
 def test_shared_prefix_attention_is_attention_over_concatenated_keys(by_query, scores):
