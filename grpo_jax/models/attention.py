@@ -14,7 +14,10 @@ _MASKED = -1e30  # finite, so that a fully masked row stays finite too
 
 
 def rotary_table(
-    positions: jax.Array, head_dim: int, theta: float, stretch: jax.Array | None = None
+    positions: jax.Array,
+    head_dim: int,
+    theta: float,
+    stretch: jax.Array | np.ndarray | None = None,
 ):
     """(cos, sin) of RoPE, each [..., 1, head_dim / 2], at positions [...].
 

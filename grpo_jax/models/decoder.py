@@ -187,9 +187,10 @@ class Decoder(nnx.Module):
 
         mask: [..., L] or [..., S, L] bool; queries: [..., S]; keys: [..., L].
         """
-        if not self.config.sliding_layers:
+        window = self.config.sliding_window
+        if window is None or not self.config.sliding_layers:
             return ByLayer(mask, mask)
-        near = within_window(queries, keys, self.config.sliding_window)
+        near = within_window(queries, keys, window)
         mask = mask[..., None, :] if mask.ndim < near.ndim else mask
         return ByLayer(jnp.broadcast_to(mask, near.shape), mask & near)
 

@@ -109,7 +109,7 @@ def model_config(values: dict, where: str) -> ModelConfig:
             f"supported;{only} supported: {supported}."
         )
     read = {**family.defaults, **values}
-    fields = dict(
+    fields: dict[str, Any] = dict(
         vocab_size=_whole(read, "vocab_size", where),
         num_layers=_whole(read, "num_hidden_layers", where),
         width=_whole(read, "hidden_size", where),
@@ -190,7 +190,9 @@ def _rope(family, values, where):
         kind = local.get("rope_type", "default")
         if kind != "default":
             _refuse(where, "rope_parameters.sliding_attention.rope_type", kind)
-    whole = {**whole, **(values.get("rope_scaling") or {})}
+    scaling = values.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    whole = {**whole, **scaling, **({"rope_type": kind} if kind else {})}
     kind = whole.get("rope_type", whole.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         supported = "is not supported, only default, linear and llama3"

@@ -26,7 +26,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Policy, abstract_policy, merge_lora
 from grpo_jax.models.families import Tensor, config_json, model_config, tensors
 
-_BLOCK_BYTES = 2**26  # of a tensor on the host at a time
+_BLOCK_BYTES = 2**23  # of a tensor on the host at a time
 _INDEX = "model.safetensors.index.json"
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _WEIGHTS = ("*.safetensors",)
@@ -156,6 +156,7 @@ def save_pretrained(
         )
         _write_json(partial_folder / "config.json", config)
         written = [f for f in partial_folder.rglob("*") if f.is_file()]
+        written.sort(key=lambda f: f.name == "config.json")  # last: it makes a model
         names = [f.relative_to(partial_folder) for f in written]
         for file, name in zip(written, names, strict=True):
             (target / name).parent.mkdir(parents=True, exist_ok=True)

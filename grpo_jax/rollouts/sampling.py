@@ -94,7 +94,7 @@ def sample(
         jnp.asarray(prompt_indices, jnp.int32),
         key,
         jnp.asarray(temperature, jnp.float32),
-        jnp.asarray(eos_id, jnp.int32),
+        jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32)),
         jnp.asarray(pad_id, jnp.int32),
         group_size=group_size,
         max_new_tokens=max_new_tokens,

@@ -22,7 +22,14 @@ def estimate(config=SMALL, micro=(4, 8), reference=False, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(qk_bias=True), dict(qk_norm=True), dict(tie_embeddings=False)],
+    [
+        {},
+        dict(qk_bias=True),
+        dict(qk_norm=True),
+        dict(tie_embeddings=False),
+        dict(qk_bias=True, output_bias=True),
+        dict(post_norms=True, norm_offset=True, qk_norm=True),
+    ],
 )
 def test_num_parameters_is_what_init_makes(changes):
     config = dataclasses.replace(SMALL, **changes)

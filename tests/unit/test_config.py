@@ -78,6 +78,12 @@ def test_a_whole_number_is_a_float_where_one_is_wanted():
     assert clip == (0.2, 1.0) and type(clip[1]) is float
 
 
+def test_a_list_of_any_length_becomes_a_tuple():
+    values = {"sliding_window": 4, "sliding_layers": [0, 1]}
+    assert load({"model": values}).model.sliding_layers == (0, 1)
+    assert load({"model": {"sliding_layers": []}}).model.sliding_layers == ()
+
+
 @pytest.mark.parametrize("name", ["objective.clip", "task.path", "run_dir"])
 def test_null_is_the_default_where_there_is_one(name):
     assert load(nested(name, None)) == TrainConfig()
@@ -96,6 +102,8 @@ def test_null_is_the_default_where_there_is_one(name):
         ("optimizer.b1", [0.9], r"optimizer.b1 must be a number, got \[0.9\]"),
         ("task.name", 3, "task.name must be text, got 3"),
         ("objective.clip", 0.2, "objective.clip must be 2 values, got 0.2"),
+        ("model.sliding_layers", 0, "sliding_layers must be a list of values, got 0"),
+        ("model.sliding_layers", [0.5], "sliding_layers must be a whole number, got"),
         ("objective.clip", [1, 2, 3], r"objective.clip must be 2 values, got \[1"),
         ("objective.clip", ["a", 1], "objective.clip must be a number, got 'a'"),
         ("optimizer.schedule", "step", "must be one of constant, linear, cosine, got"),

@@ -46,6 +46,22 @@ def test_padding_changes_no_logits(policy, side):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+# Both layers see 3 tokens, so the last logits see 1 + 2 * (3 - 1) = 5, counted in
+# tokens even where padding lies between them.
+def test_a_window_counts_tokens_not_places():
+    config = dataclasses.replace(SMALL, sliding_window=3, sliding_layers=(0, 1))
+    policy = init_policy(config, jax.random.key(0))
+    row = [1, 2, 3, 4, 5, 6, 7]
+    expected = logits(policy, [row])[0, -1]
+    inside, outside = [1, 2, 8, *row[3:]], [8, 8, *row[2:]]
+    np.testing.assert_allclose(logits(policy, [outside])[0, -1], expected, atol=1e-5)
+    assert np.abs(logits(policy, [inside])[0, -1] - expected).max() > 1e-4
+    gaps = [0, *row[:3], 0, 0, *row[3:5], 0, *row[5:], 0]
+    mask = [0, 1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0]
+    actual = logits(policy, [gaps], [mask])[0, -2]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_split_prompts_finds_the_last_token_wherever_the_padding_is():
     prompts = np.int32([[0, 0, 5, 6, 7], [5, 6, 7, 0, 0], [0, 0, 0, 0, 8]])
     mask = np.int32([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 1]])
@@ -79,6 +95,22 @@ def test_parameters_stay_float32_under_a_bfloat16_compute_dtype():
         (dict(remat="some"), "remat must be one of none, dots, full, got 'some'"),
         (dict(rope_theta=0.0), "rope_theta must be positive, got 0.0"),
         (dict(norm_eps=-1.0), "norm_eps must be positive, got -1.0"),
+        (dict(rope_local_theta=0.0), "rope_local_theta must be positive, got 0.0"),
+        (dict(logit_softcap=0.0), "logit_softcap must be positive, got 0.0"),
+        (dict(query_scale=0), "query_scale must be positive, got 0"),
+        (dict(sliding_window=0), "sliding_window must be at least 1, got 0"),
+        (dict(sliding_layers=(1,)), "sliding_window must be given where layers slide"),
+        (
+            dict(sliding_window=4, sliding_layers=(0, 2)),
+            r"sliding_layers must be different layers of 0 to 1, got \(0, 2\)",
+        ),
+        (dict(sliding_window=4, sliding_layers=(1, 1)), "must be different layers"),
+        (dict(rope_scaling="yarn"), "rope_scaling must be one of none, linear, llama3"),
+        (
+            dict(rope_fast_turns=1.0),
+            "rope_fast_turns must be more than rope_slow_turns",
+        ),
+        (dict(activation="relu"), "activation must be one of silu, gelu_tanh, got"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes, message):

@@ -53,6 +53,14 @@ def test_temperature_divides_the_logits(temperature):
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-4, atol=5e-5)
 
 
+def test_the_cap_comes_before_the_temperature():
+    hidden, unembedding, token_ids = inputs()
+    capped = 2 * np.tanh(hidden @ unembedding / 2)
+    expected, _ = full(capped, np.eye(V, dtype=np.float32), token_ids, 0.5)
+    actual = jax.jit(partial(token_logprobs, softcap=2.0, temperature=0.5))(*inputs())
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 # Equal logits: log-prob -ln V, entropy ln V. One far above: both 0.
 def test_entropy_of_the_uniform_and_of_the_certain():
     hidden = np.array([[0.0], [50.0]], np.float32)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +102,40 @@ def test_logprobs_are_those_of_the_plain_forward(policy, rollouts):
         expected = next_logprobs(policy, rows)[np.arange(steps), tokens[:steps]]
         actual = rollouts.behaviour_logprobs[p, 0, :steps]
         np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+# A window of 4 ends inside the prompt at first, at its edge, and then beyond it.
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_windows_and_caps_are_those_of_the_plain_forward(side):
+    config = dataclasses.replace(
+        CONFIG, sliding_window=4, sliding_layers=(0,), post_norms=True,
+        norm_offset=True, scale_embedding=True, activation="gelu_tanh",
+        attention_softcap=2.0, logit_softcap=3.0, rope_local_theta=50.0, query_scale=9,
+        rope_scaling="linear", rope_factor=4.0,
+    )  # fmt: skip
+    policy = init_policy(config, jax.random.key(0))
+    settings = dict(max_new_tokens=7, group_size=2, temperature=0.7, eos_id=NEVER)
+    rollouts = jax.device_get(draw(policy, side=side, **settings))
+    twin = jax.jit(completion_logprobs)(policy, rollouts, temperature=0.7)
+    np.testing.assert_allclose(twin, rollouts.behaviour_logprobs, atol=1e-5)
+    for p, prompt in enumerate(PROMPTS):
+        tokens = rollouts.completions[p, 1]
+        rows = [prompt + tokens[:t].tolist() for t in range(7)]
+        expected = next_logprobs(policy, rows, 0.7)[np.arange(7), tokens]
+        actual = rollouts.behaviour_logprobs[p, 1]
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_any_of_several_ids_ends_a_completion(policy, rollouts):
+    both = jax.device_get(draw(policy, eos_id=(EOS, 4), max_new_tokens=12))
+    for p, g in np.ndindex(both.completions.shape[:2]):
+        tokens = both.completions[p, g][both.completion_mask[p, g] > 0]
+        assert not np.isin(tokens[:-1], [EOS, 4]).any()
+        assert np.isin(tokens[-1], [EOS, 4]) or len(tokens) == 12
+    ends = both.completions[both.completion_mask > 0]
+    assert (ends == EOS).any() and (ends == 4).any()
+    alone = draw(policy, eos_id=[EOS])
+    jax.tree.map(np.testing.assert_array_equal, tuple(alone)[:5], tuple(rollouts)[:5])
 
 
 def test_top_k_1_is_greedy(policy):

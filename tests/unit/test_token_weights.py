@@ -110,12 +110,17 @@ def softmax(x):
     return x / x.sum()
 
 
-def plain_nthr(hidden, unembedding, ids, rewards, mask, beta, eta, temperature):
+def plain_nthr(
+    hidden, unembedding, ids, rewards, mask, beta, eta, temperature, softcap=np.inf
+):
     """One group's factors, token pair by token pair."""
     g, t, _ = hidden.shape
     error = np.zeros((g, t, unembedding.shape[1]))
     for i, k in np.ndindex(g, t):
-        error[i, k] = -softmax(hidden[i, k] @ unembedding / temperature)
+        logits = hidden[i, k] @ unembedding
+        if np.isfinite(softcap):
+            logits = softcap * np.tanh(logits / softcap)
+        error[i, k] = -softmax(logits / temperature)
         error[i, k, ids[i, k]] += 1
 
     def influence(i, j, k):  # of completion i on token k of completion j
@@ -218,12 +223,26 @@ def test_nthr_weights_broadcast_openly():
         jax.jit(nthr_weights)(*nthr_batch())
 
 
+def test_nthr_weights_of_capped_logits(x64):
+    settings = dict(beta=1.0, eta=0.0, temperature=0.5, softcap=0.8)
+    batch = nthr_batch()
+    actual = jax.jit(lambda *x: nthr_weights(*x, **settings))(*batch)
+    hidden, unembedding, *rest = batch
+    for p in range(P):
+        expected = plain_nthr(hidden[p], unembedding, *(x[p] for x in rest), **settings)
+        np.testing.assert_array_equal(actual[p], expected)
+    plain = nthr_weights(*batch, temperature=0.5)
+    assert (np.asarray(plain) != np.asarray(actual)).any()
+
+
 # EOS is 1. The third has it in its padding only: it was cut off.
 def test_overlong_weights():
     ids = np.array([[[5, 1, 0], [5, 6, 7], [5, 6, 1], [1, 0, 0]]])
     mask = np.array([[[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0]]])
     actual = jax.jit(overlong_weights, static_argnums=2)(ids, mask, 1)
     np.testing.assert_array_equal(actual[0], [[1] * 3, [0] * 3, [0] * 3, [1] * 3])
+    several = jax.jit(overlong_weights, static_argnums=2)(ids, mask, (1, 7))
+    np.testing.assert_array_equal(several[0], [[1] * 3, [1] * 3, [0] * 3, [1] * 3])
 
 
 def test_truncated_importance_weights():
