@@ -139,8 +139,8 @@ def _eval(argv):
         EvalConfig,
         argv,
         "eval",
-        "Ask a model directory (--pretrained) or a run (--run-dir) a task's prompts. An "
-        "interrupted evaluation goes on where it was.",
+        "Ask a model directory (--pretrained) or a run (--run-dir) a task's prompts. "
+        "An interrupted evaluation goes on where it was.",
         base,
     )
     from grpo_jax.training.evaluator import evaluate

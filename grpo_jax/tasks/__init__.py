@@ -1,10 +1,6 @@
 """Tasks by name."""
 
-<<<<<<< HEAD
-from collections.abc import Sequence
-=======
 from collections.abc import Callable, Mapping, Sequence
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
 from types import MappingProxyType
 from typing import Any
 
@@ -25,11 +21,7 @@ __all__ = [
 _FILES = ("path", "heldout_path", "rewards", "vocab_size")
 # name -> how it is made, and which options of `load_task` it honours besides sizes,
 # seed, tokenizer, eos_ids, template and system, which all do.
-<<<<<<< HEAD
-_MAKERS = MappingProxyType(
-=======
 _MAKERS: Mapping[str, tuple[Callable[..., Task], tuple[str, ...]]] = MappingProxyType(
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
     {
         "chains": (make_chains, ()),
         "countdown": (make_countdown, ("rewards", "vocab_size")),
@@ -92,11 +84,7 @@ def load_task(
     if name not in _MAKERS:
         raise unknown_name("task", name, TASKS)
     make, honoured = _MAKERS[name]
-<<<<<<< HEAD
-    options = dict(
-=======
     options: dict[str, Any] = dict(
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
         path=path, heldout_path=heldout_path, rewards=tuple(rewards),
         levels=tuple(levels), subjects=tuple(subjects), prompt_field=prompt_field,
         answer_field=answer_field, solution_field=solution_field,

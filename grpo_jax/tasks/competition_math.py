@@ -2,12 +2,8 @@ r"""MATH: competition problems with worked solutions, by level and subject.
 
 Hendrycks et al. 2021, arXiv:2103.03874. The gold answer is the field `answer` where
 rows have one (as in MATH-500, to be given as the held-out file), else the last \boxed
-<<<<<<< HEAD
-of the solution. Two training rows have level "?".
-=======
 of the solution. Two training rows of the published files have level "?", two others an
 empty \boxed{} and so no answer: such rows are left out and counted in the task's note.
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
 """
 
 from collections.abc import Sequence
@@ -43,18 +39,6 @@ def make_math(
             "task.path must be a directory with MATH's train.jsonl and test.jsonl, or "
             "a data set's name for `datasets`."
         )
-<<<<<<< HEAD
-    train, heldout = read_parts(path, heldout_path, None, ["problem", "solution"])
-    train = _chosen([_example(row) for row in train], levels, subjects)
-    if heldout is not None:
-        heldout = [_example(row) for row in heldout]
-        if heldout_path is None:
-            heldout = _chosen(heldout, levels, subjects)
-    return text_task(
-        name="math",
-        train=train,
-        heldout=heldout,
-=======
     rows, test_rows = read_parts(path, heldout_path, None, ["problem", "solution"])
     train, heldout = _examples(rows), _examples(test_rows or [])
     lost = len(rows) + len(test_rows or []) - len(train) - len(heldout)
@@ -65,19 +49,12 @@ def make_math(
         name="math",
         train=train,
         heldout=None if test_rows is None else heldout,
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
         train_prompts=train_prompts,
         heldout_prompts=heldout_prompts,
         seed=seed,
         language=language,
         rewards=rewards,
         default_reward="math",
-<<<<<<< HEAD
-    )
-
-
-def _example(row: Row) -> Sourced:
-=======
         note=f"{lost} rows have an empty \\boxed{{}} and were left out."
         if lost
         else "",
@@ -90,16 +67,12 @@ def _examples(rows):
 
 
 def _example(row: Row) -> Sourced | None:
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
     values = row.values
     answer = values.get("answer")
     if answer is None:
         answer = last_boxed(values["solution"])
-<<<<<<< HEAD
-=======
         if answer == "":
             return None
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
     if not isinstance(answer, str):
         raise ConfigError(
             f"{row.where}: there is no answer, neither a field 'answer' with text nor "
@@ -113,21 +86,13 @@ def _example(row: Row) -> Sourced | None:
     )
 
 
-<<<<<<< HEAD
-def _chosen(rows, levels, subjects):
-=======
 def _chosen(rows, levels, subjects, part=""):
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
     for name, wanted in (("level", levels), ("subject", subjects)):
         if not wanted:
             continue
         wanted = {str(value) for value in wanted}
         found = {dict(row.example.tags)[name] for row in rows}
-<<<<<<< HEAD
-        if absent := wanted - found:
-=======
         if (absent := wanted - found) and not part:
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
             raise ConfigError(
                 f"task.{name}s must be among {', '.join(sorted(found))}, "
                 f"got {', '.join(sorted(absent))}."
@@ -135,10 +100,6 @@ def _chosen(rows, levels, subjects, part=""):
         rows = [row for row in rows if dict(row.example.tags)[name] in wanted]
     if not rows:
         raise ConfigError(
-<<<<<<< HEAD
-            "no problem has the levels and subjects asked for; ask for more of them."
-=======
             f"no {part}problem has the levels and subjects asked for; ask for more."
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
         )
     return rows

@@ -6,17 +6,10 @@ model can find its own. The warm start shows one expression per trained prompt.
 """
 
 from collections.abc import Sequence
-<<<<<<< HEAD
-from fractions import Fraction
-
-import numpy as np
-
-=======
 
 import numpy as np
 
 from grpo_jax.errors import ConfigError
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
 from grpo_jax.rollouts.verifiers import countdown_gold
 from grpo_jax.tasks.build import OWN, Language, Sourced, text_task
 from grpo_jax.tasks.types import Example, Task
@@ -24,10 +17,7 @@ from grpo_jax.tasks.types import Example, Task
 COUNTS = (3, 4)  # numbers in a prompt
 LARGEST, TARGET = 30, 100
 TRAIN, HELDOUT = 8192, 512
-<<<<<<< HEAD
-=======
 MOST = 100_000  # prompts, a fraction of all there are
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
 
 
 def make_countdown(
@@ -41,14 +31,11 @@ def make_countdown(
     """Trained and held-out prompts: no set of numbers and target is in both."""
     train_prompts = TRAIN if train_prompts is None else train_prompts
     heldout_prompts = HELDOUT if heldout_prompts is None else heldout_prompts
-<<<<<<< HEAD
-=======
     if train_prompts + heldout_prompts > MOST:
         raise ConfigError(
             f"task.train_prompts and task.heldout_prompts must be at most {MOST} "
             f"together, got {train_prompts} and {heldout_prompts}."
         )
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
     rng = np.random.default_rng([seed, 0])
     found: dict[tuple, Example] = {}
     while len(found) < train_prompts + heldout_prompts:
@@ -92,19 +79,6 @@ def _prompt(numbers, target):
 def _puzzle(rng):
     """(numbers in the prompt's order, target, an expression that reaches it)."""
     while True:
-<<<<<<< HEAD
-        numbers = [int(n) for n in rng.integers(1, LARGEST + 1, rng.choice(COUNTS))]
-        parts = [(Fraction(n), str(n), "number") for n in numbers]
-        while len(parts) > 1:
-            i, j = rng.choice(len(parts), size=2, replace=False)
-            joined = _joined(parts[i], parts[j], str(rng.choice(list("+-*/"))))
-            if joined is None:
-                break
-            parts = [p for k, p in enumerate(parts) if k not in (i, j)] + [joined]
-        value, expression, _ = parts[0]
-        if len(parts) == 1 and 1 <= value <= TARGET and value.denominator == 1:
-            return numbers, int(value), expression
-=======
         count = COUNTS[rng.integers(len(COUNTS))]
         numbers = [int(n) for n in rng.integers(1, LARGEST + 1, count)]
         parts = [(n, str(n), "number") for n in numbers]
@@ -119,22 +93,15 @@ def _puzzle(rng):
             value, expression, _ = parts[0]
             if value <= TARGET:
                 return numbers, value, expression
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
 
 
 def _joined(left, right, sign):
     """The two parts and the sign between, in as few parentheses as are needed; None
     where a step is no positive whole number."""
     (a, x, of_a), (b, y, of_b) = left, right
-<<<<<<< HEAD
-    value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign]
-    if value < 1 or value.denominator != 1:
-        return None
-=======
     if (sign == "/" and a % b) or (sign == "-" and a <= b):
         return None
     value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
     loose = ("+", "-")
     if sign in ("*", "/") and of_a in loose:
         x = f"({x})"

@@ -265,11 +265,6 @@ def _bos(tokenizer):
     bos = tokenizer.bos_token_id
     ids = tokenizer(["a"])["input_ids"][0]
     plain = tokenizer(["a"], add_special_tokens=False)["input_ids"][0]
-<<<<<<< HEAD
-    adds = bos is not None and ids[:1] == [bos] and plain[:1] != [bos]
-    return (bos,) if adds else ()
-=======
     if bos is None or ids[:1] != [bos] or plain[:1] == [bos]:
         return ()
     return (bos,)
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c

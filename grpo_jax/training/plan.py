@@ -72,11 +72,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"warm_start.{given[0]} changes nothing: this run has no warm start; leave "
             "it out."
         )
-<<<<<<< HEAD
     if warm_starts:
-=======
-    if config.warm_start.enabled and task.warm_start is not None:
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
         warm_start_settings(config.warm_start, task)  # its errors belong here
     tokenizer, sampling = task.tokenizer, config.sampling
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
@@ -96,11 +92,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"prompts, got {sampling.prompts}."
         )
     examples = task.train + task.heldout
-<<<<<<< HEAD
     if warm_starts and task.warm_start.longest:
-=======
-    if config.warm_start.enabled and task.warm_start and task.warm_start.longest:
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
         examples = [*examples, task.warm_start.longest]
     prompts = encode_prompts(task, examples)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -113,16 +105,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         )
     max_new_tokens, needed = sampling.max_new_tokens, 1
     if task.single_answer or max_new_tokens is None:
-<<<<<<< HEAD
         needed = completion_tokens(task, examples)
-=======
-        lengths = [len(ids) for ids in encode_imitated(task, examples)]
-        needed = max(lengths)
-        if task.warm_start and not task.warm_start.longest:
-            # Solutions of all lengths: room for 99 in 100 of the trained ones.
-            lengths = sorted(lengths[: len(task.train)])
-            needed = lengths[math.ceil(0.99 * len(lengths)) - 1]
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
     if max_new_tokens is None:
         max_new_tokens = needed + math.ceil(needed * _spare(objective))
     if max_new_tokens < needed:

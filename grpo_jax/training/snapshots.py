@@ -8,14 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-<<<<<<< HEAD
 from grpo_jax.models.decoder import Policy, abstract_policy
 from grpo_jax.models.lora import save_adapter, without_lora
 from grpo_jax.models.pretrained import load_tokenizer, save_pretrained
-=======
-from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.decoder import Policy, init_policy
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
 from grpo_jax.rollouts.encoding import (
     answer_rollouts,
     encode_imitated,
@@ -77,14 +72,8 @@ def pick_answers(task: Task, count: int, *, seed: int, length: int) -> Rollouts:
     seeds have the same shapes.
     """
     pick = np.random.default_rng([seed, 9]).permutation(len(task.train))
-<<<<<<< HEAD
     prompts, answers = (f(task, task.train) for f in (encode_prompts, encode_imitated))
     rows = zip(prompts, answers, strict=True)
-=======
-    rows = zip(
-        encode_prompts(task, task.train), encode_imitated(task, task.train), strict=True
-    )
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
     longest = max(len(prompt) + len(answer) - 1 for prompt, answer in rows)
     examples = [task.train[i] for i in pick[:count]]
     answers = answer_rollouts(task, examples, longest, length)

@@ -67,31 +67,19 @@ def warm_start_settings(config: WarmStartConfig, task: Task) -> WarmStart:
     overrides = dataclasses.asdict(config)
     del overrides["enabled"]
     given = {name: value for name, value in overrides.items() if value is not None}
-<<<<<<< HEAD
-    if "target_pass_rate" in given and task.warm_start.target_pass_rate is None:
-=======
     own = task.warm_start
     assert own is not None
     if "target_pass_rate" in given and own.target_pass_rate is None:
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
         raise ConfigError(
             f"warm_start.target_pass_rate needs a task with one right completion, and "
             f"{task.name} has many; set warm_start.max_steps instead."
         )
-<<<<<<< HEAD
-    if given.get("noisy_steps") and not task.warm_start.noisy_steps:
-=======
     if given.get("noisy_steps") and not own.noisy_steps:
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
         raise ConfigError(
             f"warm_start.noisy_steps changes nothing: task {task.name} has no spoiled "
             "answers; leave it out."
         )
-<<<<<<< HEAD
-    return dataclasses.replace(task.warm_start, **given)
-=======
     return dataclasses.replace(own, **given)
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
 
 
 def warm_start(
@@ -224,11 +212,7 @@ class _Demonstrations:
         """Some demonstrations, which no batch will show."""
         prompts = dict.fromkeys(e.prompt for e in self.task.train)
         count = max(1, min(_ASIDE, len(prompts) // 10))
-<<<<<<< HEAD
-        rows: dict[str, tuple] = {}
-=======
         rows = {}
->>>>>>> 1fa1215ad43e2a9ade6d2a64077b808cb48db91c
         for _ in range(_TRIES):
             found = self._fitting(self._draw(rng, False))
             rows |= {example.prompt: row for example, *row in found}
