@@ -15,7 +15,7 @@ from grpo_jax.rollouts.scoring import VerifierPool, score
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Example, Task
 from grpo_jax.training.config import ScoringConfig
-from grpo_jax.training.metrics import mean_interval, wilson_interval
+from grpo_jax.training.metrics import wilson_interval
 
 _RESAMPLES = 2000  # of the prompts, for a bootstrap interval
 
@@ -123,11 +123,11 @@ def _first(n, x):
 
 def pass_rate(answered: Sequence[Answered]) -> tuple[float, float, float]:
     """(share solved, and its 95 % interval): Wilson's for one sample of each prompt,
-    else that of the mean over prompts; missing rewards are left out."""
+    else `rate_interval`; missing rewards are left out."""
     if all(len(row.solved) == 1 for row in answered):
         found = [row.solved[0] for row in answered if row.solved[0] is not None]
         return wilson_interval(sum(found), len(found))
-    return mean_interval(np.array(_rates(answered)))
+    return rate_interval(_rates(answered))
 
 
 def _rates(answered):
@@ -155,6 +155,14 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float, float]:
     ]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
+
+
+def rate_interval(rates: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, and its 95 % interval over prompts) of the prompts' pass rates: by
+    bootstrap; where all are 0 or all are 1, which shows no spread, Wilson's."""
+    if len(rates) and set(rates) in ({0.0}, {1.0}):
+        return wilson_interval(round(sum(rates)), len(rates))
+    return bootstrap_interval(rates)
 
 
 def summarise(
@@ -186,11 +194,11 @@ def summarise(
         if samples == 1:
             add("pass rate", name, pass_rate(rows), len(rows))
         else:
-            add(f"avg@{samples}", name, bootstrap_interval(_rates(rows)), len(rows))
+            add(f"avg@{samples}", name, rate_interval(_rates(rows)), len(rows))
             for k in pass_at:
                 present = [[s for s in row.solved if s is not None] for row in rows]
                 values = [pass_at_k(sum(s), len(s), k) for s in present if len(s) >= k]
-                add(f"pass@{k}", name, bootstrap_interval(values), len(values))
+                add(f"pass@{k}", name, rate_interval(values), len(values))
         lengths = [float(np.mean(row.tokens)) for row in rows]
         add("tokens", name, bootstrap_interval(lengths), len(rows))
     return figures

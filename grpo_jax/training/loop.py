@@ -130,7 +130,7 @@ def _facts(config, task):
         base = fingerprint(local_directory(config.pretrained))
     return {
         "note": task.note,
-        "eos_ids": sorted(task.stop_ids),
+        "eos_ids": list(task.eos_ids) or [task.end_id],
         "data": data_fingerprint(task),
         "base": base,
     }

@@ -70,7 +70,7 @@ def warm_up(
         result.policy,
         output,
         tokenizer=task.tokenizer,
-        eos_ids=sorted(task.stop_ids),
+        eos_ids=list(task.eos_ids) or [task.end_id],
     )
     say(f"written to {output}; train it with --pretrained {output}")
     return output

@@ -64,6 +64,14 @@ def test_bootstrap_interval_is_about_two_standard_errors():
     assert all(math.isnan(x) for x in bootstrap_interval([]))
 
 
+def test_no_spread_is_no_certainty():
+    rows = [answered(i, [False, False]) for i in range(10)]
+    value, low, high = pass_rate(rows)
+    assert (value, low) == (0, 0) and 0.2 < high < 0.3  # Wilson's at 0 of 10: .278
+    entry = summarise(rows, [example()] * 10, [2])["pass@2"]["all"]
+    assert entry["high"] == pytest.approx(high)
+
+
 def test_summary_has_every_tag_and_every_k():
     examples = [example(level="1"), example(level="2"), example(level="2")]
     rows = [answered(0, [1, 1]), answered(1, [1, 0]), answered(2, [0, 0])]
