@@ -29,14 +29,13 @@ class ModelConfig:
     rope_scaling: Literal["none", "linear", "llama3"] = "none"
     rope_factor: float = 1.0  # wavelengths are multiplied by this
     rope_original_length: int = 8192  # llama3: tokens of the original context
-    # llama3: turns within the original context, at most: stretched by the whole factor
+    # llama3: with at most so many turns in the original context, stretched whole
     rope_slow_turns: float = 1.0
-    rope_fast_turns: float = 4.0  # llama3: and at least: not stretched
+    # llama3: with at least so many turns, not stretched
+    rope_fast_turns: float = 4.0
     # Of layers with a sliding window, unscaled (Gemma 3); None: as in other layers
     rope_local_theta: float | None = None
-    sliding_window: int | None = (
-        None  # tokens that sliding layers look at, own included
-    )
+    sliding_window: int | None = None  # tokens a sliding layer sees, own included
     sliding_layers: tuple[int, ...] = ()  # indices of the layers that slide
     activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm

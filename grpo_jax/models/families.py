@@ -172,7 +172,7 @@ def _refuse_what_we_lack(family, values, where):
         _refuse(where, key, values[key], "is not what transformers computes either")
 
 
-def _rope(family, values, where):
+def _rope(family, values, where) -> dict[str, Any]:
     """The fields of RoPE, from either spelling."""
     parameters = values.get("rope_parameters") or {}
     nested = {"full_attention", "sliding_attention"} & parameters.keys()
@@ -227,7 +227,7 @@ def _rope(family, values, where):
     return fields
 
 
-def _windows(kind, family, values, num_layers, where):
+def _windows(kind, family, values, num_layers, where) -> dict[str, Any]:
     """The fields of sliding windows."""
     if not family.slides:
         return {}

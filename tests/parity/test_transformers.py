@@ -193,6 +193,29 @@ def test_an_export_is_their_model_bit_by_bit(pair, name, dtype, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, policy.params)
 
 
+# Rounding differs, so both are compared to float32, with the same rounded weights.
+@pytest.mark.parametrize("name", SAMPLED)
+def test_bfloat16_is_as_close_to_float32_as_theirs(pair, name, tmp_path):
+    import transformers
+
+    model, _, directory = pair(name)
+    ids, mask = padded_rows()
+    live = mask.astype(bool)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    theirs = their_logits(model, ids, mask)[live]
+    model.load_state_dict(
+        transformers.AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    )
+    model.float()
+    logits = jax.jit(gj.next_token_logits)
+    ours = np.asarray(logits(gj.load_pretrained(tmp_path), ids, mask))[live]
+    wide = gj.load_pretrained(tmp_path, dtype="float32")
+    exact = np.asarray(logits(wide, ids, mask))[live]
+    errors = [np.abs(x - exact).mean() for x in (ours, theirs)]
+    print(f"bfloat16 {name}: ours {errors[0]:.3f}, theirs {errors[1]:.3f}")
+    assert errors[0] < 1.3 * errors[1]
+
+
 @pytest.mark.parametrize("name", ["qwen2_sliding", "llama3", "gemma2", "gemma3"])
 def test_the_older_spelling_of_a_config_is_the_same_model(pair, name, tmp_path):
     _, policy, directory = pair(name)

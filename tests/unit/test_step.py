@@ -33,7 +33,7 @@ from grpo_jax.training.step import (
     weigh,
     with_history,
 )
-from tests.helpers import train_step, weighed
+from tests.helpers import random_rollouts, tiny_policy, train_step, weighed
 
 P, G, T = 4, 6, 3
 SPLITS = [(4, 6), (2, 6), (1, 6), (2, 3), (4, 1), (1, 2), (1, 1)]
@@ -127,6 +127,14 @@ def test_batch_logprobs_are_the_same_in_any_split(policy, micro):
     parts = jax.jit(batch_logprobs, static_argnums=3)
     actual = parts(policy, rollouts(), 2.0, MicroBatch(*micro))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_are_capped_as_the_samplers():
+    policy = tiny_policy(logit_softcap=0.5)
+    rollouts = random_rollouts(policy, num_prompts=2, group_size=2)
+    logprobs = jax.jit(batch_logprobs, static_argnums=3)
+    actual = logprobs(policy, rollouts, 1.0, MicroBatch(1, 2))
+    np.testing.assert_allclose(actual, rollouts.behaviour_logprobs, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
