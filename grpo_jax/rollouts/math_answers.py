@@ -9,7 +9,7 @@ pass, and sums, integrals and limits do not: an answer is worked out.
 import functools
 import re
 
-from grpo_jax.rollouts.answers import balanced, read_answer, same_answer
+from grpo_jax.rollouts.answers import balanced, rational, read_answer, same_answer
 
 MAX_SYMBOLIC = 400  # characters that sympy may be given
 MAX_DEPTH = 10  # brackets within brackets
@@ -74,7 +74,33 @@ def _may_be_compared(gold: str, answer: str) -> bool:
 def _same_by_math_verify(gold: str, answer: str) -> bool:
     parse, verify = load_math_verify()
     left = parse(gold)
-    return bool(left) and bool(right := parse(answer)) and verify(left, right)
+    if not left:
+        return False
+    right = parse(answer)
+    if not right or _differ_in_value(left[0], right[0]):
+        return False
+    return verify(left, right)
+
+
+def _differ_in_value(left, right) -> bool:
+    """Whether two expressions have plainly different values at one point.
+
+    Most wrong answers do, and this is much quicker than simplifying their difference.
+    False says nothing.
+    """
+    from sympy import Expr, Rational, Symbol
+
+    pair = (left, right)
+    if not all(isinstance(e, Expr) and not isinstance(e, Symbol) for e in pair):
+        return False
+    names = sorted(left.free_symbols | right.free_symbols, key=str)
+    point = {name: Rational(137 + 61 * i, 100) for i, name in enumerate(names)}
+    try:
+        a, b = (complex(e.subs(point).evalf(15)) for e in pair)
+        # A comparison with inf or nan is False.
+        return abs(a - b) > 1e-6 * (1 + abs(a) + abs(b))
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
+        return False  # no number, or too large a one: simplification decides
 
 
 @functools.cache
@@ -84,6 +110,7 @@ def load_math_verify():
 
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Rational
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     config = LatexExtractionConfig(
@@ -95,7 +122,11 @@ def load_math_verify():
         ),
     )
 
+    @functools.lru_cache(maxsize=4096)  # a group has one gold and few answers
     def parse_box(body):
+        number = rational(body)
+        if number is not None:  # the grammar takes milliseconds
+            return [Rational(number.numerator, number.denominator)]
         return parse(
             f"\\boxed{{{body}}}",
             extraction_config=[config],
