@@ -105,8 +105,9 @@ def pack_answers(
 def decode_groups(task: Task, completions, mask) -> list[list[str]]:
     """Text of completions [P, G, T] without their final EOS and what follows it.
 
-    Every other token shows, padding sampled as a token included, and an id that the
-    tokenizer does not know as U+FFFD: different completions stay different.
+    Every other token shows, padding and control tokens sampled on the way included, and
+    an id that the tokenizer does not know as U+FFFD: where one completion is right, no
+    other one reads like it.
     """
     p, g, _ = completions.shape
     tokenizer, stop = task.tokenizer, task.stop_ids

@@ -54,6 +54,8 @@ def text_task(
     default_reward: str,
     own_template: str = "qa",
     warm_start_steps: int = 600,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
     note: str = "",
 ) -> Task:
     """A task whose completions are free text, judged by rewards by name.
@@ -102,8 +104,8 @@ def text_task(
         warm_start=WarmStart(
             demonstrations=demonstrations,
             max_steps=warm_start_steps,
-            batch_size=32,
-            learning_rate=1e-3,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
         ),
         note=note.strip(),
     )

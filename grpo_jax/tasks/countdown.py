@@ -63,7 +63,9 @@ def make_countdown(
         rewards=rewards,
         default_reward="countdown",
         own_template="none",
-        warm_start_steps=1000,
+        warm_start_steps=1500,
+        batch_size=128,
+        learning_rate=3e-3,
         note="Held-out puzzles need the same skill as trained ones.",
     )
 

@@ -39,10 +39,7 @@ def make_jsonl(
     """
     prompt_field, answer_field = prompt_field or "prompt", answer_field or "answer"
     fields = [prompt_field, *([solution_field] if solution_field else [])]
-    parts = read_parts(path, heldout_path, None, fields)
-
-    def examples(rows):
-        return None if rows is None else [example(row) for row in rows]
+    rows, test_rows = read_parts(path, heldout_path, None, fields)
 
     def example(row: Row) -> Sourced:
         for name in (answer_field, *tag_fields):
@@ -58,12 +55,10 @@ def make_jsonl(
         prompt, answer = values[prompt_field], str(values[answer_field])
         return Sourced(row.where, Example(prompt, answer, solution, tags))
 
-    train, heldout = (examples(rows) for rows in parts)
-    assert train is not None
     return text_task(
         name="jsonl",
-        train=train,
-        heldout=heldout,
+        train=[example(row) for row in rows],
+        heldout=None if test_rows is None else [example(row) for row in test_rows],
         train_prompts=train_prompts,
         heldout_prompts=heldout_prompts,
         seed=seed,

@@ -120,7 +120,7 @@ def encode_templated(
             cuts = _cuts_well(tokenizer, frame) if cuts is None else cuts
             if not cuts or [i for i in ids if i in control] != own:
                 raise _unspeakable(text, what)
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        if tokenizer.unk_token_id not in own and tokenizer.unk_token_id in ids:
             raise _unknown(text, what)
         rows.append([*frame.bos, *ids])
     return rows
@@ -234,7 +234,7 @@ def _plain(tokenizer, texts):
 
 def _control_ids(tokenizer):
     added = tokenizer.added_tokens_decoder.items()
-    return {i for i, token in added if token.special} - {tokenizer.unk_token_id}
+    return {i for i, token in added if token.special}
 
 
 def _check_plain(tokenizer, text, ids, control, what):

@@ -214,15 +214,29 @@ def test_characters_without_a_token_are_named():
     assert encode_templated(tokenizer, "none", ["<pad>"]) == [[4, 6, 2, 7, 5]]
 
 
-def metaspace():
-    """Marks the start of every text that it is given, as Llama 2 does."""
+# As in GPT-2, whose one special token is all of them.
+def test_one_token_may_be_eos_and_unknown():
+    tokenizer = build("{{ messages[0]['content'] + eos_token }}")
+    tokenizer.unk_token = tokenizer.pad_token = tokenizer.eos_token
+    (ids,) = encode_templated(tokenizer, "chat", [TEXTS[0]])
+    assert ids == applied(tokenizer, TEXTS[0])
+    for text in ("<|eot|>", "a<|eot|> b <|eot|>"):
+        (ids,) = encode_templated(tokenizer, "chat", [text])
+        assert ids.count(1) == 1 and tokenizer.decode(ids) == text + "<|eot|>"
+        (ids,) = encode_templated(tokenizer, "none", [text])
+        assert 1 not in ids and tokenizer.decode(ids) == "<|begin|>" + text
+        assert tokenizer.decode(*encode_all(tokenizer, [text], "an answer")) == text
+
+
+def metaspace(scheme):
+    """Marks where a text, or each piece of it, starts, as Llama 2 does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = [chr(i) for i in range(33, 127)] + ["\u2581", "\n", "\ue000", "\ue001"]
     vocab = {t: i for i, t in enumerate(["<unk>", "</s>", *letters])}
     core = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     core.decoder = decoders.Metaspace()
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", eos_token="</s>", pad_token="</s>",
@@ -232,10 +246,20 @@ def metaspace():
 
 
 def test_a_tokenizer_that_marks_starts():
-    tokenizer = metaspace()
+    tokenizer = metaspace("always")
     (ids,) = encode_templated(tokenizer, "chat", ["hello there"])
     assert ids == applied(tokenizer, "hello there")
     (ids,) = encode_templated(tokenizer, "chat", ["a</s>b"])
     assert [i for i in ids if i == 1] == [1]
-    with pytest.raises(ConfigError, match="'hello é' has a character without a token"):
+    with pytest.raises(ConfigError, match="hello é' has a character without a token"):
         encode_templated(tokenizer, "chat", ["hello é"])
+
+
+# Where only the first piece is marked, no piece can be spelt out on its own: such a row
+# is refused, not encoded in some other way.
+def test_what_cannot_be_spelt_out_is_refused():
+    tokenizer = metaspace("first")
+    (ids,) = encode_templated(tokenizer, "chat", ["hello there"])
+    assert ids == applied(tokenizer, "hello there")
+    with pytest.raises(ConfigError, match="'a</s>b' holds a control token's name, whi"):
+        encode_templated(tokenizer, "chat", ["ok", "a</s>b"])
