@@ -18,11 +18,22 @@ def num_parameters(c: ModelConfig) -> int:
     return c.num_layers * layer + embeddings + c.width
 
 
+def num_factors(c: ModelConfig) -> int:
+    """LoRA's trained parameters; 0 without it."""
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    sides = {
+        "q": c.width + heads, "k": c.width + kv, "v": c.width + kv, "o": heads + c.width,
+        "gate": c.width + c.mlp_width, "up": c.width + c.mlp_width,
+        "down": c.mlp_width + c.width,
+    }  # fmt: skip
+    return c.num_layers * c.lora_rank * sum(sides[name] for name in c.lora_targets)
+
+
 class Memory(NamedTuple):
     """Bytes on the device."""
 
     state: int  # parameters, Adam's two moments, the reference policy
-    cache: int  # keys and values while sampling
+    cache: int  # keys and values while sampling, and the weights as it reads them
     update: int  # gradients, one micro-batch's activations, one chunk of logits
     look: int = 0  # the instrument's gradients and directions, and the same activations
 
@@ -30,6 +41,18 @@ class Memory(NamedTuple):
     def peak(self) -> int:
         """Sampling, the update and a look do not overlap."""
         return self.state + max(self.cache, self.update, self.look)
+
+    def advice(self) -> str:
+        """The settings that make the largest part smaller."""
+        parts = {
+            self.state: "model.lora_rank trains factors of a frozen base",
+            self.cache: "lower sampling.prompts, sampling.group_size or "
+            "sampling.max_new_tokens",
+            self.update: "lower micro_batch_tokens",
+            self.look: "lower instrument.prompts, or switch it off with "
+            "instrument.every 0",
+        }
+        return parts[max(parts)]
 
 
 def estimate_memory(
@@ -43,14 +66,16 @@ def estimate_memory(
     reference: bool,
     copies: int = 0,
     looks: bool = False,
+    base_bytes: int = 4,
 ) -> Memory:
     """Bytes from shapes alone: leading terms, good to a few tens of percent.
 
     Args:
         reference: A reference policy is kept.
-        copies: Further copies of the parameters that a step holds.
-        looks: The instrument is on: 8 copies of the parameters more while it looks, as
-            measured, and one beside an update.
+        copies: Further copies of the trained parameters that a step holds.
+        looks: The instrument is on: 8 copies of them more while it looks, as measured,
+            and one beside an update.
+        base_bytes: Of each frozen parameter, with LoRA.
     """
     parameters = num_parameters(c)
     size = 4 if c.compute_dtype == "float32" else 2
@@ -69,11 +94,14 @@ def estimate_memory(
     chunk = max(rows, min(512, MAX_LOGITS // c.vocab_size))
     logits = 3 * 4 * min(chunk, tokens) * c.vocab_size
     work = stack + layer + logits
+    trained = num_factors(c) if c.lora_rank else parameters
+    frozen = parameters * base_bytes if c.lora_rank else 0
+    layers = parameters - c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
     return Memory(
-        state=parameters * 4 * ((4 if reference else 3) + copies),
-        cache=cache,
-        update=parameters * 4 * (2 + looks) + work,
-        look=(parameters * 4 * 8 + work) * looks,
+        state=frozen + trained * 4 * ((4 if reference else 3) + copies),
+        cache=cache + layers * size,
+        update=trained * 4 * (4 + looks) + work,
+        look=(trained * 4 * 8 + work) * looks,
     )
 
 

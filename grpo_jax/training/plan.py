@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
+
+import jax
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.pretrained import read_config
@@ -18,7 +21,12 @@ from grpo_jax.rollouts.encoding import (
 from grpo_jax.rollouts.refine import refined_length, template_pieces
 from grpo_jax.tasks import Example, Task
 from grpo_jax.training import counterfactual
-from grpo_jax.training.budget import estimate_memory, num_parameters, readable
+from grpo_jax.training.budget import (
+    estimate_memory,
+    num_factors,
+    num_parameters,
+    readable,
+)
 from grpo_jax.training.config import InstrumentConfig, TrainConfig
 from grpo_jax.training.instrument import ProbePlan, plan_probe
 from grpo_jax.training.policies import task_of, with_settings
@@ -121,9 +129,11 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             "will be punished for its length; raise sampling.max_new_tokens to "
             f"{needed + math.ceil(needed * _spare(objective))} or leave it out."
         )
-    model = config.model
+    model, base_bytes = config.model, 4
     if config.pretrained:
-        model = with_settings(read_config(config.pretrained), config.model)
+        stored = read_config(config.pretrained)
+        model = with_settings(stored, config.model)
+        base_bytes = 2 if stored.compute_dtype == "bfloat16" else 4
     vocab_size = model.vocab_size or len(tokenizer)
     if vocab_size < len(tokenizer):
         raise ConfigError(
@@ -184,14 +194,21 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         reference=bool(objective.kl_coef),
         copies=_extra_copies(config, objective),
         looks=probe is not None,
+        base_bytes=base_bytes,
     )
+    available = device_memory()
+    if available is not None and memory.peak > available:
+        warnings.append(
+            f"about {readable(memory.peak, 'B')} are needed, and the device has "
+            f"{readable(available, 'B')}: {memory.advice()}."
+        )
     mechanisms = "".join(f" | {text}" for text in objective.mechanisms())
     headline = (
         f"{config.objective.name} on {task.name}: {objective.formula()}"
         f"{weights_text(config.weights)}{mechanisms} | "
         f"{p} prompts x {g} samples, {train_prompt_length} + {max_new_tokens} tokens, "
         f"micro-batch {micro.prompts} x {micro.samples} | "
-        f"{readable(num_parameters(model))} parameters, {model.compute_dtype} | "
+        f"{_size(model)}, {model.compute_dtype} | "
         f"about {readable(memory.peak, 'B')} on the device"
     )
     if probe:
@@ -230,6 +247,23 @@ def completion_tokens(task: Task, examples: Sequence[Example] | None = None) -> 
         return max(lengths)
     lengths = sorted(lengths[: len(task.train)])
     return lengths[math.ceil(0.99 * len(lengths)) - 1]
+
+
+def _size(model):
+    text = f"{readable(num_parameters(model))} parameters"
+    if model.lora_rank:
+        text += f", {readable(num_factors(model))} of LoRA trained"
+    return text
+
+
+def device_memory() -> int | None:
+    """Bytes of one device; on a CPU the machine's; None where it is not known."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+        known = hasattr(os, "sysconf") and all(n in os.sysconf_names for n in names)
+        return math.prod(map(os.sysconf, names)) if known else None
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _spare(objective):

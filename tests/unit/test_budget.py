@@ -71,3 +71,17 @@ def test_sampling_and_the_update_do_not_overlap():
 )  # fmt: skip
 def test_readable(count, expected):
     assert readable(count, "B") == expected
+
+
+def test_lora_trains_little_and_keeps_the_base_as_stored():
+    c = gj.ModelConfig(vocab_size=1000, lora_rank=4, lora_targets=("q", "down"))
+    policy = abstract_policy(c)
+    factors = sum(x.size for x in jax.tree.leaves(policy.params))
+    assert num_factors(c) == factors
+    assert num_parameters(c) == sum(x.size for x in jax.tree.leaves(policy.frozen))
+    shape = dict(
+        prompts=2, group_size=2, prompt_tokens=8, max_new_tokens=8, reference=True,
+        micro=MicroBatch(1, 1), base_bytes=2,
+    )  # fmt: skip
+    memory = estimate_memory(c, **shape)
+    assert memory.state == 2 * num_parameters(c) + 4 * 4 * factors
