@@ -190,7 +190,7 @@ def test_a_hang_costs_its_timeout_and_nothing_else(math_pool):
     group = [TOWER, r"\boxed{2}", r"\boxed{1+1}", TOWER, r"\boxed{4/2}", r"\boxed{3}"]
     start = time.monotonic()
     scores = score((MATH,), EXAMPLES[:1], [group], pool=math_pool)
-    assert time.monotonic() - start < 2.5  # asked once; 0.5 s and a bit for the kill
+    assert time.monotonic() - start < 4  # asked once: 0.5 s, and a restart
     assert scores.rewards.tolist() == [[0, 1, 1, 0, 1, 0]]
     assert scores.failures == 2 and scores.errors == []
     again = score((MATH,), EXAMPLES[:1], [[r"\boxed{2^1}"]], pool=math_pool)
@@ -239,7 +239,7 @@ def test_hostile_completions_are_wrong_and_the_next_is_right(math_pool):
 def test_what_sympy_would_never_finish(math_pool, answer):
     start = time.monotonic()
     scores = score((MATH,), EXAMPLES[:1], [[f"\\boxed{{{answer}}}"]], pool=math_pool)
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 4
     assert scores.rewards.tolist() == [[0]]
     right = score((MATH,), EXAMPLES[:1], [[rf"\boxed{{2}}{answer}"]], pool=math_pool)
     assert right.rewards.tolist() == [[1]] and right.failures == 0
