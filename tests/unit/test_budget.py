@@ -4,7 +4,14 @@ import jax
 import pytest
 
 from grpo_jax import ModelConfig, init_policy
-from grpo_jax.training.budget import Memory, estimate_memory, num_parameters, readable
+from grpo_jax.models.decoder import abstract_policy
+from grpo_jax.training.budget import (
+    Memory,
+    estimate_memory,
+    num_factors,
+    num_parameters,
+    readable,
+)
 from grpo_jax.training.step import MicroBatch
 
 SMALL = ModelConfig(
@@ -74,7 +81,7 @@ def test_readable(count, expected):
 
 
 def test_lora_trains_little_and_keeps_the_base_as_stored():
-    c = gj.ModelConfig(vocab_size=1000, lora_rank=4, lora_targets=("q", "down"))
+    c = ModelConfig(vocab_size=1000, lora_rank=4, lora_targets=("q", "down"))
     policy = abstract_policy(c)
     factors = sum(x.size for x in jax.tree.leaves(policy.params))
     assert num_factors(c) == factors
