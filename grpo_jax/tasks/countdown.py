@@ -63,7 +63,7 @@ def make_countdown(
         rewards=rewards,
         default_reward="countdown",
         own_template="none",
-        warm_start_steps=1500,
+        warm_start_steps=600,
         batch_size=128,
         learning_rate=3e-3,
         note="Held-out puzzles need the same skill as trained ones.",
