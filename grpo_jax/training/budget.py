@@ -22,9 +22,9 @@ def num_factors(c: ModelConfig) -> int:
     """LoRA's trained parameters; 0 without it."""
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     sides = {
-        "q": c.width + heads, "k": c.width + kv, "v": c.width + kv, "o": heads + c.width,
-        "gate": c.width + c.mlp_width, "up": c.width + c.mlp_width,
-        "down": c.mlp_width + c.width,
+        "q": c.width + heads, "o": c.width + heads, "k": c.width + kv,
+        "v": c.width + kv, "gate": c.width + c.mlp_width, "up": c.width + c.mlp_width,
+        "down": c.width + c.mlp_width,
     }  # fmt: skip
     return c.num_layers * c.lora_rank * sum(sides[name] for name in c.lora_targets)
 

@@ -107,9 +107,7 @@ class SamplingConfig:
     prompts: int = 16  # P, prompts per step
     group_size: int = 16  # G, completions per prompt
     temperature: float = 1.0  # of the policy, in sampling and in training
-    max_prompt_tokens: int | None = (
-        None  # longer prompts are an error; default: no limit
-    )
+    max_prompt_tokens: int | None = None  # longer prompts are left out; default: none
     max_new_tokens: int | None = None  # T; default: the task's longest answer and EOS
     # With drafts: how the best one joins its prompt; default: the task's
     refine_template: str | None = None

@@ -94,6 +94,15 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"task {task.name} must have trained and held-out prompts, got "
             f"{len(task.train)} and {len(task.heldout)}."
         )
+    warnings = []
+    limit = sampling.max_prompt_tokens
+    if limit is not None:
+        task, left_out = _within(task, limit)
+        if any(left_out):
+            warnings.append(
+                f"{left_out[0]} trained and {left_out[1]} held-out prompts have more "
+                f"than sampling.max_prompt_tokens={limit} tokens and are left out."
+            )
     if len(task.train) < sampling.prompts:
         raise ConfigError(
             f"sampling.prompts must be at most {len(task.train)}, the task's trained "
@@ -104,13 +113,6 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         examples = [*examples, task.warm_start.longest]
     prompts = encode_prompts(task, examples)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    limit = sampling.max_prompt_tokens
-    if limit is not None and len(prompts[longest]) > limit:
-        raise ConfigError(
-            f"sampling.max_prompt_tokens is {limit}, but the prompt "
-            f"{examples[longest].prompt[:60]!r} has {len(prompts[longest])} tokens; "
-            "raise the limit or shorten the prompts."
-        )
     max_new_tokens, needed = sampling.max_new_tokens, 1
     if task.single_answer or max_new_tokens is None:
         needed = completion_tokens(task, examples)
@@ -121,7 +123,6 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"sampling.max_new_tokens must be at least {needed} for task {task.name}, "
             f"its longest answer and EOS, got {max_new_tokens}."
         )
-    warnings = []
     free = max_new_tokens * (1 - objective.overlong_share)
     if objective.overlong == "punish" and 1 < needed and needed > math.ceil(free):
         warnings.append(
@@ -234,6 +235,21 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     )
 
 
+def _within(task, limit):
+    """(the task without prompts of more tokens, how many of each part are left out)."""
+    kept = []
+    for name, part in (("trained", task.train), ("held-out", task.heldout)):
+        rows = zip(part, encode_prompts(task, part), strict=True)
+        kept.append([example for example, ids in rows if len(ids) <= limit])
+        if not kept[-1]:
+            raise ConfigError(
+                f"sampling.max_prompt_tokens is {limit}, and every {name} prompt of "
+                f"task {task.name} has more tokens; raise it."
+            )
+    counts = len(task.train) - len(kept[0]), len(task.heldout) - len(kept[1])
+    return dataclasses.replace(task, train=kept[0], heldout=kept[1]), counts
+
+
 def completion_tokens(task: Task, examples: Sequence[Example] | None = None) -> int:
     """Tokens that a completion needs: the longest answer and EOS; where solutions of
     all lengths are worked out, room for 99 in 100 of the trained ones.
@@ -242,8 +258,13 @@ def completion_tokens(task: Task, examples: Sequence[Example] | None = None) -> 
         examples: Trained ones first; None: the task's.
     """
     examples = task.train + task.heldout if examples is None else examples
+    if not callable(task.reward) and not any(e.solution for e in task.train):
+        raise ConfigError(
+            f"sampling.max_new_tokens must be given: the rows of task {task.name} have "
+            "no worked solutions that would tell how long a completion is."
+        )
     lengths = [len(ids) for ids in encode_imitated(task, examples)]
-    if task.single_answer:
+    if callable(task.reward):
         return max(lengths)
     lengths = sorted(lengths[: len(task.train)])
     return lengths[math.ceil(0.99 * len(lengths)) - 1]

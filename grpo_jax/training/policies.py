@@ -37,10 +37,10 @@ def task_of(config: TaskConfig, pretrained: str | None) -> Task:
     name = options.pop("name")
     if pretrained is not None:
         directory = local_directory(pretrained)
-        options |= {
-            "tokenizer": load_tokenizer(directory),
-            "eos_ids": eos_ids(directory),
-        }
+        tokenizer = load_tokenizer(directory)
+        if tokenizer.pad_token is None:  # masks tell padding, so any token will do
+            tokenizer.pad_token = tokenizer.eos_token
+        options |= {"tokenizer": tokenizer, "eos_ids": eos_ids(directory)}
     return load_task(name, **options)
 
 
@@ -72,7 +72,8 @@ def fingerprint(directory: Path) -> str:
 def data_fingerprint(task: Task) -> str:
     """Of a task's prompts, answers and vocabulary."""
     vocabulary = sorted(task.tokenizer.get_vocab().items())
-    text = json.dumps([task.train, task.heldout, task.template, vocabulary])
+    asked = [task.train, task.heldout, task.template, task.system]
+    text = json.dumps([*asked, sorted(task.stop_ids), vocabulary])
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

@@ -21,6 +21,7 @@ from grpo_jax.training.config import (
 )
 from grpo_jax.training.loop import NonFiniteGradients
 from grpo_jax.training.metrics import FIELDS, LOOK_FIELDS, read_lines
+from grpo_jax.training.plan import make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -230,10 +231,16 @@ def test_tokenizer_without_eos_is_refused(tmp_path):
     assert "no EOS token" in message and not (tmp_path / "run").exists()
 
 
-def test_long_prompts_are_refused(tmp_path):
+def test_long_prompts_are_left_out(tmp_path):
+    """A chain of n operations has 2 n + 2 tokens."""
     sampling = SamplingConfig(prompts=4, group_size=4, max_prompt_tokens=6)
+    plan = make_plan(small_config(tmp_path / "run", sampling=sampling))
+    assert {len(row) for row in plan.prompts} == {4, 6}
+    assert {len(e.prompt) for e in plan.task.heldout} == {4, 6}
+    assert "trained and" in plan.warnings[0] and "left out" in plan.warnings[0]
+    sampling = SamplingConfig(prompts=4, group_size=4, max_prompt_tokens=3)
     message = refused(small_config(tmp_path / "run", sampling=sampling))
-    assert "max_prompt_tokens is 6" in message and "has 10 tokens" in message
+    assert "max_prompt_tokens is 3, and every trained prompt" in message
 
 
 def test_too_few_new_tokens_are_refused(tmp_path):
