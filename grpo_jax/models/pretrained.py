@@ -157,6 +157,8 @@ def save_pretrained(
         _write_json(partial_folder / "config.json", config)
         written = [f for f in partial_folder.rglob("*") if f.is_file()]
         written.sort(key=lambda f: f.name == "config.json")  # last: it makes a model
+        for file in partial_folder.glob("*.safetensors"):  # made for the owner alone
+            shutil.copymode(partial_folder / "config.json", file)
         names = [f.relative_to(partial_folder) for f in written]
         for file, name in zip(written, names, strict=True):
             (target / name).parent.mkdir(parents=True, exist_ok=True)

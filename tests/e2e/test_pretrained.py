@@ -103,6 +103,7 @@ def test_prompts_are_asked_in_the_models_own_chat_template(run, pretrained, data
     assert max(parts) > 0 and all(row["reward/failed"] == 0 for row in rows[1:])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gives_the_same_numbers(run, data, pretrained, tmp_path):
     start = settings(data, pretrained, run_dir=str(tmp_path / "run"), steps=2)
     gj.train(start)
@@ -111,6 +112,7 @@ def test_a_resumed_run_gives_the_same_numbers(run, data, pretrained, tmp_path):
     assert again[-1] == whole[-1]
 
 
+@pytest.mark.slow
 def test_another_base_is_not_resumed(run, data, pretrained, tmp_path):
     other = tmp_path / "other"
     config = gj.ModelConfig(vocab_size=400, qk_bias=True, **MODEL)
@@ -137,6 +139,7 @@ def test_a_shape_beside_a_pretrained_model_is_refused(data, pretrained):
         gj.train(settings(data, pretrained, model=model))
 
 
+@pytest.mark.slow
 def test_lora_trains_factors_alone(data, pretrained, tmp_path):
     model = gj.ModelConfig(lora_rank=2, lora_alpha=4.0, lora_targets=("q", "down"))
     config = settings(data, pretrained, run_dir=str(tmp_path / "run"), model=model)
@@ -195,6 +198,7 @@ def test_evaluation_goes_on_where_it_was(data, pretrained, tmp_path):
         gj.evaluate(dataclasses.replace(config, temperature=0.5), say=said.append)
 
 
+@pytest.mark.slow
 def test_warm_up_makes_a_model_to_train(data, tmp_path):
     config = gj.WarmupConfig(
         output=str(tmp_path / "model"),

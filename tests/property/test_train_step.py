@@ -167,6 +167,7 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_doubling_the_vocabulary_costs_no_more_than_its_weights():
     """Temp memory of an update from V = 32k to 64k: the weights' gradient, doubled by

@@ -58,6 +58,7 @@ def start(task, cache, *, config=FEW, length=14, said=None):
     return policy, result
 
 
+@pytest.mark.slow
 def test_worked_solutions_are_imitated_for_a_number_of_steps(task, long, tmp_path):
     said = []
     policy, result = start(task, tmp_path, said=said)
