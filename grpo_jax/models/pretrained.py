@@ -9,7 +9,6 @@ when all is written.
 import dataclasses
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -25,12 +24,17 @@ from grpo_jax.errors import ConfigError, check_choice
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Policy, abstract_policy, merge_lora
 from grpo_jax.models.families import Tensor, config_json, model_config, tensors
+from grpo_jax.models.hub import (
+    TOKENIZER_FILES,
+    first_line,
+    local_directory,
+    read_json,
+)
 
 _BLOCK_BYTES = 2**23  # of a tensor on the host at a time
 _INDEX = "model.safetensors.index.json"
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _WEIGHTS = ("*.safetensors",)
-_TOKENIZER = ("tokenizer*", "*.jinja", "*.model", "vocab*", "merges.txt")
 
 
 class Entry(NamedTuple):
@@ -59,7 +63,7 @@ def load_pretrained(
     """
     if dtype is not None:
         check_choice("dtype", dtype, ("float32", "bfloat16"))
-    folder = local_directory(directory, ("*.json", *_WEIGHTS, *_TOKENIZER))
+    folder = local_directory(directory, ("*.json", *_WEIGHTS, *TOKENIZER_FILES))
     config = read_config(folder)
     entries = _entries(folder)
     wanted = tensors(config)
@@ -99,7 +103,7 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
         ConfigError: as `load_pretrained`.
     """
     folder = local_directory(directory, ("*.json",))
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     stored = values.get("dtype") or values.get("torch_dtype")
     config = model_config(values, f"{folder}/config.json")
     dtype = "bfloat16" if stored == "bfloat16" else "float32"
@@ -171,82 +175,8 @@ def save_pretrained(
         shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-def eos_ids(directory: str | os.PathLike) -> tuple[int, ...]:
-    """The tokens that end a completion: generation_config.json's, else config.json's.
-
-    Empty where neither says; the tokenizer's EOS is then all there is.
-    """
-    folder = local_directory(directory, ("*.json",))
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists() or name == "config.json":
-            ids = _read_json(folder / name).get("eos_token_id")
-            if ids is not None:
-                ids = ids if isinstance(ids, list) else [ids]
-                if not all(type(i) is int for i in ids):
-                    raise ConfigError(
-                        f"{folder / name}: eos_token_id must be a whole number or a "
-                        f"list of them, got {ids!r}."
-                    )
-                return tuple(dict.fromkeys(ids))
-    return ()
-
-
-def load_tokenizer(directory: str | os.PathLike) -> Any:
-    """The transformers tokenizer of a checkpoint, chat template included."""
-    folder = local_directory(directory, ("*.json", *_TOKENIZER))
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"no tokenizer can be read from {folder}: {_first_line(error)}"
-        ) from error
-
-
-def local_directory(
-    directory: str | os.PathLike, patterns: Sequence[str] = ("*.json",)
-) -> Path:
-    """The directory itself, or of a Hub name the snapshot of the files that match."""
-    folder = Path(directory).expanduser()
-    if folder.is_dir():
-        return folder
-    name = os.fspath(directory)
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ConfigError(
-            f"{name} is not a directory; give one with config.json and "
-            "model.safetensors, or a Hugging Face name ORG/NAME."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub's own, its HTTP client's, or the system's
-        raise ConfigError(
-            f"{name} is no local directory and cannot be had from the Hugging Face "
-            f"Hub: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error):
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _path(keys):
     return tuple(k.key for k in keys)
-
-
-def _read_json(file):
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{file} does not exist.") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {_first_line(error)}.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} must hold a mapping, got {type(values).__name__}.")
-    return values
 
 
 def _write_json(file, values):
@@ -262,7 +192,7 @@ def _opened(file):
         raise ConfigError(f"{file} does not exist.") from None
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"{file} is damaged or cut off: {_first_line(error)}."
+            f"{file} is damaged or cut off: {first_line(error)}."
         ) from error
 
 
@@ -273,7 +203,7 @@ def _entries(folder) -> dict[str, Entry]:
     if whole.exists():
         files = [whole]
     elif index.exists():
-        where = _read_json(index).get("weight_map")
+        where = read_json(index).get("weight_map")
         if not isinstance(where, dict) or not where:
             raise ConfigError(f"{index} has no weight_map.")
         files = [folder / name for name in sorted(set(where.values()))]

@@ -1,9 +1,9 @@
 """Tokenizers made here, as Hugging Face fast tokenizers like any other."""
 
-import os
 from collections.abc import Iterable
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.models.hub import quiet_transformers
 from grpo_jax.tasks.templates import CHATML
 
 PAD, EOS = "<pad>", "<eos>"
@@ -18,7 +18,7 @@ def character_tokenizer(alphabet: str):
 
     Text with any other character has no encoding: `encode_all` says so.
     """
-    _quiet()
+    quiet_transformers()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -52,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None):
             f"task.vocab_size must be at least {_SMALLEST}, the bytes and the control "
             f"tokens, got {vocab_size}."
         )
-    _quiet()
+    quiet_transformers()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -132,8 +132,3 @@ def _count(pieces, text, limit):
                 if text.startswith(piece, at):
                     ways[at + len(piece)] += ways[at]
     return min(ways[-1], limit)
-
-
-def _quiet():
-    # transformers reports torch's absence.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -18,6 +18,7 @@ import numpy as np
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.decoder import Policy, init_policy
+from grpo_jax.models.hub import local_directory
 from grpo_jax.models.lora import without_lora
 from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.presets import Objective
@@ -54,7 +55,6 @@ from grpo_jax.training.policies import (
     data_fingerprint,
     fingerprint,
     load_base,
-    local_directory,
     pretrained_policy,
     with_factors,
 )

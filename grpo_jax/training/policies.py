@@ -11,14 +11,9 @@ import jax.numpy as jnp
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Policy, abstract_policy, add_lora
+from grpo_jax.models.hub import eos_ids, load_tokenizer, local_directory
 from grpo_jax.models.lora import without_lora
-from grpo_jax.models.pretrained import (
-    eos_ids,
-    load_pretrained,
-    load_tokenizer,
-    local_directory,
-    read_config,
-)
+from grpo_jax.models.pretrained import load_pretrained, read_config
 from grpo_jax.tasks import Task, load_task
 from grpo_jax.training.checkpoint import load_params
 from grpo_jax.training.config import TaskConfig, TrainConfig

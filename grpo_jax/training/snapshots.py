@@ -9,8 +9,9 @@ import numpy as np
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.decoder import Policy, abstract_policy
+from grpo_jax.models.hub import load_tokenizer
 from grpo_jax.models.lora import save_adapter, without_lora
-from grpo_jax.models.pretrained import load_tokenizer, save_pretrained
+from grpo_jax.models.pretrained import save_pretrained
 from grpo_jax.rollouts.encoding import (
     answer_rollouts,
     encode_imitated,
