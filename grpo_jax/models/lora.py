@@ -16,18 +16,9 @@ from flax import nnx
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.families import tensors
 
 FACTORS = ("lora_a", "lora_b")
-# Our names of a layer's linear maps -> Hugging Face's.
-HF_NAMES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 
 
 class LoRALinear(nnx.Linear):
@@ -107,7 +98,17 @@ def save_adapter(
         raise ConfigError("the policy has no LoRA factors; save the model whole.")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    names = config.lora_targets
+    modules, arrays = {}, {}
+    for tensor in tensors(config):
+        name = tensor.path[1] if tensor.path[0] == "layers" else None
+        if name not in config.lora_targets or tensor.path[-1] != "kernel":
+            continue
+        stem = tensor.name.removesuffix(".weight")
+        modules[name] = stem.rpartition(".")[2]
+        for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+            factor = np.asarray(factors["layers"][name][ours][tensor.layer])
+            key = f"base_model.model.{stem}.{theirs}.weight"
+            arrays[key] = np.ascontiguousarray(factor.T)
     facts = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -118,14 +119,7 @@ def save_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": [HF_NAMES[name].split(".")[1] for name in names],
+        "target_modules": [modules[name] for name in config.lora_targets],
     }
-    tensors = {}
-    for name in names:
-        for i in range(config.num_layers):
-            stem = f"base_model.model.model.layers.{i}.{HF_NAMES[name]}"
-            a, b = (np.asarray(factors["layers"][name][f][i]) for f in FACTORS)
-            tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a.T)
-            tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b.T)
-    save_file(tensors, directory / "adapter_model.safetensors")
+    save_file(arrays, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text(json.dumps(facts, indent=2))
