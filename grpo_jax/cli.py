@@ -1,5 +1,6 @@
 """`grpo-jax`: builds a config, calls the library, prints what it answers. No maths."""
 
+import dataclasses
 import sys
 
 from grpo_jax.errors import ConfigError, nearest
@@ -60,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _bad(message):
@@ -130,7 +134,10 @@ def _eval(argv):
         directory = _value(argv, "--run-dir")
         base = EvalConfig(
             run_dir=directory,
-            task=run.task,
+            # All held-out prompts, where training looked at some of a file's.
+            task=dataclasses.replace(
+                run.task, heldout_prompts=run.task.heldout_prompts or 0
+            ),
             compute_dtype=run.model.compute_dtype,
             temperature=run.sampling.temperature,
             max_new_tokens=run.sampling.max_new_tokens,

@@ -64,7 +64,8 @@ def load_task(
         path: The data: a directory with train and test files, for most tasks also one
             file or a data set's name for `datasets`.
         heldout_path: A file to evaluate on in place of the test part.
-        train_prompts, heldout_prompts: How many; default: the task's.
+        train_prompts, heldout_prompts: How many; default: the task's. 0 held-out ones:
+            all that a file holds.
         seed: Of which they are, and of what is generated.
         tokenizer: A pretrained model's; None: one made for the task.
         eos_ids: Tokens that end a completion; default: the tokenizer's EOS.

@@ -84,7 +84,7 @@ def text_task(
     trained = pick(rng, pool, train_prompts, "train_prompts")
     if heldout_prompts is None:
         heldout_prompts = min(HELDOUT, len(unseen))
-    evaluated = pick(rng, unseen, heldout_prompts, "heldout_prompts")
+    evaluated = pick(rng, unseen, heldout_prompts or None, "heldout_prompts")
     texts = (t for e in pool for t in (e.prompt, e.solution or e.answer))
     tokenizer, eos_ids, template, system = _speak(language, texts, own_template)
 

@@ -30,7 +30,7 @@ def make_countdown(
 ) -> Task:
     """Trained and held-out prompts: no set of numbers and target is in both."""
     train_prompts = TRAIN if train_prompts is None else train_prompts
-    heldout_prompts = HELDOUT if heldout_prompts is None else heldout_prompts
+    heldout_prompts = heldout_prompts or HELDOUT
     if train_prompts + heldout_prompts > MOST:
         raise ConfigError(
             f"task.train_prompts and task.heldout_prompts must be at most {MOST} "

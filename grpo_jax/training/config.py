@@ -27,7 +27,8 @@ class TaskConfig:
     path: str | None = None  # the data's file or directory, for tasks that read one
     heldout_path: str | None = None  # a file only evaluated, such as MATH-500's
     train_prompts: int | None = None  # prompts trained on; default: the task's
-    heldout_prompts: int | None = None  # prompts only evaluated; default: the task's
+    # Prompts only evaluated; default: the task's, 512 at most; 0: all in the file
+    heldout_prompts: int | None = None
     seed: int = 0  # of the split into trained, held-out and warm-start prompts
     # none | qa | r1 | qwen-math | chat; default: chat where the tokenizer has one
     template: str | None = None
@@ -256,7 +257,7 @@ class EvalConfig:
     pretrained: str | None = None  # the policy: a directory or a Hub name; or
     run_dir: str | None = None  # a run's, whose task is then the default
     step: int | None = None  # of the run; default: its newest checkpoint
-    task: TaskConfig = TaskConfig()
+    task: TaskConfig = TaskConfig(heldout_prompts=0)
     part: Literal["heldout", "train"] = "heldout"  # of the task's prompts
     prompts: int | None = None  # only so many of them, drawn by seed; default: all
     greedy: bool = True  # one answer of each prompt by greedy decoding
@@ -316,7 +317,7 @@ class WarmupConfig:
 
 _AT_LEAST = {
     "steps": 1, "updates_per_rollout": 1, "micro_batch_tokens": 1, "seed": 0,
-    "task.seed": 0, "task.train_prompts": 1, "task.heldout_prompts": 1,
+    "task.seed": 0, "task.train_prompts": 1, "task.heldout_prompts": 0,
     "objective.kl_coef": 0, "objective.std_eps": 0, "model.vocab_size": 0,
     "sampling.prompts": 1, "sampling.group_size": 2, "sampling.max_prompt_tokens": 1,
     "sampling.max_new_tokens": 1, "optimizer.warmup_steps": 0, "optimizer.eps": 0,

@@ -50,11 +50,12 @@ def evaluate(
     use_compile_cache()
     pretrained = source = config.pretrained
     if config.run_dir:
+        run = read_config_dict(Path(config.run_dir))
         steps = saved_steps(config.run_dir)
         if config.step is None and steps:
             config = dataclasses.replace(config, step=steps[-1])
         source = f"step {config.step} of {config.run_dir}"
-        pretrained = read_config_dict(Path(config.run_dir)).get("pretrained")
+        pretrained = run.get("pretrained")
     task = task_of(config.task, pretrained)
     examples = getattr(task, config.part)
     asked = np.arange(len(examples))

@@ -168,7 +168,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     try:
         probe = plan_probe(
             config,
-            parameters=num_parameters(model),
+            parameters=num_factors(model) or num_parameters(model),
             train_prompts=len(task.train),
             prompt_tokens=prompt_length,
             max_new_tokens=max_new_tokens,

@@ -41,14 +41,16 @@ def load_policy(run_dir: Path | str, step: int | None = None) -> Policy:
         ConfigError: there is none of that step, or it cannot be read.
     """
     run_dir = Path(run_dir)
+    config = from_dict(TrainConfig, read_config_dict(run_dir))
     steps = saved_steps(run_dir)
-    step = steps[-1] if step is None and steps else step
+    if not steps:
+        raise ConfigError(f"{run_dir} holds no policy yet; it was stopped too early.")
+    step = steps[-1] if step is None else step
     if step not in steps:
         raise ConfigError(
             f"step must be one of {steps}, those that {run_dir} kept, "
             f"got {step}; checkpoint.every and checkpoint.keep say which are."
         )
-    config = from_dict(TrainConfig, read_config_dict(run_dir))
     model = model_of_run(run_dir, config)
     policy = abstract_policy(without_lora(model))
     if step == 0 or model.lora_rank:  # else every parameter is in the checkpoint
@@ -118,9 +120,8 @@ def export(
         ConfigError: no such step, or no factors to write.
     """
     run_dir = Path(run_dir)
-    steps = saved_steps(run_dir)
-    step = steps[-1] if step is None and steps else step
     policy = load_policy(run_dir, step)
+    step = saved_steps(run_dir)[-1] if step is None else step
     if adapter:
         base = read_config_dict(run_dir).get("pretrained")
         save_adapter(policy.params, policy.config, directory, base=base)

@@ -126,11 +126,12 @@ AT_LEAST_TWO = ("sampling.group_size", "instrument.prompts")
 AT_LEAST_ONE = (
     "steps", "updates_per_rollout", "micro_batch_tokens", "sampling.prompts",
     "sampling.max_prompt_tokens", "sampling.max_new_tokens", "task.train_prompts",
-    "task.heldout_prompts", "warm_start.max_steps", "warm_start.batch_size",
+    "warm_start.max_steps", "warm_start.batch_size",
     "checkpoint.every", "checkpoint.keep", "evaluation.prompts", "log.samples_prompts",
     "log.lines_every",
 )  # fmt: skip
 AT_LEAST_ZERO = (
+    "task.heldout_prompts",
     "optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.weight_decay",
     "evaluation.every", "instrument.every", "log.samples_every",
     "warm_start.noisy_steps", "seed", "task.seed", "objective.kl_coef",
