@@ -42,6 +42,7 @@ from grpo_jax.training.console import Console
 from grpo_jax.training.evaluation import ask, pass_rate, verifier_pool
 from grpo_jax.training.instrument import Instrument
 from grpo_jax.training.metrics import (
+    PART,
     JsonLines,
     count_compiles,
     keep_until,
@@ -181,7 +182,7 @@ class _Spent:
 def _reward_parts(scores: Scores) -> dict[str, float]:
     """Each reward's own mean, where there are several; before any refills."""
     return {
-        f"reward/of {name}": float(np.nanmean(values))
+        f"{PART}{name}": float(np.nanmean(values))
         for name, values in scores.parts.items()
         if np.isfinite(values).any()
     }

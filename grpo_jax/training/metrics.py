@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+PART = "reward/of "  # and the name of one of several rewards
+
 # Field -> what it is. A run writes no other.
 FIELDS = {
     "step": "rollouts trained on so far; 0 is the start, before any update",
@@ -17,7 +19,7 @@ FIELDS = {
     "reward/missing": "samples whose reward function raised or returned no number",
     "reward/failed": "checks that hung or whose worker died; they score 0 (only where "
     "rewards are computed in worker processes)",
-    "reward/of NAME": "mean of one of several rewards, before its weight",
+    f"{PART}NAME": "mean of one of several rewards, before its weight",
     "group/informative": "fraction of groups whose rewards are not all equal",
     "group/std_mean": "mean over prompts of the within-prompt std (ddof 0)",
     "group/refills": "times that tied groups were sampled again (dynamic sampling)",

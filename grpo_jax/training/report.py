@@ -13,7 +13,7 @@ from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.training.config import differences
 from grpo_jax.training.instrument_figures import instrument_section
 from grpo_jax.training.instrument_reading import THIRDS
-from grpo_jax.training.metrics import FIELDS, LOOK_FIELDS, read_lines
+from grpo_jax.training.metrics import FIELDS, LOOK_FIELDS, PART, read_lines
 from grpo_jax.training.plots import COLOURS, svg_figure
 from grpo_jax.training.run_directory import read_config_dict, read_notes
 
@@ -124,6 +124,7 @@ def _facts(run: Run) -> dict:
     facts["mismatch"] = f"{mismatch.max():.1e}" if len(mismatch) else "none yet"
     missing = run.series("reward/missing")[1]
     facts["missing"] = int(missing.sum())
+    facts["failed"] = int(run.series("reward/failed")[1].sum())
     facts["verdict"] = _verdict(run)
     return facts
 
@@ -205,6 +206,11 @@ def _figures(runs):
         _lines(runs, "Within-prompt std", "group/std_mean", smooth=True),
         _lines(runs, "Informative groups", "group/informative", smooth=True, top=1.0),
         _lines(runs, "Reward", "reward/mean", smooth=True),
+        *(
+            _lines(runs, f"Reward {name.removeprefix(PART)}", name, smooth=True)
+            for name in sorted({f for run in runs for row in run.metrics for f in row})
+            if name.startswith(PART)
+        ),
         _lines(runs, "Entropy", "entropy/sampled", smooth=True),
         _lines(runs, "KL to the start", "kl/mean", smooth=True),
         _lines(runs, "Sampler/trainer mismatch", "mismatch/max_abs", log=True),
@@ -253,10 +259,11 @@ def _lines(runs, title, field, *, smooth=False, log=False, top=None):
             axes.set_yscale("log")
         elif top is not None:
             axes.set_ylim(0, top)
-        else:
+        elif axes.get_ylim()[0] > 0:
             axes.set_ylim(bottom=0)
 
-    return svg_figure(title, FIELDS[field][0].upper() + FIELDS[field][1:] + ".", draw)
+    meaning = FIELDS[f"{PART}NAME" if field.startswith(PART) else field]
+    return svg_figure(title, meaning[0].upper() + meaning[1:] + ".", draw)
 
 
 def _comparison(run: Run) -> list[dict]:
@@ -387,7 +394,9 @@ step {{ run.steps }} of {{ run.asked }}; {% if run.phases %}median seconds a ste
 {{ phase }} {{ seconds }}{{ ", " if not loop.last }}
 {%- endfor %}; {% endif %}
 largest sampler/trainer log-prob mismatch {{ run.mismatch }} nats;
-rewards missing: {{ run.missing }}. {{ run.source }}.</p>
+rewards missing: {{ run.missing }}
+{%- if run.failed %}, checks that hung or died: {{ run.failed }}{% endif %}.
+{{ run.source }}.</p>
 </section>
 {% endfor %}
 {% for name, rows in differing %}
