@@ -8,6 +8,7 @@ from grpo_jax.training.config import (
     EvalConfig,
     TrainConfig,
     WarmupConfig,
+    from_dict,
     load_config_file,
 )
 
@@ -129,19 +130,9 @@ def _parsed(kind, argv, command, description, base=None):
 
 def _eval(argv):
     argv, base = _long(argv), None
-    run = _config_of_run(argv)
-    if run is not None:  # its task, unless another is named
-        directory = _value(argv, "--run-dir")
-        base = EvalConfig(
-            run_dir=directory,
-            # All held-out prompts, where training looked at some of a file's.
-            task=dataclasses.replace(
-                run.task, heldout_prompts=run.task.heldout_prompts or 0
-            ),
-            compute_dtype=run.model.compute_dtype,
-            temperature=run.sampling.temperature,
-            max_new_tokens=run.sampling.max_new_tokens,
-        )
+    directory = _value(argv, "--run-dir")
+    if directory is not None:
+        base = _like_run(directory, _value(argv, "--task.name"))
     config = _parsed(
         EvalConfig,
         argv,
@@ -154,6 +145,29 @@ def _eval(argv):
 
     evaluate(config)
     return 0
+
+
+def _like_run(directory, task_name):
+    """An EvalConfig that asks as a run did: the same task, unless another is named."""
+    from grpo_jax.training.run_directory import read_facts
+
+    facts = read_facts(directory)
+    run = from_dict(TrainConfig, facts["config"])
+    settings = {}
+    if task_name in (None, run.task.name):
+        # All held-out prompts, where training looked at some of a file's.
+        heldout = run.task.heldout_prompts or 0
+        settings = dict(
+            task=dataclasses.replace(run.task, heldout_prompts=heldout),
+            max_new_tokens=facts.get("max_new_tokens"),
+            max_prompt_tokens=run.sampling.max_prompt_tokens,
+        )
+    return EvalConfig(
+        run_dir=directory,
+        compute_dtype=run.model.compute_dtype,
+        temperature=run.sampling.temperature,
+        **settings,
+    )
 
 
 def _warmup(argv):
@@ -238,7 +252,6 @@ def _arguments(argv, known, usage):
 
 def _config_of_run(argv):
     """The config of the run that --run-dir names; None where there is none yet."""
-    from grpo_jax.training.config import from_dict
     from grpo_jax.training.run_directory import read_config_dict
 
     directory = _value(argv, "--run-dir")

@@ -3,19 +3,20 @@
 import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import ConfigError
 
-TOKENIZER_FILES = ("tokenizer*", "*.jinja", "*.model", "vocab*", "merges.txt")
+# All at once: what is there of a snapshot decides, among other things, the template.
+_FILES = (
+    "*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model", "vocab*",
+    "merges.txt",
+)  # fmt: skip
 
 
-def local_directory(
-    directory: str | os.PathLike, patterns: Sequence[str] = ("*.json",)
-) -> Path:
-    """The directory itself, or of a Hub name the snapshot of the files that match."""
+def local_directory(directory: str | os.PathLike) -> Path:
+    """The directory itself, or of a Hub name the snapshot of a model's files."""
     folder = Path(directory).expanduser()
     if folder.is_dir():
         return folder
@@ -28,7 +29,7 @@ def local_directory(
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except Exception as error:  # the hub's own, its HTTP client's, or the system's
         raise ConfigError(
             f"{name} is no local directory and cannot be had from the Hugging Face "
@@ -38,7 +39,7 @@ def local_directory(
 
 def load_tokenizer(directory: str | os.PathLike) -> Any:
     """The transformers tokenizer of a checkpoint, chat template included."""
-    folder = local_directory(directory, ("*.json", *TOKENIZER_FILES))
+    folder = local_directory(directory)
     quiet_transformers()
     from transformers import AutoTokenizer
 
@@ -55,7 +56,7 @@ def eos_ids(directory: str | os.PathLike) -> tuple[int, ...]:
 
     Empty where neither says; the tokenizer's EOS is then all there is.
     """
-    folder = local_directory(directory, ("*.json",))
+    folder = local_directory(directory)
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists() or name == "config.json":
             ids = read_json(folder / name).get("eos_token_id")

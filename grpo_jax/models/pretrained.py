@@ -25,7 +25,6 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Policy, abstract_policy, merge_lora
 from grpo_jax.models.families import Tensor, config_json, model_config, tensors
 from grpo_jax.models.hub import (
-    TOKENIZER_FILES,
     first_line,
     local_directory,
     read_json,
@@ -34,7 +33,6 @@ from grpo_jax.models.hub import (
 _BLOCK_BYTES = 2**23  # of a tensor on the host at a time
 _INDEX = "model.safetensors.index.json"
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_WEIGHTS = ("*.safetensors",)
 
 
 class Entry(NamedTuple):
@@ -63,7 +61,7 @@ def load_pretrained(
     """
     if dtype is not None:
         check_choice("dtype", dtype, ("float32", "bfloat16"))
-    folder = local_directory(directory, ("*.json", *_WEIGHTS, *TOKENIZER_FILES))
+    folder = local_directory(directory)
     config = read_config(folder)
     entries = _entries(folder)
     wanted = tensors(config)
@@ -102,12 +100,20 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
     Raises:
         ConfigError: as `load_pretrained`.
     """
-    folder = local_directory(directory, ("*.json",))
+    folder = local_directory(directory)
     values = read_json(folder / "config.json")
     stored = values.get("dtype") or values.get("torch_dtype")
     config = model_config(values, f"{folder}/config.json")
     dtype = "bfloat16" if stored == "bfloat16" else "float32"
     return dataclasses.replace(config, compute_dtype=dtype)
+
+
+def check_weights(directory: str | os.PathLike) -> None:
+    """ConfigError, as `load_pretrained`'s, where the tensors' files do not fit; reads
+    their headers alone."""
+    folder = local_directory(directory)
+    config = read_config(folder)
+    _check(config, tensors(config), abstract_policy(config).params, _entries(folder))
 
 
 def save_pretrained(

@@ -69,8 +69,8 @@ def load_task(
         seed: Of which they are, and of what is generated.
         tokenizer: A pretrained model's; None: one made for the task.
         eos_ids: Tokens that end a completion; default: the tokenizer's EOS.
-        template: One of `templates.TEMPLATES`; default: chat where a given tokenizer
-            has a chat template, else none, and the task's for a tokenizer made for it.
+        template: One of `templates.TEMPLATES`; default: chat where the tokenizer has a
+            chat template, as one made for a task of texts has, else none.
         system: What a chat template is told first.
         rewards: Such as "math", "r1_format=0.2" or "module:function=0.5", added up; the
             first says what is solved. Default: the task's own.

@@ -52,7 +52,6 @@ def text_task(
     language: Language,
     rewards: Sequence[str],
     default_reward: str,
-    own_template: str = "qa",
     warm_start_steps: int = 600,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
@@ -64,7 +63,6 @@ def text_task(
         train, heldout: Rows; where `heldout` is None, a tenth of the train rows, 512 at
             most, is held out by seed.
         rewards: As `parse_reward` reads them; empty: `default_reward`.
-        own_template: The template of a tokenizer that is trained here.
 
     Raises:
         ConfigError: a gold answer that no completion could match, more prompts asked
@@ -86,7 +84,7 @@ def text_task(
         heldout_prompts = min(HELDOUT, len(unseen))
     evaluated = pick(rng, unseen, heldout_prompts or None, "heldout_prompts")
     texts = (t for e in pool for t in (e.prompt, e.solution or e.answer))
-    tokenizer, eos_ids, template, system = _speak(language, texts, own_template)
+    tokenizer, eos_ids, template, system = _speak(language, texts)
 
     def demonstrations(rng, count, spoiled):
         del spoiled  # there is no second stage
@@ -123,7 +121,7 @@ def single_answer_language(
         ConfigError: the tokenizer has several token sequences for an answer.
     """
     tokenizer, eos_ids, template, system = _speak(
-        language, (), "none", lambda: character_tokenizer(alphabet)
+        language, (), lambda: character_tokenizer(alphabet)
     )
     if language.tokenizer is not None:
         check_single_spelling(tokenizer, answers, task)
@@ -162,8 +160,12 @@ def check_golds(rewards: Sequence[Reward], rows: Sequence[Sourced]) -> None:
                 )
 
 
-def _speak(language, texts, own_template, make=None):
-    """(tokenizer, eos_ids, template, system), the task's own where none is given."""
+def _speak(language, texts, make=None):
+    """(tokenizer, eos_ids, template, system), the task's own where none is given.
+
+    The template of a tokenizer made here is what another task would choose for it: a
+    model is asked later as it was taught.
+    """
     tokenizer, eos_ids, template, system, vocab_size = language
     if tokenizer is None:
         if eos_ids:
@@ -172,7 +174,6 @@ def _speak(language, texts, own_template, make=None):
                 "out."
             )
         tokenizer = make() if make else train_tokenizer(texts, vocab_size)
-        template = template or own_template
     elif vocab_size is not None:
         raise ConfigError(
             f"task.vocab_size is of a tokenizer trained here, got {vocab_size} and a "

@@ -62,7 +62,6 @@ def make_countdown(
         language=language,
         rewards=rewards,
         default_reward="countdown",
-        own_template="none",
         warm_start_steps=600,
         batch_size=128,
         learning_rate=3e-3,

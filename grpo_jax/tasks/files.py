@@ -90,9 +90,9 @@ def _check(row, fields):
         raise ConfigError(f"{where}: {_expected(fields)}.")
     for field in fields:
         if not isinstance(values.get(field), str):
+            found = repr(values[field]) if field in values else "missing"
             raise ConfigError(
-                f"{where}: field {field!r} is {values.get(field, 'missing')!r}; "
-                f"{_expected(fields)}."
+                f"{where}: field {field!r} is {found}; {_expected(fields)}."
             )
 
 

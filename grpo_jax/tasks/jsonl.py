@@ -45,9 +45,10 @@ def make_jsonl(
         for name in (answer_field, *tag_fields):
             value = row.values.get(name)
             if isinstance(value, bool) or not isinstance(value, str | int | float):
+                found = repr(row.values[name]) if name in row.values else "missing"
                 raise ConfigError(
-                    f"{row.where}: field {name!r} is "
-                    f"{row.values.get(name, 'missing')!r}; expected text or a number."
+                    f"{row.where}: field {name!r} is {found}; expected text or a "
+                    "number."
                 )
         values = row.values
         solution = values[solution_field] if solution_field else ""

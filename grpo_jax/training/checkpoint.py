@@ -5,6 +5,7 @@ a process dies is never taken for a checkpoint, and one that cannot be read is p
 over for the one before it, with a warning.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.errors import ConfigError
@@ -152,6 +154,48 @@ def _score(metrics):
 def _first_line(error):
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def restore_params(directory: Path) -> Any:
+    """The parameters alone of a checkpoint, on this process's first device, whatever
+    it was written on.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    import orbax.checkpoint as ocp
+
+    path = directory.absolute() / "state"
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree["params"]
+            item = {"params": jax.tree.map(abstract, tree)}
+            restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+            args = ocp.args.PyTreeRestore(
+                item=item, restore_args=restore_args, partial_restore=True
+            )
+            params = checkpointer.restore(path, args=args)["params"]
+    except Exception as error:  # orbax has a kind for every way to be broken
+        raise ConfigError(
+            f"the checkpoint {directory} cannot be read ({_first_line(error)})."
+        ) from error
+    # Through the host: like a new policy's, so that no program is compiled again.
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
+
+
+def params_digest(params: Any) -> str:
+    """Of parameters, by names, shapes and up to 4,096 values of each."""
+    digest = hashlib.sha256()
+    for name, x in _named(params).items():
+        stride = max(1, x.size // 4096)
+        some = np.asarray(jnp.ravel(x)[::stride])
+        digest.update(f"{name}{x.shape}{x.dtype}".encode() + some.tobytes())
+    return digest.hexdigest()[:20]
 
 
 def save_params(

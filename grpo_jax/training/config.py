@@ -218,23 +218,19 @@ class TrainConfig:
     resume: bool = False  # continue the run in run_dir
 
     def __post_init__(self):
-        leaves = dict(_leaves(self))
-        for name, value in leaves.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{name} must be a finite number, got {value}.")
-            least = _AT_LEAST.get(name)
-            if least is not None and value is not None and value < least:
-                why = _WHY.get(name, "")
-                raise ConfigError(f"{name} must be at least {least}, got {value}{why}.")
-            if name in _POSITIVE and value is not None and not value > 0:
-                why = _WHY.get(name, "")
-                raise ConfigError(f"{name} must be positive, got {value}{why}.")
-            if name in ("seed", "task.seed") and value >= 2**63:
-                raise ConfigError(f"{name} must be below 2**63, got {value}.")
+        leaves = _check_ranges(self)
         for name in ("optimizer.b1", "optimizer.b2"):
             if not 0 <= leaves[name] < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {leaves[name]}.")
         check_choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
+        plain = ModelConfig()
+        for name in ("lora_alpha", "lora_targets"):
+            value = getattr(self.model, name)
+            if not self.model.lora_rank and value != getattr(plain, name):
+                raise ConfigError(
+                    f"model.{name} changes nothing without LoRA; set model.lora_rank "
+                    "or leave it out."
+                )
         group = self.instrument.group_size
         if group is not None and group % 4:
             raise ConfigError(
@@ -266,7 +262,8 @@ class EvalConfig:
     temperature: float = 1.0  # of the samples
     top_k: int | None = None  # samples are drawn from the k most likely tokens
     top_p: float | None = None  # or from the fewest that have this much probability
-    max_new_tokens: int | None = None  # default: the task's longest answer
+    max_new_tokens: int | None = None  # default: the run's, or the task's longest
+    max_prompt_tokens: int | None = None  # longer prompts are left out; default: none
     rows: int = 64  # completions sampled at a time
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     scoring: ScoringConfig = ScoringConfig()
@@ -280,18 +277,7 @@ class EvalConfig:
             )
         if self.step is not None and not self.run_dir:
             raise ConfigError("step is a run's: give it with --run-dir.")
-        for name, least in (
-            ("samples", 0), ("rows", 1), ("prompts", 1), ("max_new_tokens", 1),
-            ("top_k", 1), ("scoring.workers", 1), ("seed", 0), ("step", 0),
-        ):  # fmt: skip
-            value = dict(_leaves(self)).get(name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}.")
-        if not self.temperature > 0:
-            raise ConfigError(
-                f"temperature must be positive, got {self.temperature}; greedy "
-                "decoding is --greedy."
-            )
+        _check_ranges(self)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}.")
         if not self.greedy and not self.samples:
@@ -312,7 +298,13 @@ class WarmupConfig:
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
+    max_new_tokens: int | None = None  # longer solutions are left out; default: 99 %
     seed: int = 0  # of parameters and of the order of demonstrations
+
+    def __post_init__(self):
+        _check_ranges(self)
+        if not self.warm_start.enabled:
+            raise ConfigError("warm_start.enabled is what warmup is for; leave it out.")
 
 
 _AT_LEAST = {
@@ -330,14 +322,19 @@ _AT_LEAST = {
     "weights.group_size": 2,
     "checkpoint.every": 1, "checkpoint.keep": 1, "log.samples_every": 0,
     "log.samples_prompts": 1, "log.lines_every": 1,
+    # of eval and warmup
+    "samples": 0, "rows": 1, "prompts": 1, "max_new_tokens": 1, "max_prompt_tokens": 1,
+    "top_k": 1, "step": 0,
 }  # fmt: skip
 _POSITIVE = (
     "instrument.max_overhead", "sampling.temperature", "optimizer.learning_rate",
     "warm_start.learning_rate", "scoring.timeout_s", "scoring.memory_gib",
+    "temperature",
 )  # fmt: skip
 _WHY = {
     "sampling.group_size": "; a group of one has no baseline",
     "sampling.temperature": "; it is part of the policy that is trained",
+    "temperature": "; greedy decoding is --greedy",
     "instrument.prompts": "; one prompt has no angle to another",
 }
 
@@ -352,6 +349,22 @@ def _leaves(record, where=""):
             yield from ((f"{where}{field.name}", x) for x in value)
         else:
             yield f"{where}{field.name}", value
+
+
+def _check_ranges(record) -> dict[str, Any]:
+    """The leaves of a config, every number of which is in its range."""
+    leaves = dict(_leaves(record))
+    for name, value in leaves.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} must be a finite number, got {value}.")
+        least, why = _AT_LEAST.get(name), _WHY.get(name, "")
+        if least is not None and value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}{why}.")
+        if name in _POSITIVE and value is not None and not value > 0:
+            raise ConfigError(f"{name} must be positive, got {value}{why}.")
+        if name in ("seed", "task.seed") and value >= 2**63:
+            raise ConfigError(f"{name} must be below 2**63, got {value}.")
+    return leaves
 
 
 def to_dict(config: Any) -> dict:

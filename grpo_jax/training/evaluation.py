@@ -39,7 +39,7 @@ class Answered(NamedTuple):
     """What a policy answered to one prompt, k times."""
 
     index: int  # of the prompt among those asked
-    solved: list[bool | None]  # None where the reward is missing
+    solved: list[bool | None]  # None where the first reward is missing
     rewards: list[float | None]
     tokens: list[int]
     texts: list[str]
@@ -95,6 +95,8 @@ def ask(
             tokens=tokens,
             pool=pool,
         )
+        # What decides is the first reward, whatever became of the others.
+        first = next(iter(scores.parts.values()), scores.rewards)
         if scores.errors:
             warn(
                 f"evaluation: {len(scores.errors)} rewards missing, left out: "
@@ -103,16 +105,19 @@ def ask(
         yield [
             Answered(
                 int(i),
-                [
-                    bool(s) if np.isfinite(r) else None
-                    for s, r in zip(solved, rewards, strict=True)
-                ],
+                [None if k else bool(s) for s, k in zip(solved, unknown, strict=True)],
                 [float(r) if np.isfinite(r) else None for r in rewards],
                 n.tolist(),
                 text,
             )
-            for i, solved, rewards, n, text in zip(
-                asked, scores.solved, scores.rewards, tokens, texts, strict=True
+            for i, solved, unknown, rewards, n, text in zip(
+                asked,
+                scores.solved,
+                np.isnan(first),
+                scores.rewards,
+                tokens,
+                texts,
+                strict=True,
             )
         ]
 
@@ -126,7 +131,7 @@ def pass_rate(answered: Sequence[Answered]) -> tuple[float, float, float]:
     else `rate_interval`; missing rewards are left out."""
     if all(len(row.solved) == 1 for row in answered):
         found = [row.solved[0] for row in answered if row.solved[0] is not None]
-        return wilson_interval(sum(found), len(found))
+        return wilson_interval(sum(found), len(found)) if found else (math.nan,) * 3
     return rate_interval(_rates(answered))
 
 
@@ -192,9 +197,9 @@ def summarise(
     for name in names:
         rows = groups[name]
         if samples == 1:
-            add("pass rate", name, pass_rate(rows), len(rows))
+            add("pass rate", name, pass_rate(rows), len(_rates(rows)))
         else:
-            add(f"avg@{samples}", name, rate_interval(_rates(rows)), len(rows))
+            add(f"avg@{samples}", name, rate_interval(_rates(rows)), len(_rates(rows)))
             for k in pass_at:
                 present = [[s for s in row.solved if s is not None] for row in rows]
                 values = [pass_at_k(sum(s), len(s), k) for s in present if len(s) >= k]

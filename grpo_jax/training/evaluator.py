@@ -14,7 +14,14 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.models.pretrained import load_pretrained
 from grpo_jax.rollouts.encoding import answer_rollouts, bucket, encode_prompts, pad_left
 from grpo_jax.rollouts.sampling import sample
-from grpo_jax.training.config import EvalConfig, differences, to_dict
+from grpo_jax.training.checkpoint import params_digest
+from grpo_jax.training.config import (
+    EvalConfig,
+    TrainConfig,
+    differences,
+    from_dict,
+    to_dict,
+)
 from grpo_jax.training.evaluation import (
     Answered,
     ask,
@@ -22,12 +29,23 @@ from grpo_jax.training.evaluation import (
     table,
     verifier_pool,
 )
-from grpo_jax.training.metrics import JsonLines, mean_interval, read_lines, rewrite
+from grpo_jax.training.metrics import (
+    JsonLines,
+    mean_interval,
+    read_lines,
+    rewrite,
+    write_json,
+)
 from grpo_jax.training.paths import use_compile_cache
-from grpo_jax.training.plan import completion_tokens
-from grpo_jax.training.policies import data_fingerprint, task_of
-from grpo_jax.training.run_directory import read_config_dict
-from grpo_jax.training.snapshots import load_policy, saved_steps
+from grpo_jax.training.plan import completion_tokens, within
+from grpo_jax.training.policies import (
+    check_language,
+    data_fingerprint,
+    task_for_run,
+    task_of,
+)
+from grpo_jax.training.run_directory import read_config_dict, read_facts
+from grpo_jax.training.snapshots import load_policy, pick_step
 from grpo_jax.training.warm_start import pass_rates
 
 # What does not change an answer, and may differ when an evaluation is gone on with.
@@ -48,29 +66,33 @@ def evaluate(
             evaluation.
     """
     use_compile_cache()
-    pretrained = source = config.pretrained
     if config.run_dir:
-        run = read_config_dict(Path(config.run_dir))
-        steps = saved_steps(config.run_dir)
-        if config.step is None and steps:
-            config = dataclasses.replace(config, step=steps[-1])
+        run_dir = Path(config.run_dir)
+        read_facts(run_dir)  # its error first
+        config = dataclasses.replace(config, step=pick_step(run_dir, config.step))
         source = f"step {config.step} of {config.run_dir}"
-        pretrained = run.get("pretrained")
-    task = task_of(config.task, pretrained)
+        task = task_for_run(config.task, run_dir)
+    else:
+        source = config.pretrained
+        task = task_of(config.task, config.pretrained)
+    check_language(task)
+    if config.max_prompt_tokens is not None:
+        task, left_out = within(task, config.max_prompt_tokens)
+        say(f"left out for their length: {left_out[config.part == 'heldout']} prompts")
+    if config.run_dir:
+        policy = load_policy(config.run_dir, config.step)
+    else:
+        policy = load_pretrained(config.pretrained, dtype=config.compute_dtype)
+    check_language(task, policy.config)
+    policy = policy.reconfigured(compute_dtype=config.compute_dtype)
     examples = getattr(task, config.part)
+    if not examples:
+        raise ConfigError(f"task {task.name} has no {config.part} prompts to ask.")
     asked = np.arange(len(examples))
     if config.prompts is not None and config.prompts < len(examples):
         rng = np.random.default_rng([config.seed, 7])
         asked = np.sort(rng.permutation(len(examples))[: config.prompts])
     length = config.max_new_tokens or completion_tokens(task)
-    directory = _directory(config, task)
-    _claim(directory, config, task, say)
-    if config.run_dir:
-        policy = load_policy(config.run_dir, config.step)
-    else:
-        policy = load_pretrained(config.pretrained, dtype=config.compute_dtype)
-    policy = policy.reconfigured(compute_dtype=config.compute_dtype)
-
     encoded = encode_prompts(task, examples)
     width = bucket(max(map(len, encoded)))
     prompts = pad_left(encoded, width, task.tokenizer.pad_token_id)
@@ -90,8 +112,14 @@ def evaluate(
         f"{source} on {len(asked)} {config.part} prompts of {task.name}, at most "
         f"{length} tokens an answer"
     )
+    trained = _trained_on(config) if config.part == "heldout" else set()
+    seen = sum(examples[i].prompt in trained for i in asked)
+    if seen:
+        say(f"warning: the run was trained on {seen} of these prompts.")
     results: dict[str, Any] = {}
+    directory = _directory(config, task)
     with verifier_pool(task, config.scoring) as pool:
+        _claim(directory, config, task, policy, say)
         for i, (way, (samples, settings)) in enumerate(ways.items()):
             file = directory / f"{way}.jsonl"
             done = {row["index"]: Answered(**row) for row in read_lines(file)}
@@ -132,7 +160,7 @@ def evaluate(
         "config": to_dict(config),
         "figures": results,
     }
-    (directory / "eval.json").write_text(json.dumps(found, indent=2))
+    write_json(directory / "eval.json", found)
     text = "\n\n".join(f"{way}\n{table(figures)}" for way, figures in results.items())
     (directory / "eval.txt").write_text(text + "\n")
     say(f"\n{text}\n\nwritten to {directory}")
@@ -164,10 +192,23 @@ def _directory(config, task):
     return Path("runs") / f"eval-{task.name}-{name}"
 
 
-def _claim(directory, config, task, say):
+def _trained_on(config) -> set[str]:
+    """The prompts that a run was trained on."""
+    if not config.run_dir:
+        return set()
+    run_dir = Path(config.run_dir)
+    asked = from_dict(TrainConfig, read_config_dict(run_dir)).task
+    return {example.prompt for example in task_for_run(asked, run_dir).train}
+
+
+def _claim(directory, config, task, policy, say):
     """The directory is new, or holds this very evaluation, begun."""
     file = directory / "config.json"
-    facts = {"config": to_dict(config), "data": data_fingerprint(task)}
+    facts = {
+        "config": to_dict(config),
+        "data": data_fingerprint(task),
+        "policy": params_digest(policy.params),
+    }
     if file.exists():
         try:
             old = json.loads(file.read_text())
@@ -175,8 +216,9 @@ def _claim(directory, config, task, say):
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file} is damaged ({error}); give --output.") from error
         changed = [row for row in rows if not row.startswith(_FREE)]
-        if old["data"] != facts["data"]:
-            changed.append("the task's data")
+        for name, what in (("data", "the task's data"), ("policy", "the policy")):
+            if old.get(name) != facts[name]:
+                changed.append(what)
         if changed:
             raise ConfigError(
                 f"{directory} holds another evaluation ({'; '.join(changed)}); give "

@@ -117,21 +117,25 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         config = dataclasses.replace(config, task=named)
     plan = make_plan(config, task)
     with verifier_pool(plan.task, config.scoring) as pool:
-        directory = claim(config, _facts(config, plan.task))
+        directory = claim(config, _facts(config, plan))
         use_compile_cache()
         with _Signals() as signals:
             return _Run(config, plan, directory, signals, pool).train()
 
 
-def _facts(config, task):
-    """What config.json keeps besides the config: the task's note, and fingerprints of
-    its data and of what the policy starts from."""
-    base = ""
+def _facts(config, plan):
+    """What config.json keeps besides the config: what was resolved of the task and the
+    model, and fingerprints of the data and of what the policy starts from."""
+    task, base = plan.task, ""
     if config.pretrained:
         base = fingerprint(local_directory(config.pretrained))
     return {
         "note": task.note,
         "eos_ids": list(task.eos_ids) or [task.end_id],
+        "template": task.template,
+        "system": task.system,
+        "max_new_tokens": plan.max_new_tokens,
+        "model": dataclasses.asdict(plan.model),
         "data": data_fingerprint(task),
         "base": base,
     }
@@ -233,7 +237,7 @@ class _Run:
             self.checkpoints = checkpoints
             state, step = self._starting_state(policy)
             if self.config.resume:  # a new run's was written when it was claimed
-                record(self.directory, self.config, _facts(self.config, self.task))
+                record(self.directory, self.config, _facts(self.config, self.plan))
             del policy  # its parameters are the state's now, to be given away
             self._open_files(step)
             try:
@@ -636,8 +640,8 @@ class _Run:
         config = self.config
         began = time.monotonic()
         self._compile_updates(state)
-        # Evaluated and looked at even on resume, where it is not written, so that all
-        # is compiled before the first step.
+        # Evaluated and looked at even on resume, where it is not written: what these
+        # need is compiled before the first step. Its own sampling is compiled in it.
         row = self._evaluate(state.params, 0)
         if self.instrument is not None:
             row |= self.instrument.look(state.params, step)

@@ -129,6 +129,12 @@ class JsonLines:
         self._file.close()
 
 
+def write_json(path: Path, value: Any) -> None:
+    """The value as JSON, indented; null for every number that JSON cannot say."""
+    text = json.dumps(_without_nan(value), indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file; a last line cut short by a killed process is left out."""
     if not path.exists():

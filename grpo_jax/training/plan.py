@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.models.pretrained import read_config
+from grpo_jax.models.pretrained import check_weights, read_config
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.encoding import (
@@ -29,9 +29,9 @@ from grpo_jax.training.budget import (
 )
 from grpo_jax.training.config import InstrumentConfig, TrainConfig
 from grpo_jax.training.instrument import ProbePlan, plan_probe
-from grpo_jax.training.policies import task_of, with_settings
+from grpo_jax.training.policies import check_language, task_of, with_settings
 from grpo_jax.training.step import micro_batch
-from grpo_jax.training.warm_start import warm_start_settings
+from grpo_jax.training.warm_start import Demonstrations, warm_start_settings
 from grpo_jax.training.weighting import (
     resolve_objective,
     resolve_weights,
@@ -80,24 +80,17 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"warm_start.{given[0]} changes nothing: this run has no warm start; leave "
             "it out."
         )
-    if warm_starts:
-        warm_start_settings(config.warm_start, task)  # its errors belong here
     tokenizer, sampling = task.tokenizer, config.sampling
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        missing = "EOS" if tokenizer.eos_token_id is None else "padding"
-        raise ConfigError(
-            f"the tokenizer of task {task.name} has no {missing} token; set one "
-            "(a completion could never end)."
-        )
+    check_language(task)
     if not task.train or not task.heldout:
         raise ConfigError(
             f"task {task.name} must have trained and held-out prompts, got "
             f"{len(task.train)} and {len(task.heldout)}."
         )
-    warnings = []
+    warnings: list[str] = []
     limit = sampling.max_prompt_tokens
     if limit is not None:
-        task, left_out = _within(task, limit)
+        task, left_out = within(task, limit)
         if any(left_out):
             warnings.append(
                 f"{left_out[0]} trained and {left_out[1]} held-out prompts have more "
@@ -132,16 +125,13 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         )
     model, base_bytes = config.model, 4
     if config.pretrained:
+        check_weights(config.pretrained)
         stored = read_config(config.pretrained)
         model = with_settings(stored, config.model)
         base_bytes = 2 if stored.compute_dtype == "bfloat16" else 4
     vocab_size = model.vocab_size or len(tokenizer)
-    if vocab_size < len(tokenizer):
-        raise ConfigError(
-            f"model.vocab_size must be at least {len(tokenizer)}, the tokenizer's, "
-            f"got {vocab_size}; leave it out to take the tokenizer's."
-        )
     model = dataclasses.replace(model, vocab_size=vocab_size)
+    check_language(task, model)
     prompt_length = bucket(len(prompts[longest]))
     p, g = sampling.prompts, sampling.group_size
     refine, train_prompt_length = [], prompt_length
@@ -184,6 +174,16 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"the instrument will take about {100 * probe.share:.0f} % of step time, "
             f"more than instrument.max_overhead; lower instrument.prompts or raise "
             "instrument.every."
+        )
+    if warm_starts:  # its errors belong here, before anything is written
+        settings = warm_start_settings(config.warm_start, task)
+        length = needed if needed > 1 else max_new_tokens
+        Demonstrations(task, settings, prompt_length, length)
+    positions = train_prompt_length + max_new_tokens
+    if config.pretrained and positions > model.max_positions:
+        warnings.append(
+            f"prompts and completions have up to {positions} tokens, and the model was "
+            f"made for {model.max_positions} (max_position_embeddings)."
         )
     memory = estimate_memory(
         model,
@@ -235,7 +235,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     )
 
 
-def _within(task, limit):
+def within(task: Task, limit: int) -> tuple[Task, tuple[int, int]]:
     """(the task without prompts of more tokens, how many of each part are left out)."""
     kept = []
     for name, part in (("trained", task.train), ("held-out", task.heldout)):
@@ -260,7 +260,7 @@ def completion_tokens(task: Task, examples: Sequence[Example] | None = None) -> 
     examples = task.train + task.heldout if examples is None else examples
     if not callable(task.reward) and not any(e.solution for e in task.train):
         raise ConfigError(
-            f"sampling.max_new_tokens must be given: the rows of task {task.name} have "
+            f"max_new_tokens must be given: the rows of task {task.name} have "
             "no worked solutions that would tell how long a completion is."
         )
     lengths = [len(ids) for ids in encode_imitated(task, examples)]

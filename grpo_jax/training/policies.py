@@ -17,9 +17,12 @@ from grpo_jax.models.pretrained import load_pretrained, read_config
 from grpo_jax.tasks import Task, load_task
 from grpo_jax.training.checkpoint import load_params
 from grpo_jax.training.config import TaskConfig, TrainConfig
+from grpo_jax.training.run_directory import read_facts
 
 # What of `model` may be given beside `pretrained`: how to compute, not what.
 FREE = ("compute_dtype", "remat", "lora_rank", "lora_alpha", "lora_targets")
+
+_BLOCK, _BLOCKS = 2**16, 256  # what a fingerprint reads of a file: bytes, and times
 
 
 def task_of(config: TaskConfig, pretrained: str | None) -> Task:
@@ -28,15 +31,67 @@ def task_of(config: TaskConfig, pretrained: str | None) -> Task:
     Raises:
         ConfigError: the task, its data or the tokenizer cannot be had.
     """
+    if pretrained is None:
+        return _task(config)
+    directory = local_directory(pretrained)
+    return _task(config, tokenizer=_tokenizer(directory), eos_ids=eos_ids(directory))
+
+
+def task_for_run(config: TaskConfig, run_dir: Path) -> Task:
+    """The task asked as a run asks: in its tokens, and its template unless another is
+    given.
+
+    Raises:
+        ConfigError: the directory holds no run, or as `task_of`.
+    """
+    facts = read_facts(run_dir)
+    own = facts["config"]["task"].get("vocab_size")
+    if config.vocab_size not in (None, own):
+        raise ConfigError(
+            f"task.vocab_size is of a new tokenizer, and {run_dir} has one, got "
+            f"{config.vocab_size}; leave it out."
+        )
+    asked = dataclasses.replace(
+        config,
+        vocab_size=None,
+        template=config.template or facts.get("template"),
+        system=facts.get("system") if config.system is None else config.system,
+    )
+    return _task(
+        asked,
+        tokenizer=_tokenizer(run_dir / "tokenizer"),
+        eos_ids=facts.get("eos_ids", ()),
+    )
+
+
+def _task(config, **language):
     options = dataclasses.asdict(config)
     name = options.pop("name")
-    if pretrained is not None:
-        directory = local_directory(pretrained)
-        tokenizer = load_tokenizer(directory)
-        if tokenizer.pad_token is None:  # masks tell padding, so any token will do
-            tokenizer.pad_token = tokenizer.eos_token
-        options |= {"tokenizer": tokenizer, "eos_ids": eos_ids(directory)}
-    return load_task(name, **options)
+    return load_task(name, **options, **language)
+
+
+def _tokenizer(directory):
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.pad_token is None:  # masks tell padding, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_language(task: Task, model: ModelConfig | None = None) -> None:
+    """ConfigError where no completion could end, or a token has no embedding."""
+    tokenizer = task.tokenizer
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        missing = "EOS" if tokenizer.eos_token_id is None else "padding"
+        raise ConfigError(
+            f"the tokenizer of task {task.name} has no {missing} token; set one "
+            "(a completion could never end)."
+        )
+    if model is not None and model.vocab_size < len(tokenizer):
+        raise ConfigError(
+            f"model.vocab_size must be at least {len(tokenizer)}, the tokenizer's, "
+            f"got {model.vocab_size}; the model and the tokenizer do not belong "
+            "together, or, for a new model, leave it out."
+        )
 
 
 def with_settings(found: ModelConfig, asked: ModelConfig) -> ModelConfig:
@@ -58,10 +113,17 @@ def with_settings(found: ModelConfig, asked: ModelConfig) -> ModelConfig:
 
 
 def fingerprint(directory: Path) -> str:
-    """Of a model directory: its config, and its tensors' files by name and size."""
-    sizes = sorted((f.name, f.stat().st_size) for f in directory.glob("*.safetensors"))
-    text = (directory / "config.json").read_text() + repr(sizes)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+    """Of a model directory: its config, and of each tensors' file its size, its header
+    and blocks spread over it."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:20]
 
 
 def data_fingerprint(task: Task) -> str:

@@ -445,7 +445,7 @@ counts as gain, under every weighting alike.</p>
 {% for row in rows %}
 <tr><td>{{ row.name }}</td><td>{{ row.norm }}</td>
 {% for x in row.cosines %}<td>{{ x }}</td>{% endfor %}
-<td>{{ row.update }}</td><td>{{ row.total }}</td>
+<td>{{ row["update"] }}</td><td>{{ row.total }}</td>
 {% for x in row.change %}<td>{{ x }}</td>{% endfor %}</tr>
 {% endfor %}
 </table>

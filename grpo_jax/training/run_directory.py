@@ -12,7 +12,11 @@ from grpo_jax.training.config import TrainConfig, differences, to_dict
 # What may differ between a run and its continuation: nothing the maths depends on. How
 # long it goes on is one of them as long as neither the learning rate nor the weights
 # depend on it.
-FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "log.")
+# Where data and the base lie may change: their fingerprints may not.
+FREE_ON_RESUME = (
+    "run_dir", "resume", "checkpoint.", "log.", "task.path", "task.heldout_path",
+    "pretrained", "scoring.workers",
+)  # fmt: skip
 
 
 def claim(config: TrainConfig, facts: dict[str, Any]) -> Path:

@@ -20,6 +20,7 @@ from grpo_jax.rollouts.encoding import (
 from grpo_jax.rollouts.sampling import sample
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Task
+from grpo_jax.training.checkpoint import restore_params
 from grpo_jax.training.config import TrainConfig, from_dict
 from grpo_jax.training.policies import load_base, model_of_run, with_factors
 from grpo_jax.training.run_directory import read_config_dict, read_facts
@@ -34,6 +35,23 @@ def saved_steps(run_dir: Path | str) -> list[int]:
     return sorted({*start, *(int(name) for name in names if name.isdigit())})
 
 
+def pick_step(run_dir: Path, step: int | None) -> int:
+    """The step itself, one of `saved_steps`; None: the newest of them.
+
+    Raises:
+        ConfigError: there is none of that step.
+    """
+    steps = saved_steps(run_dir)
+    if not steps:
+        raise ConfigError(f"{run_dir} holds no policy yet; it was stopped too early.")
+    if step is not None and step not in steps:
+        raise ConfigError(
+            f"step must be one of {steps}, those that {run_dir} kept, "
+            f"got {step}; checkpoint.every and checkpoint.keep say which are."
+        )
+    return steps[-1] if step is None else step
+
+
 def load_policy(run_dir: Path | str, step: int | None = None) -> Policy:
     """The policy of a run after `step` steps, one of `saved_steps`; None: the newest.
 
@@ -42,15 +60,7 @@ def load_policy(run_dir: Path | str, step: int | None = None) -> Policy:
     """
     run_dir = Path(run_dir)
     config = from_dict(TrainConfig, read_config_dict(run_dir))
-    steps = saved_steps(run_dir)
-    if not steps:
-        raise ConfigError(f"{run_dir} holds no policy yet; it was stopped too early.")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        raise ConfigError(
-            f"step must be one of {steps}, those that {run_dir} kept, "
-            f"got {step}; checkpoint.every and checkpoint.keep say which are."
-        )
+    step = pick_step(run_dir, step)
     model = model_of_run(run_dir, config)
     policy = abstract_policy(without_lora(model))
     if step == 0 or model.lora_rank:  # else every parameter is in the checkpoint
@@ -59,13 +69,8 @@ def load_policy(run_dir: Path | str, step: int | None = None) -> Policy:
         policy = with_factors(policy, model, jax.random.key(config.seed))
     if step == 0:
         return policy
-    import orbax.checkpoint as ocp
-
-    path = run_dir.absolute() / "checkpoints" / str(step) / "state"
-    with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(path)["params"]
-    # Through the host: like a new policy's, so that no program is compiled again.
-    return policy.replace(jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params))
+    params = restore_params(run_dir / "checkpoints" / str(step))
+    return policy.replace(params)
 
 
 def pick_answers(task: Task, count: int, *, seed: int, length: int) -> Rollouts:
@@ -119,14 +124,19 @@ def export(
     Raises:
         ConfigError: no such step, or no factors to write.
     """
-    run_dir = Path(run_dir)
+    run_dir, directory = Path(run_dir), Path(directory)
+    facts = read_facts(run_dir)
+    step = pick_step(run_dir, step)
+    if (directory / "checkpoints").exists() or directory.is_file():
+        raise ConfigError(
+            f"{directory} is a run or a file; export to a directory of its own."
+        )
     policy = load_policy(run_dir, step)
-    step = saved_steps(run_dir)[-1] if step is None else step
     if adapter:
-        base = read_config_dict(run_dir).get("pretrained")
+        base = facts["config"].get("pretrained")  # else `export --step 0` writes it
         save_adapter(policy.params, policy.config, directory, base=base)
         return step
     tokenizer = load_tokenizer(run_dir / "tokenizer")
-    stop_ids = read_facts(run_dir).get("eos_ids")
-    save_pretrained(policy, directory, tokenizer=tokenizer, eos_ids=stop_ids)
+    ends = facts.get("eos_ids")
+    save_pretrained(policy, directory, tokenizer=tokenizer, eos_ids=ends)
     return step

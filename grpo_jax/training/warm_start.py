@@ -31,11 +31,11 @@ from grpo_jax.rollouts.encoding import (
 )
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks.types import Example, Task, WarmStart
-from grpo_jax.training.checkpoint import load_params, save_params
+from grpo_jax.training.checkpoint import load_params, params_digest, save_params
 from grpo_jax.training.config import WarmStartConfig
 from grpo_jax.training.step import MicroBatch, batch_logprobs
 
-_VERSION = 4  # of this procedure: a change to it must not find old results
+_VERSION = 5  # of this procedure: a change to it must not find old results
 _CHECK_EVERY = 25  # steps between two looks at the pass rate
 _PROBE = 256  # prompts looked at
 _ASIDE = 64  # demonstrations set aside, a tenth of them at most
@@ -99,7 +99,7 @@ def warm_start(
     """A policy that answers some of the task's prompts, from cache where there is one.
 
     Args:
-        policy: Freshly initialised.
+        policy: What to start from.
         prompt_length, length: Padded tokens of prompts and of answers with EOS; longer
             demonstrations are left out.
         cache: Directory of earlier results.
@@ -125,7 +125,7 @@ def warm_start(
         except (ConfigError, KeyError, ValueError) as error:
             warn(f"the cached warm start is of no use ({error}); learning anew.")
     by_rate = settings.target_pass_rate is not None
-    shown = _Demonstrations(task, settings, *sizes)
+    shown = Demonstrations(task, settings, *sizes)
     if by_rate:
         count = min(_PROBE, len(task.train))
         spread = np.linspace(0, len(task.train) - 1, count).astype(int)
@@ -158,6 +158,11 @@ def warm_start(
                 figure = measure()
                 what = "pass rate" if by_rate else "nats a token"
                 report(stage, done + i, f"{what} {figure:.3f}")
+                if not np.isfinite(figure):
+                    raise ConfigError(
+                        f"the warm start diverged by step {done + i}, {what} {figure}; "
+                        "lower warm_start.learning_rate."
+                    )
                 if target is not None and figure >= target:
                     return i, True
         return steps, False
@@ -191,7 +196,7 @@ def warm_start(
     return WarmStarted(policy.replace(params), **facts, cached=False)
 
 
-class _Demonstrations:
+class Demonstrations:
     """Batches of demonstrations that fit, never one that is set aside."""
 
     def __init__(self, task: Task, settings: WarmStart, prompt_length, length):
@@ -204,8 +209,8 @@ class _Demonstrations:
             if self.left_out == len(task.train):
                 raise ConfigError(
                     f"every solution of task {task.name} is longer than {length} "
-                    "tokens, what a completion may have; raise "
-                    "sampling.max_new_tokens or set warm_start.enabled to false."
+                    "tokens, what a completion may have; raise max_new_tokens, or "
+                    "leave the warm start out with --warm-start.no-enabled."
                 )
 
     def set_aside(self, rng) -> Rollouts:
@@ -235,7 +240,7 @@ class _Demonstrations:
                 return self._packed(rows[: self.settings.batch_size])
         raise ConfigError(
             f"fewer than 1 in {_TRIES} demonstrations of task {self.task.name} fit "
-            f"into {self.sizes[1]} tokens; raise sampling.max_new_tokens."
+            f"into {self.sizes[1]} tokens; raise max_new_tokens."
         )
 
     def _draw(self, rng, spoiled):
@@ -316,7 +321,8 @@ def _fingerprint(policy, task, settings, seed, temperature, sizes):
     facts = dataclasses.asdict(settings)
     del facts["demonstrations"], facts["longest"]
     parts = [
-        _VERSION, task.name, shown, facts, dataclasses.asdict(policy.config), seed,
+        _VERSION, task.name, shown, facts, dataclasses.asdict(policy.config),
+        params_digest(policy.params), seed,
         temperature, sizes if settings.longest is None else None,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]

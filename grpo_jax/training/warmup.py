@@ -13,7 +13,12 @@ from grpo_jax.rollouts.encoding import bucket, encode_prompts
 from grpo_jax.training.config import WarmupConfig
 from grpo_jax.training.paths import cache_directory, use_compile_cache
 from grpo_jax.training.plan import completion_tokens
-from grpo_jax.training.policies import pretrained_policy, task_of, with_settings
+from grpo_jax.training.policies import (
+    check_language,
+    pretrained_policy,
+    task_of,
+    with_settings,
+)
 from grpo_jax.training.warm_start import warm_start, warm_start_settings
 
 
@@ -41,6 +46,7 @@ def warm_up(
     settings = warm_start_settings(config.warm_start, task)
     if config.model.lora_rank:
         raise ConfigError("model.lora_rank is for train; warmup trains whole models.")
+    check_language(task)
     if config.pretrained:
         model = with_settings(read_config(config.pretrained), config.model)
         policy = pretrained_policy(config.pretrained, model)
@@ -48,6 +54,7 @@ def warm_up(
         size = config.model.vocab_size or len(task.tokenizer)
         model = dataclasses.replace(config.model, vocab_size=size)
         policy = init_policy(model, jax.random.key(config.seed))
+    check_language(task, model)
     examples = task.train + ([settings.longest] if settings.longest else [])
     prompts = encode_prompts(task, examples)
     result = warm_start(
@@ -56,7 +63,7 @@ def warm_up(
         settings,
         seed=config.seed,
         prompt_length=bucket(max(map(len, prompts))),
-        length=completion_tokens(task, examples),
+        length=config.max_new_tokens or completion_tokens(task, examples),
         temperature=1.0,
         cache=cache_directory() / "warm_starts",
         report=lambda stage, step, figure: say(f"{stage}: step {step}, {figure}"),
@@ -72,5 +79,7 @@ def warm_up(
         tokenizer=task.tokenizer,
         eos_ids=list(task.eos_ids) or [task.end_id],
     )
-    say(f"written to {output}; train it with --pretrained {output}")
+    usual = "chat" if task.tokenizer.chat_template else "none"
+    asked = "" if task.template == usual else f" --task.template {task.template}"
+    say(f"written to {output}; train it with --pretrained {output}{asked}")
     return output

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 import grpo_jax as gj
+from grpo_jax.cli import main
 from grpo_jax.errors import ConfigError
+from grpo_jax.rollouts.encoding import encode_prompts
 from grpo_jax.tasks.tokenizers import train_tokenizer
 from grpo_jax.training.config import (
     CheckpointConfig,
@@ -16,8 +19,10 @@ from grpo_jax.training.config import (
     InstrumentConfig,
     SamplingConfig,
     TaskConfig,
+    WarmStartConfig,
 )
 from grpo_jax.training.metrics import read_lines
+from grpo_jax.training.policies import data_fingerprint, fingerprint, task_of
 from grpo_jax.training.snapshots import load_policy, saved_steps
 from tests.e2e.test_survival import numbers
 
@@ -117,7 +122,8 @@ def test_another_base_is_not_resumed(run, data, pretrained, tmp_path):
     other = tmp_path / "other"
     config = gj.ModelConfig(vocab_size=400, qk_bias=True, **MODEL)
     policy = gj.init_policy(config, jax.random.key(1))
-    gj.save_pretrained(policy, other, tokenizer=gj.load_tokenizer(pretrained))
+    tokenizer, ends = gj.load_tokenizer(pretrained), gj.eos_ids(pretrained)
+    gj.save_pretrained(policy, other, tokenizer=tokenizer, eos_ids=ends)
     moved = settings(data, other, run_dir=str(run.run_dir), resume=True)
     with pytest.raises(ConfigError, match="cannot resume.*pretrained"):
         gj.train(moved)
@@ -198,13 +204,144 @@ def test_evaluation_goes_on_where_it_was(data, pretrained, tmp_path):
         gj.evaluate(dataclasses.replace(config, temperature=0.5), say=said.append)
 
 
+def test_a_run_is_evaluated_as_it_was_trained(run, capsys):
+    """Its tokenizer, its lengths, and all held-out prompts of the file."""
+    assert main(["eval", "--run-dir", str(run.run_dir), "--prompts", "3"]) == 0
+    found = json.loads((run.run_dir / "eval-gsm8k-step4" / "eval.json").read_text())
+    assert found["max_new_tokens"] == 6 and found["prompts"] == 3
+    assert found["config"]["task"]["heldout_prompts"] == 0
+    capsys.readouterr()
+    wrong = ["eval", "--run-dir", str(run.run_dir), "--task.vocab-size", "400"]
+    assert main(wrong) == 2
+    assert "task.vocab_size is of a new tokenizer" in capsys.readouterr().err
+
+
+def test_an_export_replaces_no_run(run):
+    with pytest.raises(ConfigError, match="is a run or a file"):
+        gj.export(run.run_dir, run.run_dir)
+    assert load_policy(run.run_dir).config.width == 16
+
+
+def test_evaluation_of_a_model_that_changed_is_another(data, pretrained, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(pretrained, model)
+    config = gj.EvalConfig(
+        pretrained=str(model),
+        task=TaskConfig(name="gsm8k", path=str(data)),
+        prompts=2,
+        max_new_tokens=2,
+        output=str(tmp_path / "eval"),
+    )
+    before = fingerprint(model)
+    gj.evaluate(config, say=lambda text: None)
+    policy = gj.load_pretrained(model)
+    policy = policy.replace(jax.tree.map(lambda x: x + 0.01, policy.params))
+    gj.save_pretrained(policy, model)
+    assert fingerprint(model) != before
+    with pytest.raises(ConfigError, match="another evaluation.*the policy"):
+        gj.evaluate(config, say=lambda text: None)
+
+
+def test_a_hub_name_is_fetched_whole_and_asks_as_the_directory_does(
+    data, pretrained, tmp_path, monkeypatch
+):
+    """By a stand-in for the hub that copies the files asked for."""
+
+    def snapshot_download(name, allow_patterns):
+        assert name == "some/model"
+        for pattern in allow_patterns:
+            for file in pretrained.glob(pattern):
+                shutil.copy(file, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    config = settings(data, pretrained).task
+    ours, theirs = (task_of(config, x) for x in ("some/model", str(pretrained)))
+    assert ours.template == theirs.template == "chat"
+    assert data_fingerprint(ours) == data_fingerprint(theirs)
+    assert fingerprint(tmp_path) == fingerprint(pretrained)
+    assert gj.load_pretrained("some/model").config.width == 16
+
+
+def test_a_directory_without_weights_leaves_no_run(data, pretrained, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(pretrained, model)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="model.safetensors"):
+        gj.train(settings(data, model, run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(data, pretrained, tmp_path):
+    config = gj.ModelConfig(vocab_size=262, qk_bias=True, **MODEL)
+    policy = gj.init_policy(config, jax.random.key(0))
+    gj.save_pretrained(policy, tmp_path, tokenizer=gj.load_tokenizer(pretrained))
+    task = TaskConfig(name="gsm8k", path=str(data))
+    asked = gj.EvalConfig(pretrained=str(tmp_path), task=task, max_new_tokens=2)
+    taught = gj.WarmupConfig(
+        pretrained=str(tmp_path), task=task, output=str(tmp_path / "out")
+    )
+    for call in (
+        lambda: gj.evaluate(asked),
+        lambda: gj.warm_up(taught),
+        lambda: gj.train(settings(data, tmp_path)),
+    ):
+        with pytest.raises(ConfigError, match="vocab_size must be at least"):
+            call()
+
+
+@pytest.mark.slow
+def test_warm_up_starts_from_what_it_is_given(data, pretrained, tmp_path):
+    """Two models of one shape do not share a cached result."""
+    other = tmp_path / "other"
+    policy = gj.load_pretrained(pretrained)
+    policy = policy.replace(jax.tree.map(lambda x: x * 1.5, policy.params))
+    gj.save_pretrained(policy, other, tokenizer=gj.load_tokenizer(pretrained))
+    made = []
+    for i, base in enumerate((pretrained, other)):
+        config = gj.WarmupConfig(
+            output=str(tmp_path / f"out{i}"),
+            pretrained=str(base),
+            task=TaskConfig(name="gsm8k", path=str(data)),
+            warm_start=WarmStartConfig(max_steps=1, batch_size=2),
+        )
+        gj.warm_up(config, say=lambda text: None)
+        made.append((tmp_path / f"out{i}" / "model.safetensors").read_bytes())
+    assert made[0] != made[1]
+
+
+@pytest.mark.slow
+def test_a_warm_up_that_diverges_saves_nothing(data, pretrained, tmp_path):
+    config = gj.WarmupConfig(
+        output=str(tmp_path / "out"),
+        pretrained=str(pretrained),
+        task=TaskConfig(name="gsm8k", path=str(data)),
+        warm_start=WarmStartConfig(max_steps=2, batch_size=2, learning_rate=1e20),
+    )
+    with pytest.raises(ConfigError, match="diverged.*learning_rate"):
+        gj.warm_up(config, say=lambda text: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_asked_later_as_it_was_taught(data, tmp_path):
+    config = TaskConfig(name="gsm8k", path=str(data), vocab_size=320)
+    taught = task_of(config, None)
+    policy = gj.init_policy(
+        gj.ModelConfig(vocab_size=len(taught.tokenizer), **MODEL), jax.random.key(0)
+    )
+    gj.save_pretrained(policy, tmp_path, tokenizer=taught.tokenizer)
+    asked = task_of(dataclasses.replace(config, vocab_size=None), str(tmp_path))
+    one = taught.train[:1]
+    assert encode_prompts(taught, one) == encode_prompts(asked, one)
+
+
 @pytest.mark.slow
 def test_warm_up_makes_a_model_to_train(data, tmp_path):
     config = gj.WarmupConfig(
         output=str(tmp_path / "model"),
         task=TaskConfig(name="gsm8k", path=str(data), vocab_size=320),
         model=gj.ModelConfig(**MODEL),
-        warm_start=gj.TrainConfig().warm_start.__class__(max_steps=3, batch_size=4),
+        warm_start=WarmStartConfig(max_steps=3, batch_size=4),
     )
     said = []
     assert gj.warm_up(config, say=said.append) == tmp_path / "model"

@@ -48,6 +48,12 @@ def test_a_missing_reward_is_left_out():
     assert summarise(rows, [example()] * 2, [1])["avg@2"]["all"]["value"] == 1.0
 
 
+def test_nothing_known_is_no_rate():
+    rows = [answered(0, [None]), answered(1, [None])]
+    entry = summarise(rows, [example()] * 2, [1])["pass rate"]["all"]
+    assert math.isnan(entry["value"]) and entry["prompts"] == 0
+
+
 def test_several_samples_count_by_prompt():
     rows = [answered(0, [True, True]), answered(1, [True, False]), answered(2, [0, 0])]
     assert pass_rate(rows)[0] == pytest.approx(0.5)

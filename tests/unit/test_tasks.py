@@ -189,7 +189,7 @@ def test_chains_read_no_file():
     [
         ('{"answer": "2"', "line 3: not JSON .*; expected a JSON object with text"),
         ('["2"]', "line 3: expected a JSON object with text fields answer"),
-        ('{"question": "1+1"}', "line 3: field 'answer' is 'missing'"),
+        ('{"question": "1+1"}', "line 3: field 'answer' is missing"),
         ('{"answer": 2}', "line 3: field 'answer' is 2; expected"),
         ('{"answer": null}', "line 3: field 'answer' is None; expected"),
     ],

@@ -60,9 +60,11 @@ def test_gsm8k_rows(gsm8k):
         "How much are 59 and 959?", "1018", "It is 59+959 = 1018 in all.\n#### 1018"
     )
     assert task.reward == (Reward(name="gsm8k"),)
-    assert task.template == "qa" and not task.single_answer
+    assert task.template == "chat" and not task.single_answer
     (ids,) = encode_prompts(task, task.train[:1])
-    assert task.tokenizer.decode(ids) == "Question: How much are 0 and 900?\nAnswer:"
+    assert task.tokenizer.decode(ids) == (
+        "<|im_start|>user\nHow much are 0 and 900?<|im_end|>\n<|im_start|>assistant\n"
+    )
     shown = task.warm_start.demonstrations(np.random.default_rng(0), 500, False)
     assert set(shown) <= set(task.train)
 
@@ -240,7 +242,7 @@ def test_your_own_rows(tmp_path):
     )
     with pytest.raises(ConfigError, match="unknown reward 'gsm8'; did you mean 'gsm8k"):
         load_task("jsonl", path=path, **fields, rewards=("gsm8",))
-    with pytest.raises(ConfigError, match="line 1: field 'prompt' is 'missing'; expec"):
+    with pytest.raises(ConfigError, match="line 1: field 'prompt' is missing; expec"):
         load_task("jsonl", path=path)
     with pytest.raises(ConfigError, match="line 1: field 'more' is .1.; expected text"):
         load_task("jsonl", path=path, **fields, tag_fields=("more",))
@@ -322,7 +324,10 @@ def test_an_option_that_a_task_does_not_honour_is_refused(task, option, value):
     [
         (dict(eos_ids=(3,)), r"task.eos_ids go with a tokenizer, got \(3,\) and none"),
         (dict(template="r2"), "task.template must be one of none, qa, r1, qwen-math"),
-        (dict(system="x"), "task.system needs template chat, got template 'none'"),
+        (
+            dict(system="x", template="none"),
+            "task.system needs template chat, got template 'none'",
+        ),
         (dict(vocab_size=200), "vocab_size must be at least 259, the bytes and the"),
     ],
 )
@@ -415,20 +420,20 @@ def test_padding_of_templated_prompts_changes_no_logits(countdown):
     examples = sorted(countdown.train, key=lambda e: len(e.prompt))
     rows = encode_prompts(countdown, [examples[0], examples[-1]])
     assert len(rows[0]) != len(rows[1])
-    (ids, mask), right = (pad_left(rows, 50, 0) for _ in range(2))
+    (ids, mask), right = (pad_left(rows, 70, 0) for _ in range(2))
     for i, row in enumerate(rows):
         for array in right:
-            array[i] = np.roll(array[i], len(row) - 50)
+            array[i] = np.roll(array[i], len(row) - 70)
     found = next_token_logits(policy, ids, mask)
     other = next_token_logits(policy, *right)
     for i, row in enumerate(rows):
         np.testing.assert_allclose(
-            found[i, 50 - len(row) :], other[i, : len(row)], atol=2e-5
+            found[i, 70 - len(row) :], other[i, : len(row)], atol=2e-5
         )
 
 
 def test_what_is_imitated_is_what_is_read_back(countdown):
-    rollouts = answer_rollouts(countdown, countdown.train, 60, 20)
+    rollouts = answer_rollouts(countdown, countdown.train, 70, 20)
     texts = decode_groups(countdown, rollouts.completions, rollouts.completion_mask)
     assert texts == [[e.solution] for e in countdown.train]
 

@@ -10,7 +10,7 @@ from grpo_jax.tasks import Example
 from grpo_jax.training.config import SamplingConfig, WarmStartConfig
 from grpo_jax.training.plan import make_plan
 from grpo_jax.training.warm_start import (
-    _Demonstrations,
+    Demonstrations,
     token_loss,
     warm_start,
     warm_start_settings,
@@ -64,7 +64,7 @@ def test_worked_solutions_are_imitated_for_a_number_of_steps(task, long, tmp_pat
     policy, result = start(task, tmp_path, said=said)
     assert result.steps == 50 and result.reached and not result.cached
     assert result.pass_rate is None and result.left_out == long
-    shown = _Demonstrations(task, task.warm_start, 32, 14)
+    shown = Demonstrations(task, task.warm_start, 32, 14)
     aside = shown.set_aside(np.random.default_rng([0, 6]))
     before, after = (token_loss(p, aside) for p in (policy, result.policy))
     assert after < before - 1 and result.loss == pytest.approx(after, abs=1e-5)
@@ -82,14 +82,14 @@ def test_worked_solutions_are_imitated_for_a_number_of_steps(task, long, tmp_pat
 # Mean over all tokens, by hand from the log-probs of one row at a time.
 def test_token_loss_does_not_depend_on_how_it_is_cut(task):
     policy = tiny_policy(vocab_size=len(task.tokenizer))
-    shown = _Demonstrations(task, task.warm_start, 32, 14)
+    shown = Demonstrations(task, task.warm_start, 32, 14)
     rows = shown.set_aside(np.random.default_rng(1))
     whole, cut = token_loss(policy, rows), token_loss(policy, rows, budget=40)
     assert cut == pytest.approx(whole, rel=1e-5) and 3 < whole < 12
 
 
 def test_batches_show_no_solution_set_aside_and_none_too_long(task, long):
-    shown = _Demonstrations(task, task.warm_start, 32, 14)
+    shown = Demonstrations(task, task.warm_start, 32, 14)
     aside = shown.set_aside(np.random.default_rng(0))
     kept = {tuple(row[row > 0]) for row in aside.prompts}
     assert len(kept) == 8  # a tenth of 80
@@ -111,13 +111,13 @@ def test_one_demonstration_is_enough(task):
             task.warm_start, demonstrations=lambda rng, n, spoiled: task.train[:1] * n
         ),
     )
-    shown = _Demonstrations(one, one.warm_start, 32, 400)
+    shown = Demonstrations(one, one.warm_start, 32, 400)
     assert len(shown.set_aside(np.random.default_rng(0)).prompts) == 1
     assert len(shown.batch(np.random.default_rng(0), False).prompts) == 32
 
 
 def test_where_nothing_fits_the_way_out_is_named(task, tmp_path):
-    message = "every solution of task jsonl is longer than 3 tokens, .* raise sampling"
+    message = "every solution of task jsonl is longer than 3 tokens, .* raise max_new"
     with pytest.raises(ConfigError, match=message):
         start(task, tmp_path, length=3)
 
