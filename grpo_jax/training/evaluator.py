@@ -5,15 +5,17 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.models.decoder import Policy
 from grpo_jax.models.pretrained import load_pretrained
 from grpo_jax.rollouts.encoding import answer_rollouts, bucket, encode_prompts, pad_left
 from grpo_jax.rollouts.sampling import sample
+from grpo_jax.tasks import Example, Task
 from grpo_jax.training.checkpoint import params_digest
 from grpo_jax.training.config import (
     EvalConfig,
@@ -44,12 +46,24 @@ from grpo_jax.training.policies import (
     task_for_run,
     task_of,
 )
-from grpo_jax.training.run_directory import read_config_dict, read_facts
+from grpo_jax.training.run_directory import read_config_dict
 from grpo_jax.training.snapshots import load_policy, pick_step
 from grpo_jax.training.warm_start import pass_rates
 
 # What does not change an answer, and may differ when an evaluation is gone on with.
 _FREE = ("output", "rows", "scoring.")
+
+
+class _Asked(NamedTuple):
+    """Who is asked what."""
+
+    source: str
+    policy: Policy
+    task: Task
+    examples: list[Example]
+    indices: np.ndarray  # of the examples that are asked
+    prompts: tuple[np.ndarray, np.ndarray]  # token ids and mask, of all examples
+    length: int  # tokens of an answer, at most
 
 
 def evaluate(
@@ -67,96 +81,32 @@ def evaluate(
     """
     use_compile_cache()
     if config.run_dir:
-        run_dir = Path(config.run_dir)
-        read_facts(run_dir)  # its error first
-        config = dataclasses.replace(config, step=pick_step(run_dir, config.step))
-        source = f"step {config.step} of {config.run_dir}"
-        task = task_for_run(config.task, run_dir)
-    else:
-        source = config.pretrained
-        task = task_of(config.task, config.pretrained)
-    check_language(task)
-    if config.max_prompt_tokens is not None:
-        task, left_out = within(task, config.max_prompt_tokens)
-        say(f"left out for their length: {left_out[config.part == 'heldout']} prompts")
-    if config.run_dir:
-        policy = load_policy(config.run_dir, config.step)
-    else:
-        policy = load_pretrained(config.pretrained, dtype=config.compute_dtype)
-    check_language(task, policy.config)
-    policy = policy.reconfigured(compute_dtype=config.compute_dtype)
-    examples = getattr(task, config.part)
-    if not examples:
-        raise ConfigError(f"task {task.name} has no {config.part} prompts to ask.")
-    asked = np.arange(len(examples))
-    if config.prompts is not None and config.prompts < len(examples):
-        rng = np.random.default_rng([config.seed, 7])
-        asked = np.sort(rng.permutation(len(examples))[: config.prompts])
-    length = config.max_new_tokens or completion_tokens(task)
-    encoded = encode_prompts(task, examples)
-    width = bucket(max(map(len, encoded)))
-    prompts = pad_left(encoded, width, task.tokenizer.pad_token_id)
-    draw = partial(
-        sample,
-        max_new_tokens=length,
-        eos_id=tuple(sorted(task.stop_ids)),
-        pad_id=task.tokenizer.pad_token_id,
-    )
-    sampled = dict(
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
-    )
-    ways = {"greedy": (1, dict(top_k=1))} if config.greedy else {}
-    if config.samples:
-        ways["samples"] = (config.samples, sampled)
+        step = pick_step(Path(config.run_dir), config.step)
+        config = dataclasses.replace(config, step=step)
+    asked = _opened(config, say)
+    task, count = asked.task, len(asked.indices)
     say(
-        f"{source} on {len(asked)} {config.part} prompts of {task.name}, at most "
-        f"{length} tokens an answer"
+        f"{asked.source} on {count} {config.part} prompts of {task.name}, at most "
+        f"{asked.length} tokens an answer"
     )
-    trained = _trained_on(config) if config.part == "heldout" else set()
-    seen = sum(examples[i].prompt in trained for i in asked)
-    if seen:
-        say(f"warning: the run was trained on {seen} of these prompts.")
-    results: dict[str, Any] = {}
+    _warn_of_training(config, asked, say)
     directory = _directory(config, task)
+    results: dict[str, Any] = {}
     with verifier_pool(task, config.scoring) as pool:
-        _claim(directory, config, task, policy, say)
-        for i, (way, (samples, settings)) in enumerate(ways.items()):
+        _claim(directory, config, task, asked.policy, say)
+        for number, (way, samples, settings) in enumerate(_ways(config)):
+            key = jax.random.fold_in(jax.random.key(config.seed), number)
             file = directory / f"{way}.jsonl"
-            done = {row["index"]: Answered(**row) for row in read_lines(file)}
-            rewrite(file, [row._asdict() for row in done.values()])
-            left = [j for j in asked if j not in done]
-            parts = ask(
-                partial(draw, **settings),
-                policy,
-                task,
-                examples,
-                prompts,
-                samples=samples,
-                rows=config.rows,
-                key=jax.random.fold_in(jax.random.key(config.seed), i),
-                pool=pool,
-                warn=lambda text: say(f"warning: {text}"),
-                indices=left,
-            )
-            lines = JsonLines(file)
-            try:
-                for part in parts:
-                    for row in part:
-                        lines.write(row._asdict())
-                        done[row.index] = row
-                    say(f"{way}: {len(done)} of {len(asked)} prompts")
-            finally:
-                lines.close()
-            rows = [done[j] for j in asked]
-            results[way] = summarise(rows, examples, _ks(config))
+            rows = _answers(config, asked, samples, settings, key, file, pool, say)
+            results[way] = summarise(rows, asked.examples, _ks(config))
     if task.single_answer:
-        results["exact"] = _exact(policy, task, examples, asked, width, config)
+        results["exact"] = _exact(asked, config.temperature)
     found = {
-        "policy": source,
+        "policy": asked.source,
         "task": task.name,
         "part": config.part,
-        "prompts": len(asked),
-        "max_new_tokens": length,
+        "prompts": count,
+        "max_new_tokens": asked.length,
         "config": to_dict(config),
         "figures": results,
     }
@@ -167,6 +117,85 @@ def evaluate(
     return directory, found
 
 
+def _opened(config, say) -> _Asked:
+    """The policy, the prompts and what fits them; nothing is written."""
+    if config.run_dir:
+        source = f"step {config.step} of {config.run_dir}"
+        task = task_for_run(config.task, Path(config.run_dir))
+    else:
+        source = config.pretrained
+        task = task_of(config.task, config.pretrained)
+    check_language(task)
+    if config.max_prompt_tokens is not None:
+        task, left_out = within(task, config.max_prompt_tokens)
+        say(f"left out for their length: {left_out[config.part == 'heldout']} prompts")
+    examples = getattr(task, config.part)
+    if not examples:
+        raise ConfigError(f"task {task.name} has no {config.part} prompts to ask.")
+    if config.run_dir:
+        policy = load_policy(config.run_dir, config.step)
+    else:
+        policy = load_pretrained(config.pretrained, dtype=config.compute_dtype)
+    check_language(task, policy.config)
+    policy = policy.reconfigured(compute_dtype=config.compute_dtype)
+    indices = np.arange(len(examples))
+    if config.prompts is not None and config.prompts < len(examples):
+        rng = np.random.default_rng([config.seed, 7])
+        indices = np.sort(rng.permutation(len(examples))[: config.prompts])
+    encoded = encode_prompts(task, examples)
+    width = bucket(max(map(len, encoded)))
+    prompts = pad_left(encoded, width, task.tokenizer.pad_token_id)
+    length = config.max_new_tokens or completion_tokens(task)
+    return _Asked(source, policy, task, examples, indices, prompts, length)
+
+
+def _ways(config) -> list[tuple[str, int, dict[str, Any]]]:
+    """(name, answers of each prompt, how they are drawn)."""
+    ways = [("greedy", 1, dict(top_k=1))] if config.greedy else []
+    if config.samples:
+        settings = dict(
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+        )
+        ways.append(("samples", config.samples, settings))
+    return ways
+
+
+def _answers(config, asked, samples, settings, key, file, pool, say) -> list[Answered]:
+    """Every prompt's answers: those in the file; others are written as they come."""
+    done = {row["index"]: Answered(**row) for row in read_lines(file)}
+    rewrite(file, [row._asdict() for row in done.values()])
+    draw = partial(
+        sample,
+        max_new_tokens=asked.length,
+        eos_id=tuple(sorted(asked.task.stop_ids)),
+        pad_id=asked.task.tokenizer.pad_token_id,
+        **settings,
+    )
+    parts = ask(
+        draw,
+        asked.policy,
+        asked.task,
+        asked.examples,
+        asked.prompts,
+        samples=samples,
+        rows=config.rows,
+        key=key,
+        pool=pool,
+        warn=lambda text: say(f"warning: {text}"),
+        indices=[i for i in asked.indices if i not in done],
+    )
+    lines = JsonLines(file)
+    try:
+        for part in parts:
+            for row in part:
+                lines.write(row._asdict())
+                done[row.index] = row
+            say(f"{file.stem}: {len(done)} of {len(asked.indices)} prompts")
+    finally:
+        lines.close()
+    return [done[i] for i in asked.indices]
+
+
 def _ks(config):
     if config.pass_at:
         return sorted(set(config.pass_at))
@@ -174,12 +203,13 @@ def _ks(config):
     return sorted({k for k in powers if k < config.samples} | {config.samples})
 
 
-def _exact(policy, task, examples, asked, width, config):
+def _exact(asked, temperature):
     """The exact pass rate, where one completion is right."""
-    chosen = [examples[i] for i in asked]
-    answers = answer_rollouts(task, chosen, width, completion_tokens(task))
-    value, low, high = mean_interval(pass_rates(policy, answers, config.temperature))
-    entry = {"value": value, "low": low, "high": high, "prompts": len(asked)}
+    chosen = [asked.examples[i] for i in asked.indices]
+    width, length = asked.prompts[0].shape[1], completion_tokens(asked.task)
+    answers = answer_rollouts(asked.task, chosen, width, length)
+    value, low, high = mean_interval(pass_rates(asked.policy, answers, temperature))
+    entry = {"value": value, "low": low, "high": high, "prompts": len(chosen)}
     return {"pass rate": {"all": entry}}
 
 
@@ -192,13 +222,21 @@ def _directory(config, task):
     return Path("runs") / f"eval-{task.name}-{name}"
 
 
-def _trained_on(config) -> set[str]:
-    """The prompts that a run was trained on."""
-    if not config.run_dir:
-        return set()
+def _warn_of_training(config, asked, say):
+    """Says how many held-out prompts a run was trained on: with other data or another
+    split than its own there may be some."""
+    if not config.run_dir or config.part != "heldout":
+        return
     run_dir = Path(config.run_dir)
-    asked = from_dict(TrainConfig, read_config_dict(run_dir)).task
-    return {example.prompt for example in task_for_run(asked, run_dir).train}
+    own = from_dict(TrainConfig, read_config_dict(run_dir)).task
+    try:
+        trained = {example.prompt for example in task_for_run(own, run_dir).train}
+    except ConfigError as error:
+        say(f"warning: which prompts the run was trained on is not known ({error})")
+        return
+    seen = sum(asked.examples[i].prompt in trained for i in asked.indices)
+    if seen:
+        say(f"warning: the run was trained on {seen} of these prompts.")
 
 
 def _claim(directory, config, task, policy, say):

@@ -39,8 +39,9 @@ def pick_step(run_dir: Path, step: int | None) -> int:
     """The step itself, one of `saved_steps`; None: the newest of them.
 
     Raises:
-        ConfigError: there is none of that step.
+        ConfigError: there is none of that step, or the directory holds no run.
     """
+    read_facts(run_dir)  # its error first
     steps = saved_steps(run_dir)
     if not steps:
         raise ConfigError(f"{run_dir} holds no policy yet; it was stopped too early.")
