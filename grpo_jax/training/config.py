@@ -298,6 +298,7 @@ class WarmupConfig:
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
+    max_prompt_tokens: int | None = None  # longer prompts are left out; default: none
     max_new_tokens: int | None = None  # longer solutions are left out; default: 99 %
     seed: int = 0  # of parameters and of the order of demonstrations
 

@@ -12,7 +12,7 @@ from grpo_jax.models.pretrained import read_config, save_pretrained
 from grpo_jax.rollouts.encoding import bucket, encode_prompts
 from grpo_jax.training.config import WarmupConfig
 from grpo_jax.training.paths import cache_directory, use_compile_cache
-from grpo_jax.training.plan import completion_tokens
+from grpo_jax.training.plan import completion_tokens, within
 from grpo_jax.training.policies import (
     check_language,
     pretrained_policy,
@@ -47,6 +47,9 @@ def warm_up(
     if config.model.lora_rank:
         raise ConfigError("model.lora_rank is for train; warmup trains whole models.")
     check_language(task)
+    if config.max_prompt_tokens is not None:
+        task, (left_out, _) = within(task, config.max_prompt_tokens)
+        say(f"left out for their length: {left_out} prompts")
     if config.pretrained:
         model = with_settings(read_config(config.pretrained), config.model)
         policy = pretrained_policy(config.pretrained, model)
