@@ -275,25 +275,25 @@ def merged(params: Any, frozen: Any) -> Any:
 def init_policy(config: ModelConfig, key: jax.Array) -> Policy:
     """A policy with fresh random float32 parameters, LoRA's factors apart."""
 
-    def build(key):
-        return nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1])
-
-    return _policy(config, jax.jit(build)(key))
+    params, frozen = jax.jit(partial(_new_params, config))(key)
+    return dataclasses.replace(abstract_policy(config), params=params, frozen=frozen)
 
 
 def abstract_policy(config: ModelConfig) -> Policy:
     """A policy with `jax.ShapeDtypeStruct`s for parameters."""
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    params = nnx.to_pure_dict(nnx.split(decoder)[1])
-    return _policy(config, params)
+    graphdef, state = nnx.split(decoder)
+    return Policy(config, graphdef, *_parts(config, state))
 
 
-def _policy(config, params):
-    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    frozen = None
-    if config.lora_rank:
-        params, frozen = split_factors(params)
-    return Policy(config, nnx.split(decoder)[0], params, frozen)
+def _new_params(config, key):
+    return _parts(config, nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1])
+
+
+def _parts(config, state):
+    """(params, frozen) of a `Policy`, from all of a decoder's."""
+    params = nnx.to_pure_dict(state)
+    return split_factors(params) if config.lora_rank else (params, None)
 
 
 def add_lora(
@@ -318,8 +318,7 @@ def add_lora(
     )
 
     def factors(key):  # the rest of the random parameters is never made
-        params = nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1])
-        return split_factors(params)[0]
+        return _new_params(config, key)[0]
 
     adapted = abstract_policy(config)
     return dataclasses.replace(

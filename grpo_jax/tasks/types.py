@@ -94,9 +94,14 @@ class Task:
     note: str = ""
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end a completion, in the order they were given."""
+        return self.eos_ids or (self.tokenizer.eos_token_id,)
+
+    @property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end a completion."""
-        return frozenset(self.eos_ids or (self.tokenizer.eos_token_id,))
+        """The same as a set."""
+        return frozenset(self.ends)
 
     @property
     def end_id(self) -> int:

@@ -167,7 +167,7 @@ def _answers(config, asked, samples, settings, key, file, pool, say) -> list[Ans
     draw = partial(
         sample,
         max_new_tokens=asked.length,
-        eos_id=tuple(sorted(asked.task.stop_ids)),
+        eos_id=asked.task.ends,
         pad_id=asked.task.tokenizer.pad_token_id,
         **settings,
     )

@@ -56,7 +56,6 @@ from grpo_jax.training.policies import (
     data_fingerprint,
     fingerprint,
     load_base,
-    pretrained_policy,
     with_factors,
 )
 from grpo_jax.training.run_directory import claim, record
@@ -131,7 +130,7 @@ def _facts(config, plan):
         base = fingerprint(local_directory(config.pretrained))
     return {
         "note": task.note,
-        "eos_ids": list(task.eos_ids) or [task.end_id],
+        "eos_ids": list(task.ends),
         "template": task.template,
         "system": task.system,
         "max_new_tokens": plan.max_new_tokens,
@@ -259,11 +258,9 @@ class _Run:
     def _base_policy(self) -> Policy | None:
         """All parameters to start from, without LoRA's factors."""
         config, plan = self.config, self.plan
-        if config.pretrained:
-            return pretrained_policy(config.pretrained, plan.model)
         file = self.directory / "initial.safetensors"
-        if file.exists():
-            return load_base(self.directory, plan.model, None)
+        if config.pretrained or file.exists():
+            return load_base(self.directory, plan.model, config.pretrained)
         policy = init_policy(without_lora(plan.model), self.init_key)
         if plan.warm_starts:
             settings = warm_start_settings(config.warm_start, plan.task)
@@ -315,12 +312,11 @@ class _Run:
         self.schedule = make_schedule(config.optimizer, total)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
         self.weights = plan.weights
-        self.eos_ids = tuple(sorted(self.task.stop_ids))
         self.sample = partial(
             sample,
             max_new_tokens=plan.max_new_tokens,
             temperature=self.temperature,
-            eos_id=self.eos_ids,
+            eos_id=self.task.ends,
             pad_id=self.tokenizer.pad_token_id,
         )
         pick = np.random.default_rng([config.seed, 3]).permutation(len(plan.task.train))
@@ -506,7 +502,7 @@ class _Run:
                     token_weights,
                     objective,
                     temperature=self.temperature,
-                    eos_id=self.eos_ids,
+                    eos_id=self.task.ends,
                 ),
                 policy,
                 rollouts,

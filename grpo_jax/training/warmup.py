@@ -80,7 +80,7 @@ def warm_up(
         result.policy,
         output,
         tokenizer=task.tokenizer,
-        eos_ids=list(task.eos_ids) or [task.end_id],
+        eos_ids=task.ends,
     )
     usual = "chat" if task.tokenizer.chat_template else "none"
     asked = "" if task.template == usual else f" --task.template {task.template}"
