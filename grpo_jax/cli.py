@@ -26,6 +26,8 @@ usage: grpo-jax COMMAND [...]
   objectives [NAME ...]: every method's formula, axes and source (or of those named)
   report   RUN_DIR [RUN_DIR ...] [--output FILE]: write the report of a run, or of
            several overlaid
+  replay   RUN_DIR STEP [--output FILE.npz]: compute a step of a run again, compare it
+           with what metrics.jsonl has, and keep its rollouts and gradient norms
 """
 # Shorter spellings of the settings that every run names.
 _SHORT = {
@@ -46,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         "audit": _audit,
         "objectives": _objectives,
         "report": _report,
+        "replay": _replay,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -302,4 +305,27 @@ def _report(argv):
 
     default = directories[0] / "report.html" if len(directories) == 1 else "report.html"
     print(f"report: {write_report(directories, Path(output or default))}")
+    return 0
+
+
+def _replay(argv):
+    usage = "usage: grpo-jax replay RUN_DIR STEP [--output FILE.npz]."
+    plain, options = _arguments(argv, {"--output": str}, usage)
+    if len(plain) != 2 or not plain[1].isdigit():
+        raise ConfigError(f"replay needs a run and a step of it; {usage}")
+    import logging
+
+    import numpy as np
+
+    from grpo_jax.training.replay import replay
+
+    # orbax, on what it does with a directory that is only read.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+    found = replay(plain[0], int(plain[1]))
+    print(found.text())
+    if "--output" in options:
+        with open(options["--output"], "wb") as file:
+            np.savez(file, **found.arrays)
+        print(f"rollouts, weights and gradient norms: {options['--output']}")
     return 0

@@ -5,6 +5,7 @@ needed: the completions before scoring, the new parameters before they are sampl
 metrics are written while the device samples the next step.
 """
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -48,6 +49,7 @@ from grpo_jax.training.metrics import (
     keep_until,
     mean_interval,
     read_lines,
+    rewrite,
     to_numbers,
 )
 from grpo_jax.training.paths import cache_directory, use_compile_cache
@@ -63,6 +65,7 @@ from grpo_jax.training.run_directory import claim, record
 from grpo_jax.training.step import (
     Batch,
     MicroBatch,
+    TrainState,
     batch_logprobs,
     compiled_statistics,
     empty_history,
@@ -82,6 +85,7 @@ from grpo_jax.training.warm_start import (
     warm_start,
     warm_start_settings,
 )
+from grpo_jax.training.watchdog import Watchdog
 
 SKIPPED_LIMIT = 5  # non-finite gradients in a row that end a run
 
@@ -111,19 +115,20 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
     Raises:
         ConfigError: the run cannot start as configured; nothing was written.
         NonFiniteGradients: five updates in a row had to be skipped.
+        OSError: a line could not be written (a full disk); what was computed is in a
+            checkpoint where that could be saved.
     """
     if task is not None:
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)
     plan = make_plan(config, task)
-    with verifier_pool(plan.task, config.scoring) as pool:
-        directory = claim(config, _facts(config, plan))
+    with _Signals() as signals, verifier_pool(plan.task, config.scoring) as pool:
+        directory = claim(config, facts_of(config, plan))
         use_compile_cache()
-        with _Signals() as signals:
-            return _Run(config, plan, directory, signals, pool).train()
+        return Run(config, plan, directory, signals, pool).train()
 
 
-def _facts(config, plan):
+def facts_of(config, plan):
     """What config.json keeps besides the config: what was resolved of the task and the
     model, and fingerprints of the data and of what the policy starts from."""
     task, base = plan.task, ""
@@ -146,7 +151,8 @@ def _named_interval(name, stem, interval):
 
 
 class _Signals:
-    """The first SIGTERM or SIGINT asks the run to save and end; the second kills it."""
+    """The first SIGTERM or SIGINT asks the run to save and end, which it does when the
+    phase it is in is over; the second kills it."""
 
     def __init__(self):
         self.asked = False
@@ -168,6 +174,18 @@ class _Signals:
     def __exit__(self, *exception):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+class Scored(NamedTuple):
+    """A step's rollouts with their rewards, ready for the update."""
+
+    state: TrainState  # with what the weights remember of these rewards
+    batch: Batch
+    indices: np.ndarray  # of the prompts
+    rollouts: Rollouts  # on the host
+    texts: list[list[str]]
+    metrics: dict[str, Any]  # on the device
+    host: dict[str, float]
 
 
 class _Spent:
@@ -196,13 +214,17 @@ def _tied(rewards):
     return np.asarray(compiled_statistics(rewards).tied)
 
 
-class _Run:
-    """One process's part of a run; `train` is its only entrance."""
+class Run:
+    """One process's part of a run: `train` is the whole of it; `replay.py` recomputes
+    single steps with the same methods."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, directory: Path, signals, pool):
+    def __init__(
+        self, config: TrainConfig, plan: Plan, directory: Path, signals=None, pool=None
+    ):
         self.config, self.plan, self.directory = config, plan, directory
-        self.signals, self.pool, self.task = signals, pool, plan.task
+        self.signals, self.pool, self.task = signals or _Signals(), pool, plan.task
         self.console = Console(config.log.lines_every)
+        self.watchdog = Watchdog(self.console.warn)
         self.compiles = count_compiles()
         self.order = None  # (epoch, its permutation of the prompts)
         self.told_of_ties = False
@@ -220,14 +242,14 @@ class _Run:
             self.console.warn(warning)
         self.console.say(f"run directory: {self.directory}")
         self.tokenizer.save_pretrained(self.directory / "tokenizer")
-        policy = self._starting_policy()
+        policy = self.starting_policy()
         if policy is None:
             self.console.say(
                 "stopped during the warm start, of which nothing is kept; start again "
                 f"with --resume --run-dir {self.directory}"
             )
             return TrainResult(self.directory, {}, False)
-        self._build(policy)
+        self.build(policy)
         checkpoints = Checkpoints(
             self.directory / "checkpoints",
             keep=self.config.checkpoint.keep,
@@ -235,21 +257,22 @@ class _Run:
         )
         with checkpoints:
             self.checkpoints = checkpoints
-            state, step = self._starting_state(policy)
+            state, data = self._starting_state(policy)
             if self.config.resume:  # a new run's was written when it was claimed
-                record(self.directory, self.config, _facts(self.config, self.plan))
+                record(self.directory, self.config, facts_of(self.config, self.plan))
             del policy  # its parameters are the state's now, to be given away
-            self._open_files(step)
+            self._open_files(data)
             try:
-                return self._loop(state, step)
+                return self._loop(state, data["step"])
             finally:
+                self.watchdog.stop()
                 self.console.stop()
                 for file in self.files.values():
                     file.close()
 
     # ---- before the first step
 
-    def _starting_policy(self) -> Policy | None:
+    def starting_policy(self) -> Policy | None:
         """The policy at step 0, which is also the reference; None if stopped."""
         policy = self._base_policy()
         if policy is None or not self.plan.model.lora_rank:
@@ -300,7 +323,7 @@ class _Run:
         save_params(file, policy.params)
         return policy
 
-    def _build(self, start: Policy):
+    def build(self, start: Policy):
         """What every step uses: optimizer, weights, sampler, fixed sets of prompts."""
         config, plan, objective = self.config, self.plan, self.plan.objective
         self.policy = start.replace(None)  # parameters live in the state alone
@@ -365,16 +388,20 @@ class _Run:
         )
         return dataclasses.replace(objective, entropy_limit=None)
 
-    def _starting_state(self, policy):
+    def first_state(self, policy) -> TrainState:
+        """The state before any update."""
         shapes = self._rollout_shapes(self.plan.max_new_tokens)
         history = empty_history(self.plan.objective, shapes)
-        state = init_state(policy.params, self.optimizer, self.weights, history)
+        return init_state(policy.params, self.optimizer, self.weights, history)
+
+    def _starting_state(self, policy):
+        state, start = self.first_state(policy), {"step": 0}
         if not self.config.resume:
-            return state, 0
+            return state, start
         restored = self.checkpoints.restore(state)
         if restored is None:
             self.console.warn("no whole checkpoint to resume from; starting at step 0.")
-            return state, 0
+            return state, start
         state, data = restored
         if data["step"] > self.config.steps:
             raise ConfigError(
@@ -382,10 +409,10 @@ class _Run:
                 f"already, got {self.config.steps}."
             )
         self.console.say(f"resumed at step {data['step']}.")
-        return state, data["step"]
+        return state, data
 
-    def _open_files(self, step):
-        self.files = {}
+    def _open_files(self, data):
+        self.files, step = {}, data["step"]
         # At step 0 everything is written again, the look at the start included. A look
         # waits for the update after it, so one of this very step is taken again.
         looks = read_lines(self.directory / "instrument.jsonl")
@@ -397,9 +424,11 @@ class _Run:
             if path.exists():
                 keep_until(path, last)
             self.files[name] = JsonLines(path)
-        self.instrument = self._make_instrument([r for r in looks if r["step"] < step])
+            for row in data.get("unwritten", {}).get(name, []):
+                self.files[name].write(row)
+        self.instrument = self.make_instrument([r for r in looks if r["step"] < step])
 
-    def _make_instrument(self, earlier: list[dict]) -> Instrument | None:
+    def make_instrument(self, earlier: list[dict]) -> Instrument | None:
         """None where it is off; `earlier`: the rows of looks before this start."""
         plan = self.plan
         if plan.probe is None:
@@ -416,7 +445,7 @@ class _Run:
                 part = np.resize(self.probe_ids[start : start + size], size)
                 parts.append(jax.device_get(self._rollouts(params, part, key, g)))
             sampled = jax.tree.map(lambda *x: np.concatenate(x)[:p], *parts)
-            scored, scores, _ = self._score(sampled, self.probe_ids)
+            scored, scores, _ = self.score(sampled, self.probe_ids)
             if scores.errors:
                 self.console.warn(
                     f"instrument: {len(scores.errors)} rewards missing: "
@@ -456,7 +485,7 @@ class _Run:
         rewards = shape((p, g), jnp.float32)
         return Rollouts(prompt, prompt, ids, ids, floats, rewards)
 
-    def _compile_updates(self, state):
+    def compile_updates(self, state):
         """Every program of the update, before the first step needs it."""
         config, plan, objective = self.config, self.plan, self.objective
         p, g = config.sampling.prompts, config.sampling.group_size
@@ -468,6 +497,8 @@ class _Run:
         self.keeps_old = several and not self.stay and objective.history == 1
         self.programs = {}
         for t in plan.buckets:
+            if self.signals.asked:
+                return
             self.programs[t] = self._programs(state, t, p, g)
 
     def _programs(self, state, t, p, g):
@@ -586,7 +617,7 @@ class _Run:
             return self._rollouts(params, indices, key, group_size)
         draft_key = jax.random.fold_in(self.draft_key, jax.random.bits(key))
         sampled = jax.device_get(self._rollouts(params, indices, draft_key, drafts))
-        scored, scores, _ = self._score(sampled, indices)
+        scored, scores, _ = self.score(sampled, indices)
         self.spent.add(sampled, scores)
         rows = refined_prompts(
             self.plan.refine,
@@ -614,7 +645,7 @@ class _Run:
             fresh = rng.permutation(others)[: len(indices)]
             key = jax.random.fold_in(jax.random.fold_in(self.refill_key, step), rounds)
             sampled = jax.device_get(self._train_rollouts(params, fresh, key))
-            more, scores, more_texts = self._score(sampled, fresh)
+            more, scores, more_texts = self.score(sampled, fresh)
             self.spent.add(sampled, scores)
             good = np.flatnonzero(~_tied(more.rewards))
             pairs = list(zip(tied, good, strict=False))
@@ -636,118 +667,199 @@ class _Run:
             behaviour_logprobs=rollouts.behaviour_logprobs[..., :t],
         )
 
-    def _loop(self, state, step) -> TrainResult:
-        config = self.config
+    def sampled(self, params, step):
+        """(indices of a step's prompts, their completions on the device)."""
+        self.spent = _Spent()
+        indices = self._prompts_of(step)
+        key = jax.random.fold_in(self.run_key, step)
+        return indices, self._train_rollouts(params, indices, key)
+
+    def scored(self, state, step, indices, rollouts) -> Scored:
+        """The step's completions (on the host) scored and weighed."""
+        rollouts, scores, texts = self.score(rollouts, indices)
+        self.spent.add(rollouts, scores)
+        host = _reward_parts(scores)
+        if self.objective.refills:
+            indices, rollouts, texts, refilled = self._refilled(
+                state.params, step, indices, rollouts, texts
+            )
+            host |= refilled
+        host["tokens/sampled"] = self.spent.tokens
+        if self.pool is not None:
+            host["reward/failed"] = self.spent.failures
+        rollouts = self._trimmed(rollouts)
+        state, batch, metrics = self._batch(state, rollouts, indices)
+        return Scored(state, batch, indices, rollouts, texts, metrics, host)
+
+    def _prepare(self, state, step):
+        """Compiles what a step needs and looks at the start; less if asked to stop."""
         began = time.monotonic()
-        self._compile_updates(state)
-        # Evaluated and looked at even on resume, where it is not written: what these
+        with self.watchdog.phase("compilation"):
+            self.compile_updates(state)
+        if self.signals.asked:
+            return
+        # Evaluated and looked at even on resume, where it is there already: what these
         # need is compiled before the first step. Its own sampling is compiled in it.
-        row = self._evaluate(state.params, 0)
-        if self.instrument is not None:
-            row |= self.instrument.look(state.params, step)
-            self.instrument.compile(state.params)
-            if not self.looks_now:
-                self.instrument.forget()
+        row = self.evaluate(state.params, step)
+        if self.instrument is not None and not self.signals.asked:
+            with self.watchdog.phase("look"):
+                row |= self.instrument.look(state.params, step)
+                self.instrument.compile(state.params)
+                if not self.looks_now:
+                    self.instrument.forget()
+        if self.signals.asked:
+            return
         if step == 0:
             self._write(0, {}, row)
+        else:
+            self._complete(step, row)
         self.console.say(f"ready after {time.monotonic() - began:.1f} s")
-        self.console.start(step, config.steps)
-        pending = None
-        while step < config.steps and not self.signals.asked:
-            step_began = time.monotonic()
-            indices = self._prompts_of(step)
-            key = jax.random.fold_in(self.run_key, step)
-            self.spent = _Spent()
-            sampled = self._train_rollouts(state.params, indices, key)
-            if pending is not None:  # written while the device samples
-                row = self._write(*pending)
-            rollouts = jax.device_get(sampled)
-            times = {"time/sample_s": time.monotonic() - step_began}
 
-            scored = time.monotonic()
-            rollouts, scores, texts = self._score(rollouts, indices)
-            self.spent.add(rollouts, scores)
-            host = _reward_parts(scores)
-            if self.objective.refills:
-                indices, rollouts, texts, refilled = self._refilled(
-                    state.params, step, indices, rollouts, texts
-                )
-                host |= refilled
-            host["tokens/sampled"] = self.spent.tokens
-            if self.pool is not None:
-                host["reward/failed"] = self.spent.failures
-            rollouts = self._trimmed(rollouts)
-            state, batch, metrics = self._batch(state, rollouts, indices)
-            times["time/score_s"] = time.monotonic() - scored
+    def _complete(self, step, looked):
+        """Puts what a stop left out of the step's line into it."""
+        path = self.directory / "metrics.jsonl"
+        lines = read_lines(path)
+        if not lines or lines[-1]["step"] != step:
+            return
+        owed = {
+            name: value
+            for name, value in looked.items()
+            if name not in lines[-1]
+            and (self._evaluates(step) if name.startswith("eval/") else self._due(step))
+        }
+        if owed:
+            lines[-1] |= owed
+            self.files["metrics"].close()
+            rewrite(path, lines)
+            self.files["metrics"] = JsonLines(path)
 
-            compared = self._compared(state, batch, step + 1)
-            watched = self.instrument is not None and self.instrument.pending
-            before = jax.tree.map(jnp.copy, state.params) if watched else None
-            updating = time.monotonic()
-            state, updated = self._update(state, batch)
-            metrics |= updated
-            times["time/update_s"] = time.monotonic() - updating
-            if watched:
-                times |= self.instrument.follow(before, state.params)
-                del before
-                self._write_look()
-            step += 1
-            if compared is not None:
-                counterfactual.record(
-                    self.files["counterfactual"], step, compared, rollouts.rewards
-                )
+    def _loop(self, state, step) -> TrainResult:
+        config = self.config
+        pending, row = None, {}
+        try:
+            self._prepare(state, step)
+            self.console.start(step, config.steps)
+            while step < config.steps and not self.signals.asked:
+                step_began = time.monotonic()
+                with self.watchdog.phase("sampling"):
+                    indices, sampled = self.sampled(state.params, step)
+                    if pending is not None:  # written while the device samples
+                        row, pending = self._write(*pending), None
+                    rollouts = jax.device_get(sampled)
+                times = {"time/sample_s": time.monotonic() - step_began}
+                if self.signals.asked:
+                    break  # the step is made again, the same, on resume
 
-            errors = self.spent.errors
-            if errors:
-                self.console.warn(
-                    f"step {step}: {len(errors)} rewards missing: {errors[0][:200]}"
+                began = time.monotonic()
+                with self.watchdog.phase("scoring"):
+                    scored = self.scored(state, step, indices, rollouts)
+                rollouts, batch = scored.rollouts, scored.batch
+                times["time/score_s"] = time.monotonic() - began
+                if self.signals.asked:
+                    break
+
+                with self.watchdog.phase("update"):
+                    compared = self._compared(scored.state, batch, step + 1)
+                    watched = self.instrument is not None and self.instrument.pending
+                    before = jax.tree.map(jnp.copy, state.params) if watched else None
+                    began = time.monotonic()
+                    state, updated = self.update(scored.state, batch)
+                times["time/update_s"] = time.monotonic() - began
+                # From here on the step is made, whatever else fails.
+                step += 1
+                metrics, host = scored.metrics | updated, scored.host
+                pending = (step, metrics, times | host)
+                if watched:
+                    with self.watchdog.phase("look"):
+                        times |= self.instrument.follow(before, state.params)
+                    del before
+                    self._write_look()
+                if compared is not None:
+                    counterfactual.record(
+                        self.files["counterfactual"], step, compared, rollouts.rewards
+                    )
+                self._tell(step, rollouts)
+                self._log_samples(step, scored.indices, scored.texts, rollouts)
+                looked = self._look(state.params, step)
+                spent = looked.pop("time/instrument_s", 0) + times.get(
+                    "time/instrument_s", 0
                 )
-            if self.spent.failures:
-                self.console.warn(
-                    f"step {step}: {self.spent.failures} checks hung or died; they "
-                    "score 0."
-                )
-            if _tied(rollouts.rewards).all() and not self.told_of_ties:
-                self.told_of_ties = True
-                self.console.warn(
-                    f"step {step}: no group is informative, all its prompts have "
-                    "weight 0 (said once; see group/informative in metrics.jsonl)."
-                )
-            self._log_samples(step, indices, texts, rollouts)
-            looked = self._look(state.params, step)
-            spent = looked.pop("time/instrument_s", 0) + times.get(
-                "time/instrument_s", 0
-            )
-            if spent:
-                times["time/instrument_s"] = spent
-            times["time/step_s"] = time.monotonic() - step_began
-            pending = (step, metrics, times | host | looked)
-            failed = int(state.skipped_in_a_row) >= SKIPPED_LIMIT
-            if step % config.checkpoint.every == 0 or failed:
-                # The line first: a checkpoint's step is never missing from the file.
+                if spent:
+                    times["time/instrument_s"] = spent
+                times["time/step_s"] = time.monotonic() - step_began
+                pending = (step, metrics, times | host | looked)
+                failed = int(state.skipped_in_a_row) >= SKIPPED_LIMIT
+                if step % config.checkpoint.every == 0 or failed:
+                    # The line first: a checkpoint's step is never missing there.
+                    row, pending = self._write(*pending), None
+                    self._save(state, step, row)
+                if failed:
+                    self._write_look()
+                    self._give_up(step, rollouts)
+            if pending is not None:
                 row, pending = self._write(*pending), None
-                self._save(state, step, row)
-            if failed:
-                self._write_look()
-                self._give_up(step, rollouts)
-        if pending is not None:
-            row = self._write(*pending)
+            self._write_look()
+        except OSError as error:
+            raise self._rescued(state, step, pending, error) from error
+        return self._end(state, step, row)
+
+    def _end(self, state, step, row) -> TrainResult:
+        if step:
             self._save(state, step, row)
-        self._write_look()
-        self.checkpoints.wait()
+            with self.watchdog.phase("saving"):
+                self.checkpoints.wait()
         self.console.stop()
-        finished = step >= config.steps
+        last = (read_lines(self.directory / "metrics.jsonl") or [{}])[-1]
+        # A stop may have left the last look out.
+        wanted = {"eval/heldout_pass_rate", *(["phase/label"] * self._due(step))}
+        finished = step >= self.config.steps and wanted <= last.keys()
         if not finished:
             saved = ", saved" if step else ""
             self.console.say(
                 f"stopped at step {step}{saved}; continue with --resume "
                 f"--run-dir {self.directory}"
             )
-        self._report(finished)
-        last = read_lines(self.directory / "metrics.jsonl")[-1]
+        with self.watchdog.phase("report"):
+            self._report(finished)
         return TrainResult(self.directory, last, finished)
 
-    def _score(self, rollouts, indices):
+    def _rescued(self, state, step, pending, error) -> OSError:
+        """What to raise where something cannot be written: the disk is full, say. The
+        step that is made is saved if it can be, its unwritten lines with it."""
+        self.console.stop()
+        if pending is not None:
+            with contextlib.suppress(OSError):  # then it is among the unwritten ones
+                self._write(*pending)
+        unwritten = {name: file.unwritten for name, file in self.files.items()}
+        if step:
+            self._save(state, step, {}, {"unwritten": unwritten})
+            self.checkpoints.wait()
+        newest = self.checkpoints.saved
+        saved = "nothing is saved" if newest is None else f"step {newest} is saved"
+        return OSError(
+            f"{error}; stopped at step {step}, {saved}. Make room, then continue with "
+            f"--resume --run-dir {self.directory}"
+        )
+
+    def _tell(self, step, rollouts):
+        """Warns of rewards that are missing, hung or say nothing."""
+        errors = self.spent.errors
+        if errors:
+            self.console.warn(
+                f"step {step}: {len(errors)} rewards missing: {errors[0][:200]}"
+            )
+        if self.spent.failures:
+            self.console.warn(
+                f"step {step}: {self.spent.failures} checks hung or died; they score 0."
+            )
+        if _tied(rollouts.rewards).all() and not self.told_of_ties:
+            self.told_of_ties = True
+            self.console.warn(
+                f"step {step}: no group is informative, all its prompts have "
+                "weight 0 (said once; see group/informative in metrics.jsonl)."
+            )
+
+    def score(self, rollouts, indices):
         texts = decode_groups(self.task, rollouts.completions, rollouts.completion_mask)
         scores = score(
             self.task.reward,
@@ -778,7 +890,7 @@ class _Run:
         batch = Batch(rollouts, old, reference, weights, factors)
         return state, jax.block_until_ready(batch), metrics
 
-    def _update(self, state, batch):
+    def update(self, state, batch):
         """All updates of one rollout, or fewer where the objective stops early."""
         programs = self.programs[batch.rollouts.completions.shape[-1]]
         update = programs["update"]
@@ -806,21 +918,27 @@ class _Run:
         raise NonFiniteGradients(
             f"{SKIPPED_LIMIT} updates in a row had a non-finite gradient; stopped at "
             f"step {step}. Its rollouts are in {file}, the parameters (not touched by "
-            "the skipped updates) in the checkpoint of the same step. A new run with a "
-            "lower optimizer.learning_rate or a warm-up is the usual cure."
+            "the skipped updates) in the checkpoint of the same step; `grpo-jax replay "
+            f"{self.directory} {step}` computes it again. A new run with a lower "
+            "optimizer.learning_rate or a warm-up is the usual cure."
         )
 
     # ---- looking and writing
 
     def _look(self, params, step) -> dict[str, float]:
-        """Evaluation and instrument where they are due."""
-        every = self.config.evaluation.every
+        """Evaluation and instrument where they are due; asked to stop, the resumed run
+        makes up for them."""
         metrics = {}
-        if step == self.config.steps or (every and step % every == 0):
-            metrics |= self._evaluate(params, step)
-        if self._due(step):
-            metrics |= self.instrument.look(params, step)
+        if self._evaluates(step) and not self.signals.asked:
+            metrics |= self.evaluate(params, step)
+        if self._due(step) and not self.signals.asked:
+            with self.watchdog.phase("look"):
+                metrics |= self.instrument.look(params, step)
         return metrics
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return step in (0, self.config.steps) or (every > 0 and step % every == 0)
 
     def _exact(self, params, name):
         return pass_rates(
@@ -830,7 +948,12 @@ class _Run:
             self.config.micro_batch_tokens,
         )
 
-    def _evaluate(self, params, step):
+    def evaluate(self, params, step) -> dict[str, float]:
+        """Pass rates of the policy after `step` steps."""
+        with self.watchdog.phase("evaluation"):
+            return self._pass_rates(params, step)
+
+    def _pass_rates(self, params, step):
         metrics = {}
         key = jax.random.fold_in(self.eval_key, step)
         exact = self.plan.task.single_answer
@@ -875,12 +998,16 @@ class _Run:
             self.programs[t]["counterfactual"](self.policy, state, batch)
         )
 
-    def _write(self, step, metrics, host):
+    def row(self, step, metrics, host) -> dict[str, Any]:
+        """A line of metrics.jsonl."""
         row = {"step": step} | to_numbers(metrics) | host
         if step:
             applied = row["update/applied"]
             row["learning_rate"] = float(self.schedule(max(0, applied - 1)))
-        row["compiles"] = self.compiles()
+        return row | {"compiles": self.compiles()}
+
+    def _write(self, step, metrics, host):
+        row = self.row(step, metrics, host)
         self.files["metrics"].write(row)
         if step:
             self.console.step(step, row)
@@ -913,9 +1040,10 @@ class _Run:
         if self.instrument is not None and self.instrument.pending:
             self.files["instrument"].write(self.instrument.take())
 
-    def _save(self, state, step, row):
+    def _save(self, state, step, row, more=None):
         score = row.get("eval/heldout_pass_rate")
-        self.checkpoints.save(step, state, {"step": step}, score)
+        with self.watchdog.phase("saving"):
+            self.checkpoints.save(step, state, {"step": step} | (more or {}), score)
 
     def _report(self, finished):
         from grpo_jax.training.report import write_report
