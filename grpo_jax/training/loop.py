@@ -21,6 +21,14 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.models.decoder import Policy, init_policy
 from grpo_jax.models.hub import local_directory
 from grpo_jax.models.lora import without_lora
+from grpo_jax.models.sharding import (
+    group_sharding,
+    make_mesh,
+    on_mesh,
+    placed,
+    tree_shardings,
+    with_shardings,
+)
 from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.rollouts.encoding import (
@@ -122,10 +130,15 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)
     plan = make_plan(config, task)
-    with _Signals() as signals, verifier_pool(plan.task, config.scoring) as pool:
+    mesh = make_mesh(config.mesh)
+    with (
+        _Signals() as signals,
+        verifier_pool(plan.task, config.scoring) as pool,
+        on_mesh(mesh),
+    ):
         directory = claim(config, facts_of(config, plan))
         use_compile_cache()
-        return Run(config, plan, directory, signals, pool).train()
+        return Run(config, plan, directory, signals, pool, mesh).train()
 
 
 def facts_of(config, plan):
@@ -219,9 +232,16 @@ class Run:
     single steps with the same methods."""
 
     def __init__(
-        self, config: TrainConfig, plan: Plan, directory: Path, signals=None, pool=None
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        directory: Path,
+        signals=None,
+        pool=None,
+        mesh=None,
     ):
         self.config, self.plan, self.directory = config, plan, directory
+        self.mesh = mesh  # None: one device
         self.signals, self.pool, self.task = signals or _Signals(), pool, plan.task
         self.console = Console(config.log.lines_every)
         self.watchdog = Watchdog(self.console.warn)
@@ -275,15 +295,19 @@ class Run:
     def starting_policy(self) -> Policy | None:
         """The policy at step 0, which is also the reference; None if stopped."""
         policy = self._base_policy()
-        if policy is None or not self.plan.model.lora_rank:
+        if policy is None:
+            return None
+        policy = placed(policy, self.mesh)
+        if not self.plan.model.lora_rank:
             return policy
-        return with_factors(policy, self.plan.model, self.lora_key)
+        policy = with_factors(policy, self.plan.model, self.lora_key)
+        return placed(policy, self.mesh)
 
     def _base_policy(self) -> Policy | None:
         """All parameters to start from, without LoRA's factors."""
         config, plan = self.config, self.plan
         if config.pretrained:
-            return pretrained_policy(config.pretrained, plan.model)
+            return pretrained_policy(config.pretrained, plan.model, self.mesh)
         file = self.directory / "initial.safetensors"
         if file.exists():
             return load_base(self.directory, plan.model, None)
@@ -392,7 +416,8 @@ class Run:
         """The state before any update."""
         shapes = self._rollout_shapes(self.plan.max_new_tokens)
         history = empty_history(self.plan.objective, shapes)
-        return init_state(policy.params, self.optimizer, self.weights, history)
+        state = init_state(policy.params, self.optimizer, self.weights, history)
+        return placed(state, self.mesh)
 
     def _starting_state(self, policy):
         state, start = self.first_state(policy), {"step": 0}
@@ -483,7 +508,8 @@ class Run:
         prompt = shape((p, self.plan.train_prompt_length), jnp.int32)
         ids, floats = shape((p, g, t), jnp.int32), shape((p, g, t), jnp.float32)
         rewards = shape((p, g), jnp.float32)
-        return Rollouts(prompt, prompt, ids, ids, floats, rewards)
+        rollouts = Rollouts(prompt, prompt, ids, ids, floats, rewards)
+        return with_shardings(rollouts, self.mesh)
 
     def compile_updates(self, state):
         """Every program of the update, before the first step needs it."""
@@ -509,16 +535,35 @@ class Run:
         policy = self.policy.replace(state.params)
         programs = {}
 
-        def compiled(name, function, *arguments, donate=()):
-            jitted = jax.jit(function, donate_argnums=donate)
+        def compiled(name, function, *arguments, donate=(), lies=None):
+            """`lies`: shapes of the results -> their shardings, where it matters."""
+            shardings = {}
+            if self.mesh is not None and lies is not None:
+                shapes = jax.eval_shape(function, *arguments)
+                shardings["out_shardings"] = lies(shapes)
+            jitted = jax.jit(function, donate_argnums=donate, **shardings)
             lowered = jitted.lower(*arguments)
             programs[name] = lowered.compile()
-            return lowered.out_info
+            if not shardings:
+                return lowered.out_info
+            return jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                shapes,
+                shardings["out_shardings"],
+            )
+
+        by_name = partial(tree_shardings, mesh=self.mesh)
+        by_group = partial(jax.tree.map, lambda x: group_sharding(x.shape, self.mesh))
+
+        def weighed(shapes):
+            trained, weights, *rest = shapes
+            batch = by_name(Batch(trained, None, None, weights))
+            return batch.rollouts, batch.weights, *by_name(tuple(rest))
 
         whole = micro_batch(p, g, length, t, tokens)
         if self.keeps_old or self.uses_reference:
             rescore = partial(batch_logprobs, temperature=self.temperature, micro=whole)
-            compiled("rescore", rescore, policy, rollouts)
+            compiled("rescore", rescore, policy, rollouts, lies=by_group)
         reference = floats if self.uses_reference else None
         ids = jax.ShapeDtypeStruct((p,), jnp.int32)
         trained, weights, _, _ = compiled(
@@ -528,6 +573,7 @@ class Run:
             reference,
             ids,
             state.weights_state,
+            lies=weighed,
         )
         factors = None
         if has_token_weights(objective):
@@ -541,6 +587,7 @@ class Run:
                 ),
                 policy,
                 rollouts,
+                lies=by_group,
             )
         old = floats if self.keeps_old else None
         batch = Batch(trained, old, reference, weights, factors)
@@ -555,7 +602,16 @@ class Run:
             )
             compiled("counterfactual", look, self.policy, state, batch)
         if objective.history > 1:
-            _, batch = compiled("with_history", with_history, state.history, batch)
+            _, batch = compiled(
+                "with_history",
+                with_history,
+                state.history,
+                batch,
+                lies=lambda shapes: (
+                    by_name({"history": shapes[0]})["history"],
+                    by_name(shapes[1]),
+                ),
+            )
         step = make_train_step(
             dataclasses.replace(self.policy, frozen=None),
             objective,
@@ -570,7 +626,8 @@ class Run:
             return step(state, part_of(batch, index, self.parts), at, frozen)
 
         at, frozen = state.params if self.stay else None, self.policy.frozen
-        compiled("update", update, state, batch, np.int32(0), at, frozen, donate=0)
+        arguments = state, batch, np.int32(0), at, frozen
+        compiled("update", update, *arguments, donate=0, lies=by_name)
         return programs
 
     # ---- one step
@@ -874,7 +931,7 @@ class Run:
         """(state, batch, metrics): the rollouts weighed, with what they need beside."""
         programs = self.programs[rollouts.completions.shape[-1]]
         policy = self.policy.replace(state.params)
-        rollouts = jax.tree.map(jnp.asarray, rollouts)
+        rollouts = placed(jax.tree.map(jnp.asarray, rollouts), self.mesh)
         old = programs["rescore"](policy, rollouts) if self.keeps_old else None
         reference = None
         if self.uses_reference:

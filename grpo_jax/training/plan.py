@@ -9,7 +9,9 @@ from typing import Any
 import jax
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.pretrained import check_weights, read_config
+from grpo_jax.models.sharding import batch_shards
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.encoding import (
@@ -27,10 +29,15 @@ from grpo_jax.training.budget import (
     num_parameters,
     readable,
 )
-from grpo_jax.training.config import InstrumentConfig, TrainConfig
+from grpo_jax.training.config import (
+    InstrumentConfig,
+    MeshConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from grpo_jax.training.instrument import ProbePlan, plan_probe
 from grpo_jax.training.policies import check_language, task_of, with_settings
-from grpo_jax.training.step import micro_batch
+from grpo_jax.training.step import MicroBatch, micro_batch
 from grpo_jax.training.warm_start import Demonstrations, warm_start_settings
 from grpo_jax.training.weighting import (
     resolve_objective,
@@ -132,6 +139,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     vocab_size = model.vocab_size or len(tokenizer)
     model = dataclasses.replace(model, vocab_size=vocab_size)
     check_language(task, model)
+    check_mesh(config.mesh, sampling, model)
     prompt_length = bucket(len(prompts[longest]))
     p, g = sampling.prompts, sampling.group_size
     refine, train_prompt_length = [], prompt_length
@@ -151,9 +159,15 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"step's, got {len(task.train)}; set it to 0."
         )
     weights = resolve_weights(config, objective, len(task.train))
+    shards = batch_shards(p, g, config.mesh)
     seen = objective.history * p
     micro = micro_batch(
-        seen, g, train_prompt_length, max_new_tokens, config.micro_batch_tokens
+        seen,
+        g,
+        train_prompt_length,
+        max_new_tokens,
+        config.micro_batch_tokens,
+        batch_shards(seen, g, config.mesh),
     )
     try:
         probe = plan_probe(
@@ -187,11 +201,12 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         )
     memory = estimate_memory(
         model,
-        prompts=p,
-        group_size=g,
+        # Of one device; its share of the parameters is not subtracted.
+        prompts=p // shards[0],
+        group_size=g // shards[1],
         prompt_tokens=train_prompt_length,
         max_new_tokens=max_new_tokens,
-        micro=micro,
+        micro=MicroBatch(*micro.on_device),
         reference=bool(objective.kl_coef),
         copies=_extra_copies(config, objective),
         looks=probe is not None,
@@ -204,12 +219,16 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"{readable(available, 'B')}: {memory.advice()}."
         )
     mechanisms = "".join(f" | {text}" for text in objective.mechanisms())
+    devices = ""
+    if config.mesh != MeshConfig():
+        sizes = dataclasses.asdict(config.mesh).items()
+        devices = " | mesh " + " x ".join(f"{name} {size}" for name, size in sizes)
     headline = (
         f"{config.objective.name} on {task.name}: {objective.formula()}"
         f"{weights_text(config.weights)}{mechanisms} | "
         f"{p} prompts x {g} samples, {train_prompt_length} + {max_new_tokens} tokens, "
         f"micro-batch {micro.prompts} x {micro.samples} | "
-        f"{_size(model)}, {model.compute_dtype} | "
+        f"{_size(model)}, {model.compute_dtype}{devices} | "
         f"about {readable(memory.peak, 'B')} on the device"
     )
     if probe:
@@ -233,6 +252,36 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         headline,
         warnings,
     )
+
+
+def check_mesh(mesh: MeshConfig, sampling: SamplingConfig, model: ModelConfig) -> None:
+    """ConfigError where the devices are not there, or would not all have work."""
+    sizes = dataclasses.asdict(mesh)
+    count = math.prod(sizes.values())
+    if count == 1:
+        return
+    text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    devices = jax.devices()
+    if count > len(devices):
+        raise ConfigError(
+            f"{text} needs {count} devices, and there are {len(devices)} "
+            f"({devices[0].device_kind}); lower one of them."
+        )
+    p, g = sampling.prompts, sampling.group_size
+    shards = batch_shards(p, g, mesh)
+    if math.prod(shards) != mesh.data * mesh.fsdp:
+        raise ConfigError(
+            f"{text} must split the {p} prompts of a step over data x fsdp = "
+            f"{mesh.data * mesh.fsdp} devices, or over one of the two and the "
+            f"{g} samples of each over the other; make sampling.prompts a multiple of "
+            f"{mesh.data * mesh.fsdp}, or change the mesh."
+        )
+    for name in ("num_kv_heads", "num_heads"):
+        if getattr(model, name) % mesh.tensor:
+            raise ConfigError(
+                f"mesh.tensor must divide model.{name}={getattr(model, name)}, got "
+                f"{mesh.tensor}; lower it and raise mesh.fsdp."
+            )
 
 
 def within(task: Task, limit: int) -> tuple[Task, tuple[int, int]]:
