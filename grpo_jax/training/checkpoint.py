@@ -6,6 +6,7 @@ over for the one before it, with a warning.
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -34,12 +35,21 @@ class Checkpoints:
 
         self._ocp, self._warn, self._read_only = ocp, warn, read_only
         self._directory = directory
-        policies = ocp.checkpoint_managers
-        options = ocp.CheckpointManagerOptions(
+        if read_only:  # a run may be writing one
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            self._mend_scores()
+            options = self._keeping(keep)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        # The newest step that is saved, or being saved; None where saving it failed.
+        self.saved = self._manager.latest_step()
+
+    def _keeping(self, keep):
+        policies = self._ocp.checkpoint_managers
+        return self._ocp.CheckpointManagerOptions(
             best_fn=_score,
             best_mode="max",
-            cleanup_tmp_directories=not read_only,  # a run may be writing one
-            read_only=read_only,
+            cleanup_tmp_directories=True,
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(keep),
@@ -52,9 +62,22 @@ class Checkpoints:
                 ]
             ),
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-        # The newest step that is saved, or being saved; None where saving it failed.
-        self.saved = self._manager.latest_step()
+
+    def _mend_scores(self):
+        """Forgets scores that cannot be read, without which orbax opens nothing."""
+        for state in self._directory.glob("*/state"):
+            file = state.parent / "metrics" / "metrics"
+            if not state.parent.name.isdigit():
+                continue  # half written
+            try:
+                float(json.loads(file.read_text())["score"])
+            except (OSError, ValueError, KeyError, TypeError):
+                self._warn(
+                    f"the score of checkpoint {state.parent.name} cannot be read; it "
+                    "no longer counts as the best one."
+                )
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(json.dumps({"score": float("-inf")}))
 
     def __enter__(self):
         return self

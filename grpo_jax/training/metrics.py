@@ -1,5 +1,6 @@
 """What a run writes: metrics.jsonl, one object a step, every field documented here."""
 
+import contextlib
 import functools
 import json
 import math
@@ -143,7 +144,8 @@ class JsonLines:
             while written < len(data):
                 written += self._file.write(data[written:])
         except OSError as error:
-            self._file.truncate(size)  # no half a line
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)  # no half a line
             reason = error.strerror or error
             raise OSError(f"cannot write {self._path}: {reason}") from error
         self.unwritten = []
