@@ -176,7 +176,8 @@ def _sample(
         logits = jnp.matmul(
             hidden, unembedding, preferred_element_type=jnp.float32
         ).reshape(*token.shape, -1)
-        # One draw sees the whole vocabulary.
+        # Made where the unembedding's columns are; a draw sees the whole vocabulary.
+        logits = constrain(logits, "prompts", "samples", "vocab")
         logits = constrain(logits, "prompts", "samples")
         logits = soft_capped(logits, config.logit_softcap)
         token, logprob = _draw(sample_keys, t, logits / temperature, top_k, top_p)
