@@ -24,7 +24,7 @@ from grpo_jax.rollouts.refine import refined_length, template_pieces
 from grpo_jax.tasks import Example, Task
 from grpo_jax.training import counterfactual
 from grpo_jax.training.budget import (
-    estimate_memory,
+    MemoryInputs,
     num_factors,
     num_parameters,
     readable,
@@ -37,7 +37,7 @@ from grpo_jax.training.config import (
 )
 from grpo_jax.training.instrument import ProbePlan, plan_probe
 from grpo_jax.training.policies import check_language, task_of, with_settings
-from grpo_jax.training.step import MicroBatch, micro_batch
+from grpo_jax.training.step import micro_batch
 from grpo_jax.training.warm_start import Demonstrations, warm_start_settings
 from grpo_jax.training.weighting import (
     resolve_objective,
@@ -64,12 +64,19 @@ class Plan:
     buckets: list[int]  # completion lengths of the update
     micro: Any  # MicroBatch, of the longest bucket
     probe: ProbePlan | None  # None: no instrument
+    memory: MemoryInputs
     headline: str
     warnings: list[str]
 
 
-def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
+def make_plan(
+    config: TrainConfig, task: Task | None = None, *, with_weights: bool = True
+) -> Plan:
     """Checks a config against its task and fixes every shape.
+
+    Args:
+        with_weights: The pretrained model's tensors must be there, not its config and
+            tokenizer alone.
 
     Raises:
         ConfigError: the run cannot work as configured.
@@ -132,7 +139,8 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         )
     model, base_bytes = config.model, 4
     if config.pretrained:
-        check_weights(config.pretrained)
+        if with_weights:
+            check_weights(config.pretrained)
         stored = read_config(config.pretrained)
         model = with_settings(stored, config.model)
         base_bytes = 2 if stored.compute_dtype == "bfloat16" else 4
@@ -199,19 +207,27 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"prompts and completions have up to {positions} tokens, and the model was "
             f"made for {model.max_positions} (max_position_embeddings)."
         )
-    memory = estimate_memory(
-        model,
-        # Of one device; its share of the parameters is not subtracted.
-        prompts=p // shards[0],
-        group_size=g // shards[1],
+    inputs = MemoryInputs(
+        model=model,
+        prompts=p,
+        group_size=g,
         prompt_tokens=train_prompt_length,
         max_new_tokens=max_new_tokens,
-        micro=MicroBatch(*micro.on_device),
+        micro_batch_tokens=config.micro_batch_tokens,
+        history=objective.history,
+        parts=config.updates_per_rollout if objective.disjoint else 1,
         reference=bool(objective.kl_coef),
-        copies=_extra_copies(config, objective),
-        looks=probe is not None,
+        copies=config.updates_per_rollout > 1 and not objective.has_ratio(),
+        probe_prompts=probe.prompts if probe else 0,
+        probe_group=probe.group_size if probe else 0,
+        probe_bytes=probe.vector_bytes if probe else 0,
+        weightings=_weightings(config),
+        evaluation_samples=config.evaluation.samples,
         base_bytes=base_bytes,
+        widened=jax.default_backend() == "cpu",
+        mesh=config.mesh,
     )
+    memory = inputs.estimate()
     available = device_memory()
     if available is not None and memory.peak > available:
         warnings.append(
@@ -249,6 +265,7 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         [max_new_tokens] if seen > p else completion_buckets(max_new_tokens),
         micro,
         probe,
+        inputs,
         headline,
         warnings,
     )
@@ -343,12 +360,9 @@ def _spare(objective):
     return 1.0 if share == 1 else share / (1 - share)
 
 
-def _extra_copies(config, objective):
-    """Of the parameters, that a step holds besides state, reference and gradient."""
-    compared = 2 * counterfactual.WEIGHTINGS
-    compared = compared if config.instrument.counterfactual_every else 0
-    stay = config.updates_per_rollout > 1 and not objective.has_ratio()
-    return compared + stay
+def _weightings(config):
+    """Compared in a counterfactual step; 0: there is none."""
+    return counterfactual.WEIGHTINGS * (config.instrument.counterfactual_every > 0)
 
 
 def _without(record, name):
