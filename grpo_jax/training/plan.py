@@ -167,7 +167,6 @@ def make_plan(
             f"step's, got {len(task.train)}; set it to 0."
         )
     weights = resolve_weights(config, objective, len(task.train))
-    shards = batch_shards(p, g, config.mesh)
     seen = objective.history * p
     micro = micro_batch(
         seen,
