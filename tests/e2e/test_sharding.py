@@ -87,4 +87,3 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     assert len(actual["completions"]) == 32
     np.testing.assert_allclose(actual["norms"], expected["norms"], rtol=1e-4)
     assert actual["heldout"] == expected["heldout"]
-    assert len(set(actual["compiles"][3:])) == 1  # nothing after the first step
