@@ -92,8 +92,17 @@ def _nbytes(shape):
 
 
 def _devices(line):
+    """In a group: listed, counted, or as axes of a mesh of devices, whole or in part
+    ('axis':(before)size)."""
     listed = re.search(r"replica_groups=\{\{([0-9,]+)\}", line)
     if listed:
         return len(listed.group(1).split(","))
-    iota = re.search(r"replica_groups=\[[0-9]+,([0-9]+)\]", line)
-    return int(iota.group(1)) if iota else 2  # a permutation: from one to another
+    counted = re.search(r"replica_groups=\[[0-9]+,([0-9]+)\]", line)
+    if counted:
+        return int(counted.group(1))
+    axes = re.search(r"replica_groups=mesh\[([^]]*)\] ?\{([^}]*)\}", line)
+    if axes is None:
+        return 2  # a permutation: from one to another
+    sizes = dict(re.findall(r"'(\w+)'=([0-9]+)", axes.group(1)))
+    used = re.findall(r"'(\w+)'(?::\([0-9]+\)([0-9]+))?", axes.group(2))
+    return math.prod(int(part or sizes[name]) for name, part in used)
