@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import NamedTuple
 
 from grpo_jax.logprobs import MAX_LOGITS
@@ -275,12 +276,15 @@ class MemoryInputs:
         micro = micro_batch(self.updated, g, self.prompt_tokens, t, budget)
         probe = None
         if self.probe_prompts:
-            asked = (1, self.probe_group // 2), (self.probe_prompts, self.probe_group)
-            # One more sample of each: the answer, where it is known.
-            probe = tuple(
-                micro_batch(n, samples + 1, self.prompt_tokens, t, budget)
-                for n, samples in asked
+            size = partial(
+                micro_batch,
+                prompt_tokens=self.prompt_tokens,
+                max_tokens=t,
+                budget=budget,
             )
+            # One more sample of each: the answer, where it is known.
+            group = self.probe_group
+            probe = size(1, group // 2 + 1), size(self.probe_prompts, group + 1)
         return estimate_memory(
             c,
             prompts=self.prompts,
