@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import NamedTuple
 
 from grpo_jax.logprobs import MAX_LOGITS
@@ -142,7 +143,7 @@ def estimate_memory(
     micro: MicroBatch,
     reference: bool,
     copies: int = 0,
-    probe: tuple[int, int] | None = None,
+    probe: tuple[MicroBatch, MicroBatch] | None = None,
     probe_bytes: int = 0,
     weightings: int = 0,
     evaluated: tuple[int, int] | None = None,
@@ -162,7 +163,8 @@ def estimate_memory(
         micro: The split of an update, over all devices together.
         reference: A reference policy is kept.
         copies: Of the trained parameters that an update holds besides.
-        probe: (samples, their micro-batch's) of a probe prompt; None: no instrument.
+        probe: Micro-batches of one probe prompt's half, and of all of them along an
+            update; None: no instrument.
         probe_bytes: Sums of gradients that a look holds.
         weightings: That a counterfactual step compares; 0: none.
         evaluated: (prompts, samples of each) evaluated at a time; None: none.
@@ -183,7 +185,8 @@ def estimate_memory(
     layer = (parameters - embedded - c.width) / c.num_layers / tensor_ways  # one's
     gathered = 2 * layer * s.size if parameter_ways > 1 else 0
     copied = c.tie_embeddings or s.size == 2 or parameter_ways > 1
-    unembedding = table * s.size * copied
+    both = s.size == 4 and c.compute_dtype == "bfloat16"  # and its float32 twin
+    unembedding = table * (6 if both else s.size * copied)
     own_prompts = max(1, prompts / prompt_ways)
     own_micro = MicroBatch(max(1, micro.prompts / prompt_ways), micro.samples)
     length, t = prompt_tokens, max_new_tokens
@@ -213,12 +216,14 @@ def estimate_memory(
     head += 2 * 4 * table * (not c.lora_rank)  # its gradient, and one chunk's
     split = micro != MicroBatch(updated or prompts, group_size)
     gradients = trained * (1 + split)
-    look = 0.0
+    look = counterfactual = 0.0
     if probe is not None:
-        part = MicroBatch(1, probe[1])
-        # First and second derivatives run forward, with three values of each array.
-        look = 8 * trained + probe_bytes + _activations(c, s, part, length, t)
-        look += gathered
+        work = (_activations(c, s, probe[0], length, t), _along(s, probe[0], length, t))
+        look = 6 * trained + probe_bytes + max(work)
+        look = gathered + max(look, 2 * trained + _along(s, probe[1], length, t))
+    if weightings:
+        beside = 2 * trained + activations, trained + _along(s, own_micro, length, t)
+        counterfactual = 2 * weightings * trained + max(beside) + gathered
     return Memory(
         parameters=round(trained),
         optimizer=round(2 * trained),
@@ -230,14 +235,12 @@ def estimate_memory(
         evaluation=round(evaluation),
         update_copies=round(trained * copies),
         gradients=round(gradients),
-        activations=round(activations + gathered),
+        activations=round(activations + gathered + unembedding * both),
         # The gradients of layers do not exist yet, that of the table is in `head`.
         logits=round(max(0, stack + head - trained)),
         optimizing=round(4 * trained),
         look=round(look),
-        counterfactual=round(
-            (2 * weightings + 2) * trained + activations if weightings else 0
-        ),
+        counterfactual=round(counterfactual),
     )
 
 
@@ -277,9 +280,15 @@ class MemoryInputs:
         micro = micro_batch(self.updated, g, self.prompt_tokens, t, budget, shards)
         probe = None
         if self.probe_prompts:
-            half = self.probe_group // 2 + 1  # measured at once, the answer with them
-            part = micro_batch(1, half, self.prompt_tokens, t, budget)
-            probe = (half, part.samples)
+            size = partial(
+                micro_batch,
+                prompt_tokens=self.prompt_tokens,
+                max_tokens=t,
+                budget=budget,
+            )
+            # One more sample of each: the answer, where it is known.
+            group = self.probe_group
+            probe = size(1, group // 2 + 1), size(self.probe_prompts, group + 1)
         return estimate_memory(
             c,
             prompts=self.prompts,
@@ -345,6 +354,14 @@ def _activations(
     attention += (own + prompt) * narrow * s.size
     work = attention if c.remat == "none" else max(mlp, attention)
     return _kept(c, s, micro, length, t) + work
+
+
+def _along(s: _Shape, micro: MicroBatch, length: int, t: int) -> float:
+    """Bytes of one layer with first and second derivatives, run forward: four of each
+    array."""
+    tokens = sum(_tokens(micro, length, t))
+    wide = tokens * (3 * s.mlp + 2 * s.width + 2 * s.heads) * s.size
+    return 4 * (wide + sum(_scores(s, micro, length, t)))
 
 
 def readable(count: float, unit: str = "") -> str:

@@ -66,7 +66,7 @@ def _memory(memory, limit, inputs):
         "device": limit,
         "share_of_device": None if limit is None else memory.peak / limit,
         "fits": fits,
-        "advice": [] if fits else remedies(inputs, limit),
+        "advice": [] if limit is None or fits else remedies(inputs, limit),
     }
 
 

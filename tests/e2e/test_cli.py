@@ -2,9 +2,12 @@
 
 import json
 
+import jax
 import pytest
 
+from grpo_jax import ModelConfig, init_policy, save_pretrained
 from grpo_jax.cli import main
+from grpo_jax.tasks import load_task
 
 
 def answer(capsys, *argv):
@@ -174,3 +177,18 @@ def test_plan_that_does_not_fit_names_settings_that_would(capsys, tmp_path):
 def test_bad_plans_exit_with_2(capsys, argv, words):
     code, text = answer(capsys, "plan", *argv)
     assert code == 2 and words in text
+
+
+def test_plan_needs_no_weights(capsys, tmp_path):
+    task = load_task("chains")
+    model = ModelConfig(vocab_size=len(task.tokenizer), num_layers=3)
+    save_pretrained(
+        init_policy(model, jax.random.key(0)), tmp_path, tokenizer=task.tokenizer
+    )
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    argv = [*PLAN, "--pretrained", str(tmp_path), "--task.template", "none"]
+    code, text = answer(capsys, *argv)
+    assert code == 0 and "peak, in" in text
+    code, text = answer(capsys, "train", *argv[1:])
+    assert code == 2 and "safetensors" in text

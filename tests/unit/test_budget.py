@@ -113,6 +113,23 @@ def test_evaluation_holds_a_prompt_for_every_completion():
     assert estimate().evaluation == 0
 
 
+# The gradient and the change under each of 5 weightings; along one of them, four of
+# each array of a layer: 3 of the MLP's and 4 others, and the scores.
+def test_the_instrument_holds_gradients_and_derivatives():
+    trained, tokens = 4 * num_parameters(SMALL), 4 * 8 * 32 + 4 * 16
+    scores = 4 * 8 * 4 * 4 * 32 * (32 + 16)
+    layer = 4 * (tokens * (3 * 12 + 2 * 8 + 2 * 24) * 4 + scores)
+    activations = estimate().activations
+    assert estimate(weightings=5).counterfactual == 10 * trained + max(
+        2 * trained + activations, trained + layer
+    )
+    part, whole = MicroBatch(1, 1), MicroBatch(4, 8)
+    held = estimate(probe=(part, whole), probe_bytes=7).look
+    assert held == 2 * trained + layer
+    held = estimate(probe=(whole, part), probe_bytes=7).look
+    assert held == 6 * trained + 7 + max(activations, layer)
+
+
 def test_devices_share_what_is_cut():
     assert estimate(parameter_ways=2).state == estimate().state // 2
     assert estimate(prompt_ways=2).cache == estimate().cache // 2

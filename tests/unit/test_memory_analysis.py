@@ -1,6 +1,7 @@
 """The estimate of memory against what XLA says of the programs; nothing is run."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ from grpo_jax import OBJECTIVES, ModelConfig, std_weights
 from grpo_jax.models.decoder import abstract_policy
 from grpo_jax.rollouts.sampling import _sample
 from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.training import counterfactual
 from grpo_jax.training.budget import estimate_memory
 from grpo_jax.training.config import OptimizerConfig
+from grpo_jax.training.instrument import along, measure
 from grpo_jax.training.step import (
     Batch,
     MicroBatch,
@@ -26,18 +29,27 @@ from grpo_jax.training.step import (
 Shape = jax.ShapeDtypeStruct
 
 
+def learner(params):
+    """(optimizer, the state of a run that starts with it)."""
+    config = OptimizerConfig()
+    optimizer = make_optimizer(config, make_schedule(config, 1))
+    state = jax.eval_shape(lambda x: init_state(x, optimizer, std_weights()), params)
+    return optimizer, state
+
+
+def rollout_shapes(p, g, length, t):
+    prompts, ids = Shape((p, length), jnp.int32), Shape((p, g, t), jnp.int32)
+    floats, rewards = Shape((p, g, t), jnp.float32), Shape((p, g), jnp.float32)
+    return Rollouts(prompts, prompts, ids, ids, floats, rewards)
+
+
 def update_program(c, micro, reference, p, g, length, t):
     """The loop's, of abstract arguments."""
-    policy, config = abstract_policy(c), OptimizerConfig()
-    optimizer = make_optimizer(config, make_schedule(config, 1))
-    state = jax.eval_shape(
-        lambda params: init_state(params, optimizer, std_weights()), policy.params
-    )
-    prompts, ids = Shape((p, length), jnp.int32), Shape((p, g, t), jnp.int32)
-    floats = Shape((p, g, t), jnp.float32)
-    rollouts = Rollouts(prompts, prompts, ids, ids, floats, Shape((p, g), jnp.float32))
-    weights = Shape((p,), jnp.float32)
-    batch = Batch(rollouts, None, floats if reference else None, weights)
+    policy = abstract_policy(c)
+    optimizer, state = learner(policy.params)
+    rollouts, weights = rollout_shapes(p, g, length, t), Shape((p,), jnp.float32)
+    behind = rollouts.behaviour_logprobs if reference else None
+    batch = Batch(rollouts, None, behind, weights)
     step = make_train_step(
         dataclasses.replace(policy, params=None, frozen=None),
         OBJECTIVES["grpo" if reference else "dr_grpo"],
@@ -166,3 +178,57 @@ WORDY = ModelConfig(
 )
 def test_other_shapes(config, changes, shape, micro):
     check(dataclasses.replace(config, **changes), *shape, micro)
+
+
+@pytest.mark.slow
+def test_the_instrument():
+    c = ModelConfig(
+        vocab_size=4096, num_layers=8, width=512, mlp_width=1536, num_heads=8,
+        num_kv_heads=4, head_dim=64,
+    )  # fmt: skip
+    policy, rollouts = abstract_policy(c), rollout_shapes(8, 16, 64, 64)
+    optimizer, state = learner(policy.params)
+    micro, width = MicroBatch(8, 16), 2**20
+    memory = partial(
+        estimate_memory,
+        c,
+        prompts=8,
+        group_size=16,
+        prompt_tokens=64,
+        max_new_tokens=64,
+        micro=micro,
+        reference=False,
+    )
+    one, temperature = MicroBatch(1, 1), Shape((), jnp.float32)
+    vectors = 8 * (4 + 3) * 4 * width
+    # Two copies of the parameters, before and their change, are arguments.
+    follow = memory(probe=(one, micro)).look - 2 * memory().parameters
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    look = memory(probe=(MicroBatch(1, 8), one), probe_bytes=vectors).look
+    compared = memory(weightings=5).counterfactual
+    batch = Batch(rollouts, None, None, Shape((8,), jnp.float32))
+    programs = {
+        "look": (partial(measure, width=width, exact=False), look),
+        "follow": (partial(along, micro=micro), follow),
+        "counterfactual": (
+            partial(
+                counterfactual.look,
+                OBJECTIVES["dr_grpo"],
+                optimizer,
+                micro=micro,
+                temperature=1.0,
+                max_length=64,
+            ),
+            compared,
+        ),
+    }
+    arguments = {
+        "look": (policy, rollouts, None, temperature, key),
+        "follow": (policy, policy.params, rollouts, None, temperature),
+        "counterfactual": (policy.replace(None), state, batch),
+    }
+    for name, (function, expected) in programs.items():
+        program = jax.jit(function).lower(*arguments[name]).compile()
+        actual = program.memory_analysis().temp_size_in_bytes
+        print(f"{name}: predicted {expected / 1e6:.1f} MB, XLA {actual / 1e6:.1f} MB")
+        assert expected == pytest.approx(actual, rel=0.15), name
