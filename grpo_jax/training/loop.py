@@ -884,8 +884,9 @@ class Run:
         """What to raise where something cannot be written: the disk is full, say. The
         step that is made is saved if it can be, its unwritten lines with it."""
         self.console.stop()
-        if pending is not None:
-            with contextlib.suppress(OSError):  # then it is among the unwritten ones
+        # Where writing the line itself failed, it is among the unwritten ones already.
+        if pending is not None and not self.files["metrics"].unwritten:
+            with contextlib.suppress(OSError):  # now it is
                 self._write(*pending)
         unwritten = {name: file.unwritten for name, file in self.files.items()}
         if step:

@@ -90,7 +90,7 @@ def test_resume_within_an_epoch_and_several_updates(tmp_path, whole, step):
 
 
 # How often the phase has begun when the signal comes, and what may still begin then.
-ENDING = ["saving", "saving", "report"]
+ENDING = ["saving", "report"]
 PHASES = {
     "compilation": (1, ["report"]),
     "evaluation": (1, ["report"]),
@@ -128,7 +128,7 @@ def test_sigterm_ends_a_run_within_its_phase(tmp_path, whole, where, monkeypatch
         result = gj.train(config_of(tmp_path / "run"), task=short_task())
     assert result.finished == (name == "report")
     after = begun[begun.index("SIGTERM") + 1 :]
-    assert after == allowed[-len(after) :] if after else not allowed
+    assert set(after) <= set(allowed), after
     check_same(resumed(tmp_path / "run"), whole)
 
 
@@ -173,9 +173,10 @@ def test_line_that_cannot_be_written_loses_nothing(
             super().write(row)
 
     def no_room(self, step, *arguments):
-        self.saved = None if step >= 4 else step
         if step < 4:
             save(self, step, *arguments)
+        else:
+            self.saved = None
 
     save = loop.Checkpoints.save
     with monkeypatch.context() as patch:
