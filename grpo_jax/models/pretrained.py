@@ -89,7 +89,9 @@ def load_pretrained(
                 buffer = buffers.pop(place.path)
                 for row, block in _blocks(shard.get_slice(name), entries[name]):
                     buffer = write(buffer, block, _start(place, row, block.ndim))
-                buffers[place.path] = jax.block_until_ready(buffer)
+                    # Blocks waiting to be written would add up on the host.
+                    jax.block_until_ready(buffer)
+                buffers[place.path] = buffer
     return abstract.replace(tree.unflatten([buffers[_path(p)] for p, _ in leaves]))
 
 

@@ -188,7 +188,7 @@ def estimate_memory(
     both = s.size == 4 and c.compute_dtype == "bfloat16"  # and its float32 twin
     unembedding = table * (6 if both else s.size * copied)
     own_prompts = max(1, prompts / prompt_ways)
-    own_micro = MicroBatch(max(1, micro.prompts / prompt_ways), micro.samples)
+    own_micro = MicroBatch(math.ceil(micro.prompts / prompt_ways), micro.samples)
     length, t = prompt_tokens, max_new_tokens
 
     def sampling(p, g):
