@@ -881,15 +881,16 @@ class Run:
         return TrainResult(self.directory, last, finished)
 
     def _rescued(self, state, step, pending, error) -> OSError:
-        """What to raise where something cannot be written: the disk is full, say. The
-        step that is made is saved if it can be, its unwritten lines with it."""
+        """What to raise where something cannot be written: the disk is full, say. A
+        step whose line is not on disk is saved if it can be, the line with it; where
+        another file's is not, the checkpoint before makes the steps since again."""
         self.console.stop()
         # Where writing the line itself failed, it is among the unwritten ones already.
         if pending is not None and not self.files["metrics"].unwritten:
             with contextlib.suppress(OSError):  # now it is
                 self._write(*pending)
         unwritten = {name: file.unwritten for name, file in self.files.items()}
-        if step:
+        if step and unwritten["metrics"]:
             self._save(state, step, {}, {"unwritten": unwritten})
             self.checkpoints.wait()
         newest = self.checkpoints.saved
