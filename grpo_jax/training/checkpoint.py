@@ -115,6 +115,10 @@ class Checkpoints:
         except Exception as error:
             self._failed(self.saved, error)
 
+    def newest(self) -> int | None:
+        """The newest step on disk; None: there is none."""
+        return max(self._steps_on_disk(), default=None)
+
     def _steps_on_disk(self):
         self._manager.reload()
         return self._manager.all_steps()

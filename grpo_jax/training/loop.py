@@ -892,8 +892,8 @@ class Run:
         unwritten = {name: file.unwritten for name, file in self.files.items()}
         if step and unwritten["metrics"]:
             self._save(state, step, {}, {"unwritten": unwritten})
-            self.checkpoints.wait()
-        newest = self.checkpoints.saved
+        self.checkpoints.wait()
+        newest = self.checkpoints.newest()
         saved = "nothing is saved" if newest is None else f"step {newest} is saved"
         return OSError(
             f"{error}; stopped at step {step}, {saved}. Make room, then continue with "
