@@ -16,6 +16,8 @@ _USAGE = """\
 usage: grpo-jax COMMAND [...]
 
   train    train a policy, from prompts to a finished report
+  plan     [--json FILE] [--device-gib N] [--pass-rates FILE] and train's settings: the
+           memory, the shapes and the informative groups of that run, before it starts
   eval     ask a model or a run a task's prompts: greedy, avg@k, pass@k
   warmup   teach a model a task's solutions, and save it
            (`grpo-jax train --help` lists every setting; so do eval and warmup)
@@ -26,6 +28,8 @@ usage: grpo-jax COMMAND [...]
   objectives [NAME ...]: every method's formula, axes and source (or of those named)
   report   RUN_DIR [RUN_DIR ...] [--output FILE]: write the report of a run, or of
            several overlaid
+  replay   RUN_DIR STEP [--output FILE.npz]: compute a step of a run again, compare it
+           with what metrics.jsonl has, and keep its rollouts and gradient norms
 """
 # Shorter spellings of the settings that every run names.
 _SHORT = {
@@ -40,12 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     commands = {
         "train": _train,
+        "plan": _plan,
         "eval": _eval,
         "warmup": _warmup,
         "export": _export,
         "audit": _audit,
         "objectives": _objectives,
         "report": _report,
+        "replay": _replay,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -73,6 +79,69 @@ def _bad(message):
 
 
 def _train(argv):
+    config = _train_config(argv, "train", "Train a policy.")
+    from grpo_jax.training.loop import NonFiniteGradients, train
+
+    try:
+        train(config)
+    except NonFiniteGradients as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _plan(argv):
+    """Prints what `train` with the same settings would hold and do."""
+    own, argv = _taken(
+        argv, {"--json": str, "--device-gib": float, "--pass-rates": str}
+    )
+    config = _train_config(
+        argv,
+        "plan",
+        "Print what `grpo-jax train` with the same settings would hold in memory and "
+        "do; nothing is allocated. Besides the settings: --json FILE writes it, "
+        "--device-gib N plans for a device of that memory, --pass-rates FILE (a "
+        "directory of `grpo-jax eval --samples K`, its samples.jsonl, or a JSON list) "
+        "tells how many groups will be informative.",
+    )
+    from pathlib import Path
+
+    from grpo_jax.training.forecast import forecast, forecast_text
+    from grpo_jax.training.metrics import write_json
+
+    found = forecast(
+        config,
+        device_gib=own.get("--device-gib"),
+        pass_rates=own.get("--pass-rates"),
+    )
+    print(forecast_text(found))
+    if "--json" in own:
+        write_json(Path(own["--json"]), found)
+    return 0
+
+
+def _taken(argv, known):
+    """(the options that `known` maps to their types, the other arguments)."""
+    options, rest = {}, []
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        flag = flag.replace("_", "-")
+        if flag not in known:
+            rest.append(argument)
+            continue
+        value = value if equals else next(arguments, "")
+        if not value or (not equals and value.startswith("--")):
+            raise ConfigError(f"{flag} needs a value, got {value or 'none'}.")
+        try:
+            options[flag] = known[flag](value)
+        except ValueError as error:
+            raise ConfigError(f"{flag} must be a number, got {value!r}.") from error
+    return options, rest
+
+
+def _train_config(argv, command, description):
+    """A TrainConfig from --config FILE, a run that is gone on with, and flags."""
     base, argv = TrainConfig(), _long(argv)
     if argv and argv[0].partition("=")[0] == "--config":
         given = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
@@ -85,22 +154,14 @@ def _train(argv):
     if base == TrainConfig() and "--resume" in argv:
         # A run goes on with what it was started with; flags may still change it.
         base = _config_of_run(argv) or base
-    config = _parsed(
+    return _parsed(
         TrainConfig,
         argv,
-        "train",
-        "Train a policy. --config FILE.yaml|json comes first, flags on top of it; "
+        command,
+        f"{description} --config FILE.yaml|json comes first, flags on top of it; "
         "--task, --objective and --weights are short for their .name.",
         base,
     )
-    from grpo_jax.training.loop import NonFiniteGradients, train
-
-    try:
-        train(config)
-    except NonFiniteGradients as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def _long(argv):
@@ -302,4 +363,27 @@ def _report(argv):
 
     default = directories[0] / "report.html" if len(directories) == 1 else "report.html"
     print(f"report: {write_report(directories, Path(output or default))}")
+    return 0
+
+
+def _replay(argv):
+    usage = "usage: grpo-jax replay RUN_DIR STEP [--output FILE.npz]."
+    plain, options = _arguments(argv, {"--output": str}, usage)
+    if len(plain) != 2 or not plain[1].isdigit():
+        raise ConfigError(f"replay needs a run and a step of it; {usage}")
+    import logging
+
+    import numpy as np
+
+    from grpo_jax.training.replay import replay
+
+    # orbax, on what it does with a directory that is only read.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+    found = replay(plain[0], int(plain[1]))
+    print(found.text())
+    if "--output" in options:
+        with open(options["--output"], "wb") as file:
+            np.savez(file, **found.arrays)
+        print(f"rollouts, weights and gradient norms: {options['--output']}")
     return 0

@@ -27,6 +27,7 @@ from grpo_jax.models.attention import (
 )
 from grpo_jax.models.config import LINEAR_MAPS, ModelConfig
 from grpo_jax.models.lora import LoRALinear, merge_factors, split_factors, without_lora
+from grpo_jax.models.sharding import constrain, constrain_params, rows
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -107,8 +108,10 @@ class Block(nnx.Module):
         layout first, which on a CPU costs as much as the product.
         """
         c = self.config
-        rows = self.attention_norm(x).reshape(-1, c.width)
-        q, k, v = (y.reshape(*x.shape[:-1], -1, c.head_dim) for y in self.project(rows))
+        normed = rows(self.attention_norm(x))
+        q, k, v = (
+            y.reshape(*x.shape[:-1], -1, c.head_dim) for y in self.project(normed)
+        )
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, rotary), rotate(k, rotary), v
@@ -116,14 +119,14 @@ class Block(nnx.Module):
     def output(self, x, attended):
         """The rest of the layer: x [..., D] and what attention read [..., H, d]."""
         c = self.config
-        rows = x.reshape(-1, c.width)
-        read = self.o(attended.reshape(rows.shape[0], -1))
-        rows = rows + (self.attention_post_norm(read) if c.post_norms else read)
-        gate, up = self.gate_and_up(self.mlp_norm(rows))
+        stream = rows(x)
+        read = self.o(attended.reshape(*stream.shape[:-1], -1))
+        stream = stream + (self.attention_post_norm(read) if c.post_norms else read)
+        gate, up = self.gate_and_up(self.mlp_norm(stream))
         gate = jax.nn.silu(gate) if c.activation == "silu" else jax.nn.gelu(gate)
         made = self.down(gate * up)
         made = self.mlp_post_norm(made) if c.post_norms else made
-        return (rows + made).reshape(x.shape)
+        return (stream + made).reshape(x.shape)
 
 
 class Decoder(nnx.Module):
@@ -221,6 +224,7 @@ class Decoder(nnx.Module):
 
         def body(carry, x):
             params, slides = x
+            params = constrain_params(params, gathered=True)
             return layer(nnx.merge(graph, params), carry, slides)
 
         if self.config.remat != "none":
@@ -249,7 +253,10 @@ class Policy:
     frozen: Any = None
 
     def module(self) -> Decoder:
-        return nnx.merge(self.graphdef, merged(self.params, self.frozen))
+        params = merged(self.params, self.frozen)
+        outer = {k: v for k, v in params.items() if k != "layers"}  # `scan` does those
+        params = params | constrain_params(outer, gathered=True)
+        return nnx.merge(self.graphdef, params)
 
     def replace(self, params) -> "Policy":
         return dataclasses.replace(self, params=params)
@@ -287,7 +294,8 @@ def abstract_policy(config: ModelConfig) -> Policy:
 
 
 def _new_params(config, key):
-    return _parts(config, nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1])
+    state = nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1]
+    return _parts(config, constrain_params(nnx.to_pure_dict(state)))
 
 
 def _parts(config, state):
@@ -383,9 +391,9 @@ def next_token_logits(
     def layer(block, x, slides):
         q, k, v = block.qkv(x, rotary.of(slides))
         attended = causal_attention(q, k, v, masks.of(slides), **model.scores)
-        return block.output(x, attended), None
+        return constrain(block.output(x, attended), "prompts"), None
 
-    x, _ = model.scan(layer, model.embed(token_ids))
+    x, _ = model.scan(layer, constrain(model.embed(token_ids), "prompts"))
     return model.logits(model.final_norm(x))
 
 
@@ -429,9 +437,15 @@ def completion_hidden(
         prefix_attended = causal_attention(
             prefix_q, prefix_k, prefix_v, in_prefix.of(slides), **model.scores
         )
-        prefix = block.output(prefix, prefix_attended)
-        return (prefix, block.output(own, attended)), None
+        prefix = constrain(block.output(prefix, prefix_attended), "prompts")
+        own = constrain(block.output(own, attended), "prompts", "samples")
+        return (prefix, own), None
 
-    carry = model.embed(prompts), model.embed(inputs)
+    carry = (
+        constrain(model.embed(constrain(prompts, "prompts")), "prompts"),
+        constrain(
+            model.embed(constrain(inputs, "prompts", "samples")), "prompts", "samples"
+        ),
+    )
     (_, own), _ = model.scan(layer, carry)
     return model.final_norm(own)

@@ -14,10 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from grpo_jax.logprobs import soft_capped, token_logprobs
+from grpo_jax.logprobs import soft_capped
 from grpo_jax.models.attention import causal_attention, shared_prefix_attention
 from grpo_jax.models.decoder import Policy, completion_hidden, split_prompts
 from grpo_jax.models.lora import LoRALinear
+from grpo_jax.models.sharding import (
+    batch_token_logprobs,
+    constrain,
+    constrain_params,
+    rows,
+    splits_tensor,
+)
 from grpo_jax.objectives.token_weights import is_eos
 from grpo_jax.rollouts.types import Rollouts
 
@@ -121,6 +128,10 @@ def _sample(
 ):
     config, model = policy.config, policy.module()
     num_prompts, g, t_max = prompts.shape[0], group_size, max_new_tokens
+    by_prompt = partial(map, lambda x: constrain(x, "prompts"))
+    prompts, prompt_mask, prompt_indices = by_prompt(
+        (prompts, prompt_mask, prompt_indices)
+    )
     split = split_prompts(prompts, prompt_mask)
     prefix_keys, prefix_values = _prefill(model, prompts, split)
     blocks = _unstack(model.layers, config.num_layers)
@@ -144,7 +155,7 @@ def _sample(
         prefix_mask = model.masks(
             split.prefix_mask, split.length[:, None] + t, split.positions
         )
-        x = model.embed(token)  # [P, G, D]
+        x = constrain(model.embed(token), "prompts", "samples")  # [P, G, D]
         for i, block in enumerate(blocks):
             slides = i in config.sliding_layers
             q, k, v = block.qkv(x, rotary.of(slides))
@@ -160,11 +171,14 @@ def _sample(
                 own_mask.of(slides),
                 **model.scores,
             )[:, :, 0]
-            x = block.output(x, attended)
-        hidden = model.final_norm(x).reshape(-1, config.width)
+            x = constrain(block.output(x, attended), "prompts", "samples")
+        hidden = rows(model.final_norm(x))
         logits = jnp.matmul(
             hidden, unembedding, preferred_element_type=jnp.float32
         ).reshape(*token.shape, -1)
+        # Made where the unembedding's columns are; a draw sees the whole vocabulary.
+        logits = constrain(logits, "prompts", "samples", "vocab")
+        logits = constrain(logits, "prompts", "samples")
         logits = soft_capped(logits, config.logit_softcap)
         token, logprob = _draw(sample_keys, t, logits / temperature, top_k, top_p)
         token = jnp.where(done, pad_id, token)
@@ -188,10 +202,14 @@ def _sample(
         jnp.zeros((*shape, t_max), jnp.int32),
         jnp.zeros((*shape, t_max), jnp.float32),
     )
+    cached = ("prompts", "samples", "kv_heads")
     for end in cache_lengths(t_max):
         t, token, done, keys, values, *rest = carry
-        keys = [_lengthen(x, end, axis=4) for x in keys]
-        values = [_lengthen(x, end, axis=3) for x in values]
+        keys = [constrain(_lengthen(x, end, axis=4), *cached) for x in keys]
+        values = [constrain(_lengthen(x, end, axis=3), *cached) for x in values]
+        token, done, *rest = (
+            constrain(x, "prompts", "samples") for x in (token, done, *rest)
+        )
         carry = jax.lax.while_loop(
             lambda carry, end=end: (carry[0] < end) & ~carry[2].all(),
             partial(step, end),
@@ -224,7 +242,7 @@ def completion_logprobs(
     hidden = completion_hidden(
         model, rollouts.prompts, rollouts.prompt_mask, rollouts.completions
     )
-    logprobs = token_logprobs(
+    logprobs = batch_token_logprobs(
         hidden,
         model.unembedding_matrix(),
         rollouts.completions,
@@ -244,20 +262,28 @@ def _prefill(model, prompts, split):
     def layer(block, x, slides):
         q, k, v = block.qkv(x, rotary.of(slides))
         attended = causal_attention(q, k, v, masks.of(slides), **model.scores)
-        x = block.output(x, attended)
-        return x, (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
+        x = constrain(block.output(x, attended), "prompts")
+        return x, tuple(
+            constrain(y, "prompts", "kv_heads")
+            for y in (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
+        )
 
-    _, (keys, values) = model.scan(layer, model.embed(prompts))
+    x = constrain(model.embed(prompts), "prompts")
+    _, (keys, values) = model.scan(layer, x)
     return list(keys), list(values)
 
 
 def _unstack(layers, num_layers):
-    """One module per layer: a loop over time should not slice the stack every token."""
+    """One module per layer: a loop over time should not slice the stack every token,
+    nor gather it."""
     graph, stacked = nnx.split(layers)
-    return [
-        _FusedBlock(nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked)))
+    stacked = constrain_params(stacked, gathered=True)
+    blocks = [
+        nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked))
         for i in range(num_layers)
     ]
+    # Side by side, maps that are split over devices would have to be dealt anew.
+    return blocks if splits_tensor() else [_FusedBlock(block) for block in blocks]
 
 
 class _FusedBlock:
@@ -318,6 +344,7 @@ def _draw(sample_keys, t, logits, top_k, top_p):
     u = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t))))(
         sample_keys
     )
+    u = constrain(u, "prompts", "samples")
     top = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - top)
     token, total = inverse_cdf(u, weights)

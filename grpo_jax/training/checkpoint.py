@@ -6,6 +6,7 @@ over for the one before it, with a warning.
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -22,13 +23,30 @@ from grpo_jax.errors import ConfigError
 class Checkpoints:
     """Saves and restores; a context manager, so that every exit waits for saves."""
 
-    def __init__(self, directory: Path, *, keep: int, warn: Callable[[str], None]):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 1,
+        warn: Callable[[str], None],
+        read_only: bool = False,
+    ):
         import orbax.checkpoint as ocp
 
-        self._ocp, self._warn = ocp, warn
+        self._ocp, self._warn, self._read_only = ocp, warn, read_only
         self._directory = directory
-        policies = ocp.checkpoint_managers
-        options = ocp.CheckpointManagerOptions(
+        if read_only:  # a run may be writing one
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            self._mend_scores()
+            options = self._keeping(keep)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        # The newest step that is saved, or being saved; None where saving it failed.
+        self.saved = self._manager.latest_step()
+
+    def _keeping(self, keep):
+        policies = self._ocp.checkpoint_managers
+        return self._ocp.CheckpointManagerOptions(
             best_fn=_score,
             best_mode="max",
             cleanup_tmp_directories=True,
@@ -44,8 +62,22 @@ class Checkpoints:
                 ]
             ),
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-        self._saved = self._manager.latest_step()
+
+    def _mend_scores(self):
+        """Forgets scores that cannot be read, without which orbax opens nothing."""
+        for state in self._directory.glob("*/state"):
+            file = state.parent / "metrics" / "metrics"
+            if not state.parent.name.isdigit():
+                continue  # half written
+            try:
+                float(json.loads(file.read_text())["score"])
+            except (OSError, ValueError, KeyError, TypeError):
+                self._warn(
+                    f"the score of checkpoint {state.parent.name} cannot be read; it "
+                    "no longer counts as the best one."
+                )
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(json.dumps({"score": float("-inf")}))
 
     def __enter__(self):
         return self
@@ -63,7 +95,7 @@ class Checkpoints:
         Args:
             score: What "best" goes by; None where this step was not evaluated.
         """
-        if step == self._saved:
+        if step == self.saved:
             return
         self.wait()  # so that a failure is told of the step it belongs to
         args = self._ocp.args.Composite(
@@ -73,7 +105,7 @@ class Checkpoints:
         try:
             score = float("-inf") if score is None else float(score)
             self._manager.save(step, args=args, metrics={"score": score})
-            self._saved = step
+            self.saved = step
         except Exception as error:  # a full disk must not end a run that still learns
             self._failed(step, error)
 
@@ -81,28 +113,35 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._failed(self._saved, error)
+            self._failed(self.saved, error)
+
+    def newest(self) -> int | None:
+        """The newest step on disk; None: there is none."""
+        return max(self._steps_on_disk(), default=None)
 
     def _steps_on_disk(self):
         self._manager.reload()
         return self._manager.all_steps()
 
     def _failed(self, step, error):
-        self._saved = None
+        self.saved = None
         steps = self._steps_on_disk()
         newest = f"the newest whole one is of step {max(steps)}" if steps else "none is"
         self._warn(
             f"checkpoint of step {step} failed ({_first_line(error)}); {newest}."
         )
 
-    def restore(self, template: Any) -> tuple[Any, dict] | None:
+    def restore(
+        self, template: Any, before: int | None = None
+    ) -> tuple[Any, dict] | None:
         """(state, data) of the newest checkpoint that can be read; None: there is none.
 
-        Newer ones that cannot be read are moved out of the directory, so that their
-        steps can be saved again.
+        Newer ones that cannot be read are moved out of the directory (unless it is only
+        read), so that their steps can be saved again.
 
         Args:
             template: A state of the same shapes, dtypes and shardings.
+            before: Only checkpoints of earlier steps.
 
         Raises:
             ConfigError: there are checkpoints and none can be read; nothing is moved.
@@ -113,7 +152,8 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             template._asdict(),
         )
-        for step in sorted(self._steps_on_disk(), reverse=True):
+        steps = [s for s in self._steps_on_disk() if before is None or s < before]
+        for step in sorted(steps, reverse=True):
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract),
                 data=ocp.args.JsonRestore(),
@@ -127,8 +167,9 @@ class Checkpoints:
                 )
                 unreadable.append(step)
                 continue
-            self._set_aside(unreadable)
-            self._saved = step
+            if not self._read_only:
+                self._set_aside(unreadable)
+            self.saved = step
             return type(template)(**found["state"]), found["data"]
         if unreadable:
             raise ConfigError(
@@ -136,7 +177,7 @@ class Checkpoints:
                 "read (see the warnings above); nothing was changed. Were they written "
                 "by other versions of the packages?"
             )
-        self._saved = None
+        self.saved = None
         return None
 
     def _set_aside(self, steps):
@@ -191,7 +232,7 @@ def restore_params(directory: Path) -> Any:
 def params_digest(params: Any) -> str:
     """Of parameters, by names, shapes and up to 4,096 values of each."""
     digest = hashlib.sha256()
-    for name, x in _named(params).items():
+    for name, x in named_arrays(params).items():
         stride = max(1, x.size // 4096)
         some = np.asarray(jnp.ravel(x)[::stride])
         digest.update(f"{name}{x.shape}{x.dtype}".encode() + some.tobytes())
@@ -206,7 +247,7 @@ def save_params(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    arrays = {name: np.ascontiguousarray(x) for name, x in _named(params).items()}
+    arrays = {name: np.ascontiguousarray(x) for name, x in named_arrays(params).items()}
     try:
         save_file(arrays, temporary, metadata=metadata)
     except Exception as error:  # safetensors' own kind, a full disk among its causes
@@ -230,15 +271,16 @@ def load_params(path: Path, template: Any) -> tuple[Any, dict[str, str]]:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot read {path}: {error}.") from error
-    for name, x in _named(template).items():
+    for name, x in named_arrays(template).items():
         shape = found[name].shape if name in found else "nothing"
         if shape != x.shape:
             raise ConfigError(f"{path}: {name} must be {x.shape}, found {shape}.")
-    leaves = [found[name] for name in _named(template)]
+    leaves = [found[name] for name in named_arrays(template)]
     return jax.tree.unflatten(jax.tree.structure(template), leaves), metadata
 
 
-def _named(params):
+def named_arrays(params: Any) -> dict[str, Any]:
+    """A nested dict of parameters by their names, such as "layers.mlp.up.kernel"."""
     return {
         ".".join(key.key for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

@@ -152,6 +152,15 @@ class WarmStartConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; a run may be continued on another mesh."""
+
+    data: int = 1  # prompts are split, parameters copied
+    fsdp: int = 1  # prompts are split, and parameters with Adam's moments
+    tensor: int = 1  # heads, MLP and vocabulary are split; prompts copied
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Pass rates on trained and held-out prompts, exact where one answer is right."""
 
@@ -210,10 +219,12 @@ class TrainConfig:
     instrument: InstrumentConfig = InstrumentConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
     run_dir: str | None = None  # default: runs/TASK-OBJECTIVE-seedN, numbered if taken
     steps: int = 120  # rollouts; each is updates_per_rollout optimizer updates
     updates_per_rollout: int = 1  # more than 1: behaviour log-probs recomputed once
-    micro_batch_tokens: int = 16384  # tokens of one backward pass; the split is derived
+    # Tokens of one backward pass on one device; the split is derived
+    micro_batch_tokens: int = 16384
     seed: int = 0  # of parameters, order of prompts and sampling
     resume: bool = False  # continue the run in run_dir
 
@@ -323,6 +334,7 @@ _AT_LEAST = {
     "weights.group_size": 2,
     "checkpoint.every": 1, "checkpoint.keep": 1, "log.samples_every": 0,
     "log.samples_prompts": 1, "log.lines_every": 1,
+    "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1,
     # of eval and warmup
     "samples": 0, "rows": 1, "prompts": 1, "max_new_tokens": 1, "max_prompt_tokens": 1,
     "top_k": 1, "step": 0,

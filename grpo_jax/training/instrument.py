@@ -71,6 +71,11 @@ class ProbePlan:
     def num_directions(self) -> int | None:
         return None if self.exact else self.width
 
+    @property
+    def vector_bytes(self) -> int:
+        """Of all parts' gradients or their sums, and three more a prompt."""
+        return 4 * self.prompts * (num_parts(self.group_size) + 3) * self.width
+
     def text(self, every: int) -> str:
         kept = "whole gradients" if self.exact else f"gradients in {self.width:,} sums"
         return (

@@ -5,6 +5,7 @@ needed: the completions before scoring, the new parameters before they are sampl
 metrics are written while the device samples the next step.
 """
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -20,6 +21,14 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.models.decoder import Policy, init_policy
 from grpo_jax.models.hub import local_directory
 from grpo_jax.models.lora import without_lora
+from grpo_jax.models.sharding import (
+    group_sharding,
+    make_mesh,
+    on_mesh,
+    placed,
+    tree_shardings,
+    with_shardings,
+)
 from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.rollouts.encoding import (
@@ -48,6 +57,7 @@ from grpo_jax.training.metrics import (
     keep_until,
     mean_interval,
     read_lines,
+    rewrite,
     to_numbers,
 )
 from grpo_jax.training.paths import cache_directory, use_compile_cache
@@ -62,6 +72,7 @@ from grpo_jax.training.run_directory import claim, record
 from grpo_jax.training.step import (
     Batch,
     MicroBatch,
+    TrainState,
     batch_logprobs,
     compiled_statistics,
     empty_history,
@@ -81,6 +92,7 @@ from grpo_jax.training.warm_start import (
     warm_start,
     warm_start_settings,
 )
+from grpo_jax.training.watchdog import Watchdog
 
 SKIPPED_LIMIT = 5  # non-finite gradients in a row that end a run
 
@@ -110,19 +122,25 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
     Raises:
         ConfigError: the run cannot start as configured; nothing was written.
         NonFiniteGradients: five updates in a row had to be skipped.
+        OSError: a line could not be written (a full disk); what was computed is in a
+            checkpoint where that could be saved.
     """
     if task is not None:
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)
     plan = make_plan(config, task)
-    with verifier_pool(plan.task, config.scoring) as pool:
-        directory = claim(config, _facts(config, plan))
+    mesh = make_mesh(config.mesh)
+    with (
+        _Signals() as signals,
+        verifier_pool(plan.task, config.scoring) as pool,
+        on_mesh(mesh),
+    ):
+        directory = claim(config, facts_of(config, plan))
         use_compile_cache()
-        with _Signals() as signals:
-            return _Run(config, plan, directory, signals, pool).train()
+        return Run(config, plan, directory, signals, pool, mesh).train()
 
 
-def _facts(config, plan):
+def facts_of(config, plan):
     """What config.json keeps besides the config: what was resolved of the task and the
     model, and fingerprints of the data and of what the policy starts from."""
     task, base = plan.task, ""
@@ -145,7 +163,8 @@ def _named_interval(name, stem, interval):
 
 
 class _Signals:
-    """The first SIGTERM or SIGINT asks the run to save and end; the second kills it."""
+    """The first SIGTERM or SIGINT asks the run to save and end, which it does when the
+    phase it is in is over; the second kills it."""
 
     def __init__(self):
         self.asked = False
@@ -167,6 +186,18 @@ class _Signals:
     def __exit__(self, *exception):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+class Scored(NamedTuple):
+    """A step's rollouts with their rewards, ready for the update."""
+
+    state: TrainState  # with what the weights remember of these rewards
+    batch: Batch
+    indices: np.ndarray  # of the prompts
+    rollouts: Rollouts  # on the host
+    texts: list[list[str]]
+    metrics: dict[str, Any]  # on the device
+    host: dict[str, float]
 
 
 class _Spent:
@@ -195,13 +226,24 @@ def _tied(rewards):
     return np.asarray(compiled_statistics(rewards).tied)
 
 
-class _Run:
-    """One process's part of a run; `train` is its only entrance."""
+class Run:
+    """One process's part of a run: `train` is the whole of it; `replay.py` recomputes
+    single steps with the same methods."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, directory: Path, signals, pool):
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        directory: Path,
+        signals=None,
+        pool=None,
+        mesh=None,
+    ):
         self.config, self.plan, self.directory = config, plan, directory
-        self.signals, self.pool, self.task = signals, pool, plan.task
+        self.mesh = mesh  # None: one device
+        self.signals, self.pool, self.task = signals or _Signals(), pool, plan.task
         self.console = Console(config.log.lines_every)
+        self.watchdog = Watchdog(self.console.warn)
         self.compiles = count_compiles()
         self.order = None  # (epoch, its permutation of the prompts)
         self.told_of_ties = False
@@ -219,14 +261,14 @@ class _Run:
             self.console.warn(warning)
         self.console.say(f"run directory: {self.directory}")
         self.tokenizer.save_pretrained(self.directory / "tokenizer")
-        policy = self._starting_policy()
+        policy = self.starting_policy()
         if policy is None:
             self.console.say(
                 "stopped during the warm start, of which nothing is kept; start again "
                 f"with --resume --run-dir {self.directory}"
             )
             return TrainResult(self.directory, {}, False)
-        self._build(policy)
+        self.build(policy)
         checkpoints = Checkpoints(
             self.directory / "checkpoints",
             keep=self.config.checkpoint.keep,
@@ -234,33 +276,38 @@ class _Run:
         )
         with checkpoints:
             self.checkpoints = checkpoints
-            state, step = self._starting_state(policy)
+            state, data = self._starting_state(policy)
             if self.config.resume:  # a new run's was written when it was claimed
-                record(self.directory, self.config, _facts(self.config, self.plan))
+                record(self.directory, self.config, facts_of(self.config, self.plan))
             del policy  # its parameters are the state's now, to be given away
-            self._open_files(step)
+            self._open_files(data)
             try:
-                return self._loop(state, step)
+                return self._loop(state, data["step"])
             finally:
+                self.watchdog.stop()
                 self.console.stop()
                 for file in self.files.values():
                     file.close()
 
     # ---- before the first step
 
-    def _starting_policy(self) -> Policy | None:
+    def starting_policy(self) -> Policy | None:
         """The policy at step 0, which is also the reference; None if stopped."""
         policy = self._base_policy()
-        if policy is None or not self.plan.model.lora_rank:
+        if policy is None:
+            return None
+        policy = placed(policy, self.mesh)
+        if not self.plan.model.lora_rank:
             return policy
-        return with_factors(policy, self.plan.model, self.lora_key)
+        policy = with_factors(policy, self.plan.model, self.lora_key)
+        return placed(policy, self.mesh)
 
     def _base_policy(self) -> Policy | None:
         """All parameters to start from, without LoRA's factors."""
         config, plan = self.config, self.plan
         file = self.directory / "initial.safetensors"
         if config.pretrained or file.exists():
-            return load_base(self.directory, plan.model, config.pretrained)
+            return load_base(self.directory, plan.model, config.pretrained, self.mesh)
         policy = init_policy(without_lora(plan.model), self.init_key)
         if plan.warm_starts:
             settings = warm_start_settings(config.warm_start, plan.task)
@@ -297,7 +344,7 @@ class _Run:
         save_params(file, policy.params)
         return policy
 
-    def _build(self, start: Policy):
+    def build(self, start: Policy):
         """What every step uses: optimizer, weights, sampler, fixed sets of prompts."""
         config, plan, objective = self.config, self.plan, self.plan.objective
         self.policy = start.replace(None)  # parameters live in the state alone
@@ -361,16 +408,21 @@ class _Run:
         )
         return dataclasses.replace(objective, entropy_limit=None)
 
-    def _starting_state(self, policy):
+    def first_state(self, policy) -> TrainState:
+        """The state before any update."""
         shapes = self._rollout_shapes(self.plan.max_new_tokens)
         history = empty_history(self.plan.objective, shapes)
         state = init_state(policy.params, self.optimizer, self.weights, history)
+        return placed(state, self.mesh)
+
+    def _starting_state(self, policy):
+        state, start = self.first_state(policy), {"step": 0}
         if not self.config.resume:
-            return state, 0
+            return state, start
         restored = self.checkpoints.restore(state)
         if restored is None:
             self.console.warn("no whole checkpoint to resume from; starting at step 0.")
-            return state, 0
+            return state, start
         state, data = restored
         if data["step"] > self.config.steps:
             raise ConfigError(
@@ -378,10 +430,10 @@ class _Run:
                 f"already, got {self.config.steps}."
             )
         self.console.say(f"resumed at step {data['step']}.")
-        return state, data["step"]
+        return state, data
 
-    def _open_files(self, step):
-        self.files = {}
+    def _open_files(self, data):
+        self.files, step = {}, data["step"]
         # At step 0 everything is written again, the look at the start included. A look
         # waits for the update after it, so one of this very step is taken again.
         looks = read_lines(self.directory / "instrument.jsonl")
@@ -393,9 +445,11 @@ class _Run:
             if path.exists():
                 keep_until(path, last)
             self.files[name] = JsonLines(path)
-        self.instrument = self._make_instrument([r for r in looks if r["step"] < step])
+            for row in data.get("unwritten", {}).get(name, []):
+                self.files[name].write(row)
+        self.instrument = self.make_instrument([r for r in looks if r["step"] < step])
 
-    def _make_instrument(self, earlier: list[dict]) -> Instrument | None:
+    def make_instrument(self, earlier: list[dict]) -> Instrument | None:
         """None where it is off; `earlier`: the rows of looks before this start."""
         plan = self.plan
         if plan.probe is None:
@@ -412,7 +466,7 @@ class _Run:
                 part = np.resize(self.probe_ids[start : start + size], size)
                 parts.append(jax.device_get(self._rollouts(params, part, key, g)))
             sampled = jax.tree.map(lambda *x: np.concatenate(x)[:p], *parts)
-            scored, scores, _ = self._score(sampled, self.probe_ids)
+            scored, scores, _ = self.score(sampled, self.probe_ids)
             if scores.errors:
                 self.console.warn(
                     f"instrument: {len(scores.errors)} rewards missing: "
@@ -450,9 +504,10 @@ class _Run:
         prompt = shape((p, self.plan.train_prompt_length), jnp.int32)
         ids, floats = shape((p, g, t), jnp.int32), shape((p, g, t), jnp.float32)
         rewards = shape((p, g), jnp.float32)
-        return Rollouts(prompt, prompt, ids, ids, floats, rewards)
+        rollouts = Rollouts(prompt, prompt, ids, ids, floats, rewards)
+        return with_shardings(rollouts, self.mesh)
 
-    def _compile_updates(self, state):
+    def compile_updates(self, state):
         """Every program of the update, before the first step needs it."""
         config, plan, objective = self.config, self.plan, self.objective
         p, g = config.sampling.prompts, config.sampling.group_size
@@ -464,6 +519,8 @@ class _Run:
         self.keeps_old = several and not self.stay and objective.history == 1
         self.programs = {}
         for t in plan.buckets:
+            if self.signals.asked:
+                return
             self.programs[t] = self._programs(state, t, p, g)
 
     def _programs(self, state, t, p, g):
@@ -474,16 +531,35 @@ class _Run:
         policy = self.policy.replace(state.params)
         programs = {}
 
-        def compiled(name, function, *arguments, donate=()):
-            jitted = jax.jit(function, donate_argnums=donate)
+        def compiled(name, function, *arguments, donate=(), lies=None):
+            """`lies`: shapes of the results -> their shardings, where it matters."""
+            shardings = {}
+            if self.mesh is not None and lies is not None:
+                shapes = jax.eval_shape(function, *arguments)
+                shardings["out_shardings"] = lies(shapes)
+            jitted = jax.jit(function, donate_argnums=donate, **shardings)
             lowered = jitted.lower(*arguments)
             programs[name] = lowered.compile()
-            return lowered.out_info
+            if not shardings:
+                return lowered.out_info
+            return jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                shapes,
+                shardings["out_shardings"],
+            )
+
+        by_name = partial(tree_shardings, mesh=self.mesh)
+        by_group = partial(jax.tree.map, lambda x: group_sharding(x.shape, self.mesh))
+
+        def weighed(shapes):
+            trained, weights, *rest = shapes
+            batch = by_name(Batch(trained, None, None, weights))
+            return batch.rollouts, batch.weights, *by_name(tuple(rest))
 
         whole = micro_batch(p, g, length, t, tokens)
         if self.keeps_old or self.uses_reference:
             rescore = partial(batch_logprobs, temperature=self.temperature, micro=whole)
-            compiled("rescore", rescore, policy, rollouts)
+            compiled("rescore", rescore, policy, rollouts, lies=by_group)
         reference = floats if self.uses_reference else None
         ids = jax.ShapeDtypeStruct((p,), jnp.int32)
         trained, weights, _, _ = compiled(
@@ -493,6 +569,7 @@ class _Run:
             reference,
             ids,
             state.weights_state,
+            lies=weighed,
         )
         factors = None
         if has_token_weights(objective):
@@ -506,6 +583,7 @@ class _Run:
                 ),
                 policy,
                 rollouts,
+                lies=by_group,
             )
         old = floats if self.keeps_old else None
         batch = Batch(trained, old, reference, weights, factors)
@@ -520,7 +598,16 @@ class _Run:
             )
             compiled("counterfactual", look, self.policy, state, batch)
         if objective.history > 1:
-            _, batch = compiled("with_history", with_history, state.history, batch)
+            _, batch = compiled(
+                "with_history",
+                with_history,
+                state.history,
+                batch,
+                lies=lambda shapes: (
+                    by_name({"history": shapes[0]})["history"],
+                    by_name(shapes[1]),
+                ),
+            )
         step = make_train_step(
             dataclasses.replace(self.policy, frozen=None),
             objective,
@@ -535,7 +622,8 @@ class _Run:
             return step(state, part_of(batch, index, self.parts), at, frozen)
 
         at, frozen = state.params if self.stay else None, self.policy.frozen
-        compiled("update", update, state, batch, np.int32(0), at, frozen, donate=0)
+        arguments = state, batch, np.int32(0), at, frozen
+        compiled("update", update, *arguments, donate=0, lies=by_name)
         return programs
 
     # ---- one step
@@ -582,7 +670,7 @@ class _Run:
             return self._rollouts(params, indices, key, group_size)
         draft_key = jax.random.fold_in(self.draft_key, jax.random.bits(key))
         sampled = jax.device_get(self._rollouts(params, indices, draft_key, drafts))
-        scored, scores, _ = self._score(sampled, indices)
+        scored, scores, _ = self.score(sampled, indices)
         self.spent.add(sampled, scores)
         rows = refined_prompts(
             self.plan.refine,
@@ -610,7 +698,7 @@ class _Run:
             fresh = rng.permutation(others)[: len(indices)]
             key = jax.random.fold_in(jax.random.fold_in(self.refill_key, step), rounds)
             sampled = jax.device_get(self._train_rollouts(params, fresh, key))
-            more, scores, more_texts = self._score(sampled, fresh)
+            more, scores, more_texts = self.score(sampled, fresh)
             self.spent.add(sampled, scores)
             good = np.flatnonzero(~_tied(more.rewards))
             pairs = list(zip(tied, good, strict=False))
@@ -632,118 +720,201 @@ class _Run:
             behaviour_logprobs=rollouts.behaviour_logprobs[..., :t],
         )
 
-    def _loop(self, state, step) -> TrainResult:
-        config = self.config
+    def sampled(self, params, step):
+        """(indices of a step's prompts, their completions on the device)."""
+        self.spent = _Spent()
+        indices = self._prompts_of(step)
+        key = jax.random.fold_in(self.run_key, step)
+        return indices, self._train_rollouts(params, indices, key)
+
+    def scored(self, state, step, indices, rollouts) -> Scored:
+        """The step's completions (on the host) scored and weighed."""
+        rollouts, scores, texts = self.score(rollouts, indices)
+        self.spent.add(rollouts, scores)
+        host = _reward_parts(scores)
+        if self.objective.refills:
+            indices, rollouts, texts, refilled = self._refilled(
+                state.params, step, indices, rollouts, texts
+            )
+            host |= refilled
+        host["tokens/sampled"] = self.spent.tokens
+        if self.pool is not None:
+            host["reward/failed"] = self.spent.failures
+        rollouts = self._trimmed(rollouts)
+        state, batch, metrics = self._batch(state, rollouts, indices)
+        return Scored(state, batch, indices, rollouts, texts, metrics, host)
+
+    def _prepare(self, state, step):
+        """Compiles what a step needs and looks at the start; less if asked to stop."""
         began = time.monotonic()
-        self._compile_updates(state)
-        # Evaluated and looked at even on resume, where it is not written: what these
+        with self.watchdog.phase("compilation"):
+            self.compile_updates(state)
+        if self.signals.asked:
+            return
+        # Evaluated and looked at even on resume, where it is there already: what these
         # need is compiled before the first step. Its own sampling is compiled in it.
-        row = self._evaluate(state.params, 0)
-        if self.instrument is not None:
-            row |= self.instrument.look(state.params, step)
-            self.instrument.compile(state.params)
-            if not self.looks_now:
-                self.instrument.forget()
+        row = self.evaluate(state.params, step)
+        if self.instrument is not None and not self.signals.asked:
+            with self.watchdog.phase("look"):
+                row |= self.instrument.look(state.params, step)
+                self.instrument.compile(state.params)
+                if not self.looks_now:
+                    self.instrument.forget()
+        if self.signals.asked:
+            return
         if step == 0:
             self._write(0, {}, row)
+        else:
+            self._complete(step, row)
         self.console.say(f"ready after {time.monotonic() - began:.1f} s")
-        self.console.start(step, config.steps)
-        pending = None
-        while step < config.steps and not self.signals.asked:
-            step_began = time.monotonic()
-            indices = self._prompts_of(step)
-            key = jax.random.fold_in(self.run_key, step)
-            self.spent = _Spent()
-            sampled = self._train_rollouts(state.params, indices, key)
-            if pending is not None:  # written while the device samples
-                row = self._write(*pending)
-            rollouts = jax.device_get(sampled)
-            times = {"time/sample_s": time.monotonic() - step_began}
 
-            scored = time.monotonic()
-            rollouts, scores, texts = self._score(rollouts, indices)
-            self.spent.add(rollouts, scores)
-            host = _reward_parts(scores)
-            if self.objective.refills:
-                indices, rollouts, texts, refilled = self._refilled(
-                    state.params, step, indices, rollouts, texts
-                )
-                host |= refilled
-            host["tokens/sampled"] = self.spent.tokens
-            if self.pool is not None:
-                host["reward/failed"] = self.spent.failures
-            rollouts = self._trimmed(rollouts)
-            state, batch, metrics = self._batch(state, rollouts, indices)
-            times["time/score_s"] = time.monotonic() - scored
+    def _complete(self, step, looked):
+        """Puts what a stop left out of the step's line into it."""
+        path = self.directory / "metrics.jsonl"
+        lines = read_lines(path)
+        if not lines or lines[-1]["step"] != step:
+            return
+        owed = {
+            name: value
+            for name, value in looked.items()
+            if name not in lines[-1]
+            and (self._evaluates(step) if name.startswith("eval/") else self._due(step))
+        }
+        if owed:
+            lines[-1] |= owed
+            self.files["metrics"].close()
+            rewrite(path, lines)
+            self.files["metrics"] = JsonLines(path)
 
-            compared = self._compared(state, batch, step + 1)
-            watched = self.instrument is not None and self.instrument.pending
-            before = jax.tree.map(jnp.copy, state.params) if watched else None
-            updating = time.monotonic()
-            state, updated = self._update(state, batch)
-            metrics |= updated
-            times["time/update_s"] = time.monotonic() - updating
-            if watched:
-                times |= self.instrument.follow(before, state.params)
-                del before
-                self._write_look()
-            step += 1
-            if compared is not None:
-                counterfactual.record(
-                    self.files["counterfactual"], step, compared, rollouts.rewards
-                )
+    def _loop(self, state, step) -> TrainResult:
+        config = self.config
+        pending, row = None, {}
+        try:
+            self._prepare(state, step)
+            self.console.start(step, config.steps)
+            while step < config.steps and not self.signals.asked:
+                step_began = time.monotonic()
+                with self.watchdog.phase("sampling"):
+                    indices, sampled = self.sampled(state.params, step)
+                    if pending is not None:  # written while the device samples
+                        row, pending = self._write(*pending), None
+                    rollouts = jax.device_get(sampled)
+                times = {"time/sample_s": time.monotonic() - step_began}
+                if self.signals.asked:
+                    break  # the step is made again, the same, on resume
 
-            errors = self.spent.errors
-            if errors:
-                self.console.warn(
-                    f"step {step}: {len(errors)} rewards missing: {errors[0][:200]}"
+                began = time.monotonic()
+                with self.watchdog.phase("scoring"):
+                    scored = self.scored(state, step, indices, rollouts)
+                rollouts, batch = scored.rollouts, scored.batch
+                times["time/score_s"] = time.monotonic() - began
+                if self.signals.asked:
+                    break
+
+                with self.watchdog.phase("update"):
+                    compared = self._compared(scored.state, batch, step + 1)
+                    watched = self.instrument is not None and self.instrument.pending
+                    before = jax.tree.map(jnp.copy, state.params) if watched else None
+                    began = time.monotonic()
+                    state, updated = self.update(scored.state, batch)
+                times["time/update_s"] = time.monotonic() - began
+                # From here on the step is made, whatever else fails.
+                step += 1
+                metrics, host = scored.metrics | updated, scored.host
+                pending = (step, metrics, times | host)
+                if watched:
+                    with self.watchdog.phase("look"):
+                        times |= self.instrument.follow(before, state.params)
+                    del before
+                    self._write_look()
+                if compared is not None:
+                    counterfactual.record(
+                        self.files["counterfactual"], step, compared, rollouts.rewards
+                    )
+                self._tell(step, rollouts)
+                self._log_samples(step, scored.indices, scored.texts, rollouts)
+                looked = self._look(state.params, step)
+                spent = looked.pop("time/instrument_s", 0) + times.get(
+                    "time/instrument_s", 0
                 )
-            if self.spent.failures:
-                self.console.warn(
-                    f"step {step}: {self.spent.failures} checks hung or died; they "
-                    "score 0."
-                )
-            if _tied(rollouts.rewards).all() and not self.told_of_ties:
-                self.told_of_ties = True
-                self.console.warn(
-                    f"step {step}: no group is informative, all its prompts have "
-                    "weight 0 (said once; see group/informative in metrics.jsonl)."
-                )
-            self._log_samples(step, indices, texts, rollouts)
-            looked = self._look(state.params, step)
-            spent = looked.pop("time/instrument_s", 0) + times.get(
-                "time/instrument_s", 0
-            )
-            if spent:
-                times["time/instrument_s"] = spent
-            times["time/step_s"] = time.monotonic() - step_began
-            pending = (step, metrics, times | host | looked)
-            failed = int(state.skipped_in_a_row) >= SKIPPED_LIMIT
-            if step % config.checkpoint.every == 0 or failed:
-                # The line first: a checkpoint's step is never missing from the file.
+                if spent:
+                    times["time/instrument_s"] = spent
+                times["time/step_s"] = time.monotonic() - step_began
+                pending = (step, metrics, times | host | looked)
+                failed = int(state.skipped_in_a_row) >= SKIPPED_LIMIT
+                if step % config.checkpoint.every == 0 or failed:
+                    # The line first: a checkpoint's step is never missing there.
+                    row, pending = self._write(*pending), None
+                    self._save(state, step, row)
+                if failed:
+                    self._write_look()
+                    self._give_up(step, rollouts)
+            if pending is not None:
                 row, pending = self._write(*pending), None
-                self._save(state, step, row)
-            if failed:
-                self._write_look()
-                self._give_up(step, rollouts)
-        if pending is not None:
-            row = self._write(*pending)
+            self._write_look()
+        except OSError as error:
+            raise self._rescued(state, step, pending, error) from error
+        return self._end(state, step, row)
+
+    def _end(self, state, step, row) -> TrainResult:
+        if step:
             self._save(state, step, row)
-        self._write_look()
-        self.checkpoints.wait()
+            with self.watchdog.phase("saving"):
+                self.checkpoints.wait()
         self.console.stop()
-        finished = step >= config.steps
+        last = (read_lines(self.directory / "metrics.jsonl") or [{}])[-1]
+        # A stop may have left the last look out.
+        wanted = {"eval/heldout_pass_rate", *(["phase/label"] * self._due(step))}
+        finished = step >= self.config.steps and wanted <= last.keys()
         if not finished:
             saved = ", saved" if step else ""
             self.console.say(
                 f"stopped at step {step}{saved}; continue with --resume "
                 f"--run-dir {self.directory}"
             )
-        self._report(finished)
-        last = read_lines(self.directory / "metrics.jsonl")[-1]
+        with self.watchdog.phase("report"):
+            self._report(finished)
         return TrainResult(self.directory, last, finished)
 
-    def _score(self, rollouts, indices):
+    def _rescued(self, state, step, pending, error) -> OSError:
+        """What to raise where something cannot be written: the disk is full, say. A
+        step whose line is not on disk is saved if it can be, the line with it; where
+        another file's is not, the checkpoint before makes the steps since again."""
+        self.console.stop()
+        # Where writing the line itself failed, it is among the unwritten ones already.
+        if pending is not None and not self.files["metrics"].unwritten:
+            with contextlib.suppress(OSError):  # now it is
+                self._write(*pending)
+        unwritten = {name: file.unwritten for name, file in self.files.items()}
+        if step and unwritten["metrics"]:
+            self._save(state, step, {}, {"unwritten": unwritten})
+        self.checkpoints.wait()
+        newest = self.checkpoints.newest()
+        saved = "nothing is saved" if newest is None else f"step {newest} is saved"
+        return OSError(
+            f"{error}; stopped at step {step}, {saved}. Make room, then continue with "
+            f"--resume --run-dir {self.directory}"
+        )
+
+    def _tell(self, step, rollouts):
+        """Warns of rewards that are missing, hung or say nothing."""
+        errors = self.spent.errors
+        if errors:
+            self.console.warn(
+                f"step {step}: {len(errors)} rewards missing: {errors[0][:200]}"
+            )
+        if self.spent.failures:
+            self.console.warn(
+                f"step {step}: {self.spent.failures} checks hung or died; they score 0."
+            )
+        if _tied(rollouts.rewards).all() and not self.told_of_ties:
+            self.told_of_ties = True
+            self.console.warn(
+                f"step {step}: no group is informative, all its prompts have "
+                "weight 0 (said once; see group/informative in metrics.jsonl)."
+            )
+
+    def score(self, rollouts, indices):
         texts = decode_groups(self.task, rollouts.completions, rollouts.completion_mask)
         scores = score(
             self.task.reward,
@@ -758,7 +929,7 @@ class _Run:
         """(state, batch, metrics): the rollouts weighed, with what they need beside."""
         programs = self.programs[rollouts.completions.shape[-1]]
         policy = self.policy.replace(state.params)
-        rollouts = jax.tree.map(jnp.asarray, rollouts)
+        rollouts = placed(jax.tree.map(jnp.asarray, rollouts), self.mesh)
         old = programs["rescore"](policy, rollouts) if self.keeps_old else None
         reference = None
         if self.uses_reference:
@@ -774,7 +945,7 @@ class _Run:
         batch = Batch(rollouts, old, reference, weights, factors)
         return state, jax.block_until_ready(batch), metrics
 
-    def _update(self, state, batch):
+    def update(self, state, batch):
         """All updates of one rollout, or fewer where the objective stops early."""
         programs = self.programs[batch.rollouts.completions.shape[-1]]
         update = programs["update"]
@@ -802,21 +973,27 @@ class _Run:
         raise NonFiniteGradients(
             f"{SKIPPED_LIMIT} updates in a row had a non-finite gradient; stopped at "
             f"step {step}. Its rollouts are in {file}, the parameters (not touched by "
-            "the skipped updates) in the checkpoint of the same step. A new run with a "
-            "lower optimizer.learning_rate or a warm-up is the usual cure."
+            "the skipped updates) in the checkpoint of the same step; `grpo-jax replay "
+            f"{self.directory} {step}` computes it again. A new run with a lower "
+            "optimizer.learning_rate or a warm-up is the usual cure."
         )
 
     # ---- looking and writing
 
     def _look(self, params, step) -> dict[str, float]:
-        """Evaluation and instrument where they are due."""
-        every = self.config.evaluation.every
+        """Evaluation and instrument where they are due; asked to stop, the resumed run
+        makes up for them."""
         metrics = {}
-        if step == self.config.steps or (every and step % every == 0):
-            metrics |= self._evaluate(params, step)
-        if self._due(step):
-            metrics |= self.instrument.look(params, step)
+        if self._evaluates(step) and not self.signals.asked:
+            metrics |= self.evaluate(params, step)
+        if self._due(step) and not self.signals.asked:
+            with self.watchdog.phase("look"):
+                metrics |= self.instrument.look(params, step)
         return metrics
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return step in (0, self.config.steps) or (every > 0 and step % every == 0)
 
     def _exact(self, params, name):
         return pass_rates(
@@ -826,7 +1003,12 @@ class _Run:
             self.config.micro_batch_tokens,
         )
 
-    def _evaluate(self, params, step):
+    def evaluate(self, params, step) -> dict[str, float]:
+        """Pass rates of the policy after `step` steps."""
+        with self.watchdog.phase("evaluation"):
+            return self._pass_rates(params, step)
+
+    def _pass_rates(self, params, step):
         metrics = {}
         key = jax.random.fold_in(self.eval_key, step)
         exact = self.plan.task.single_answer
@@ -871,12 +1053,16 @@ class _Run:
             self.programs[t]["counterfactual"](self.policy, state, batch)
         )
 
-    def _write(self, step, metrics, host):
+    def row(self, step, metrics, host) -> dict[str, Any]:
+        """A line of metrics.jsonl."""
         row = {"step": step} | to_numbers(metrics) | host
         if step:
             applied = row["update/applied"]
             row["learning_rate"] = float(self.schedule(max(0, applied - 1)))
-        row["compiles"] = self.compiles()
+        return row | {"compiles": self.compiles()}
+
+    def _write(self, step, metrics, host):
+        row = self.row(step, metrics, host)
         self.files["metrics"].write(row)
         if step:
             self.console.step(step, row)
@@ -909,9 +1095,10 @@ class _Run:
         if self.instrument is not None and self.instrument.pending:
             self.files["instrument"].write(self.instrument.take())
 
-    def _save(self, state, step, row):
+    def _save(self, state, step, row, more=None):
         score = row.get("eval/heldout_pass_rate")
-        self.checkpoints.save(step, state, {"step": step}, score)
+        with self.watchdog.phase("saving"):
+            self.checkpoints.save(step, state, {"step": step} | (more or {}), score)
 
     def _report(self, finished):
         from grpo_jax.training.report import write_report

@@ -1,8 +1,10 @@
 """What a run writes: metrics.jsonl, one object a step, every field documented here."""
 
+import contextlib
 import functools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,13 +119,36 @@ LOOK_FIELDS = {
 
 
 class JsonLines:
-    """An append-only file of objects; every line is on disk when `write` returns."""
+    """An append-only file of objects; every line is on disk when `write` returns.
+
+    Attributes:
+        unwritten: Objects whose line could not be written; the next `write` tries them
+            again, before its own.
+    """
 
     def __init__(self, path: Path):
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self.unwritten: list[dict[str, Any]] = []
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
+        """Appends a line, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written; the row is `unwritten`.
+        """
+        self.unwritten.append(without_nan(row))
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.unwritten]
+        data, size = "".join(lines).encode(), os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)  # no half a line
+            reason = error.strerror or error
+            raise OSError(f"cannot write {self._path}: {reason}") from error
+        self.unwritten = []
 
     def close(self) -> None:
         self._file.close()
@@ -131,7 +156,7 @@ class JsonLines:
 
 def write_json(path: Path, value: Any) -> None:
     """The value as JSON, indented; null for every number that JSON cannot say."""
-    text = json.dumps(_without_nan(value), indent=2, allow_nan=False)
+    text = json.dumps(without_nan(value), indent=2, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -157,16 +182,17 @@ def keep_until(path: Path, step: int) -> None:
 def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     """The file with these lines alone, replaced at once."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(without_nan(row), allow_nan=False) + "\n" for row in rows]
+    temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The value with null for every number that JSON cannot say."""
     if isinstance(value, dict):
-        return {name: _without_nan(x) for name, x in value.items()}
+        return {name: without_nan(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(x) for x in value]
+        return [without_nan(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.pretrained import check_weights, read_config
+from grpo_jax.models.sharding import batch_shards
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.encoding import (
@@ -22,12 +24,17 @@ from grpo_jax.rollouts.refine import refined_length, template_pieces
 from grpo_jax.tasks import Example, Task
 from grpo_jax.training import counterfactual
 from grpo_jax.training.budget import (
-    estimate_memory,
+    MemoryInputs,
     num_factors,
     num_parameters,
     readable,
 )
-from grpo_jax.training.config import InstrumentConfig, TrainConfig
+from grpo_jax.training.config import (
+    InstrumentConfig,
+    MeshConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from grpo_jax.training.instrument import ProbePlan, plan_probe
 from grpo_jax.training.policies import check_language, task_of, with_settings
 from grpo_jax.training.step import micro_batch
@@ -57,12 +64,19 @@ class Plan:
     buckets: list[int]  # completion lengths of the update
     micro: Any  # MicroBatch, of the longest bucket
     probe: ProbePlan | None  # None: no instrument
+    memory: MemoryInputs
     headline: str
     warnings: list[str]
 
 
-def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
+def make_plan(
+    config: TrainConfig, task: Task | None = None, *, with_weights: bool = True
+) -> Plan:
     """Checks a config against its task and fixes every shape.
+
+    Args:
+        with_weights: The pretrained model's tensors must be there, not its config and
+            tokenizer alone.
 
     Raises:
         ConfigError: the run cannot work as configured.
@@ -125,13 +139,15 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         )
     model, base_bytes = config.model, 4
     if config.pretrained:
-        check_weights(config.pretrained)
+        if with_weights:
+            check_weights(config.pretrained)
         stored = read_config(config.pretrained)
         model = with_settings(stored, config.model)
         base_bytes = 2 if stored.compute_dtype == "bfloat16" else 4
     vocab_size = model.vocab_size or len(tokenizer)
     model = dataclasses.replace(model, vocab_size=vocab_size)
     check_language(task, model)
+    check_mesh(config.mesh, sampling, model)
     prompt_length = bucket(len(prompts[longest]))
     p, g = sampling.prompts, sampling.group_size
     refine, train_prompt_length = [], prompt_length
@@ -153,7 +169,12 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
     weights = resolve_weights(config, objective, len(task.train))
     seen = objective.history * p
     micro = micro_batch(
-        seen, g, train_prompt_length, max_new_tokens, config.micro_batch_tokens
+        seen,
+        g,
+        train_prompt_length,
+        max_new_tokens,
+        config.micro_batch_tokens,
+        batch_shards(seen, g, config.mesh),
     )
     try:
         probe = plan_probe(
@@ -185,18 +206,27 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"prompts and completions have up to {positions} tokens, and the model was "
             f"made for {model.max_positions} (max_position_embeddings)."
         )
-    memory = estimate_memory(
-        model,
+    inputs = MemoryInputs(
+        model=model,
         prompts=p,
         group_size=g,
         prompt_tokens=train_prompt_length,
         max_new_tokens=max_new_tokens,
-        micro=micro,
+        micro_batch_tokens=config.micro_batch_tokens,
+        history=objective.history,
+        parts=config.updates_per_rollout if objective.disjoint else 1,
         reference=bool(objective.kl_coef),
-        copies=_extra_copies(config, objective),
-        looks=probe is not None,
+        copies=config.updates_per_rollout > 1 and not objective.has_ratio(),
+        probe_prompts=probe.prompts if probe else 0,
+        probe_group=probe.group_size if probe else 0,
+        probe_bytes=probe.vector_bytes if probe else 0,
+        weightings=_weightings(config),
+        evaluation_samples=config.evaluation.samples,
         base_bytes=base_bytes,
+        widened=jax.default_backend() == "cpu",
+        mesh=config.mesh,
     )
+    memory = inputs.estimate()
     available = device_memory()
     if available is not None and memory.peak > available:
         warnings.append(
@@ -204,12 +234,16 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
             f"{readable(available, 'B')}: {memory.advice()}."
         )
     mechanisms = "".join(f" | {text}" for text in objective.mechanisms())
+    devices = ""
+    if config.mesh != MeshConfig():
+        sizes = dataclasses.asdict(config.mesh).items()
+        devices = " | mesh " + " x ".join(f"{name} {size}" for name, size in sizes)
     headline = (
         f"{config.objective.name} on {task.name}: {objective.formula()}"
         f"{weights_text(config.weights)}{mechanisms} | "
         f"{p} prompts x {g} samples, {train_prompt_length} + {max_new_tokens} tokens, "
         f"micro-batch {micro.prompts} x {micro.samples} | "
-        f"{_size(model)}, {model.compute_dtype} | "
+        f"{_size(model)}, {model.compute_dtype}{devices} | "
         f"about {readable(memory.peak, 'B')} on the device"
     )
     if probe:
@@ -230,9 +264,40 @@ def make_plan(config: TrainConfig, task: Task | None = None) -> Plan:
         [max_new_tokens] if seen > p else completion_buckets(max_new_tokens),
         micro,
         probe,
+        inputs,
         headline,
         warnings,
     )
+
+
+def check_mesh(mesh: MeshConfig, sampling: SamplingConfig, model: ModelConfig) -> None:
+    """ConfigError where the devices are not there, or would not all have work."""
+    sizes = dataclasses.asdict(mesh)
+    count = math.prod(sizes.values())
+    if count == 1:
+        return
+    text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    devices = jax.devices()
+    if count > len(devices):
+        raise ConfigError(
+            f"{text} needs {count} devices, and there are {len(devices)} "
+            f"({devices[0].device_kind}); lower one of them."
+        )
+    p, g = sampling.prompts, sampling.group_size
+    shards = batch_shards(p, g, mesh)
+    if math.prod(shards) != mesh.data * mesh.fsdp:
+        raise ConfigError(
+            f"{text} must split the {p} prompts of a step over data x fsdp = "
+            f"{mesh.data * mesh.fsdp} devices, or over one of the two and the "
+            f"{g} samples of each over the other; make sampling.prompts a multiple of "
+            f"{mesh.data * mesh.fsdp}, or change the mesh."
+        )
+    for name in ("num_kv_heads", "num_heads"):
+        if getattr(model, name) % mesh.tensor:
+            raise ConfigError(
+                f"mesh.tensor must divide model.{name}={getattr(model, name)}, got "
+                f"{mesh.tensor}; lower it and raise mesh.fsdp."
+            )
 
 
 def within(task: Task, limit: int) -> tuple[Task, tuple[int, int]]:
@@ -294,12 +359,9 @@ def _spare(objective):
     return 1.0 if share == 1 else share / (1 - share)
 
 
-def _extra_copies(config, objective):
-    """Of the parameters, that a step holds besides state, reference and gradient."""
-    compared = 2 * counterfactual.WEIGHTINGS
-    compared = compared if config.instrument.counterfactual_every else 0
-    stay = config.updates_per_rollout > 1 and not objective.has_ratio()
-    return compared + stay
+def _weightings(config):
+    """Compared in a counterfactual step; 0: there is none."""
+    return counterfactual.WEIGHTINGS * (config.instrument.counterfactual_every > 0)
 
 
 def _without(record, name):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.config import ModelConfig
@@ -14,6 +15,7 @@ from grpo_jax.models.decoder import Policy, abstract_policy, add_lora
 from grpo_jax.models.hub import eos_ids, load_tokenizer, local_directory
 from grpo_jax.models.lora import without_lora
 from grpo_jax.models.pretrained import load_pretrained, read_config
+from grpo_jax.models.sharding import tree_shardings
 from grpo_jax.tasks import Task, load_task
 from grpo_jax.training.checkpoint import load_params
 from grpo_jax.training.config import TaskConfig, TrainConfig
@@ -134,14 +136,21 @@ def data_fingerprint(task: Task) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def pretrained_policy(name: str, settings: ModelConfig) -> Policy:
+def pretrained_policy(
+    name: str, settings: ModelConfig, mesh: Mesh | None = None
+) -> Policy:
     """The policy of a model directory (or Hub name) with the run's own settings.
 
     What is trained is float32; with LoRA the frozen base keeps the dtype it is stored
     in. `settings` are what `with_settings` returned: factors are not made here.
+    On a mesh every device is given its part, and no more.
     """
     dtype = None if settings.lora_rank else "float32"
-    policy = load_pretrained(local_directory(name), dtype=dtype)
+    directory, shardings = local_directory(name), None
+    if mesh is not None:
+        shapes = abstract_policy(without_lora(settings)).params
+        shardings = tree_shardings(shapes, mesh)
+    policy = load_pretrained(directory, dtype=dtype, shardings=shardings)
     return policy.reconfigured(
         compute_dtype=settings.compute_dtype, remat=settings.remat
     )
@@ -158,7 +167,9 @@ def with_factors(policy: Policy, model: ModelConfig, key: jax.Array) -> Policy:
     )
 
 
-def load_base(run_dir: Path, model: ModelConfig, pretrained: str | None) -> Policy:
+def load_base(
+    run_dir: Path, model: ModelConfig, pretrained: str | None, mesh: Mesh | None = None
+) -> Policy:
     """The policy that a run started from, without factors.
 
     Args:
@@ -168,7 +179,7 @@ def load_base(run_dir: Path, model: ModelConfig, pretrained: str | None) -> Poli
         ConfigError: its file is missing or does not fit.
     """
     if pretrained is not None:
-        return pretrained_policy(pretrained, model)
+        return pretrained_policy(pretrained, model, mesh)
     policy = abstract_policy(without_lora(model))
     params, _ = load_params(run_dir / "initial.safetensors", policy.params)
     return policy.replace(jax.tree.map(jnp.asarray, params))

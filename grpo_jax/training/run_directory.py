@@ -15,7 +15,7 @@ from grpo_jax.training.config import TrainConfig, differences, to_dict
 # Where data and the base lie may change: their fingerprints may not.
 FREE_ON_RESUME = (
     "run_dir", "resume", "checkpoint.", "log.", "task.path", "task.heldout_path",
-    "pretrained", "scoring.workers",
+    "pretrained", "scoring.workers", "mesh",
 )  # fmt: skip
 
 

@@ -16,8 +16,13 @@ import numpy as np
 import optax
 
 from grpo_jax.advantages import group_statistics, group_std, overlong_punishment
-from grpo_jax.logprobs import token_logprobs
 from grpo_jax.models.decoder import Policy, completion_hidden
+from grpo_jax.models.sharding import (
+    batch_shards,
+    batch_token_logprobs,
+    constrain,
+    constrain_params,
+)
 from grpo_jax.objectives.aggregation import token_coefficients
 from grpo_jax.objectives.loss import (
     baselined,
@@ -79,31 +84,55 @@ class History(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """How a batch is split: `prompts` x `samples` at a time, divisors of P and G."""
+    """How a batch is split: `prompts` x `samples` at a time, divisors of P and G.
+
+    `shards` are the parts that P and G are cut into over devices: every part of the
+    batch holds the same share of each.
+    """
 
     prompts: int
     samples: int
+    shards: tuple[int, int] = (1, 1)
+
+    @property
+    def on_device(self) -> tuple[int, int]:
+        """Prompts and samples of one part that one device works on."""
+        return self.prompts // self.shards[0], self.samples // self.shards[1]
 
 
 def micro_batch(
-    num_prompts: int, group_size: int, prompt_tokens: int, max_tokens: int, budget: int
+    num_prompts: int,
+    group_size: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    budget: int,
+    shards: tuple[int, int] | None = None,
 ) -> MicroBatch:
     """The largest split into equal parts of at most `budget` tokens (at least 1 x 1).
 
     A part of p prompts and g samples holds p * (prompt_tokens + g * max_tokens) tokens.
     Whole groups are preferred: their prompt is encoded once.
+
+    Args:
+        budget: Tokens on one device.
+        shards: What P and G are cut into over devices; None: by the mesh that is set.
     """
+    shards = batch_shards(num_prompts, group_size) if shards is None else shards
+    num_prompts, group_size = num_prompts // shards[0], group_size // shards[1]
 
     def fits(p, g):
         return p * (prompt_tokens + g * max_tokens) <= budget
 
+    def of(p, g):
+        return MicroBatch(p * shards[0], g * shards[1], shards)
+
     for p in _divisors(num_prompts):
         if fits(p, group_size):
-            return MicroBatch(p, group_size)
+            return of(p, group_size)
     for g in _divisors(group_size):
         if fits(1, g):
-            return MicroBatch(1, g)
-    return MicroBatch(1, 1)
+            return of(1, g)
+    return of(1, 1)
 
 
 def _divisors(n):
@@ -116,15 +145,37 @@ def split_batch(tree: Any, micro: MicroBatch, group_axis: bool) -> Any:
     """Leaves [P, ...] or [P, G, ...] to [parts, p, ...] or [parts, p, g, ...]."""
 
     def split(x):
-        p = x.shape[0] // micro.prompts
-        x = x.reshape(p, micro.prompts, *x.shape[1:])
+        x = _cut(x, 0, micro.prompts, micro.shards[0])  # [parts, p, ...]
         if not group_axis:
-            return x
-        g = x.shape[2] // micro.samples
-        x = x.reshape(p, micro.prompts, g, micro.samples, *x.shape[3:])
-        return x.swapaxes(1, 2).reshape(p * g, *x.shape[1:2], *x.shape[3:])
+            return constrain(x, None, "prompts")
+        x = _cut(x, 2, micro.samples, micro.shards[1])  # [parts, p, parts, g, ...]
+        p, g = x.shape[0], x.shape[2]
+        x = x.swapaxes(1, 2).reshape(p * g, *x.shape[1:2], *x.shape[3:])
+        return constrain(x, None, "prompts", "samples")
 
     return jax.tree.map(split, tree)
+
+
+def _cut(x, axis, size, shards):
+    """An axis as [parts, size]: of each of its `shards`, every part has as much."""
+    before, n, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    if shards == 1:
+        return x.reshape(*before, n // size, size, *after)
+    x = x.reshape(*before, shards, n // size, size // shards, *after)
+    return x.swapaxes(axis, axis + 1).reshape(*before, n // size, size, *after)
+
+
+def _joined(x, axis, shards):
+    """The inverse of `_cut`: axes [parts, size] as one."""
+    before, (parts, size), after = (
+        x.shape[:axis],
+        x.shape[axis:][:2],
+        x.shape[axis:][2:],
+    )
+    if shards > 1:
+        x = x.reshape(*before, parts, shards, size // shards, *after)
+        x = x.swapaxes(axis, axis + 1)
+    return x.reshape(*before, parts * size, *after)
 
 
 def repeat_parts(tree: Any, times: int) -> Any:
@@ -141,7 +192,7 @@ def batch_logprobs(
 ):
     """[P, G, T] log-probs of the completions, micro-batch by micro-batch; with
     `with_entropy` a pair, the second the entropy at each token."""
-    p, g, t = rollouts.completions.shape
+    _, g, t = rollouts.completions.shape
     times = g // micro.samples
     prompts = split_batch((rollouts.prompts, rollouts.prompt_mask), micro, False)
     parts = (
@@ -157,7 +208,8 @@ def batch_logprobs(
 
     def whole(x):  # [parts, p, g, T]
         x = x.reshape(-1, times, micro.prompts, micro.samples, t)
-        x = x.swapaxes(1, 2).reshape(p, g, t)
+        x = _joined(x.swapaxes(1, 2), 2, micro.shards[1])
+        x = constrain(_joined(x, 0, micro.shards[0]), "prompts", "samples")
         return jnp.where(rollouts.completion_mask.astype(bool), x, 0.0)
 
     return jax.tree.map(whole, jax.lax.map(part, parts))
@@ -166,7 +218,7 @@ def batch_logprobs(
 def _logprobs(policy, prompts, prompt_mask, completions, temperature, entropy=False):
     model = policy.module()
     hidden = completion_hidden(model, prompts, prompt_mask, completions)
-    return token_logprobs(
+    return batch_token_logprobs(
         hidden,
         model.unembedding_matrix(),
         completions,
@@ -459,6 +511,7 @@ def make_gradients(
 
             _, pull_back, (metrics, gap) = jax.vjp(losses, params, has_aux=True)
             (grads,) = pull_back(part["cotangent"])
+            grads = constrain_params(grads)
             return grads, jax.lax.stop_gradient(metrics), gap
 
         first = jax.tree.map(lambda x: x[0], parts)
@@ -519,6 +572,7 @@ def make_train_step(
             (params, opt_state),
             (state.params, state.opt_state),
         )
+        params, opt_state = constrain_params((params, opt_state))
         state = state._replace(
             params=params,
             opt_state=opt_state,

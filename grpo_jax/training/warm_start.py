@@ -23,6 +23,7 @@ import optax
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.decoder import Policy
+from grpo_jax.models.sharding import batch_devices
 from grpo_jax.rollouts.encoding import (
     answer_rollouts,
     encode_imitated,
@@ -275,7 +276,7 @@ def pass_rates(
 ) -> np.ndarray:
     """[N] exact pass rates of answers [N, 1, T], each the one right completion.
 
-    At most about `budget` tokens are looked at in one go.
+    At most about `budget` tokens are looked at in one go, on each device.
     """
     return np.exp(_answers_logprobs(policy, answers, temperature, budget))
 
@@ -289,7 +290,9 @@ def token_loss(policy: Policy, answers: Rollouts, budget: int = 2**14) -> float:
 def _answers_logprobs(policy, answers, temperature, budget):
     """[N] log-probs of answers [N, 1, T], about `budget` tokens at a time."""
     n, _, t = answers.completions.shape
-    part = max(1, min(n, budget // (answers.prompts.shape[1] + t)))
+    devices = batch_devices()
+    part = max(1, budget // (answers.prompts.shape[1] + t)) * devices
+    part = min(part, -(-n // devices) * devices)
     # Filled up to whole parts with rows that are there already, and cut again.
     filled = np.resize(np.arange(n), -(-n // part) * part)
     answers = jax.tree.map(lambda x: np.asarray(x)[filled], answers)

@@ -2,9 +2,12 @@
 
 import json
 
+import jax
 import pytest
 
+from grpo_jax import ModelConfig, init_policy, save_pretrained
 from grpo_jax.cli import main
+from grpo_jax.tasks import load_task
 
 
 def answer(capsys, *argv):
@@ -95,3 +98,97 @@ def test_damaged_config_of_a_run_is_named(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": 3})[:5])
     code, text = answer(capsys, "report", str(tmp_path))
     assert code == 2 and "config.json is damaged" in text
+
+
+PLAN = ["plan", "--sampling.prompts", "4", "--sampling.group-size", "4"]
+
+
+def test_plan_prints_memory_shapes_and_informative_groups(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    code, text = answer(capsys, *PLAN, "--steps", "7", "--json", str(file))
+    assert code == 0
+    for words in (
+        "held all the time", "sampler's copy of the weights", "keys and values",
+        "peak, in", "4 prompts x 4 samples: 16 completions", "7 optimizer updates",
+        "0.05 19 % 34 % 56 %",
+    ):  # fmt: skip
+        assert words in text
+    found = json.loads(file.read_text())
+    memory = found["memory"]
+    assert memory["peak"] == memory["held"] + max(memory["phases"].values())
+    assert memory["fits"] and memory["advice"] == []
+    assert found["step"]["updates"] == 7
+    assert found["informative"]["examples"]["0.5"]["4"] == 0.875
+    assert list(tmp_path.iterdir()) == [file]  # no run directory
+
+
+def test_plan_of_a_pass_rate_file(capsys, tmp_path):
+    (tmp_path / "rates.json").write_text("[0.5, 0.0]")
+    argv = [*PLAN, "--pass-rates", str(tmp_path / "rates.json")]
+    code, text = answer(capsys, *argv)
+    assert code == 0 and "44 % at 4" in text
+    assert "of 4 prompts a step, 1.8 tell something and 2.2 are sampled" in text
+    assert "1 prompts were never solved and 0 always" in text
+    rows = [{"solved": [True, False, False, False]}] * 3
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "samples.jsonl").write_text(lines)
+    code, text = answer(capsys, *PLAN, "--pass-rates", str(tmp_path))
+    assert code == 0 and "over 3 prompts of mean pass rate 0.250" in text
+
+
+def test_plan_that_does_not_fit_names_settings_that_would(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    argv = [*PLAN, "--model.remat", "none", "--instrument.every", "0"]
+    argv += ["--model.num-layers", "8", "--json", str(file)]
+
+    def planned(*more):
+        code, text = answer(capsys, *argv, *more)
+        assert code == 0
+        return json.loads(file.read_text())["memory"], text
+
+    memory, _ = planned("--device-gib", "1")
+    assert memory["peak_in"] == "update"
+    limit = ["--device-gib", str(0.8 * memory["peak"] / 2**30)]
+    memory, text = planned(*limit)
+    assert "it does not fit" in text and not memory["fits"]
+    settings = dict(line.split() for line in memory["advice"])
+    assert {"micro_batch_tokens", "model.remat", "sampling.prompts"} <= set(settings)
+    for name in ("micro_batch_tokens", "model.remat", "sampling.prompts"):
+        flag = "--" + name.replace("_", "-")
+        assert planned(*limit, flag, settings[name])[0]["fits"]
+    memory, text = planned("--device-gib", "1e-5")
+    assert "no one setting is enough" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--device-gib", "0"], "--device-gib must be positive, got 0"),
+        (["--device-gib", "much"], "--device-gib must be a number, got 'much'"),
+        (["--device-gib"], "--device-gib needs a value"),
+        (["--json", "--steps", "3"], "--json needs a value"),
+        (["--pass-rates", "nowhere.json"], "cannot read --pass-rates nowhere.json"),
+        (["--jsn", "x"], "--jsn"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--sampling.group-sise", "4"], "--sampling.group-size"),
+        (["--pretrained", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_plans_exit_with_2(capsys, argv, words):
+    code, text = answer(capsys, "plan", *argv)
+    assert code == 2 and words in text
+
+
+def test_plan_needs_no_weights(capsys, tmp_path):
+    task = load_task("chains")
+    model = ModelConfig(vocab_size=len(task.tokenizer), num_layers=3)
+    save_pretrained(
+        init_policy(model, jax.random.key(0)), tmp_path, tokenizer=task.tokenizer
+    )
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    argv = [*PLAN, "--pretrained", str(tmp_path), "--task.template", "none"]
+    code, text = answer(capsys, *argv)
+    assert code == 0 and "peak, in" in text
+    code, text = answer(capsys, "train", *argv[1:])
+    assert code == 2 and "safetensors" in text

@@ -66,7 +66,7 @@ def starts_with_a_digit(example, completion):
 def watched():
     """Lists of what the loop updated with, sampled and appended to prompts."""
     seen = SimpleNamespace(updates=[], sampled=[], refined=[], runs=[])
-    update, sample, refine = loop._Run._update, loop.sample, loop.refined_prompts
+    update, sample, refine = loop.Run.update, loop.sample, loop.refined_prompts
 
     def watched_update(self, state, batch):
         before = jax.device_get(state)
@@ -91,7 +91,7 @@ def watched():
         return rows
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_update", watched_update)
+        patch.setattr(loop.Run, "update", watched_update)
         patch.setattr(loop, "sample", watched_sample)
         patch.setattr(loop, "refined_prompts", watched_refine)
         yield seen

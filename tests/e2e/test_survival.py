@@ -1,10 +1,14 @@
 """Killed, interrupted, out of disk: what a run leaves behind, and that it goes on."""
 
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,3 +188,22 @@ def test_full_disk_loses_checkpoints_and_not_the_run(run, tmp_path):
     # Whichever checkpoint was small enough to be written is used, and said.
     assert code == 0, output
     assert "no whole checkpoint" in output or "resumed at step 4" in output
+
+
+@pytest.mark.slow
+def test_soak_in_short(tmp_path):
+    """Seven faults of seven kinds; its own checks decide."""
+    root = Path(__file__).parents[2]
+    process = subprocess.run(
+        [sys.executable, root / "experiments/benchmarks/soak.py", "--smoke"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    summary = json.loads((tmp_path / "results/soak/summary.json").read_text())
+    assert summary["faults"] == summary["as_expected"] == 7
+    assert summary["exact"]["arrays_bit_identical"]
+    assert summary["exact"]["metrics_identical"]

@@ -7,6 +7,7 @@ from grpo_jax import ModelConfig, init_policy
 from grpo_jax.models.decoder import abstract_policy
 from grpo_jax.training.budget import (
     Memory,
+    MemoryInputs,
     estimate_memory,
     num_factors,
     num_parameters,
@@ -52,25 +53,125 @@ def test_state_is_parameters_two_moments_and_perhaps_a_reference():
 
 # Keys and values: 4 prompts * (16 + 8 * 32) tokens * 3 layers * 2 heads * 6 * 4 bytes.
 def test_the_cache_holds_each_prompt_once_per_group():
-    layers = num_parameters(SMALL) - SMALL.vocab_size * SMALL.width
-    cache = 2 * 4 * (16 + 8 * 32) * 3 * 2 * 6 * 4
-    assert estimate().cache == cache + 4 * layers
+    assert estimate().cache == 2 * 4 * (16 + 8 * 32) * 3 * 2 * 6 * 4
     low = dataclasses.replace(SMALL, compute_dtype="bfloat16")
     assert 2 * estimate(low).cache == estimate().cache
+    assert estimate(low, widened=True).cache == estimate().cache
+
+
+# The layers' kernels side by side, and the table transposed where it is tied.
+def test_the_sampler_lays_its_weights_out_once_more():
+    table = SMALL.vocab_size * SMALL.width
+    all_but_last_norm = num_parameters(SMALL) - SMALL.width
+    assert estimate().sampler_weights == 4 * all_but_last_norm
+    untied = dataclasses.replace(SMALL, tie_embeddings=False)
+    assert estimate(untied).sampler_weights == 4 * (all_but_last_norm - table)
+
+
+# One whole part: its gradients alone; parts: their sum too. AdamW holds four copies.
+def test_gradients_and_what_the_optimizer_makes_of_them():
+    trained = 4 * num_parameters(SMALL)
+    assert estimate().gradients == trained
+    assert estimate(micro=(2, 8)).gradients == 2 * trained
+    assert estimate().optimizing == 4 * trained
+    assert estimate(copies=2).update_copies == 2 * trained
+
+
+# Kept per layer and token, full: the stream of 8 numbers. 4 * 8 * 32 completion tokens
+# and 4 * 16 of prompts, 3 layers, 4 bytes.
+def test_one_layer_is_held_beside_what_all_layers_keep():
+    tokens = 4 * 8 * 32 + 4 * 16
+    own, prompt = 4 * 32 * 4 * 32 * 32, 4 * 32 * 4 * 32 * 16  # scores of 4 heads
+    kept = 3 * tokens * 8 * 4
+    mlp = own + prompt + tokens * (6 * 12 + 7 * 8 + 6 * 24 + 2 * 12) * 4
+    attention = 3.25 * own + 2.25 * prompt + tokens * (6 * 8 + 4 * 24) * 4
+    assert estimate().activations == kept + max(mlp, attention)
+
+
+# 512 tokens a chunk, 9 tokens in the vocabulary; the table's transpose, gradient and
+# one chunk's share of it; the layers' gradients do not exist yet.
+def test_logits_are_of_one_chunk():
+    tokens = 4 * 8 * 32 + 4 * 16
+    kept, table = 3 * tokens * 8 * 4, 4 * 9 * 8
+    expected = kept + 2 * 4 * 512 * 9 + 3 * table - 4 * num_parameters(SMALL)
+    assert estimate().logits == expected
 
 
 def test_smaller_parts_and_more_recomputation_need_less():
-    assert estimate(micro=(1, 8)).update < estimate(micro=(4, 8)).update
+    assert estimate(micro=(1, 8)).activations < estimate().activations
     full, dots, none = (
-        estimate(dataclasses.replace(SMALL, remat=remat)).update
+        estimate(dataclasses.replace(SMALL, remat=remat)).activations
         for remat in ("full", "dots", "none")
     )
     assert full < dots < none
 
 
-def test_sampling_and_the_update_do_not_overlap():
-    assert Memory(state=5, cache=3, update=7).peak == 12
-    assert Memory(state=5, cache=8, update=7).peak == 13
+def test_evaluation_holds_a_prompt_for_every_completion():
+    evaluated = estimate(evaluated=(32, 1))
+    weights = evaluated.sampler_weights
+    assert evaluated.evaluation - weights > 2 * 32 * (16 + 32) * 3 * 2 * 6 * 4
+    assert estimate().evaluation == 0
+
+
+# The gradient and the change under each of 5 weightings; along one of them, four of
+# each array of a layer: 3 of the MLP's and 4 others, and the scores.
+def test_the_instrument_holds_gradients_and_derivatives():
+    trained, tokens = 4 * num_parameters(SMALL), 4 * 8 * 32 + 4 * 16
+    scores = 4 * 8 * 4 * 4 * 32 * (32 + 16)
+    layer = 4 * (tokens * (3 * 12 + 2 * 8 + 2 * 24) * 4 + scores)
+    activations = estimate().activations
+    assert estimate(weightings=5).counterfactual == 10 * trained + max(
+        2 * trained + activations, trained + layer
+    )
+    part, whole = MicroBatch(1, 1), MicroBatch(4, 8)
+    held = estimate(probe=(part, whole), probe_bytes=7).look
+    assert held == 2 * trained + layer
+    held = estimate(probe=(whole, part), probe_bytes=7).look
+    assert held == 6 * trained + 7 + max(activations, layer)
+
+
+def test_devices_share_what_is_cut():
+    assert estimate(parameter_ways=2).state == estimate().state // 2
+    assert estimate(prompt_ways=2).cache == estimate().cache // 2
+    assert estimate(tensor_ways=2).cache == estimate().cache // 2
+    assert estimate(prompt_ways=2).activations == estimate().activations // 2
+
+
+NONE = dict.fromkeys(Memory._fields, 0)
+
+
+def test_phases_do_not_overlap():
+    memory = Memory(**NONE | dict(parameters=5, cache=3, activations=7))
+    assert memory.peak == 12 and memory.largest() == "update"
+    memory = memory._replace(sampler_weights=6)
+    assert memory.peak == 14 and memory.largest() == "sampling"
+    memory = memory._replace(optimizing=8, gradients=2, logits=6)
+    assert memory.phases()["update"] == 9
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (dict(parameters=9, cache=3), "model.lora_rank"),
+        (dict(parameters=1, optimizing=4), "model.lora_rank"),
+        (dict(cache=3), "sampling.prompts"),
+        (dict(activations=3), "micro_batch_tokens"),
+        (dict(look=3), "instrument.every 0"),
+        (dict(counterfactual=3), "instrument.counterfactual_every 0"),
+        (dict(evaluation=3), "sampling.group_size"),
+    ],
+)
+def test_advice_names_the_setting_of_the_largest_part(sizes, words):
+    assert words in Memory(**NONE | sizes).advice()
+
+
+def test_inputs_derive_the_micro_batch():
+    inputs = MemoryInputs(model=SMALL, micro_batch_tokens=272, **SHAPE)
+    expected = estimate(micro=(1, 8), evaluated=(32, 1))
+    assert inputs.estimate() == expected
+    halved = dataclasses.replace(inputs, parts=2, micro_batch_tokens=10**6)
+    assert halved.updated == 2
+    assert halved.estimate().gradients == 4 * num_parameters(SMALL)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from grpo_jax.training.instrument_reading import (
     table,
     usable,
 )
-from grpo_jax.training.metrics import _without_nan
+from grpo_jax.training.metrics import without_nan
 
 NAN = float("nan")
 
@@ -108,7 +108,7 @@ def made_row(step, *, prompts=6, exact=True, binary=True, label="II", update=Tru
 def made_rows(count=5, **changes):
     """As read from disk: NaN is null there."""
     rows = [made_row(10 * i, update=i < count - 1, **changes) for i in range(count)]
-    return json.loads(json.dumps([_without_nan(row) for row in rows]))
+    return json.loads(json.dumps([without_nan(row) for row in rows]))
 
 
 def emptied(value):

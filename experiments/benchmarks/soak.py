@@ -1,0 +1,443 @@
+"""A long run that is killed, stopped, and robbed of its disk and its verifiers.
+
+Claim:     whatever happens to a run, it goes on from a whole checkpoint, says what it
+           passed over, and ends with the parameters of a run nothing happened to.
+Command:   python experiments/benchmarks/soak.py  (--smoke: 7 faults)
+Hardware:  2 CPU cores, busy with other work; 100 faults (--faults 100) in 13 minutes
+Expected:  every fault as expected, every array and every number the same
+Got:       100 of 100 faults as expected: 11 each of kill, kill early, sigterm, deleted
+           and truncated, 10 each of stray and full disk (76 attempts, 375 steps; 38 of
+           38 arrays the same bits, metrics.jsonl the same), and 7 hangs, 6 deaths, 6
+           NaN and 6 raises, each counted once. 200 faults were not run.
+Writes:    results/soak/{config.json,faults.jsonl,summary.json} and the runs
+
+Two runs take the faults, one after another:
+  exact   the default task; killed, stopped by SIGTERM, its newest checkpoint deleted or
+          a file of it cut in half, a stray directory among them, or the disk full (a
+          limit on file sizes, a line or two above what metrics.jsonl holds). At the end
+          its last checkpoint and its metrics are compared with those of a run without
+          faults: every array bit for bit, every number but times and compile counts.
+  checks  countdown with a reward that hangs, kills its worker, is NaN or raises once
+          each time it is told to. These change rewards, so there is nothing to compare
+          with: it must count each of them, go on, and end with finite parameters.
+
+Every attempt is a process forked from this one after the imports, and `grpo-jax train`
+in it; a fault is logged with what was injected, where, what had to follow and what did.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import tyro
+
+# Imported for the attempts, which are forked: nothing here may touch a device.
+import grpo_jax.training.loop
+import grpo_jax.training.report  # noqa: F401
+from grpo_jax.cli import main as grpo_jax_main
+from grpo_jax.training.metrics import read_lines
+
+EXACT = ("kill", "kill early", "sigterm", "truncated", "deleted", "stray", "full disk")
+CHECKS = ("hang", "die", "nan", "raise")
+TINY = """
+    --model.width 32 --model.mlp-width 48 --model.head-dim 8 --warm-start.max-steps 200
+    --warm-start.noisy-steps 0 --sampling.prompts 6 --sampling.group-size 8
+    --evaluation.prompts 32 --task.heldout-prompts 32 --instrument.every 0
+    --log.lines-every 1000000 --optimizer.learning-rate 1e-3
+""".split()
+REWARD = """
+import os, time
+INJECT = {path!r}
+def reward(example, completion):
+    try:
+        os.rename(INJECT, INJECT + ".taken")  # one check takes it
+    except FileNotFoundError:
+        return float(sum(c.isdigit() for c in completion)) / 8
+    fault = open(INJECT + ".taken").read()
+    if fault == "hang":
+        time.sleep(3600)
+    if fault == "die":
+        os.kill(os.getpid(), 9)
+    if fault == "raise":
+        raise RuntimeError("injected")
+    return float("nan")
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    faults: int = 200  # a quarter of them in the run of checks
+    every: int = 4  # steps between checkpoints
+    farthest: int = 10  # steps that an attempt makes at most before its fault
+    seed: int = 0
+    output: str = "results/soak"  # what is there is removed
+    smoke: bool = False  # one of each in the exact run, none in the other
+
+
+class Attempt:
+    """A forked process that runs `grpo-jax train`, its output in a file."""
+
+    def __init__(self, arguments: list[str], log: Path, file_size: int | None = None):
+        self.log, self.code = log, None
+        # Through a pipe: a limit on file sizes is not to be one on the output.
+        with log.open("wb") as file:
+            self._cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._train(arguments, file_size)
+        self._cat.stdin.close()
+
+    def _train(self, arguments, file_size):
+        code = 70
+        try:
+            os.dup2(self._cat.stdin.fileno(), 1)
+            os.dup2(self._cat.stdin.fileno(), 2)
+            self._cat.stdin.close()
+            if file_size is not None:
+                limit = (file_size, resource.RLIM_INFINITY)
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            code = grpo_jax_main(["train", *arguments])
+            sys.stdout.flush()
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code if isinstance(code, int) else 70)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def running(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._cat.wait()
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code is None
+
+    def end(self, seconds: float = 300.0) -> int:
+        """The exit code; -9 where it had to be killed for taking longer."""
+        deadline = time.monotonic() + seconds
+        while self.running():
+            if time.monotonic() > deadline:
+                self.signal(signal.SIGKILL)
+            time.sleep(0.01)
+        return self.code
+
+    def signal(self, number) -> None:
+        if self.running():
+            os.kill(self.pid, number)
+
+
+def last_step(directory: Path) -> int:
+    """Of metrics.jsonl, from its last whole line; -1 where there is none."""
+    with contextlib.suppress(FileNotFoundError, ValueError, IndexError, KeyError):
+        with (directory / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 5000))
+            return json.loads(file.read().rsplit(b"\n", 2)[-2])["step"]
+    return -1
+
+
+def wait_for(attempt: Attempt, reached, seconds: float = 300.0) -> bool:
+    """Whether `reached()` came true while the attempt ran."""
+    deadline = time.monotonic() + seconds
+    while not reached():
+        if not attempt.running() or time.monotonic() > deadline:
+            return reached()
+        time.sleep(0.005)
+    return True
+
+
+def checkpoints(directory: Path) -> list[int]:
+    names = [path.name for path in (directory / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit() and name != "999999")
+
+
+def start_of(text: str) -> int | None:
+    """The step that an attempt says it began at."""
+    if "no whole checkpoint to resume from" in text:
+        return 0
+    found = re.search(r"resumed at step (\d+)", text)
+    return int(found[1]) if found else None
+
+
+class Exact:
+    """The run of the default task, and the faults that must not change a bit of it."""
+
+    def __init__(self, config: Config, output: Path, rng: random.Random, faults: int):
+        self.config, self.rng, self.output = config, rng, output
+        self.directory, self.attempts = output / "exact", 0
+        steps = max(12, faults * config.farthest // 2)
+        self.steps = steps
+        self.flags = [
+            *("--steps", str(steps), "--checkpoint.every", str(config.every)),
+            *("--evaluation.every", str(max(10, steps // 20))),
+            *("--updates-per-rollout", "2", *TINY),
+        ]
+
+    def start(self, directory: Path, **limits) -> Attempt:
+        arguments = ["--run-dir", str(directory), *self.flags]
+        if (directory / "config.json").exists():
+            arguments.append("--resume")
+        self.attempts += 1
+        log = self.output / "attempts" / f"{self.attempts}.log"
+        return Attempt(arguments, log, **limits)
+
+    def inject(self, kind: str) -> dict:
+        """Starts an attempt, and does that to it. What must follow is in the row."""
+        saved, began = checkpoints(self.directory), time.monotonic()
+        target = (saved or [0])[-1] + self.rng.randint(1, self.config.farthest)
+        target = min(target, self.steps - 1)
+        limits, size = {}, self.directory / "metrics.jsonl"
+        if kind == "full disk" and size.exists():
+            limits["file_size"] = size.stat().st_size + self.rng.randint(500, 4000)
+        attempt = self.start(self.directory, **limits)
+        row = {"run": "exact", "fault": kind}
+        if limits:
+            row |= {"code": attempt.end(), "said": _error(attempt.text())}
+        elif kind == "kill early":
+            time.sleep(self.rng.uniform(0.2, 6.0))
+            attempt.signal(signal.SIGKILL)
+            row["code"] = attempt.end()
+        else:
+            wait_for(attempt, lambda: "ready after" in attempt.text())
+            wait_for(attempt, lambda: last_step(self.directory) >= target)
+            time.sleep(self.rng.uniform(0, 0.1))
+            stop = signal.SIGTERM if kind == "sigterm" else signal.SIGKILL
+            attempt.signal(stop)
+            row["code"] = attempt.end()
+        left, after = start_of(attempt.text()), checkpoints(self.directory)
+        row |= {"step": last_step(self.directory), "began_at": left}
+        expected = after[-1:] or [0]
+        if kind == "sigterm":
+            stopped = re.search(r"stopped at step (\d+)", attempt.text())
+            row["stopped_at"] = int(stopped[1]) if stopped else None
+            expected = [row["stopped_at"]]
+        elif kind == "full disk" and limits:
+            found = re.search(r"step (\d+) is saved", row["said"])
+            if found:
+                expected = [int(found[1])]
+        elif kind in ("truncated", "deleted") and len(after) > 1:
+            newest = self.directory / "checkpoints" / str(after[-1])
+            expected = after[-2:]
+            if kind == "deleted":
+                shutil.rmtree(newest)
+                expected = after[-2:-1]
+            else:
+                files = [f for f in newest.rglob("*") if f.is_file()]
+                file = self.rng.choice(sorted(f for f in files if f.stat().st_size))
+                os.truncate(file, file.stat().st_size // 2)
+                row["file"] = str(file.relative_to(newest))
+        elif kind == "stray":
+            (self.directory / "checkpoints" / "999999").mkdir(exist_ok=True)
+        codes = {"sigterm": 0} | ({"full disk": 1} if limits else {})
+        return row | {
+            "expected": {"resumes_at": expected, "code": codes.get(kind, -9)},
+            "seconds": round(time.monotonic() - began, 2),
+        }
+
+
+def _error(text):
+    lines = [line for line in text.splitlines() if line.startswith("error:")]
+    return lines[-1] if lines else ""
+
+
+def settle(row: dict, text: str) -> dict:
+    """The row with where the next attempt began, and whether that is as it must be."""
+    began = start_of(text)
+    warned = [x for x in text.splitlines() if x.startswith("warning: checkpoint")]
+    right = began in row["expected"]["resumes_at"]
+    right &= row["code"] == row["expected"]["code"] or row["step"] < 0
+    if row["fault"] == "truncated" and began != row["expected"]["resumes_at"][-1]:
+        right &= bool(warned)
+    if row["fault"] == "full disk" and row["code"] == 1:
+        right &= "cannot write" in row["said"]
+    return row | {"resumed_at": began, "warnings": warned, "as_expected": bool(right)}
+
+
+def exact_run(config: Config, output: Path, kinds: list[str], log) -> dict:
+    rng = random.Random(config.seed)
+    run = Exact(config, output, rng, len(kinds))
+    reference = output / "reference"
+    began = time.monotonic()
+    attempt = run.start(reference)
+    if attempt.end(3600) != 0:
+        raise SystemExit(f"the run without faults failed:\n{attempt.text()}")
+    seconds, waiting = time.monotonic() - began, []
+    for kind in kinds:
+        fault = run.inject(kind)
+        # What the attempt that took this fault said at its start answers the one
+        # before; one killed before it said anything leaves that to the next.
+        if fault["began_at"] is None and waiting:
+            fault["expected"]["resumes_at"] = waiting[-1]["expected"]["resumes_at"]
+        else:
+            text = (output / "attempts" / f"{run.attempts}.log").read_text()
+            for row in waiting:
+                log(settle(row, text))
+            waiting = []
+        waiting.append(fault)
+    attempt = run.start(run.directory)
+    code = attempt.end(3600)
+    for row in waiting:
+        log(settle(row, attempt.text()))
+    if code:
+        raise SystemExit(f"the last attempt failed:\n{attempt.text()}")
+    same = same_checkpoint(reference, run.directory, run.steps)
+    rows = [numbers(directory) for directory in (reference, run.directory)]
+    return {
+        "steps": run.steps,
+        "seconds_without_faults": round(seconds, 1),
+        "attempts": run.attempts - 1,
+        "arrays_compared": same[1],
+        "arrays_bit_identical": same[0],
+        "metrics_identical": rows[0] == rows[1],
+    }
+
+
+def numbers(directory: Path) -> list[dict]:
+    """metrics.jsonl without what the clock and the compiler decide."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and k != "compiles"}
+        for row in read_lines(directory / "metrics.jsonl")
+    ]
+
+
+# In a process of its own: this one is forked again and must not touch a device.
+COMPARE = """
+import sys, json, pathlib, jax, numpy as np, orbax.checkpoint as ocp
+def leaves(directory, step):
+    with ocp.CheckpointManager(pathlib.Path(directory).absolute()) as manager:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        found = manager.restore(int(step), args=args)["state"]
+        return [np.asarray(x) for x in jax.tree.leaves(found)]
+trees = [leaves(d, sys.argv[1]) for d in sys.argv[2:]]
+same = [a.dtype == b.dtype and a.tobytes() == b.tobytes()
+        for a, b in zip(trees[0], trees[-1], strict=True)]
+finite = all(np.isfinite(x).all() for x in trees[-1])
+print(json.dumps([all(same), len(same), bool(finite)]))
+"""
+
+
+def same_checkpoint(a: Path, b: Path, step: int) -> list:
+    """[all arrays are the same bits, how many there are, those of b are finite]."""
+    names = [str(directory / "checkpoints") for directory in (a, b)]
+    process = subprocess.run(
+        [sys.executable, "-c", COMPARE, str(step), *names],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def checks_run(config: Config, output: Path, kinds: list[str], log) -> dict:
+    directory, inject = output / "checks", output / "inject"
+    (output / "soak_reward.py").write_text(REWARD.format(path=str(inject)))
+    sys.path.insert(0, str(output))
+    flags = [
+        *("--run-dir", str(directory), "--task.name", "countdown", "--steps", "100000"),
+        *("--task.train-prompts", "256", "--task.rewards", "soak_reward:reward"),
+        *("--sampling.max-new-tokens", "8", "--scoring.timeout-s", "2"),
+        *("--checkpoint.every", "50", "--evaluation.every", "0"),
+        *("--warm-start.no-enabled", *TINY[:6], *TINY[10:]),
+    ]
+    attempt = Attempt(flags, output / "attempts" / "checks.log")
+    if not wait_for(attempt, lambda: last_step(directory) >= 2):
+        raise SystemExit(f"the run of checks did not start:\n{attempt.text()}")
+    for kind in kinds:
+        began = time.monotonic()
+        first = last_step(directory) + 1
+        inject.with_suffix(".new").write_text(kind)
+        inject.with_suffix(".new").rename(inject)
+        taken = inject.with_name("inject.taken")
+        wait_for(attempt, taken.exists, 60)
+        at = last_step(directory) + 1
+        wait_for(attempt, lambda at=at: last_step(directory) > at + 1, 60)
+        rows = [
+            r for r in read_lines(directory / "metrics.jsonl") if r["step"] >= first
+        ]
+        counted = Counter()
+        for row in rows:
+            counted["failed"] += row["reward/failed"]
+            counted["missing"] += row["reward/missing"]
+        expected = {"failed": int(kind in ("hang", "die"))}
+        expected["missing"] = 1 - expected["failed"]
+        taken.unlink(missing_ok=True)
+        log(
+            {
+                "run": "checks",
+                "fault": kind,
+                "step": at,
+                "expected": expected,
+                "counted": dict(counted),
+                "seconds": round(time.monotonic() - began, 2),
+                "as_expected": dict(counted) == expected and attempt.running(),
+            }
+        )
+    attempt.signal(signal.SIGTERM)
+    code, steps = attempt.end(), last_step(directory)
+    rows = read_lines(directory / "metrics.jsonl")
+    finite = all(math.isfinite(r["gradient/norm"] or 0) for r in rows[1:])
+    whole = same_checkpoint(directory, directory, steps)
+    return {
+        "steps": steps,
+        "exit_code_of_sigterm": code,
+        "gradients_finite": finite,
+        "parameters_finite": whole[2],
+    }
+
+
+def plan(config: Config) -> tuple[list[str], list[str]]:
+    if config.smoke:
+        return [*EXACT], []
+    rng, checks = random.Random(config.seed + 1), config.faults // 4
+    exact = [EXACT[i % len(EXACT)] for i in range(config.faults - checks)]
+    rng.shuffle(exact)
+    return exact, [CHECKS[i % len(CHECKS)] for i in range(checks)]
+
+
+def main(config: Config) -> None:
+    output = Path(config.output).absolute()
+    shutil.rmtree(output, ignore_errors=True)
+    (output / "attempts").mkdir(parents=True)
+    (output / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    counts, odd = Counter(), []
+    began = time.monotonic()
+
+    def log(row):
+        counts[row["fault"]] += 1
+        if not row["as_expected"]:
+            odd.append(row)
+        with (output / "faults.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+    exact, checks = plan(config)
+    summary = {"exact": exact_run(config, output, exact, log)}
+    if checks:
+        summary["checks"] = checks_run(config, output, checks, log)
+    summary |= {
+        "faults": sum(counts.values()),
+        "by_kind": dict(counts),
+        "as_expected": sum(counts.values()) - len(odd),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=2))
+    print(json.dumps(summary, indent=2))
+    if odd or not summary["exact"]["arrays_bit_identical"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

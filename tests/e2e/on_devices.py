@@ -1,0 +1,154 @@
+"""Run as `python -m tests.e2e.on_devices CHECK ...`: what needs eight devices, whose
+number is fixed when jax starts. Prints one line of JSON."""
+
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+from functools import partial  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+import grpo_jax as gj  # noqa: E402
+from grpo_jax.models.sharding import (  # noqa: E402
+    AXES,
+    make_mesh,
+    on_mesh,
+    placed,
+    tree_shardings,
+    with_shardings,
+)
+from grpo_jax.objectives.loss import scale_weights  # noqa: E402
+from grpo_jax.rollouts.sampling import sample  # noqa: E402
+from grpo_jax.training.communication import collectives  # noqa: E402
+from grpo_jax.training.config import (  # noqa: E402
+    EvaluationConfig,
+    LogConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SamplingConfig,
+)
+from grpo_jax.training.metrics import read_lines  # noqa: E402
+from grpo_jax.training.paths import use_compile_cache  # noqa: E402
+from grpo_jax.training.step import Batch, micro_batch, weigh  # noqa: E402
+from tests.helpers import (  # noqa: E402
+    one_update,
+    random_prompts,
+    random_rollouts,
+    tiny_policy,
+    train_step,
+    weighed,
+)
+
+OBJECTIVE = gj.OBJECTIVES["dr_grpo"]
+
+
+def mesh_of(text):
+    sizes = map(int, text.split("x"))
+    return make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+
+
+def one_step(mesh, p, g, budget, **changes):
+    policy = tiny_policy(**changes)
+    with on_mesh(mesh):
+        policy = placed(policy, mesh)
+        rollouts = random_rollouts(policy, p, g)
+        batch = weighed(gj.OBJECTIVES["grpo"], placed(rollouts, mesh))
+        micro = micro_batch(p, g, 5, 7, budget)
+        state, _ = one_update(policy, gj.OBJECTIVES["grpo"], batch, micro)
+        return jax.device_get((rollouts.completions, state.params, state.opt_state))
+
+
+def same_step(text, p, g, tied):
+    """Samples and update of a mesh against one device's."""
+    changes = {} if tied == "tied" else {"tie_embeddings": False, "vocab_size": 20}
+    p, g = int(p), int(g)
+    expected = one_step(None, p, g, 10**6, **changes)
+    actual = one_step(mesh_of(text), p, g, 30, **changes)
+    gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), actual, expected)
+    return {
+        "tokens": gaps[0],
+        "params": max(jax.tree.leaves(gaps[1])),
+        "moments": max(jax.tree.leaves(gaps[2])),
+    }
+
+
+def programs(text):
+    """Collectives of sampling, of the weights and of the update, P = 8 and G = 4."""
+    mesh, p, g = mesh_of(text), 8, 4
+    policy, rule = tiny_policy(vocab_size=256), scale_weights(OBJECTIVE)
+    shape, ids = jax.ShapeDtypeStruct, jnp.int32
+    found = {}
+
+    def add(name, lowered):
+        found[name] = collectives(lowered.compile().as_text(), trips=1000)
+
+    with on_mesh(mesh):
+        policy = placed(policy, mesh)
+        prompts, mask = random_prompts(p, 5)
+        sampled = partial(sample, group_size=g, max_new_tokens=7, eos_id=1, pad_id=0)
+        key = jax.random.key(0)
+        add("sample", jax.jit(sampled).lower(policy, prompts, mask, key=key))
+        group = shape((p, g, 7), ids)
+        rollouts = gj.Rollouts(
+            shape((p, 5), ids),
+            shape((p, 5), ids),
+            group,
+            group,
+            shape((p, g, 7), jnp.float32),
+            shape((p, g), jnp.float32),
+        )
+        rollouts = with_shardings(rollouts, mesh)
+        weights = jax.jit(partial(weigh, OBJECTIVE, rule, max_length=7))
+        add("weigh", weights.lower(rollouts, None, shape((p,), ids), rule.init()))
+        batch = Batch(rollouts, None, None, shape((p,), jnp.float32))
+        batch = with_shardings(batch, mesh)
+        step, init = train_step(policy, OBJECTIVE, micro_batch(p, g, 5, 7, 10**6))
+        state = placed(init(policy.params), mesh)
+        lies = tree_shardings(state, mesh), None
+        add("update", jax.jit(step, out_shardings=lies).lower(state, batch))
+    leaves = jax.tree.leaves(policy.params)
+    found["parameters"] = sum(x.nbytes for x in leaves)
+    found["embedding"] = policy.params["embedding"]["embedding"].nbytes
+    return found
+
+
+def whole_run(directory, text, steps, resume):
+    """A run, or its continuation; its samples."""
+    from tests.e2e.test_train import digits_task, small_config
+
+    sizes = dict(zip(AXES, map(int, text.split("x")), strict=True))
+    config = small_config(
+        directory,
+        steps=int(steps),
+        resume=resume == "resume",
+        mesh=MeshConfig(**sizes),
+        objective=ObjectiveConfig(name="dr_grpo"),
+        sampling=SamplingConfig(prompts=8, group_size=4),
+        evaluation=EvaluationConfig(every=0, prompts=16),
+        log=LogConfig(samples_every=1, samples_prompts=8),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )
+    result = gj.train(config, task=digits_task())
+    rows = read_lines(result.run_dir / "metrics.jsonl")
+    return {
+        "completions": [
+            row["completions"] for row in read_lines(result.run_dir / "samples.jsonl")
+        ],
+        "norms": [row["gradient/norm"] for row in rows[1:]],
+        "heldout": rows[-1]["eval/heldout_pass_rate"],
+        "compiles": [row["compiles"] for row in rows],
+    }
+
+
+if __name__ == "__main__":
+    use_compile_cache()
+    check = {"same_step": same_step, "programs": programs, "whole_run": whole_run}
+    if sys.argv[1] != "programs":  # its figures are of programs as they are run
+        jax.config.update("jax_disable_most_optimizations", True)
+    print(json.dumps(check[sys.argv[1]](*sys.argv[2:])))

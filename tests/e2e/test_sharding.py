@@ -1,0 +1,89 @@
+"""Eight virtual devices: the same samples and updates as one, and what is sent."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grpo_jax.training.communication import Collective
+
+pytestmark = pytest.mark.slow
+
+
+def on_devices(*arguments):
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.on_devices", *map(str, arguments)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("tied", ["tied", "untied"])
+@pytest.mark.parametrize(("p", "g"), [(8, 4), (2, 8)])
+@pytest.mark.parametrize("mesh", ["1x8x1", "8x1x1", "2x2x2"])
+def test_a_mesh_samples_and_learns_the_same(mesh, p, g, tied):
+    """In as many micro-batches as there can be, against one on one device."""
+    gaps = on_devices("same_step", mesh, p, g, tied)
+    assert gaps["tokens"] == 0
+    assert gaps["params"] < 1e-5 and gaps["moments"] < 1e-5
+
+
+def sent(found, name):
+    return [Collective(*row) for row in found[name]]
+
+
+@pytest.fixture(scope="module", params=["8x1x1", "1x8x1", "2x2x2"])
+def programs(request):
+    return request.param, on_devices("programs", request.param)
+
+
+def test_group_statistics_and_weights_send_scalars_only(programs):
+    assert all(x.nbytes <= 64 for x in sent(programs[1], "weigh"))
+
+
+def test_a_sampled_token_sends_what_tensor_needs_only(programs):
+    """Without a tensor axis nothing but whether all are done."""
+    mesh, found = programs
+    each = [x for x in sent(found, "sample") if x.times >= 1000]
+    if mesh.endswith("x1"):
+        assert [(x.place, x.kind, x.nbytes) for x in each] == [
+            ("condition", "all-reduce", 1)
+        ]
+    kinds = {x.kind for x in each}
+    assert kinds <= {"all-reduce", "all-gather"}
+    if mesh == "8x1x1":
+        assert {x.place for x in sent(found, "sample")} == {"condition"}
+
+
+def test_an_update_sends_gradients_of_the_parameters_size(programs):
+    mesh, found = programs
+    update = sent(found, "update")
+    reduced = sum(x.nbytes * x.times for x in update if x.kind == "all-reduce")
+    assert {x.kind for x in update} <= {"all-reduce", "all-gather", "reduce-scatter"}
+    if mesh.endswith("x1"):
+        # The CPU's compiler adds a gradient's parts up one by one: a layer's of the
+        # prompt and of the completions, and the embedding's of the unembedding too.
+        most = 2 * found["parameters"] + found["embedding"]
+        assert found["parameters"] <= reduced <= most + 1000
+    if mesh == "8x1x1":
+        assert {x.kind for x in update} == {"all-reduce"}
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    expected = on_devices("whole_run", tmp_path / "one", "1x1x1", 4, "new")
+    on_devices("whole_run", tmp_path / "moved", "2x2x2", 2, "new")
+    actual = on_devices("whole_run", tmp_path / "moved", "1x8x1", 4, "resume")
+    assert actual["completions"] == expected["completions"]
+    assert len(actual["completions"]) == 32
+    np.testing.assert_allclose(actual["norms"], expected["norms"], rtol=1e-4)
+    assert actual["heldout"] == expected["heldout"]

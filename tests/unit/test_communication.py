@@ -1,0 +1,44 @@
+"""Collectives read from a program's text."""
+
+import pytest
+
+from grpo_jax.training.communication import Collective, bytes_sent, collectives
+
+TEXT = """HloModule step, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %z = f32[] add(%x, %y)
+}
+
+%body (c: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %g = f32[4,8]{1,0} all-gather(%a), replica_groups=[2,4]<=[8], dimensions={0}
+  %n = (s32[], f32[4]) while(%i), condition=%more, body=%inner
+}
+
+%inner (c: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = bf16[10]{0} collective-permute(%a), source_target_pairs={{0,1}}
+}
+
+%more (c: (s32[], f32[4])) -> pred[] {
+  %all = pred[] all-reduce(%d), replica_groups=mesh['a'=4,'b'=2] {'a':(1)2,'b'}
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %r = (f32[], /*index=1*/f32[2,3]{1,0}) all-reduce(%u, %v), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_kinds_sizes_groups_and_how_often():
+    assert collectives(TEXT, trips=5) == [
+        Collective("all-gather", 128, 4, "body", 3),
+        Collective("all-reduce", 1, 4, "condition", 15),
+        Collective("collective-permute", 20, 2, "body", 15),
+        Collective("all-reduce", 28, 2, "entry", 1),
+    ]
+
+
+def test_bytes_of_a_ring():
+    expected = 3 * 128 * 3 / 4 + 15 * 2 * 3 / 4 + 15 * 20 + 28
+    assert bytes_sent(TEXT, trips=5) == pytest.approx(expected)

@@ -1,0 +1,78 @@
+import pytest
+
+from grpo_jax import ModelConfig
+from grpo_jax.training.budget import num_parameters
+from grpo_jax.training.scaling import (
+    Layout,
+    Step,
+    memory_per_device,
+    micro_batches,
+    sampling_seconds,
+    traffic,
+    update_seconds,
+)
+from grpo_jax.training.step import MicroBatch
+
+MODEL = ModelConfig(vocab_size=100, compute_dtype="bfloat16")
+STEP = Step(
+    prompts=32, group_size=4, prompt_tokens=10, max_new_tokens=20,
+    micro=MicroBatch(2, 4),
+)  # fmt: skip
+
+
+def test_counts_of_a_step():
+    assert STEP.tokens == 32 * (10 + 4 * 20)
+    layout = Layout(data=2, fsdp=4, tensor=2)
+    assert layout.devices == 16 and layout.prompt_ways == 8
+    assert micro_batches(STEP, layout) == 2  # 4 prompts a device, 2 at a time
+
+
+def test_one_device_sends_nothing():
+    assert set(traffic(MODEL, STEP, Layout())) == {0}
+
+
+# 8 prompts a device, 4 micro-batches; 3/4 of what is gathered comes from the others:
+# twice in 2 bytes (forward, backward), and the gradients in 4.
+def test_traffic_over_fsdp():
+    n = num_parameters(MODEL)
+    found = traffic(MODEL, STEP, Layout(fsdp=4))
+    assert found.gathers == 2 * 4 * 3 / 4 * n * 2
+    assert found.scatters == 4 * 3 / 4 * n * 4
+    assert found.sampling == 3 / 4 * n * 2 and found.data == found.tensor == 0
+    assert found.update == found.gathers + found.scatters
+
+
+# All tokens on both devices: 2 layers, 5 all-reduces of [tokens, 64] in 2 bytes with
+# recomputation, each of which is received once (2 * 1/2); 2 while sampling.
+def test_traffic_over_tensor():
+    one = 2 * STEP.tokens * 64 * 2
+    found = traffic(MODEL, STEP, Layout(tensor=2))
+    assert found.tensor == 5 * one and found.sampling == 2 * one
+
+
+def test_traffic_over_data():
+    found = traffic(MODEL, STEP, Layout(data=2))
+    assert found.data == 8 * 2 / 2 * num_parameters(MODEL) * 4
+
+
+# 6 N a token, and 12 layers heads head_dim keys: 10 of the prompt, 10 on average.
+def test_seconds_of_an_update():
+    per_token = 6 * num_parameters(MODEL) + 12 * 2 * 4 * 16 * 20
+    expected = STEP.tokens * per_token / (4 * 1e9)
+    assert update_seconds(MODEL, STEP, Layout(fsdp=4), flops=1e9) == pytest.approx(
+        expected
+    )
+
+
+# Keys and values of 2 layers, 64 wide: of 10 + 4 * 10 tokens on average a prompt.
+def test_seconds_of_sampling():
+    read = 2 * (num_parameters(MODEL) + 32 * (10 + 4 * 10) * 2 * 2 * 64)
+    expected = 20 * read / 1e9
+    found = sampling_seconds(MODEL, STEP, Layout(), bytes_a_second=1e9)
+    assert found == pytest.approx(expected)
+
+
+def test_devices_hold_their_share():
+    whole = memory_per_device(MODEL, STEP, Layout())
+    half = memory_per_device(MODEL, STEP, Layout(fsdp=2))
+    assert half.state == whole.state // 2 and half.cache == whole.cache // 2
