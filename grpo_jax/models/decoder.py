@@ -290,7 +290,7 @@ def abstract_policy(config: ModelConfig) -> Policy:
     """A policy with `jax.ShapeDtypeStruct`s for parameters."""
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(decoder)
-    return Policy(config, graphdef, *_parts(config, state))
+    return Policy(config, graphdef, *_parts(config, nnx.to_pure_dict(state)))
 
 
 def _new_params(config, key):
@@ -298,9 +298,8 @@ def _new_params(config, key):
     return _parts(config, constrain_params(nnx.to_pure_dict(state)))
 
 
-def _parts(config, state):
+def _parts(config, params):
     """(params, frozen) of a `Policy`, from all of a decoder's."""
-    params = nnx.to_pure_dict(state)
     return split_factors(params) if config.lora_rank else (params, None)
 
 

@@ -1,5 +1,6 @@
 """A checkpoint is read whole or not at all, whichever of its files is damaged."""
 
+import gc
 import os
 import shutil
 from typing import Any, NamedTuple
@@ -17,6 +18,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """What a failed read left behind is warned of here, not in a later test."""
+    yield
+    gc.collect()
 
 
 class State(NamedTuple):
