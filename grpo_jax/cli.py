@@ -81,12 +81,15 @@ def _bad(message):
 def _train(argv):
     config = _train_config(argv, "train", "Train a policy.")
     from grpo_jax.training.loop import NonFiniteGradients, train
+    from grpo_jax.training.processes import LostPeer, leave
 
     try:
         train(config)
     except NonFiniteGradients as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except LostPeer as error:
+        leave(str(error))
     return 0
 
 

@@ -75,18 +75,24 @@ def make_mesh(shape: MeshShape) -> Mesh | None:
         ValueError: there are fewer devices.
     """
     sizes = tuple(getattr(shape, name) for name in AXES)
-    count = math.prod(sizes)
+    count, devices = math.prod(sizes), jax.devices()
+    if jax.process_count() > 1 and count != len(devices):
+        raise ValueError(
+            f"a mesh of data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} leaves out "
+            f"devices: the {jax.process_count()} processes have {len(devices)}."
+        )
     if count == 1:
         return None
-    devices = jax.devices()
     if count > len(devices):
         raise ValueError(
             f"a mesh of data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} needs "
             f"{count} devices, got {len(devices)}."
         )
-    return jax.make_mesh(
-        sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
-    )
+    return _mesh(sizes, devices[:count])
+
+
+def _mesh(sizes, devices):
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 @contextlib.contextmanager
@@ -214,8 +220,26 @@ def group_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 
 
 def placed(tree: Any, mesh: Mesh | None) -> Any:
-    """The tree on the mesh, as `tree_shardings` says; None: as it is."""
-    return tree if mesh is None else jax.device_put(tree, tree_shardings(tree, mesh))
+    """The tree on the mesh, as `tree_shardings` says; None: on the default device.
+
+    Of an array on the host every process reads only what its own devices will hold.
+    """
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, tree)
+
+    def leaf(x, sharding):
+        if isinstance(x, jax.Array):
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+    return jax.tree.map(leaf, tree, tree_shardings(tree, mesh))
+
+
+def one_device_of(mesh: Mesh | None) -> Mesh | None:
+    """A mesh of one of this process's devices, for what the others have no part in."""
+    if mesh is None:
+        return None
+    return _mesh((1, 1, 1), jax.local_devices()[:1])
 
 
 def with_shardings(shapes: Any, mesh: Mesh | None) -> Any:

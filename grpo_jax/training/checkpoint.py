@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.training.processes import Peers
 
 
 class Checkpoints:
@@ -29,16 +30,19 @@ class Checkpoints:
         *,
         keep: int = 1,
         warn: Callable[[str], None],
+        peers: Peers | None = None,
         read_only: bool = False,
     ):
         import orbax.checkpoint as ocp
 
         self._ocp, self._warn, self._read_only = ocp, warn, read_only
-        self._directory = directory
+        self._directory, self._peers = directory, peers or Peers()
         if read_only:  # a run may be writing one
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
-            self._mend_scores()
+            if self._peers.writes:
+                self._mend_scores()
+            self._peers.exchange(None)  # the others read them next
             options = self._keeping(keep)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         # The newest step that is saved, or being saved; None where saving it failed.
@@ -158,17 +162,25 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(abstract),
                 data=ocp.args.JsonRestore(),
             )
-            try:
-                found = self._manager.restore(step, args=args)
-            except Exception as error:  # orbax has a kind for every way to be broken
+            reason = self._damage(step, abstract)
+            if reason is None:
+                try:
+                    found = self._manager.restore(step, args=args)
+                except Exception as error:  # orbax has one for every way to be broken
+                    reason = _first_line(error)
+                reason = self._agreed(reason)
+            if reason is not None:
                 self._warn(
-                    f"checkpoint of step {step} cannot be read "
-                    f"({_first_line(error)}); trying the one before it."
+                    f"checkpoint of step {step} cannot be read ({reason}); trying the "
+                    "one before it."
                 )
                 unreadable.append(step)
                 continue
             if not self._read_only:
-                self._set_aside(unreadable)
+                if self._peers.writes:
+                    self._set_aside(unreadable)
+                self._peers.exchange(None)
+                self._manager.reload()
             self.saved = step
             return type(template)(**found["state"]), found["data"]
         if unreadable:
@@ -180,12 +192,42 @@ class Checkpoints:
         self.saved = None
         return None
 
+    def _damage(self, step, abstract) -> str | None:
+        """Why several processes cannot read the checkpoint; None: they can, or there is
+        one. Restored together, one that fails leaves the others waiting: so each reads
+        its share of the arrays alone first."""
+        if self._peers.count == 1:
+            return None
+        index, reason = self._peers.index, None
+        alone = self._ocp.options.MultiprocessingOptions(
+            primary_host=index, active_processes={index}
+        )
+        handler = self._ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        leaves, tree = jax.tree.flatten(abstract)
+        skip, host = self._ocp.PLACEHOLDER, self._ocp.RestoreArgs(np.ndarray)
+        try:
+            for i in range(index, len(leaves), self._peers.count):
+                item = [leaf if i == j else skip for j, leaf in enumerate(leaves)]
+                args = self._ocp.args.PyTreeRestore(
+                    item=tree.unflatten(item),
+                    restore_args=tree.unflatten([host] * len(leaves)),
+                )
+                handler.restore(
+                    self._directory.absolute() / str(step) / "state", args=args
+                )
+        except Exception as error:
+            reason = _first_line(error)
+        return self._agreed(reason)
+
+    def _agreed(self, reason):
+        """The first process's that has one."""
+        return next(filter(None, self._peers.exchange(reason)), None)
+
     def _set_aside(self, steps):
         for step in steps:
             target = self._directory.parent / f"unreadable-checkpoint-{step}"
             shutil.rmtree(target, ignore_errors=True)  # of an earlier resume
             (self._directory / str(step)).rename(target)
-        self._manager.reload()
 
 
 def _score(metrics):

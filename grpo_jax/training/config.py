@@ -161,6 +161,19 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """The processes of a run, where there are several: under srun, mpirun and on a TPU
+    pod they find each other, else every one is told. They share the run's directory."""
+
+    coordinator: str | None = None  # HOST:PORT of process 0; default: found, or alone
+    processes: int | None = None  # how many there are, beside coordinator
+    process: int | None = None  # which one this is, from 0, beside coordinator
+    join_timeout_s: int = 300  # for all of them to come
+    heartbeat_s: int = 100  # a process that died is noticed within it
+    timeout_s: int = 1800  # longer in one phase, and this process ends the run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Pass rates on trained and held-out prompts, exact where one answer is right."""
 
@@ -220,6 +233,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     run_dir: str | None = None  # default: runs/TASK-OBJECTIVE-seedN, numbered if taken
     steps: int = 120  # rollouts; each is updates_per_rollout optimizer updates
     updates_per_rollout: int = 1  # more than 1: behaviour log-probs recomputed once
@@ -234,6 +248,7 @@ class TrainConfig:
             if not 0 <= leaves[name] < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {leaves[name]}.")
         check_choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
+        _check_distributed(self.distributed)
         plain = ModelConfig()
         for name in ("lora_alpha", "lora_targets"):
             value = getattr(self.model, name)
@@ -335,6 +350,9 @@ _AT_LEAST = {
     "checkpoint.every": 1, "checkpoint.keep": 1, "log.samples_every": 0,
     "log.samples_prompts": 1, "log.lines_every": 1,
     "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1,
+    "distributed.processes": 1, "distributed.process": 0,
+    "distributed.join_timeout_s": 1, "distributed.heartbeat_s": 10,
+    "distributed.timeout_s": 1,
     # of eval and warmup
     "samples": 0, "rows": 1, "prompts": 1, "max_new_tokens": 1, "max_prompt_tokens": 1,
     "top_k": 1, "step": 0,
@@ -350,6 +368,20 @@ _WHY = {
     "temperature": "; greedy decoding is --greedy",
     "instrument.prompts": "; one prompt has no angle to another",
 }
+
+
+def _check_distributed(config):
+    given = config.coordinator, config.processes, config.process
+    if given != (None,) * 3 and None in given:
+        raise ConfigError(
+            "distributed.coordinator, .processes and .process belong together, got "
+            f"{', '.join(map(str, given))}; give all three, or none."
+        )
+    if config.processes is not None and config.process >= config.processes:
+        raise ConfigError(
+            f"distributed.process must be below distributed.processes="
+            f"{config.processes}, got {config.process}."
+        )
 
 
 def _leaves(record, where=""):

@@ -39,14 +39,20 @@ def step_facts(metrics: dict) -> str:
 
 
 class Console:
-    """Prints to stdout, and shows progress between `start` and `stop`."""
+    """Prints to stdout, and shows progress between `start` and `stop`.
 
-    def __init__(self, lines_every: int):
-        self._lines_every = lines_every
-        self._terminal = sys.stdout.isatty()
+    Args:
+        quiet: Nothing is said: another process of the run does.
+    """
+
+    def __init__(self, lines_every: int, *, quiet: bool = False):
+        self._lines_every, self._quiet = lines_every, quiet
+        self._terminal = sys.stdout.isatty() and not quiet
         self._live = self._bar = self._task = None
 
     def say(self, message: str) -> None:
+        if self._quiet:
+            return
         if self._live is not None:
             self._live.console.print(message, markup=False, highlight=False)
         else:

@@ -10,7 +10,7 @@ from grpo_jax.models.decoder import Policy
 from grpo_jax.objectives.loss import present_mask, shaped_rewards
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.preconditioner import posterior_weights, std_weights, unit_weights
-from grpo_jax.training.metrics import JsonLines, rounded
+from grpo_jax.training.metrics import rounded
 from grpo_jax.training.step import (
     Batch,
     MicroBatch,
@@ -75,7 +75,7 @@ def look(
     )
 
 
-def record(file: JsonLines, step: int, found: Counterfactual, rewards: Any) -> None:
+def record(step: int, found: Counterfactual, rewards: Any) -> dict[str, Any]:
     """One line of counterfactual.jsonl: rows and columns are `weightings`.
 
     Args:
@@ -83,17 +83,15 @@ def record(file: JsonLines, step: int, found: Counterfactual, rewards: Any) -> N
         rewards: [P, G] as scored; `group_mean` is null for a group without any.
     """
     norms = np.asarray(found.norms, float)
-    file.write(
-        {
-            "step": step,
-            "weightings": ["this run", *RULES],
-            "group_mean": rounded(group_means(rewards)),
-            "norm_ratio": rounded(norms / norms[1] if norms[1] > 0 else norms * 0),
-            "cosines": rounded(found.cosines),
-            "update_norm": rounded(found.update_norms),
-            "update_cosines": rounded(found.update_cosines),
-            "slope": rounded(found.slopes),
-            "curvature": rounded(found.curvatures),
-            "predicted_change": rounded(found.predicted_change()),
-        }
-    )
+    return {
+        "step": step,
+        "weightings": ["this run", *RULES],
+        "group_mean": rounded(group_means(rewards)),
+        "norm_ratio": rounded(norms / norms[1] if norms[1] > 0 else norms * 0),
+        "cosines": rounded(found.cosines),
+        "update_norm": rounded(found.update_norms),
+        "update_cosines": rounded(found.update_cosines),
+        "slope": rounded(found.slopes),
+        "curvature": rounded(found.curvatures),
+        "predicted_change": rounded(found.predicted_change()),
+    }

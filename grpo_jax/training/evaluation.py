@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from grpo_jax.models.decoder import Policy
-from grpo_jax.rollouts.encoding import decode_groups
-from grpo_jax.rollouts.scoring import VerifierPool, score
+from grpo_jax.rollouts.scoring import VerifierPool
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Example, Task
 from grpo_jax.training.config import ScoringConfig
+from grpo_jax.training.judging import fetched, judge
 from grpo_jax.training.metrics import wilson_interval
+from grpo_jax.training.processes import Peers
 
 _RESAMPLES = 2000  # of the prompts, for a bootstrap interval
 
@@ -56,6 +57,7 @@ def ask(
     rows: int,
     key: jax.Array,
     pool: VerifierPool | None,
+    peers: Peers,
     warn: Callable[[str], None],
     indices: Sequence[int] | None = None,
 ) -> Iterator[list[Answered]]:
@@ -85,16 +87,9 @@ def ask(
             key=key,
             prompt_indices=part.astype(np.int32),
         )
-        host = jax.tree.map(partial(_first, len(asked)), jax.device_get(sampled))
-        texts = decode_groups(task, host.completions, host.completion_mask)
-        tokens = host.completion_mask.sum(-1)
-        scores = score(
-            task.reward,
-            [examples[i] for i in asked],
-            texts,
-            tokens=tokens,
-            pool=pool,
-        )
+        here = jax.tree.map(partial(_first, len(asked)), fetched(sampled))
+        judged = judge(task, here, [examples[i] for i in asked], pool, peers)
+        scores, texts, tokens = judged.scores, judged.texts, judged.lengths
         # What decides is the first reward, whatever became of the others.
         first = next(iter(scores.parts.values()), scores.rewards)
         if scores.errors:

@@ -46,6 +46,7 @@ from grpo_jax.training.policies import (
     task_for_run,
     task_of,
 )
+from grpo_jax.training.processes import Peers
 from grpo_jax.training.run_directory import read_config_dict
 from grpo_jax.training.snapshots import load_policy, pick_step
 from grpo_jax.training.warm_start import pass_rates
@@ -181,6 +182,7 @@ def _answers(config, asked, samples, settings, key, file, pool, say) -> list[Ans
         rows=config.rows,
         key=key,
         pool=pool,
+        peers=Peers(),
         warn=lambda text: say(f"warning: {text}"),
         indices=[i for i in asked.indices if i not in done],
     )

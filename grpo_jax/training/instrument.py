@@ -41,6 +41,7 @@ from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.config import TrainConfig
 from grpo_jax.training.counterfactual import RULES
 from grpo_jax.training.metrics import rounded
+from grpo_jax.training.processes import whole
 from grpo_jax.training.step import (
     MicroBatch,
     batch_logprobs,
@@ -348,17 +349,18 @@ class Instrument:
             self.temperature,
             self.hash_key,
         )
+        found, rewards = whole((found, rollouts.rewards))
         exact = self._exact_pass_rates(params)
         standing = phase(
             found.geometry,
-            rollouts.rewards,
+            rewards,
             sigma=None if exact is None else float(np.sqrt(exact * (1 - exact)).mean()),
             sigma_history=tuple(self.sigma_history),
             num_directions=self.plan.num_directions,
         )
         self.sigma_history.append(standing.mean_sigma)
         row = {"step": step, "phase": standing._asdict()}
-        row |= self._row(jax.device_get(found), np.asarray(rollouts.rewards), exact)
+        row |= self._row(found, rewards, exact)
         self.pending = (key, rollouts, exact, row)
         return metrics_of(row) | {"time/instrument_s": time.monotonic() - began}
 
@@ -367,7 +369,7 @@ class Instrument:
         began = time.monotonic()
         key, rollouts, exact, row = self.pending
         change = jax.tree.map(jnp.subtract, after, before)
-        found = jax.device_get(
+        found = whole(
             self._along(
                 self.policy.replace(before),
                 change,
@@ -380,7 +382,7 @@ class Instrument:
             realised = self._exact_pass_rates(after) - exact
         else:  # the same random numbers: what did not change is sampled again
             now = self.sample_and_score(after, key).rewards
-            realised = group_means(now) - group_means(rollouts.rewards)
+            realised = np.subtract(*map(group_means, whole((now, rollouts.rewards))))
         row["update"] = {
             "slope": rounded(found.slope),
             "curvature": rounded(found.curvature),

@@ -25,6 +25,7 @@ from grpo_jax.models.sharding import (
     group_sharding,
     make_mesh,
     on_mesh,
+    one_device_of,
     placed,
     tree_shardings,
     with_shardings,
@@ -33,7 +34,6 @@ from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.rollouts.encoding import (
     answer_rollouts,
-    decode_groups,
     encode_prompts,
     pad_left,
 )
@@ -41,18 +41,20 @@ from grpo_jax.rollouts.refine import (
     refined_prompts,
 )
 from grpo_jax.rollouts.sampling import sample
-from grpo_jax.rollouts.scoring import Scores, score
+from grpo_jax.rollouts.scoring import Scores
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Task
 from grpo_jax.training import counterfactual
 from grpo_jax.training.checkpoint import Checkpoints, save_params
-from grpo_jax.training.config import TrainConfig
+from grpo_jax.training.config import DistributedConfig, TrainConfig, to_dict
 from grpo_jax.training.console import Console
 from grpo_jax.training.evaluation import ask, pass_rate, verifier_pool
 from grpo_jax.training.instrument import Instrument
+from grpo_jax.training.judging import Judged, Sampled, fetched, judge
 from grpo_jax.training.metrics import (
     PART,
     JsonLines,
+    NoLines,
     count_compiles,
     keep_until,
     mean_interval,
@@ -68,6 +70,7 @@ from grpo_jax.training.policies import (
     load_base,
     with_factors,
 )
+from grpo_jax.training.processes import LostPeer, Peers, join, leave, whole
 from grpo_jax.training.run_directory import claim, record
 from grpo_jax.training.step import (
     Batch,
@@ -95,6 +98,9 @@ from grpo_jax.training.warm_start import (
 from grpo_jax.training.watchdog import Watchdog
 
 SKIPPED_LIMIT = 5  # non-finite gradients in a row that end a run
+
+
+_PATIENCE = 30  # seconds for a shared file system to show what was written
 
 
 class TrainResult(NamedTuple):
@@ -128,16 +134,60 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
     if task is not None:
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)
-    plan = make_plan(config, task)
-    mesh = make_mesh(config.mesh)
-    with (
-        _Signals() as signals,
-        verifier_pool(plan.task, config.scoring) as pool,
-        on_mesh(mesh),
-    ):
-        directory = claim(config, facts_of(config, plan))
+    join(config.distributed)
+    with _Signals() as signals:
+        peers = Peers(lambda: signals.asked)
+        if peers.count == 1:
+            return _train(config, task, peers)
+        try:
+            return _train(config, task, peers)
+        except jax.errors.JaxRuntimeError as error:
+            raise LostPeer(
+                f"process {peers.index} cannot go on, probably because another one "
+                f"ended ({str(error).strip().splitlines()[0][:300]}); its own output "
+                "says why. Continue with the same command and --resume."
+            ) from error
+
+
+def _train(config, task, peers):
+    plan = peers.together(lambda: make_plan(config, task))
+    mesh = peers.together(lambda: make_mesh(config.mesh))
+    with verifier_pool(plan.task, config.scoring) as pool, on_mesh(mesh):
+        directory = _claimed(config, facts_of(config, plan), peers)
         use_compile_cache()
-        return Run(config, plan, directory, signals, pool, mesh).train()
+        return Run(config, plan, directory, peers, pool, mesh).train()
+
+
+def _claimed(config, facts, peers):
+    """The run's directory, claimed by the process that writes, seen by all."""
+    alone = dataclasses.replace(config, distributed=DistributedConfig())
+    given = (to_dict(alone), facts)
+
+    def alike():
+        for index, other in enumerate(peers.exchange(given)):
+            if other != given:
+                raise ConfigError(
+                    f"process {peers.index} was given another config or other data "
+                    f"than process {index}; give all of them the same."
+                )
+
+    peers.together(alike)
+    directory = peers.first(
+        peers.together(lambda: claim(config, facts) if peers.writes else None)
+    )
+
+    def seen():
+        for _ in range(_PATIENCE):
+            if (directory / "config.json").exists():
+                return
+            time.sleep(1)
+        raise ConfigError(
+            f"process {peers.index} does not see {directory.absolute()}, which process "
+            "0 wrote to; all need --run-dir on a file system that they share."
+        )
+
+    peers.together(seen)
+    return directory
 
 
 def facts_of(config, plan):
@@ -194,8 +244,8 @@ class Scored(NamedTuple):
     state: TrainState  # with what the weights remember of these rewards
     batch: Batch
     indices: np.ndarray  # of the prompts
-    rollouts: Rollouts  # on the host
-    texts: list[list[str]]
+    judged: Judged  # on the host
+    mine: np.ndarray  # [P, G] which of them this process scored
     metrics: dict[str, Any]  # on the device
     host: dict[str, float]
 
@@ -207,10 +257,10 @@ class _Spent:
         self.tokens = self.failures = 0
         self.errors: list[str] = []
 
-    def add(self, rollouts: Rollouts, scores: Scores) -> None:
-        self.tokens += int(rollouts.completion_mask.sum())
-        self.failures += scores.failures
-        self.errors = self.errors + scores.errors
+    def add(self, judged: Judged) -> None:
+        self.tokens += int(judged.lengths.sum())
+        self.failures += judged.scores.failures
+        self.errors = self.errors + judged.scores.errors
 
 
 def _reward_parts(scores: Scores) -> dict[str, float]:
@@ -235,15 +285,16 @@ class Run:
         config: TrainConfig,
         plan: Plan,
         directory: Path,
-        signals=None,
+        peers=None,
         pool=None,
         mesh=None,
     ):
         self.config, self.plan, self.directory = config, plan, directory
         self.mesh = mesh  # None: one device
-        self.signals, self.pool, self.task = signals or _Signals(), pool, plan.task
-        self.console = Console(config.log.lines_every)
-        self.watchdog = Watchdog(self.console.warn)
+        self.peers, self.pool, self.task = peers or Peers(), pool, plan.task
+        self.console = Console(config.log.lines_every, quiet=not self.peers.writes)
+        limit = config.distributed.timeout_s if self.peers.count > 1 else None
+        self.watchdog = Watchdog(self.console.warn, limit=limit, end=self._abandon)
         self.compiles = count_compiles()
         self.order = None  # (epoch, its permutation of the prompts)
         self.told_of_ties = False
@@ -260,7 +311,8 @@ class Run:
         for warning in self.plan.warnings:
             self.console.warn(warning)
         self.console.say(f"run directory: {self.directory}")
-        self.tokenizer.save_pretrained(self.directory / "tokenizer")
+        if self.peers.writes:
+            self.tokenizer.save_pretrained(self.directory / "tokenizer")
         policy = self.starting_policy()
         if policy is None:
             self.console.say(
@@ -273,11 +325,13 @@ class Run:
             self.directory / "checkpoints",
             keep=self.config.checkpoint.keep,
             warn=self.console.warn,
+            peers=self.peers,
         )
         with checkpoints:
             self.checkpoints = checkpoints
             state, data = self._starting_state(policy)
-            if self.config.resume:  # a new run's was written when it was claimed
+            # A new run's was written when it was claimed.
+            if self.config.resume and self.peers.writes:
                 record(self.directory, self.config, facts_of(self.config, self.plan))
             del policy  # its parameters are the state's now, to be given away
             self._open_files(data)
@@ -306,7 +360,7 @@ class Run:
         """All parameters to start from, without LoRA's factors."""
         config, plan = self.config, self.plan
         file = self.directory / "initial.safetensors"
-        if config.pretrained or file.exists():
+        if config.pretrained or self.peers.first(file.exists()):
             return load_base(self.directory, plan.model, config.pretrained, self.mesh)
         policy = init_policy(without_lora(plan.model), self.init_key)
         if plan.warm_starts:
@@ -327,7 +381,7 @@ class Run:
                     else None
                 ),
                 warn=self.console.warn,
-                stop=lambda: self.signals.asked,
+                peers=self.peers,
             )
             if result is None:
                 return None
@@ -341,7 +395,9 @@ class Run:
                     f"rate of {settings.target_pass_rate}."
                 )
             policy = result.policy
-        save_params(file, policy.params)
+        params = whole(policy.params)
+        if self.peers.writes:
+            save_params(file, params)
         return policy
 
     def build(self, start: Policy):
@@ -399,7 +455,8 @@ class Run:
         _, entropy = batch_logprobs(
             start, group, self.temperature, MicroBatch(1, 1), with_entropy=True
         )
-        mean = float(np.asarray(entropy)[np.asarray(group.completion_mask) > 0].mean())
+        entropy, mask = whole((entropy, group.completion_mask))
+        mean = float(entropy[mask > 0].mean())
         if mean <= objective.entropy_limit:
             return objective
         self.console.say(
@@ -419,7 +476,8 @@ class Run:
         state, start = self.first_state(policy), {"step": 0}
         if not self.config.resume:
             return state, start
-        restored = self.checkpoints.restore(state)
+        with self.watchdog.phase("restoring"):
+            restored = self.checkpoints.restore(state)
         if restored is None:
             self.console.warn("no whole checkpoint to resume from; starting at step 0.")
             return state, start
@@ -436,18 +494,28 @@ class Run:
         self.files, step = {}, data["step"]
         # At step 0 everything is written again, the look at the start included. A look
         # waits for the update after it, so one of this very step is taken again.
-        looks = read_lines(self.directory / "instrument.jsonl")
+        looks = self.peers.first(self._looks())
         self.looks_now = self._due(step) or any(r["step"] == step for r in looks)
         kept = dict.fromkeys(("metrics", "samples", "counterfactual"), step or -1)
         kept["instrument"] = step - 1
         for name, last in kept.items():
+            if not self.peers.writes:
+                self.files[name] = NoLines()
+                continue
             path = self.directory / f"{name}.jsonl"
             if path.exists():
                 keep_until(path, last)
             self.files[name] = JsonLines(path)
             for row in data.get("unwritten", {}).get(name, []):
-                self.files[name].write(row)
+                self._line(name, row)
         self.instrument = self.make_instrument([r for r in looks if r["step"] < step])
+
+    def _looks(self):
+        """What later looks have to know of the looks so far."""
+        return [
+            {name: row[name] for name in ("step", "phase")}
+            for row in read_lines(self.directory / "instrument.jsonl")
+        ]
 
     def make_instrument(self, earlier: list[dict]) -> Instrument | None:
         """None where it is off; `earlier`: the rows of looks before this start."""
@@ -464,15 +532,17 @@ class Run:
             parts = []
             for start in range(0, p, size):
                 part = np.resize(self.probe_ids[start : start + size], size)
-                parts.append(jax.device_get(self._rollouts(params, part, key, g)))
-            sampled = jax.tree.map(lambda *x: np.concatenate(x)[:p], *parts)
-            scored, scores, _ = self.score(sampled, self.probe_ids)
-            if scores.errors:
+                sampled = self._rollouts(params, part, key, g)
+                parts.append(fetched(sampled, everything=True))
+            found = self.judge(
+                jax.tree.map(lambda *x: np.concatenate(x)[:p], *parts), self.probe_ids
+            )
+            if found.scores.errors:
                 self.console.warn(
-                    f"instrument: {len(scores.errors)} rewards missing: "
-                    f"{scores.errors[0][:200]}"
+                    f"instrument: {len(found.scores.errors)} rewards missing: "
+                    f"{found.scores.errors[0][:200]}"
                 )
-            return jax.tree.map(jnp.asarray, scored)
+            return jax.tree.map(jnp.asarray, found.rollouts)
 
         return Instrument(
             plan.probe,
@@ -519,7 +589,7 @@ class Run:
         self.keeps_old = several and not self.stay and objective.history == 1
         self.programs = {}
         for t in plan.buckets:
-            if self.signals.asked:
+            if self.peers.stopping:
                 return
             self.programs[t] = self._programs(state, t, p, g)
 
@@ -669,9 +739,10 @@ class Run:
         if not drafts:
             return self._rollouts(params, indices, key, group_size)
         draft_key = jax.random.fold_in(self.draft_key, jax.random.bits(key))
-        sampled = jax.device_get(self._rollouts(params, indices, draft_key, drafts))
-        scored, scores, _ = self.score(sampled, indices)
-        self.spent.add(sampled, scores)
+        sampled = self._rollouts(params, indices, draft_key, drafts)
+        found = self.judge(fetched(sampled, everything=True), indices)
+        self.spent.add(found)
+        scored = found.rollouts
         rows = refined_prompts(
             self.plan.refine,
             [self.plan.prompts[i] for i in indices],
@@ -682,11 +753,12 @@ class Run:
         )
         return self._rollouts(params, indices, key, group_size, rows)
 
-    def _refilled(self, params, step, indices, rollouts, texts):
+    def _refilled(self, params, step, indices, judged):
         """Tied groups replaced by informative ones of other prompts, as far as the
         allowed number of tries goes; the rest stay, with weight 0."""
-        indices, texts = np.array(indices), list(texts)
-        rollouts = jax.tree.map(np.array, rollouts)  # writable
+        indices, texts = np.array(indices), list(judged.texts)
+        # Writable.
+        rollouts, lengths = jax.tree.map(np.array, (judged.rollouts, judged.lengths))
         rounds = replaced = 0
         while rounds < self.objective.refills:
             tied = np.flatnonzero(_tied(rollouts.rewards))
@@ -697,22 +769,25 @@ class Run:
             others = np.setdiff1d(np.arange(len(self.plan.prompts)), indices)
             fresh = rng.permutation(others)[: len(indices)]
             key = jax.random.fold_in(jax.random.fold_in(self.refill_key, step), rounds)
-            sampled = jax.device_get(self._train_rollouts(params, fresh, key))
-            more, scores, more_texts = self.score(sampled, fresh)
-            self.spent.add(sampled, scores)
+            sampled = self._train_rollouts(params, fresh, key)
+            found = self.judge(fetched(sampled, everything=True), fresh)
+            self.spent.add(found)
+            more, more_texts = found.rollouts, found.texts
             good = np.flatnonzero(~_tied(more.rewards))
             pairs = list(zip(tied, good, strict=False))
             for old, new in pairs:
                 indices[old], texts[old] = fresh[new], more_texts[new]
+                lengths[old] = found.lengths[new]
                 for x, y in zip(rollouts, more, strict=True):
                     x[old] = y[new]
             replaced += len(pairs)
         info = {"group/refills": rounds, "group/refilled": replaced}
-        return indices, rollouts, texts, info
+        judged = judged._replace(rollouts=rollouts, texts=texts, lengths=lengths)
+        return indices, judged, info
 
-    def _trimmed(self, rollouts: Rollouts) -> Rollouts:
+    def _trimmed(self, judged: Judged) -> Rollouts:
         """Completions cut to the shortest bucket that holds them all."""
-        longest = int(rollouts.completion_mask.sum(-1).max())
+        rollouts, longest = judged.rollouts, int(judged.lengths.max())
         t = next(t for t in self.plan.buckets if t >= longest)
         return rollouts._replace(
             completions=rollouts.completions[..., :t],
@@ -727,40 +802,44 @@ class Run:
         key = jax.random.fold_in(self.run_key, step)
         return indices, self._train_rollouts(params, indices, key)
 
-    def scored(self, state, step, indices, rollouts) -> Scored:
-        """The step's completions (on the host) scored and weighed."""
-        rollouts, scores, texts = self.score(rollouts, indices)
-        self.spent.add(rollouts, scores)
-        host = _reward_parts(scores)
+    def fetch(self, rollouts: Rollouts) -> Sampled:
+        """A step's completions on the host, all of them where groups are refilled."""
+        return fetched(rollouts, everything=bool(self.objective.refills))
+
+    def scored(self, state, step, indices, sampled: Sampled) -> Scored:
+        """The step's completions scored and weighed."""
+        judged = self.judge(sampled, indices)
+        self.spent.add(judged)
+        host = _reward_parts(judged.scores)
         if self.objective.refills:
-            indices, rollouts, texts, refilled = self._refilled(
-                state.params, step, indices, rollouts, texts
+            indices, judged, refilled = self._refilled(
+                state.params, step, indices, judged
             )
             host |= refilled
         host["tokens/sampled"] = self.spent.tokens
         if self.pool is not None:
             host["reward/failed"] = self.spent.failures
-        rollouts = self._trimmed(rollouts)
-        state, batch, metrics = self._batch(state, rollouts, indices)
-        return Scored(state, batch, indices, rollouts, texts, metrics, host)
+        judged = judged._replace(rollouts=self._trimmed(judged))
+        state, batch, metrics = self._batch(state, judged.rollouts, indices)
+        return Scored(state, batch, indices, judged, sampled.mine, metrics, host)
 
     def _prepare(self, state, step):
         """Compiles what a step needs and looks at the start; less if asked to stop."""
         began = time.monotonic()
         with self.watchdog.phase("compilation"):
             self.compile_updates(state)
-        if self.signals.asked:
+        if self.peers.stopping:
             return
         # Evaluated and looked at even on resume, where it is there already: what these
         # need is compiled before the first step. Its own sampling is compiled in it.
         row = self.evaluate(state.params, step)
-        if self.instrument is not None and not self.signals.asked:
+        if self.instrument is not None and not self.peers.stopping:
             with self.watchdog.phase("look"):
                 row |= self.instrument.look(state.params, step)
                 self.instrument.compile(state.params)
                 if not self.looks_now:
                     self.instrument.forget()
-        if self.signals.asked:
+        if self.peers.stopping:
             return
         if step == 0:
             self._write(0, {}, row)
@@ -770,6 +849,8 @@ class Run:
 
     def _complete(self, step, looked):
         """Puts what a stop left out of the step's line into it."""
+        if not self.peers.writes:
+            return
         path = self.directory / "metrics.jsonl"
         lines = read_lines(path)
         if not lines or lines[-1]["step"] != step:
@@ -792,23 +873,23 @@ class Run:
         try:
             self._prepare(state, step)
             self.console.start(step, config.steps)
-            while step < config.steps and not self.signals.asked:
+            while step < config.steps and not self.peers.stopping:
                 step_began = time.monotonic()
                 with self.watchdog.phase("sampling"):
                     indices, sampled = self.sampled(state.params, step)
                     if pending is not None:  # written while the device samples
                         row, pending = self._write(*pending), None
-                    rollouts = jax.device_get(sampled)
+                    sampled = self.fetch(sampled)
                 times = {"time/sample_s": time.monotonic() - step_began}
-                if self.signals.asked:
+                if self.peers.stopping:
                     break  # the step is made again, the same, on resume
 
                 began = time.monotonic()
                 with self.watchdog.phase("scoring"):
-                    scored = self.scored(state, step, indices, rollouts)
-                rollouts, batch = scored.rollouts, scored.batch
+                    scored = self.scored(state, step, indices, sampled)
+                judged, batch = scored.judged, scored.batch
                 times["time/score_s"] = time.monotonic() - began
-                if self.signals.asked:
+                if self.peers.stopping:
                     break
 
                 with self.watchdog.phase("update"):
@@ -828,11 +909,11 @@ class Run:
                     del before
                     self._write_look()
                 if compared is not None:
-                    counterfactual.record(
-                        self.files["counterfactual"], step, compared, rollouts.rewards
-                    )
-                self._tell(step, rollouts)
-                self._log_samples(step, scored.indices, scored.texts, rollouts)
+                    rewards = judged.rollouts.rewards
+                    row = counterfactual.record(step, compared, rewards)
+                    self._line("counterfactual", row)
+                self._tell(step, judged.rollouts)
+                self._log_samples(step, scored)
                 looked = self._look(state.params, step)
                 spent = looked.pop("time/instrument_s", 0) + times.get(
                     "time/instrument_s", 0
@@ -848,10 +929,11 @@ class Run:
                     self._save(state, step, row)
                 if failed:
                     self._write_look()
-                    self._give_up(step, rollouts)
+                    self._give_up(step, judged.rollouts)
             if pending is not None:
                 row, pending = self._write(*pending), None
             self._write_look()
+            self.peers.exchange(None)  # whether all of it was written
         except OSError as error:
             raise self._rescued(state, step, pending, error) from error
         return self._end(state, step, row)
@@ -862,7 +944,8 @@ class Run:
             with self.watchdog.phase("saving"):
                 self.checkpoints.wait()
         self.console.stop()
-        last = (read_lines(self.directory / "metrics.jsonl") or [{}])[-1]
+        lines = read_lines(self.directory / "metrics.jsonl")
+        last = self.peers.first((lines or [{}])[-1])
         # A stop may have left the last look out.
         wanted = {"eval/heldout_pass_rate", *(["phase/label"] * self._due(step))}
         finished = step >= self.config.steps and wanted <= last.keys()
@@ -874,6 +957,7 @@ class Run:
             )
         with self.watchdog.phase("report"):
             self._report(finished)
+            self.peers.exchange(None)  # none leaves before the others
         return TrainResult(self.directory, last, finished)
 
     def _rescued(self, state, step, pending, error) -> OSError:
@@ -882,10 +966,13 @@ class Run:
         another file's is not, the checkpoint before makes the steps since again."""
         self.console.stop()
         # Where writing the line itself failed, it is among the unwritten ones already.
-        if pending is not None and not self.files["metrics"].unwritten:
+        failed = self.peers.first(bool(self.files["metrics"].unwritten))
+        if pending is not None and not failed:
             with contextlib.suppress(OSError):  # now it is
                 self._write(*pending)
-        unwritten = {name: file.unwritten for name, file in self.files.items()}
+        unwritten = self.peers.first(
+            {name: file.unwritten for name, file in self.files.items()}
+        )
         if step and unwritten["metrics"]:
             self._save(state, step, {}, {"unwritten": unwritten})
         self.checkpoints.wait()
@@ -914,22 +1001,15 @@ class Run:
                 "weight 0 (said once; see group/informative in metrics.jsonl)."
             )
 
-    def score(self, rollouts, indices):
-        texts = decode_groups(self.task, rollouts.completions, rollouts.completion_mask)
-        scores = score(
-            self.task.reward,
-            [self.task.train[i] for i in indices],
-            texts,
-            tokens=rollouts.completion_mask.sum(-1),
-            pool=self.pool,
-        )
-        return rollouts._replace(rewards=scores.rewards), scores, texts
+    def judge(self, sampled: Sampled, indices) -> Judged:
+        examples = [self.task.train[i] for i in indices]
+        return judge(self.task, sampled, examples, self.pool, self.peers)
 
     def _batch(self, state, rollouts, indices):
         """(state, batch, metrics): the rollouts weighed, with what they need beside."""
         programs = self.programs[rollouts.completions.shape[-1]]
         policy = self.policy.replace(state.params)
-        rollouts = placed(jax.tree.map(jnp.asarray, rollouts), self.mesh)
+        rollouts = placed(rollouts, self.mesh)
         old = programs["rescore"](policy, rollouts) if self.keeps_old else None
         reference = None
         if self.uses_reference:
@@ -966,7 +1046,8 @@ class Run:
         return jax.block_until_ready(state), metrics
 
     def _give_up(self, step, rollouts):
-        file = self.directory / f"nonfinite-step-{step}.npz"
+        part = "" if self.peers.count == 1 else f"-process-{self.peers.index}"
+        file = self.directory / f"nonfinite-step-{step}{part}.npz"
         np.savez(file, step=step, **rollouts._asdict())
         self.checkpoints.wait()
         self._report(finished=False)
@@ -984,9 +1065,9 @@ class Run:
         """Evaluation and instrument where they are due; asked to stop, the resumed run
         makes up for them."""
         metrics = {}
-        if self._evaluates(step) and not self.signals.asked:
+        if self._evaluates(step) and not self.peers.stopping:
             metrics |= self.evaluate(params, step)
-        if self._due(step) and not self.signals.asked:
+        if self._due(step) and not self.peers.stopping:
             with self.watchdog.phase("look"):
                 metrics |= self.instrument.look(params, step)
         return metrics
@@ -1039,6 +1120,7 @@ class Run:
             rows=s.prompts * s.group_size,  # at a time, as many as a step samples
             key=key,
             pool=self.pool,
+            peers=self.peers,
             warn=self.console.warn,
         )
         return pass_rate([row for part in parts for row in part])
@@ -1049,9 +1131,7 @@ class Run:
         if not every or step % every:
             return None
         t = batch.rollouts.completions.shape[-1]
-        return jax.device_get(
-            self.programs[t]["counterfactual"](self.policy, state, batch)
-        )
+        return whole(self.programs[t]["counterfactual"](self.policy, state, batch))
 
     def row(self, step, metrics, host) -> dict[str, Any]:
         """A line of metrics.jsonl."""
@@ -1063,7 +1143,7 @@ class Run:
 
     def _write(self, step, metrics, host):
         row = self.row(step, metrics, host)
-        self.files["metrics"].write(row)
+        self._line("metrics", row)
         if step:
             self.console.step(step, row)
         if "eval/heldout_pass_rate" in row:
@@ -1073,27 +1153,46 @@ class Run:
             )
         return row
 
-    def _log_samples(self, step, indices, texts, rollouts):
+    def _line(self, name, row):
+        """A line of one of the files; of several processes, all end where it cannot be
+        written, at their next exchange."""
+        try:
+            self.files[name].write(row)
+        except OSError as error:
+            if self.peers.count == 1:
+                raise
+            self.peers.trouble = str(error)
+
+    def _log_samples(self, step, scored: Scored):
         every = self.config.log.samples_every
         if not every or step % every:
             return
-        rewards = np.where(np.isnan(rollouts.rewards), None, rollouts.rewards)
-        for p in range(min(self.config.log.samples_prompts, len(indices))):
-            example = self.task.train[indices[p]]
-            self.files["samples"].write(
+        rewards, texts = scored.judged.rollouts.rewards, scored.judged.texts
+        for p in np.flatnonzero(scored.mine.any(1))[: self.config.log.samples_prompts]:
+            example = self.task.train[scored.indices[p]]
+            here = np.flatnonzero(scored.mine[p])
+            found = [float(r) for r in rewards[p, here]]
+            self._line(
+                "samples",
                 {
                     "step": step,
                     "prompt": example.prompt,
                     "answer": example.answer,
-                    "completions": texts[p],
-                    "rewards": [None if r is None else float(r) for r in rewards[p]],
-                }
+                    "completions": [texts[p][g] for g in here],
+                    "rewards": [None if np.isnan(r) else r for r in found],
+                },
             )
 
     def _write_look(self):
         """The row of the look in progress, complete or not."""
         if self.instrument is not None and self.instrument.pending:
-            self.files["instrument"].write(self.instrument.take())
+            self._line("instrument", self.instrument.take())
+
+    def _abandon(self, waited):
+        leave(
+            f"process {self.peers.index} {waited}; it, or another one, is stuck. "
+            f"Continue with the same command, --resume and --run-dir {self.directory}."
+        )
 
     def _save(self, state, step, row, more=None):
         score = row.get("eval/heldout_pass_rate")
@@ -1101,10 +1200,13 @@ class Run:
             self.checkpoints.save(step, state, {"step": step} | (more or {}), score)
 
     def _report(self, finished):
+        if not self.peers.writes:
+            return
         from grpo_jax.training.report import write_report
 
         try:
-            path = write_report([self.directory], self.directory / "report.html")
+            with on_mesh(one_device_of(self.mesh)):
+                path = write_report([self.directory], self.directory / "report.html")
         except (
             Exception
         ) as error:  # a full disk, say: what was learnt is safe elsewhere

@@ -174,6 +174,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class NoLines:
+    """In place of `JsonLines` where another process writes."""
+
+    unwritten: list[dict[str, Any]] = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def keep_until(path: Path, step: int) -> None:
     """Drops the lines after `step`: what a resumed run is going to write again."""
     rewrite(path, [row for row in read_lines(path) if row["step"] <= step])

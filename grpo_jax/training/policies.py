@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax.errors import ConfigError
@@ -15,7 +14,7 @@ from grpo_jax.models.decoder import Policy, abstract_policy, add_lora
 from grpo_jax.models.hub import eos_ids, load_tokenizer, local_directory
 from grpo_jax.models.lora import without_lora
 from grpo_jax.models.pretrained import load_pretrained, read_config
-from grpo_jax.models.sharding import tree_shardings
+from grpo_jax.models.sharding import placed, tree_shardings
 from grpo_jax.tasks import Task, load_task
 from grpo_jax.training.checkpoint import load_params
 from grpo_jax.training.config import TaskConfig, TrainConfig
@@ -182,7 +181,7 @@ def load_base(
         return pretrained_policy(pretrained, model, mesh)
     policy = abstract_policy(without_lora(model))
     params, _ = load_params(run_dir / "initial.safetensors", policy.params)
-    return policy.replace(jax.tree.map(jnp.asarray, params))
+    return policy.replace(placed(params, mesh))
 
 
 def model_of_run(run_dir: Path, config: TrainConfig) -> ModelConfig:

@@ -19,6 +19,7 @@ from grpo_jax.tasks import Task
 from grpo_jax.training.checkpoint import Checkpoints, named_arrays
 from grpo_jax.training.config import TrainConfig, from_dict
 from grpo_jax.training.evaluation import verifier_pool
+from grpo_jax.training.judging import Sampled
 from grpo_jax.training.loop import Run, facts_of
 from grpo_jax.training.metrics import read_lines, without_nan
 from grpo_jax.training.paths import use_compile_cache
@@ -123,7 +124,7 @@ def _replayed(run: Run, step: int) -> Replayed:
     first = None
     for now in range(start, step):
         indices, sampled = run.sampled(state.params, now)
-        scored = run.scored(state, now, indices, jax.device_get(sampled))
+        scored = run.scored(state, now, indices, run.fetch(sampled))
         unstable, arrays = 0, {}
         if now + 1 == step:
             unstable = _unstable(run, scored)
@@ -172,9 +173,10 @@ def _differing(row, recorded):
 
 
 def _unstable(run, scored):
-    again, _, _ = run.score(scored.rollouts, scored.indices)
-    same = np.equal(again.rewards, scored.rollouts.rewards)
-    same |= np.isnan(again.rewards) & np.isnan(scored.rollouts.rewards)
+    before = scored.judged.rollouts
+    again = run.judge(Sampled(before, scored.mine), scored.indices).rollouts
+    same = np.equal(again.rewards, before.rewards)
+    same |= np.isnan(again.rewards) & np.isnan(before.rewards)
     return int((~same).sum())
 
 
@@ -195,7 +197,7 @@ def _arrays(run, state, scored):
     grads, _ = jax.jit(gradients)(run.policy.replace(state.params), batch)
     named = named_arrays(grads)
     return {
-        **{name: np.asarray(x) for name, x in scored.rollouts._asdict().items()},
+        **{name: np.asarray(x) for name, x in scored.judged.rollouts._asdict().items()},
         "prompt_indices": np.asarray(scored.indices),
         "trained_rewards": np.asarray(scored.batch.rollouts.rewards),
         "weights": np.asarray(scored.batch.weights),

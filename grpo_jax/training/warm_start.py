@@ -34,6 +34,7 @@ from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks.types import Example, Task, WarmStart
 from grpo_jax.training.checkpoint import load_params, params_digest, save_params
 from grpo_jax.training.config import WarmStartConfig
+from grpo_jax.training.processes import Peers, whole
 from grpo_jax.training.step import MicroBatch, batch_logprobs
 
 _VERSION = 5  # of this procedure: a change to it must not find old results
@@ -95,7 +96,7 @@ def warm_start(
     cache: Path,
     report: Callable[[str, int, str], None],
     warn: Callable[[str], None],
-    stop: Callable[[], bool],
+    peers: Peers,
 ) -> WarmStarted | None:
     """A policy that answers some of the task's prompts, from cache where there is one.
 
@@ -106,7 +107,7 @@ def warm_start(
         cache: Directory of earlier results.
         report: Called with (stage, step, "pass rate 0.250") at every measurement.
         warn: Called with a sentence where the cache cannot be used.
-        stop: Polled every step; True ends it with nothing kept.
+        peers: The run's processes; where they are asked to stop, nothing is kept.
 
     Returns:
         None if stopped.
@@ -117,14 +118,17 @@ def warm_start(
     sizes = prompt_length, length
     name = _fingerprint(policy, task, settings, seed, temperature, sizes)
     file = cache / f"{name}.safetensors"
+    found = None
     if file.exists():
         try:
             params, facts = load_params(file, policy.params)
-            facts = json.loads(facts["facts"])
-            params = jax.tree.map(jnp.asarray, params)
-            return WarmStarted(policy.replace(params), **facts, cached=True)
+            found = params, json.loads(facts["facts"])
         except (ConfigError, KeyError, ValueError) as error:
             warn(f"the cached warm start is of no use ({error}); learning anew.")
+    if all(peers.exchange(found is not None)):
+        params, facts = found
+        params = jax.tree.map(jnp.asarray, params)
+        return WarmStarted(policy.replace(params), **facts, cached=True)
     by_rate = settings.target_pass_rate is not None
     shown = Demonstrations(task, settings, *sizes)
     if by_rate:
@@ -152,11 +156,12 @@ def warm_start(
         """(steps taken, target reached), or None if stopped."""
         nonlocal params, opt_state
         for i in range(1, steps + 1):
-            if stop():
+            if peers.stopping:
                 return None
             params, opt_state = step(params, opt_state, shown.batch(rng, spoiled))
             if i % _CHECK_EVERY == 0 or i == steps:
                 figure = measure()
+                peers.exchange(None)  # whether one was asked to stop
                 what = "pass rate" if by_rate else "nats a token"
                 report(stage, done + i, f"{what} {figure:.3f}")
                 if not np.isfinite(figure):
@@ -190,8 +195,9 @@ def warm_start(
         "steps": steps + noisy[0],
         "reached": reached or not by_rate,
     }
+    kept = whole(params)
     try:
-        save_params(file, params, {"facts": json.dumps(facts)})
+        save_params(file, kept, {"facts": json.dumps(facts)})
     except OSError as error:
         warn(f"the warm start could not be cached ({error}).")
     return WarmStarted(policy.replace(params), **facts, cached=False)
@@ -298,7 +304,7 @@ def _answers_logprobs(policy, answers, temperature, budget):
     answers = jax.tree.map(lambda x: np.asarray(x)[filled], answers)
     micro, temperature = MicroBatch(part, 1), jnp.float32(temperature)
     logprobs = _answer_logprobs(policy, answers, temperature, micro)
-    return np.asarray(logprobs)[:n, 0]
+    return whole(logprobs)[:n, 0]
 
 
 def _supervised_step(policy, optimizer, params, opt_state, answers: Rollouts):

@@ -19,6 +19,7 @@ from grpo_jax.training.policies import (
     task_of,
     with_settings,
 )
+from grpo_jax.training.processes import Peers
 from grpo_jax.training.warm_start import warm_start, warm_start_settings
 
 
@@ -71,7 +72,7 @@ def warm_up(
         cache=cache_directory() / "warm_starts",
         report=lambda stage, step, figure: say(f"{stage}: step {step}, {figure}"),
         warn=lambda text: say(f"warning: {text}"),
-        stop=stop,
+        peers=Peers(stop),
     )
     if result is None:
         return None

@@ -1,6 +1,7 @@
 """Says what a run waits for, once it waits far longer than it usually does."""
 
 import contextlib
+import math
 import statistics
 import threading
 import time
@@ -20,6 +21,7 @@ class Watchdog:
         warn: Called with a sentence, from a thread.
         least: Seconds below which no wait is worth a word.
         unknown: Seconds a phase without a median may take.
+        limit: Seconds after which `end` is called, with a sentence on the wait.
     """
 
     def __init__(
@@ -29,9 +31,12 @@ class Watchdog:
         factor: float = 10.0,
         least: float = 2.0,
         unknown: float = 300.0,
+        limit: float | None = None,
+        end: Callable[[str], None] | None = None,
     ):
         self._warn = warn
         self._factor, self._least, self._unknown = factor, least, unknown
+        self._limit, self._end = math.inf if limit is None else limit, end
         self._seconds: dict[str, deque] = defaultdict(lambda: deque(maxlen=100))
         self._changed = threading.Condition()
         self._now: tuple[str, float, float] | None = None  # (phase, began, next word)
@@ -86,8 +91,11 @@ class Watchdog:
                     continue
                 name, began, word = self._now
                 waited = time.monotonic() - began
+                if waited >= self._limit and self._end is not None:
+                    self._end(f"waited {format_seconds(waited)} for {name}")
+                    return
                 if waited < word:
-                    self._changed.wait(word - waited)
+                    self._changed.wait(min(word, self._limit) - waited)
                     continue
                 self._now = (name, began, 2 * word)
                 median = self._median(name)

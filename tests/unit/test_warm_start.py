@@ -9,6 +9,7 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.tasks import Example
 from grpo_jax.training.config import SamplingConfig, WarmStartConfig
 from grpo_jax.training.plan import make_plan
+from grpo_jax.training.processes import Peers
 from grpo_jax.training.warm_start import (
     Demonstrations,
     token_loss,
@@ -53,7 +54,7 @@ def start(task, cache, *, config=FEW, length=14, said=None):
         policy, task, warm_start_settings(config, task), seed=0, prompt_length=32,
         length=length, temperature=1.0, cache=cache,
         report=lambda *x: said.append(x) if said is not None else None,
-        warn=pytest.fail, stop=lambda: False,
+        warn=pytest.fail, peers=Peers(),
     )  # fmt: skip
     return policy, result
 
