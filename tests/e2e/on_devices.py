@@ -1,11 +1,16 @@
 """Run as `python -m tests.e2e.on_devices CHECK ...`: what needs eight devices, whose
-number is fixed when jax starts. Prints one line of JSON."""
+number is fixed when jax starts, in one process or, by PROCESSES="PORT COUNT INDEX",
+spread over several. Prints one line of JSON."""
 
+import dataclasses
 import json
 import os
+import signal
 import sys
+import time
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+PORT, COUNT, INDEX = map(int, os.environ.get("PROCESSES", "0 1 0").split())
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // COUNT}"
 
 from functools import partial  # noqa: E402
 
@@ -24,9 +29,13 @@ from grpo_jax.models.sharding import (  # noqa: E402
 )
 from grpo_jax.objectives.loss import scale_weights  # noqa: E402
 from grpo_jax.rollouts.sampling import sample  # noqa: E402
+from grpo_jax.training import loop  # noqa: E402
 from grpo_jax.training.communication import collectives  # noqa: E402
 from grpo_jax.training.config import (  # noqa: E402
+    CheckpointConfig,
+    DistributedConfig,
     EvaluationConfig,
+    InstrumentConfig,
     LogConfig,
     MeshConfig,
     ObjectiveConfig,
@@ -35,6 +44,7 @@ from grpo_jax.training.config import (  # noqa: E402
 )
 from grpo_jax.training.metrics import read_lines  # noqa: E402
 from grpo_jax.training.paths import use_compile_cache  # noqa: E402
+from grpo_jax.training.processes import LostPeer, leave, whole  # noqa: E402
 from grpo_jax.training.step import Batch, micro_batch, weigh  # noqa: E402
 from tests.helpers import (  # noqa: E402
     one_update,
@@ -61,7 +71,7 @@ def one_step(mesh, p, g, budget, **changes):
         batch = weighed(gj.OBJECTIVES["grpo"], placed(rollouts, mesh))
         micro = micro_batch(p, g, 5, 7, budget)
         state, _ = one_update(policy, gj.OBJECTIVES["grpo"], batch, micro)
-        return jax.device_get((rollouts.completions, state.params, state.opt_state))
+        return whole((rollouts.completions, state.params, state.opt_state))
 
 
 def same_step(text, p, g, tied):
@@ -118,37 +128,100 @@ def programs(text):
     return found
 
 
-def whole_run(directory, text, steps, resume):
-    """A run, or its continuation; its samples."""
+def whole_run(directory, text, steps, *options):
+    """A run, or its continuation; its samples by step and prompt.
+
+    Options: "resume"; a method of `OBJECTIVES`; "binary" rewards; "lora"; "look"; what
+    becomes of the last process, "hang", "die" or "signal"; "full": the first's disk is.
+    """
     from tests.e2e.test_train import digits_task, small_config
 
     sizes = dict(zip(AXES, map(int, text.split("x")), strict=True))
+    where = DistributedConfig()
+    if COUNT > 1:
+        where = DistributedConfig(
+            coordinator=f"127.0.0.1:{PORT}",
+            processes=COUNT,
+            process=INDEX,
+            heartbeat_s=10,
+            timeout_s=15 if "hang" in options else 300,
+        )
+    method = next((name for name in options if name in gj.OBJECTIVES), "dr_grpo")
+    lora = dict(lora_rank=2) if "lora" in options else {}
     config = small_config(
         directory,
         steps=int(steps),
-        resume=resume == "resume",
+        resume="resume" in options,
         mesh=MeshConfig(**sizes),
-        objective=ObjectiveConfig(name="dr_grpo"),
+        distributed=where,
+        model=gj.ModelConfig(width=16, mlp_width=24, head_dim=4, **lora),
+        objective=ObjectiveConfig(name=method),
         sampling=SamplingConfig(prompts=8, group_size=4),
         evaluation=EvaluationConfig(every=0, prompts=16),
+        instrument=InstrumentConfig(every=2 if "look" in options else 0, prompts=2),
         log=LogConfig(samples_every=1, samples_prompts=8),
+        checkpoint=CheckpointConfig(every=2, keep=3),
         optimizer=OptimizerConfig(learning_rate=1e-2),
     )
-    result = gj.train(config, task=digits_task())
+    task, calls = digits_task(), iter(range(10**6))
+    share = task.reward
+
+    def reward(example, completion):
+        if INDEX == COUNT - 1 and next(calls) == 70:
+            if "hang" in options:
+                time.sleep(600)
+            if "die" in options:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if "signal" in options:
+                os.kill(os.getpid(), signal.SIGTERM)
+        found = share(example, completion)
+        return float(found > 0.5) if "binary" in options else found
+
+    task = dataclasses.replace(task, reward=reward)
+    if "full" in options:
+        loop.JsonLines = Full
+    result = gj.train(config, task=task)
     rows = read_lines(result.run_dir / "metrics.jsonl")
+    looks = read_lines(result.run_dir / "instrument.jsonl")
     return {
-        "completions": [
-            row["completions"] for row in read_lines(result.run_dir / "samples.jsonl")
-        ],
+        "finished": result.finished,
+        "samples": {
+            f"{row['step']} {row['prompt']}": row["completions"]
+            for row in read_lines(result.run_dir / "samples.jsonl")
+        },
+        "rewards": [row["reward/mean"] for row in rows[1:]],
         "norms": [row["gradient/norm"] for row in rows[1:]],
-        "heldout": rows[-1]["eval/heldout_pass_rate"],
+        "tokens": [row["tokens/sampled"] for row in rows[1:]],
+        "refilled": [row.get("group/refilled", 0) for row in rows[1:]],
+        "heldout": rows[-1].get("eval/heldout_pass_rate"),
+        "looks": [row["geometry"]["raw_squared_norms"] for row in looks],
         "compiles": [row["compiles"] for row in rows],
     }
 
 
+class Full(loop.JsonLines):
+    """The disk is full from the third step's line on."""
+
+    def write(self, row):
+        if self._path.stem == "metrics" and row["step"] >= 3:
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, self._file.fileno())
+            os.close(full)
+        super().write(row)
+
+
 if __name__ == "__main__":
-    use_compile_cache()
+    if COUNT > 1 and sys.argv[1] != "whole_run":  # which joins the others itself
+        jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, INDEX)
+    if COUNT == 1:
+        use_compile_cache()
     check = {"same_step": same_step, "programs": programs, "whole_run": whole_run}
     if sys.argv[1] != "programs":  # its figures are of programs as they are run
         jax.config.update("jax_disable_most_optimizations", True)
-    print(json.dumps(check[sys.argv[1]](*sys.argv[2:])))
+    try:
+        print(json.dumps(check[sys.argv[1]](*sys.argv[2:])))
+    except LostPeer as error:
+        leave(str(error))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
