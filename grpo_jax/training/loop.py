@@ -98,8 +98,6 @@ from grpo_jax.training.warm_start import (
 from grpo_jax.training.watchdog import Watchdog
 
 SKIPPED_LIMIT = 5  # non-finite gradients in a row that end a run
-
-
 _PATIENCE = 30  # seconds for a shared file system to show what was written
 
 
@@ -312,7 +310,8 @@ class Run:
             self.console.warn(warning)
         self.console.say(f"run directory: {self.directory}")
         if self.peers.writes:
-            self.tokenizer.save_pretrained(self.directory / "tokenizer")
+            with self.peers.writing():
+                self.tokenizer.save_pretrained(self.directory / "tokenizer")
         policy = self.starting_policy()
         if policy is None:
             self.console.say(
@@ -332,7 +331,9 @@ class Run:
             state, data = self._starting_state(policy)
             # A new run's was written when it was claimed.
             if self.config.resume and self.peers.writes:
-                record(self.directory, self.config, facts_of(self.config, self.plan))
+                facts = facts_of(self.config, self.plan)
+                with self.peers.writing():
+                    record(self.directory, self.config, facts)
             del policy  # its parameters are the state's now, to be given away
             self._open_files(data)
             try:
@@ -397,7 +398,9 @@ class Run:
             policy = result.policy
         params = whole(policy.params)
         if self.peers.writes:
-            save_params(file, params)
+            with self.peers.writing():
+                save_params(file, params)
+        self.peers.exchange(None)  # whether it was written
         return policy
 
     def build(self, start: Policy):
@@ -910,8 +913,8 @@ class Run:
                     self._write_look()
                 if compared is not None:
                     rewards = judged.rollouts.rewards
-                    row = counterfactual.record(step, compared, rewards)
-                    self._line("counterfactual", row)
+                    line = counterfactual.record(step, compared, rewards)
+                    self._line("counterfactual", line)
                 self._tell(step, judged.rollouts)
                 self._log_samples(step, scored)
                 looked = self._look(state.params, step)
@@ -933,7 +936,8 @@ class Run:
             if pending is not None:
                 row, pending = self._write(*pending), None
             self._write_look()
-            self.peers.exchange(None)  # whether all of it was written
+            with self.watchdog.phase("the other processes"):
+                self.peers.exchange(None)  # whether all of it was written
         except OSError as error:
             raise self._rescued(state, step, pending, error) from error
         return self._end(state, step, row)
@@ -1154,14 +1158,9 @@ class Run:
         return row
 
     def _line(self, name, row):
-        """A line of one of the files; of several processes, all end where it cannot be
-        written, at their next exchange."""
-        try:
+        """A line of one of the files."""
+        with self.peers.writing():
             self.files[name].write(row)
-        except OSError as error:
-            if self.peers.count == 1:
-                raise
-            self.peers.trouble = str(error)
 
     def _log_samples(self, step, scored: Scored):
         every = self.config.log.samples_every

@@ -5,11 +5,12 @@ only is read by that one; what all have to know, or to decide alike, is exchange
 run of one process is the case in which there is nobody to tell.
 """
 
+import contextlib
 import importlib.util
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,6 +125,17 @@ class Peers:
             self.trouble = None
             raise OSError(troubles[0])
         return [value for value, _, _ in found]
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """What the process that writes does alone; of several, all end where that
+        fails, at their next exchange."""
+        try:
+            yield
+        except OSError as error:
+            if self.count == 1:
+                raise
+            self.trouble = str(error)
 
     def first(self, value: Value) -> Value:
         """What the process that writes gave."""

@@ -12,6 +12,7 @@ import pytest
 import grpo_jax as gj
 from grpo_jax.cli import main
 from grpo_jax.errors import ConfigError
+from grpo_jax.rollouts.encoding import decode_groups
 from grpo_jax.training import loop, plan
 from grpo_jax.training.config import (
     CheckpointConfig,
@@ -214,7 +215,7 @@ def test_refilled_groups_are_trained_on_whole(refilled):
     task = run.plan.task
     for row, update in zip(rows[1:], seen.updates, strict=True):
         rollouts = update.batch.rollouts
-        texts = loop.decode_groups(task, rollouts.completions, rollouts.completion_mask)
+        texts = decode_groups(task, rollouts.completions, rollouts.completion_mask)
         rewards = [[starts_with_a_digit(None, t) for t in group] for group in texts]
         np.testing.assert_array_equal(rewards, rollouts.rewards)
         # Prompt, completion and log-prob belong together in every slot.

@@ -1,0 +1,159 @@
+"""What processes tell each other, without any: one alone, and two that are played."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.tasks import Example, load_task
+from grpo_jax.training.config import DistributedConfig, TrainConfig
+from grpo_jax.training.judging import Sampled, fetched, judge
+from grpo_jax.training.processes import Peers, held, join, share, whole
+
+
+class Played(Peers):
+    """The first of two; `others` is what the second one gives, in its order."""
+
+    def __init__(self, *others):
+        super().__init__()
+        self.count, self._others = 2, list(others)
+
+    def _gathered(self, value):
+        return [value, self._others.pop(0)]
+
+
+def test_one_alone_hears_itself():
+    asked = []
+    peers = Peers(lambda: bool(asked))
+    assert (peers.count, peers.index, peers.writes) == (1, 0, True)
+    assert peers.exchange("x") == ["x"] and peers.first("x") == "x"
+    assert peers.together(lambda: 3) == 3
+    assert not peers.stopping
+    asked.append(True)
+    assert peers.stopping
+    with pytest.raises(OSError, match="full"), peers.writing():
+        raise OSError("full")
+
+
+def test_a_wish_to_stop_counts_from_the_next_exchange():
+    peers = Played(("b", True, None), ("b", False, None))
+    assert not peers.stopping
+    assert peers.exchange("a") == ["a", "b"]
+    assert peers.stopping
+    peers.exchange("a")
+    assert not peers.stopping  # nobody asks any more
+
+
+def test_trouble_ends_all_and_is_told_once():
+    peers = Played((None, False, None), (None, False, None))
+    with peers.writing():
+        raise OSError("no room")
+    with pytest.raises(OSError, match="no room"):
+        peers.exchange(None)
+    peers.exchange(None)
+    other = Played((None, False, "their disk"))
+    with pytest.raises(OSError, match="their disk"):
+        other.exchange(None)
+
+
+def test_a_bad_config_of_one_is_an_error_of_all():
+    with pytest.raises(ConfigError, match="process 1: no such file"):
+        Played(("no such file", False, None)).together(lambda: 1)
+
+    def bad():
+        raise ConfigError("mine")
+
+    with pytest.raises(ConfigError, match="^mine"):
+        Played((None, False, None)).together(bad)
+
+
+def test_arrays_of_one_process_are_its_own():
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    assert share(x).all() and share(x).shape == (2, 3)
+    for read in (held, whole):
+        np.testing.assert_array_equal(read({"x": x})["x"], x)
+
+
+def rollouts_of(lengths):
+    p, g = lengths.shape
+    mask = (np.arange(5) < lengths[..., None]).astype(np.int32)
+    prompts = np.ones((p, 2), np.int32)
+    ids = np.full((p, g, 5), 7, np.int32)
+    return Rollouts(prompts, prompts, ids * mask, mask, ids.astype(float), None)
+
+
+def test_shares_of_rewards_make_the_whole():
+    """Two processes, one with the last sample of each prompt, against one."""
+    seen = []
+
+    def reward(example, completion):
+        seen.append((example.prompt, completion))
+        if completion == "":
+            raise ValueError("empty")
+        return len(completion)
+
+    task = dataclasses.replace(load_task("chains"), reward=reward)
+    examples = [Example("p", ""), Example("q", "")]
+    lengths = np.array([[1, 0, 3], [2, 5, 4]])
+    rollouts = rollouts_of(lengths)
+    alone = judge(task, fetched(rollouts), examples, None, Peers())
+    mine = np.array([[True, True, False]] * 2)
+    told = []
+
+    class Recorded(Peers):
+        count = 2
+
+        def __init__(self, other):
+            self.other = other
+
+        def exchange(self, value):
+            told.append(value)
+            return [value] if self.other is None else [value, self.other]
+
+    def part(mine, other):
+        kept = rollouts._replace(
+            completion_mask=rollouts.completion_mask * mine[..., None]
+        )
+        return judge(task, Sampled(kept, mine), examples, None, Recorded(other))
+
+    part(~mine, None)
+    seen.clear()
+    both = part(mine, told[-1])
+    assert len(seen) == 4
+    np.testing.assert_array_equal(both.rollouts.rewards, alone.rollouts.rewards)
+    np.testing.assert_array_equal(both.scores.solved, alone.scores.solved)
+    np.testing.assert_array_equal(both.lengths, lengths)
+    assert both.scores.errors == alone.scores.errors == ["ValueError: empty"]
+    assert both.texts[0][2] == "" and both.texts[1][1] == alone.texts[1][1]
+
+
+def test_a_process_without_a_share_scores_nothing():
+    def reward(example, completion):
+        raise AssertionError("not mine")
+
+    task = dataclasses.replace(load_task("chains"), reward=reward)
+    rollouts, nothing = rollouts_of(np.ones((1, 2), int)), np.zeros((1, 2), bool)
+    found = judge(task, Sampled(rollouts, nothing), [Example("p", "")], None, Peers())
+    assert np.isnan(found.scores.rewards).all() and not found.scores.errors
+
+
+def test_alone_nothing_is_joined():
+    join(DistributedConfig())
+    assert Peers().count == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"coordinator": "a:1"}, "belong together"),
+        ({"processes": 2, "process": 0}, "belong together"),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, "below"),
+        ({"heartbeat_s": 1}, "heartbeat_s must be at least 10"),
+    ],
+)
+def test_bad_settings_are_refused(settings, error):
+    with pytest.raises(ConfigError, match=error):
+        TrainConfig(distributed=DistributedConfig(**settings))
