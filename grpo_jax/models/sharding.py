@@ -296,11 +296,14 @@ def constrain_params(tree: Any, *, gathered: bool = False) -> Any:
 def _gathered(x, logical, manual):
     """Inside `per_device`: a parameter whole over the batch axes, as each device's own.
     Going back, its gradients are added up over devices here, once for all its uses."""
-    if "fsdp" in _differs(x):  # else it is not cut
-        at = [RULES.get(name) for name in logical].index("fsdp")
-        x = jax.lax.all_gather(x, "fsdp", axis=at, tiled=True)
-    rest = tuple(name for name in manual if name not in _differs(x))
-    return jax.lax.pcast(x, rest, to="varying") if rest else x
+    here = _differs(x)
+    rest = tuple(name for name in manual if name not in here)
+    # First: going back it is a part that is added up, not the whole.
+    x = jax.lax.pcast(x, rest, to="varying") if rest else x
+    if "fsdp" not in here:  # it is not cut
+        return x
+    at = [RULES.get(name) for name in logical].index("fsdp")
+    return jax.lax.all_gather(x, "fsdp", axis=at, tiled=True)
 
 
 def _differs(x) -> frozenset[str]:
