@@ -115,9 +115,7 @@ def measure(c: Config, text: str) -> dict:
     with on_mesh(mesh):
         policy = with_shardings(abstract_policy(model), mesh)
         prompt, completions = ids((p, length)), ids((p, g, t))
-        sampled = partial(
-            gj.sample, group_size=g, max_new_tokens=t, eos_id=1, pad_id=0
-        )
+        sampled = partial(gj.sample, group_size=g, max_new_tokens=t, eos_id=1, pad_id=0)
         sampling = text_of(
             lambda policy, prompts, mask, key: sampled(policy, prompts, mask, key=key),
             policy, prompt, prompt, jax.eval_shape(lambda: jax.random.key(0)),

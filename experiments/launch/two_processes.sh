@@ -12,8 +12,9 @@ resume=()
 if [ -e "$RUN/config.json" ]; then resume=(--resume); fi
 
 pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
-# They save what they have and end with 0, if they are asked to.
+# Where one failed the other could only wait for it. Checkpoints are whole at any time.
+trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT
+# Asked to stop, they save what they have and end with 0.
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 for process in 0 1; do
     grpo-jax train --run-dir "$RUN" --mesh.data 2 --mesh.fsdp 4 --mesh.tensor 1 \
@@ -24,18 +25,17 @@ for process in 0 1; do
     pids+=("$!")
 done
 
-# `wait -n` ends with each process, and when a signal came: then they are still there.
-left=2
-while [ "$left" -gt 0 ]; do
-    code=0
-    wait -n "${pids[@]}" || code=$?
-    running=0
+while [ "${#pids[@]}" -gt 0 ]; do
+    code=0 ended=
+    wait -n -p ended "${pids[@]}" || code=$?
+    if [ -z "$ended" ]; then continue; fi # a signal came
+    left=()
     for pid in "${pids[@]}"; do
-        if kill -0 "$pid" 2>/dev/null; then running=$((running + 1)); fi
+        if [ "$pid" != "$ended" ]; then left+=("$pid"); fi
     done
-    if [ "$code" -ne 0 ] && [ "$running" -lt "$left" ]; then
+    pids=("${left[@]}")
+    if [ "$code" -ne 0 ]; then
         echo "a process ended with $code; ending the run" >&2
-        exit "$code"
+        exit 1
     fi
-    left=$running
 done
