@@ -285,15 +285,15 @@ def constrain_params(tree: Any, *, gathered: bool = False) -> Any:
 
     def leaf(path, x):
         logical = logical_axes(_names(path), x.ndim)
-        if manual and gathered:
-            x = _gathered(x, logical, manual)
         spec = _spec(x.shape, logical, sizes, rules)
+        if manual and gathered:
+            x = _gathered(x, logical, manual, spec)
         return jax.lax.with_sharding_constraint(x, spec)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def _gathered(x, logical, manual):
+def _gathered(x, logical, manual, spec):
     """Inside `per_device`: a parameter whole over the batch axes, as each device's own.
     Going back, its gradients are added up over devices here, once for all its uses."""
     here = _differs(x)
@@ -303,7 +303,12 @@ def _gathered(x, logical, manual):
     if "fsdp" not in here:  # it is not cut
         return x
     at = [RULES.get(name) for name in logical].index("fsdp")
-    return jax.lax.all_gather(x, "fsdp", axis=at, tiled=True)
+    gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=at, tiled=True)
+    if not splits_tensor() or "tensor" not in spec:
+        return gather(x)
+    # Each device's part over tensor too, or the compiler would gather that as well.
+    options = dict(in_specs=spec, out_specs=spec, axis_names={"tensor"})
+    return jax.shard_map(gather, **options)(x)
 
 
 def _differs(x) -> frozenset[str]:
