@@ -108,6 +108,12 @@ def current_mesh():
     return mesh if mesh is not None and mesh.axis_names == AXES else None
 
 
+def _sizes(mesh) -> dict[str, int]:
+    """Devices along each axis that arrays are still cut over: inside `per_device` an
+    array is one device's part."""
+    return {n: 1 if n in mesh.manual_axes else size for n, size in mesh.shape.items()}
+
+
 def _dividing(size: int, names: Sequence[str], sizes: dict[str, int]) -> tuple:
     """Of the mesh axes in `names`, those of the largest product that divides size."""
     subsets = itertools.chain.from_iterable(
@@ -133,7 +139,7 @@ def batch_shards(
     if shape is not None:
         sizes = {name: getattr(shape, name) for name in AXES}
     elif (mesh := current_mesh()) is not None:
-        sizes = dict(mesh.shape)
+        sizes = _sizes(mesh)
     else:
         return 1, 1
     axes = _batch_axes(num_prompts, group_size, sizes)
@@ -258,7 +264,8 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     mesh = current_mesh()
     if mesh is None:
         return x
-    spec = _spec(x.shape, logical, dict(mesh.shape))
+    rules = {k: v for k, v in RULES.items() if v not in mesh.manual_axes}
+    spec = _spec(x.shape, logical, _sizes(mesh), rules)
     return jax.lax.with_sharding_constraint(x, spec)
 
 
@@ -271,14 +278,43 @@ def constrain_params(tree: Any, *, gathered: bool = False) -> Any:
     mesh = current_mesh()
     if mesh is None:
         return tree
-    rules = {k: v for k, v in RULES.items() if not gathered or v != "fsdp"}
-    sizes = dict(mesh.shape)
+    manual = mesh.manual_axes
+    left_out = {*manual, *(("fsdp",) if gathered else ())}
+    rules = {k: v for k, v in RULES.items() if v not in left_out}
+    sizes = _sizes(mesh)
 
     def leaf(path, x):
-        spec = _spec(x.shape, logical_axes(_names(path), x.ndim), sizes, rules)
+        logical = logical_axes(_names(path), x.ndim)
+        spec = _spec(x.shape, logical, sizes, rules)
+        if manual and gathered:
+            x = _gathered(x, logical, manual, spec)
         return jax.lax.with_sharding_constraint(x, spec)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _gathered(x, logical, manual, spec):
+    """Inside `per_device`: a parameter whole over the batch axes, as each device's own.
+    Going back, its gradients are added up over devices here, once for all its uses."""
+    here = _differs(x)
+    rest = tuple(name for name in manual if name not in here)
+    # First: going back it is a part that is added up, not the whole.
+    x = jax.lax.pcast(x, rest, to="varying") if rest else x
+    if "fsdp" not in here:  # it is not cut
+        return x
+    at = [RULES.get(name) for name in logical].index("fsdp")
+    gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=at, tiled=True)
+    if not splits_tensor() or "tensor" not in spec:
+        return gather(x)
+    # Each device's part over tensor too, or the compiler would gather that as well.
+    options = dict(in_specs=spec, out_specs=spec, axis_names={"tensor"})
+    return jax.shard_map(gather, **options)(x)
+
+
+def _differs(x) -> frozenset[str]:
+    """Mesh axes along which devices hold different x, inside `per_device`."""
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
 def rows(x: jax.Array) -> jax.Array:
@@ -293,6 +329,44 @@ def splits_tensor() -> bool:
     return mesh is not None and mesh.shape["tensor"] > 1
 
 
+def per_device(function, policy: Any, per_prompt: Any, per_sample: Any) -> Any:
+    """function(policy, per_prompt, per_sample), each device on its own prompts.
+
+    Left to the compiler, a gradient would be added up over devices once for every use
+    of its parameter: in the prompt, in the completions, in every chunk of logits.
+
+    Args:
+        policy: Gathered by `constrain_params` where it is used.
+        per_prompt: Leaves [P, ...].
+        per_sample: Leaves [P, G, ...], as the results' are.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function(policy, per_prompt, per_sample)
+    sizes = _sizes(mesh)
+    axes = _batch_axes(*jax.tree.leaves(per_sample)[0].shape[:2], sizes)
+    manual = {*axes["prompts"], *axes["samples"]}
+    if not manual:
+        return function(policy, per_prompt, per_sample)
+    rules = {k: v for k, v in RULES.items() if v in manual}
+
+    def lies(path, x):
+        return _spec(x.shape, logical_axes(_names(path), x.ndim), sizes, rules)
+
+    prompts = axes["prompts"] or None
+    group = PartitionSpec(prompts, axes["samples"] or None)
+    return jax.shard_map(
+        function,
+        in_specs=(
+            jax.tree_util.tree_map_with_path(lies, policy),
+            PartitionSpec(prompts),
+            group,
+        ),
+        out_specs=group,
+        axis_names=manual,
+    )(policy, per_prompt, per_sample)
+
+
 def batch_token_logprobs(hidden, unembedding, token_ids, *, temperature=1.0, **options):
     """`token_logprobs` of hidden [P, G, T, D], each device's prompts on their own.
 
@@ -304,15 +378,21 @@ def batch_token_logprobs(hidden, unembedding, token_ids, *, temperature=1.0, **o
         return token_logprobs(
             hidden, unembedding, token_ids, temperature=temperature, **options
         )
-    axes = _batch_axes(*hidden.shape[:2], dict(mesh.shape))
+    axes = _batch_axes(*hidden.shape[:2], _sizes(mesh))
     manual = {*axes["prompts"], *axes["samples"]}
     local = partial(token_logprobs, **options)
     if not manual:
         return local(hidden, unembedding, token_ids, temperature=temperature)
     batch = PartitionSpec(axes["prompts"] or None, axes["samples"] or None)
     whole = PartitionSpec()
+
+    def own(hidden, unembedding, token_ids, temperature):
+        # Each device's own, or its gradient would be added up in every chunk.
+        unembedding = jax.lax.pcast(unembedding, tuple(manual), to="varying")
+        return local(hidden, unembedding, token_ids, temperature=temperature)
+
     return jax.shard_map(
-        lambda h, w, ids, temperature: local(h, w, ids, temperature=temperature),
+        own,
         in_specs=(batch, whole, batch, whole),
         out_specs=batch,
         axis_names=manual,

@@ -133,6 +133,9 @@ def _sample(
         (prompts, prompt_mask, prompt_indices)
     )
     split = split_prompts(prompts, prompt_mask)
+    graph, layers = nnx.split(model.layers)
+    # Once for the prompts and all tokens; the loop holds them all anyway.
+    model.layers = nnx.merge(graph, constrain_params(layers, gathered=True))
     prefix_keys, prefix_values = _prefill(model, prompts, split)
     blocks = _unstack(model.layers, config.num_layers)
     unembedding = model.unembedding_matrix()
@@ -274,10 +277,8 @@ def _prefill(model, prompts, split):
 
 
 def _unstack(layers, num_layers):
-    """One module per layer: a loop over time should not slice the stack every token,
-    nor gather it."""
+    """One module per layer: a loop over time should not slice the stack every token."""
     graph, stacked = nnx.split(layers)
-    stacked = constrain_params(stacked, gathered=True)
     blocks = [
         nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked))
         for i in range(num_layers)

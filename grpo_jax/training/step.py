@@ -22,6 +22,7 @@ from grpo_jax.models.sharding import (
     batch_token_logprobs,
     constrain,
     constrain_params,
+    per_device,
 )
 from grpo_jax.objectives.aggregation import token_coefficients
 from grpo_jax.objectives.loss import (
@@ -216,16 +217,21 @@ def batch_logprobs(
 
 
 def _logprobs(policy, prompts, prompt_mask, completions, temperature, entropy=False):
-    model = policy.module()
-    hidden = completion_hidden(model, prompts, prompt_mask, completions)
-    return batch_token_logprobs(
-        hidden,
-        model.unembedding_matrix(),
-        completions,
-        temperature=temperature,
-        softcap=policy.config.logit_softcap,
-        with_entropy=entropy,
-    )
+    softcap = policy.config.logit_softcap
+
+    def own(policy, prompts, completions):
+        model = policy.module()
+        hidden = completion_hidden(model, *prompts, completions)
+        return batch_token_logprobs(
+            hidden,
+            model.unembedding_matrix(),
+            completions,
+            temperature=temperature,
+            softcap=softcap,
+            with_entropy=entropy,
+        )
+
+    return per_device(own, policy, (prompts, prompt_mask), completions)
 
 
 def has_token_weights(objective: Objective) -> bool:
