@@ -346,7 +346,7 @@ def test_the_best_draft_joins_the_prompt_of_the_update(refined):
         rollouts = update.batch.rollouts
         assert rollouts.completions.shape == (P, 3, 8)
         for p, logged in enumerate(samples_of(result, row["step"])):
-            (texts,) = loop.decode_groups(task, drafts[[p]], mask[[p]])
+            (texts,) = decode_groups(task, drafts[[p]], mask[[p]])
             scores = []
             for text in texts:
                 try:

@@ -96,7 +96,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     expected = on_devices("whole_run", tmp_path / "one", "1x1x1", 4, "new")
     on_devices("whole_run", tmp_path / "moved", "2x2x2", 2, "new")
     actual = on_devices("whole_run", tmp_path / "moved", "1x8x1", 4, "resume")
-    assert actual["completions"] == expected["completions"]
-    assert len(actual["completions"]) == 32
+    assert actual["samples"] == expected["samples"]
+    assert len(actual["samples"]) == 32
     np.testing.assert_allclose(actual["norms"], expected["norms"], rtol=1e-4)
     assert actual["heldout"] == expected["heldout"]
