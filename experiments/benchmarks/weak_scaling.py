@@ -7,11 +7,11 @@ Command:   python experiments/benchmarks/weak_scaling.py  (--smoke: 1 and 2 devi
 Hardware:  2 CPU cores that play 1, 2, 4 and 8 devices; 2 minutes
 Expected:  as claimed
 Got:       as claimed: over data the parameters' gradients once, as an all-reduce (1.00,
-           1.50 and 1.75 times their bytes on 2, 4 and 8 devices, as the formula has it);
-           over fsdp two gathers and one reduce-scatter (1.37, 2.05 and 2.39: below the
-           formula, since the embedding is gathered once). Over tensor 1.5 to 1.7 times
-           the formula, which has one all-reduce for what q, k and v, or gate and up,
-           send back together; here each sends its own. 2026-11-21
+           1.50 and 1.75 times their bytes on 2, 4 and 8 devices, as the formula has
+           it); over fsdp two gathers and one reduce-scatter (1.37, 2.05 and 2.39: below
+           the formula, since the embedding is gathered once). Over tensor 1.5 to 1.7
+           times the formula, which has one all-reduce for what q, k and v, or gate and
+           up, send back together; here each sends its own. 2026-11-21
 Writes:    results/weak_scaling/{config.json,table.jsonl}
 
 The programs are the loop's own (sampling, the weights, one update of a rollout in one
