@@ -66,6 +66,7 @@ def _memory(memory, limit, inputs):
         "device": limit,
         "share_of_device": None if limit is None else memory.peak / limit,
         "fits": fits,
+        "completion": None if limit is None or fits else too_long(inputs, limit),
         "advice": [] if limit is None or fits else remedies(inputs, limit),
     }
 
@@ -89,6 +90,52 @@ def remedies(inputs: MemoryInputs, limit: int) -> list[str]:
         f"no one setting is enough (the best leaves {readable(least, 'B')}); first, "
         f"{memory.advice()}"
     ]
+
+
+def too_long(inputs: MemoryInputs, limit: int) -> str | None:
+    """What to say where an update does not fit even with one completion at a time on a
+    device; None where it does, or where already the parameters do not."""
+    alone = dataclasses.replace(
+        inputs, micro_batch_tokens=1, probe_prompts=0, weightings=0
+    )
+
+    def needed(x):
+        memory = x.estimate()
+        return memory.state + memory.phases()["update"]
+
+    memory, t, model = alone.estimate(), alone.max_new_tokens, alone.model
+    bare = memory.state + memory.update_copies + memory.optimizing
+    if needed(alone) <= limit or bare > limit:
+        return None
+    shorter = [t // 2**i for i in range(1, 20) if t // 2**i >= 16]
+    wider = [
+        n
+        for n in range(alone.mesh.tensor + 1, model.num_kv_heads + 1)
+        if model.num_kv_heads % n == 0 and model.num_heads % n == 0
+    ]
+
+    def lengthened(n):
+        return dataclasses.replace(alone, max_new_tokens=n)
+
+    def split(n):
+        mesh = dataclasses.replace(alone.mesh, tensor=n)
+        return dataclasses.replace(alone, mesh=mesh)
+
+    helps = []
+    for name, values, change in (
+        ("mesh.tensor", wider, split),
+        ("sampling.max_new_tokens", shorter, lengthened),
+    ):
+        found = next((n for n in values if needed(change(n)) <= limit), None)
+        helps += [] if found is None else [f"{name} {found}"]
+    if model.remat != "full":
+        helps.append("model.remat full")
+    helps = " or ".join(helps) or "a larger device"
+    return (
+        f"an update of one completion of {t:,} tokens needs "
+        f"{readable(needed(alone), 'B')}, and no mesh.data or mesh.fsdp splits a "
+        f"completion; what helps is {helps}"
+    )
 
 
 Change = tuple[Callable[[MemoryInputs], str], list[MemoryInputs]]
@@ -264,6 +311,7 @@ def _memory_lines(memory):
         share = f"{100 * memory['share_of_device']:.0f} % of the device's"
         lines.append(f"  {share} {readable(memory['device'], 'B')}")
     if not memory["fits"]:
+        lines += [f"  {memory['completion']}"] if memory["completion"] else []
         lines.append("  it does not fit; what would make it fit, each alone:")
         lines += [f"    {text}" for text in memory["advice"]]
     return lines

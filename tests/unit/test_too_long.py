@@ -1,0 +1,73 @@
+"""`grpo-jax plan` where not even one completion fits on a device."""
+
+import dataclasses
+
+import pytest
+
+from grpo_jax import ModelConfig
+from grpo_jax.training.budget import MemoryInputs
+from grpo_jax.training.config import MeshConfig
+from grpo_jax.training.forecast import forecast_text, remedies, too_long
+
+MODEL = ModelConfig(
+    vocab_size=32_000, num_layers=4, width=512, mlp_width=1024, num_heads=8,
+    num_kv_heads=4, head_dim=64, compute_dtype="bfloat16", remat="full",
+)  # fmt: skip
+LONG = MemoryInputs(
+    model=MODEL, prompts=8, group_size=8, prompt_tokens=128, max_new_tokens=32_768,
+    micro_batch_tokens=32_768, mesh=MeshConfig(data=4, fsdp=2),
+)  # fmt: skip
+
+
+def needs(x):
+    return x.estimate().state + x.estimate().phases()["update"]
+
+
+def test_nothing_to_say_where_one_completion_fits():
+    assert too_long(LONG, needs(LONG)) is None
+
+
+def test_nothing_to_say_where_the_parameters_do_not_fit():
+    assert too_long(LONG, LONG.estimate().state) is None
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(fsdp=8)])
+def test_more_devices_along_data_or_fsdp_do_not_help(mesh):
+    limit = needs(LONG) // 2
+    found = too_long(dataclasses.replace(LONG, mesh=mesh), limit)
+    assert "one completion of 32,768 tokens needs" in found
+    assert "no mesh.data or mesh.fsdp splits a completion" in found
+
+
+def test_what_it_names_helps():
+    limit = round(needs(LONG) * 0.6)
+    found = too_long(LONG, limit)
+    assert "mesh.tensor 2 or sampling.max_new_tokens 16384" in found
+    wider = dataclasses.replace(LONG, mesh=MeshConfig(data=4, fsdp=2, tensor=2))
+    shorter = dataclasses.replace(LONG, max_new_tokens=16_384)
+    assert needs(wider) <= limit and needs(shorter) <= limit
+    # A smaller micro-batch is no remedy: it is one completion already.
+    assert not any("micro_batch_tokens" in text for text in remedies(LONG, limit))
+
+
+def test_it_names_recomputation_where_that_is_off():
+    model = dataclasses.replace(MODEL, remat="none")
+    found = too_long(dataclasses.replace(LONG, model=model), needs(LONG))
+    assert found.endswith("model.remat full")
+
+
+def test_the_plan_says_it_before_its_remedies():
+    memory = {
+        "bytes": LONG.estimate()._asdict(), "held": 0, "phases": {}, "peak": 2,
+        "peak_in": "update", "device": 1, "share_of_device": 2.0, "fits": False,
+        "completion": "too long", "advice": ["shorter"],
+    }  # fmt: skip
+    step = dict(
+        micro_batches={}, prompts=1, group_size=1, completions=1, tokens=1,
+        trained_prompt_bucket=1, completion_buckets=[], steps=1, updates=1,
+    )  # fmt: skip
+    found = {"run": "", "warnings": [], "memory": memory, "step": step}
+    found["informative"] = {"group_size": 1, "examples": {"0.5": {"1": 0.0}}}
+    lines = forecast_text(found).splitlines()
+    at = lines.index("  too long")
+    assert "does not fit" in lines[at + 1] and lines[at + 2] == "    shorter"
