@@ -307,8 +307,10 @@ def _gathered(x, logical, manual, spec):
     if not splits_tensor() or "tensor" not in spec:
         return gather(x)
     # Each device's part over tensor too, or the compiler would gather that as well.
-    options = dict(in_specs=spec, out_specs=spec, axis_names={"tensor"})
-    return jax.shard_map(gather, **options)(x)
+    over_tensor = jax.shard_map(
+        gather, in_specs=spec, out_specs=spec, axis_names={"tensor"}
+    )
+    return over_tensor(x)
 
 
 def _differs(x) -> frozenset[str]:
