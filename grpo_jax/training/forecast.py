@@ -39,7 +39,7 @@ def forecast(
     if device_gib is not None and not 0 < device_gib < float("inf"):
         raise ConfigError(f"--device-gib must be positive, got {device_gib:g}.")
     counted = None if pass_rates is None else read_pass_rates(pass_rates)
-    plan = make_plan(config, with_weights=False)
+    plan = make_plan(config, here=False)
     limit = device_memory() if device_gib is None else round(device_gib * _GIB)
     # Another device is an accelerator, which computes bfloat16 as it is.
     inputs = plan.memory
@@ -48,7 +48,7 @@ def forecast(
     memory = inputs.estimate()
     return {
         "run": plan.headline,
-        "warnings": [w for w in plan.warnings if not w.startswith("about ")],
+        "warnings": plan.warnings,
         "memory": _memory(memory, limit, inputs),
         "step": _step(config, plan),
         "informative": _informative(config, counted),

@@ -70,13 +70,14 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, task: Task | None = None, *, with_weights: bool = True
+    config: TrainConfig, task: Task | None = None, *, here: bool = True
 ) -> Plan:
     """Checks a config against its task and fixes every shape.
 
     Args:
-        with_weights: The pretrained model's tensors must be there, not its config and
-            tokenizer alone.
+        here: It is to run on this machine, which must have the pretrained model's
+            tensors, not its config and tokenizer alone, and the mesh's devices. Only
+            then is it compared with this machine's memory.
 
     Raises:
         ConfigError: the run cannot work as configured.
@@ -139,7 +140,7 @@ def make_plan(
         )
     model, base_bytes = config.model, 4
     if config.pretrained:
-        if with_weights:
+        if here:
             check_weights(config.pretrained)
         stored = read_config(config.pretrained)
         model = with_settings(stored, config.model)
@@ -147,7 +148,7 @@ def make_plan(
     vocab_size = model.vocab_size or len(tokenizer)
     model = dataclasses.replace(model, vocab_size=vocab_size)
     check_language(task, model)
-    check_mesh(config.mesh, sampling, model)
+    check_mesh(config.mesh, sampling, model, here)
     prompt_length = bucket(len(prompts[longest]))
     p, g = sampling.prompts, sampling.group_size
     refine, train_prompt_length = [], prompt_length
@@ -228,7 +229,7 @@ def make_plan(
     )
     memory = inputs.estimate()
     available = device_memory()
-    if available is not None and memory.peak > available:
+    if here and available is not None and memory.peak > available:
         warnings.append(
             f"about {readable(memory.peak, 'B')} are needed, and the device has "
             f"{readable(available, 'B')}: {memory.advice()}."
@@ -243,9 +244,10 @@ def make_plan(
         f"{weights_text(config.weights)}{mechanisms} | "
         f"{p} prompts x {g} samples, {train_prompt_length} + {max_new_tokens} tokens, "
         f"micro-batch {micro.prompts} x {micro.samples} | "
-        f"{_size(model)}, {model.compute_dtype}{devices} | "
-        f"about {readable(memory.peak, 'B')} on the device"
+        f"{_size(model)}, {model.compute_dtype}{devices}"
     )
+    if here:
+        headline += f" | about {readable(memory.peak, 'B')} on the device"
     if probe:
         headline += f"\ninstrument: {probe.text(config.instrument.every)}"
     return Plan(
@@ -270,7 +272,9 @@ def make_plan(
     )
 
 
-def check_mesh(mesh: MeshConfig, sampling: SamplingConfig, model: ModelConfig) -> None:
+def check_mesh(
+    mesh: MeshConfig, sampling: SamplingConfig, model: ModelConfig, here: bool
+) -> None:
     """ConfigError where the devices are not there, or would not all have work."""
     sizes = dataclasses.asdict(mesh)
     count = math.prod(sizes.values())
@@ -278,7 +282,7 @@ def check_mesh(mesh: MeshConfig, sampling: SamplingConfig, model: ModelConfig) -
         return
     text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     devices = jax.devices()
-    if count > len(devices):
+    if here and count > len(devices):
         raise ConfigError(
             f"{text} needs {count} devices, and there are {len(devices)} "
             f"({devices[0].device_kind}); lower one of them."

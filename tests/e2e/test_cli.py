@@ -136,6 +136,15 @@ def test_plan_of_a_pass_rate_file(capsys, tmp_path):
     assert code == 0 and "over 3 prompts of mean pass rate 0.250" in text
 
 
+def test_plan_needs_no_devices(capsys, tmp_path):
+    file, held = tmp_path / "plan.json", []
+    for fsdp in ("1", "8"):
+        mesh = ["--mesh.fsdp", fsdp, "--sampling.prompts", "8", "--json", str(file)]
+        assert answer(capsys, *PLAN, *mesh)[0] == 0
+        held.append(json.loads(file.read_text())["memory"]["held"])
+    assert held[1] < held[0] / 4  # what fsdp cuts is nearly all of it
+
+
 def test_plan_that_does_not_fit_names_settings_that_would(capsys, tmp_path):
     file = tmp_path / "plan.json"
     argv = [*PLAN, "--model.remat", "none", "--instrument.every", "0"]
