@@ -26,9 +26,9 @@ for process in 0 1; do
 done
 
 while [ "${#pids[@]}" -gt 0 ]; do
-    code=0 ended=
+    code=0
     wait -n -p ended "${pids[@]}" || code=$?
-    if [ -z "$ended" ]; then continue; fi # a signal came
+    if [ -z "${ended:-}" ]; then continue; fi # a signal came
     left=()
     for pid in "${pids[@]}"; do
         if [ "$pid" != "$ended" ]; then left+=("$pid"); fi
