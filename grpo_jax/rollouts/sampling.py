@@ -133,9 +133,6 @@ def _sample(
         (prompts, prompt_mask, prompt_indices)
     )
     split = split_prompts(prompts, prompt_mask)
-    graph, layers = nnx.split(model.layers)
-    # Once for the prompts and all tokens; the loop holds them all anyway.
-    model.layers = nnx.merge(graph, constrain_params(layers, gathered=True))
     prefix_keys, prefix_values = _prefill(model, prompts, split)
     blocks = _unstack(model.layers, config.num_layers)
     unembedding = model.unembedding_matrix()
@@ -277,22 +274,30 @@ def _prefill(model, prompts, split):
 
 
 def _unstack(layers, num_layers):
-    """One module per layer: a loop over time should not slice the stack every token."""
+    """One module per layer: a loop over time should not slice the stack every token,
+    nor gather it. Layer by layer: the whole stack is never held beside them."""
     graph, stacked = nnx.split(layers)
-    blocks = [
-        nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked))
-        for i in range(num_layers)
-    ]
-    # Side by side, maps that are split over devices would have to be dealt anew.
-    return blocks if splits_tensor() else [_FusedBlock(block) for block in blocks]
+
+    def layer(i):
+        cut = jax.tree.map(lambda x: x[i], stacked)
+        block = nnx.merge(graph, constrain_params(cut, gathered=True))
+        # Side by side, maps that are split over devices would have to be dealt anew.
+        return block if splits_tensor() else _FusedBlock(block, nnx.merge(graph, cut))
+
+    return [layer(i) for i in range(num_layers)]
 
 
 class _FusedBlock:
-    """A block whose parallel projections are one product each, for short rows."""
+    """A block whose parallel projections are one product each, for short rows.
 
-    def __init__(self, block):
-        self.project = _side_by_side(block.q, block.k, block.v)
-        self.gate_and_up = _side_by_side(block.gate, block.up)
+    Args:
+        block: Its parameters whole.
+        cut: The same as they lie; joined before they are gathered.
+    """
+
+    def __init__(self, block, cut):
+        self.project = _side_by_side(block, cut, ("q", "k", "v"))
+        self.gate_and_up = _side_by_side(block, cut, ("gate", "up"))
         self.qkv = partial(type(block).qkv, self)
         self.output = partial(type(block).output, self)
         self._block = block
@@ -301,10 +306,12 @@ class _FusedBlock:
         return getattr(self._block, name)
 
 
-def _side_by_side(*linears):
+def _side_by_side(block, cut, names):
     """The linear maps of one input as one: x -> their outputs."""
+    linears = [getattr(block, name) for name in names]
+    kernels = [getattr(cut, name).kernel[...] for name in names]
     dtype = linears[0].dtype
-    kernel = jnp.concatenate([x.kernel[...] for x in linears], axis=1).astype(dtype)
+    kernel = constrain(jnp.concatenate(kernels, axis=1).astype(dtype))
     ends = np.cumsum([x.kernel.shape[1] for x in linears])[:-1]
     biases = [x.bias[...] for x in linears if x.bias is not None]
     bias = jnp.concatenate(biases).astype(dtype) if biases else None

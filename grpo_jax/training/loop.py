@@ -509,8 +509,11 @@ class Run:
             if path.exists():
                 keep_until(path, last)
             self.files[name] = JsonLines(path)
-            for row in data.get("unwritten", {}).get(name, []):
-                self._line(name, row)
+            owed = data.get("unwritten", {}).get(name, [])
+            there = read_lines(path) if owed else []  # of an earlier resume from here
+            for row in owed:
+                if row not in there:
+                    self._line(name, row)
         self.instrument = self.make_instrument([r for r in looks if r["step"] < step])
 
     def _looks(self):

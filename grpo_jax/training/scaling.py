@@ -54,7 +54,7 @@ class Traffic(NamedTuple):
     scatters: float  # of gradients over fsdp, float32, every micro-batch
     data: float  # all-reduces of gradients over data, float32, every micro-batch
     tensor: float  # all-reduces of the residual stream in the update
-    sampling: float  # weights gathered once, and all-reduces of every token sampled
+    sampling: float  # weights gathered twice, and all-reduces of every token sampled
 
     @property
     def update(self) -> float:
@@ -73,7 +73,7 @@ def traffic(c: ModelConfig, step: Step, layout: Layout) -> Traffic:
     With N parameters, b bytes of the compute dtype, M micro-batches, and of a ring over
     n devices a gather or scatter of X bytes (n - 1) / n X, an all-reduce twice that:
 
-        gathers  = 2 M (F - 1) / F  N b / tensor        F: fsdp
+        gathers  = 2 M (F - 1) / F  4 N / tensor        F: fsdp
         scatters = M (F - 1) / F  4 N / tensor
         data     = M 2 (D - 1) / D  4 N / (F tensor)    D: data
         tensor   = layers r 2 (S - 1) / S  tokens width b    S: tensor
@@ -82,7 +82,7 @@ def traffic(c: ModelConfig, step: Step, layout: Layout) -> Traffic:
     size = 2 if c.compute_dtype == "bfloat16" else 4
     n, parts = num_parameters(c) / layout.tensor, micro_batches(step, layout)
     tokens = step.tokens / layout.prompt_ways
-    gathered = _received(layout.fsdp) * n * size
+    gathered = _received(layout.fsdp) * n * 4  # then cast, so gradients add up in it
     reduces = 5 if c.remat == "full" else 4
     stream = c.num_layers * 2 * _received(layout.tensor) * c.width * size
     return Traffic(
@@ -90,7 +90,7 @@ def traffic(c: ModelConfig, step: Step, layout: Layout) -> Traffic:
         scatters=parts * _received(layout.fsdp) * n * 4,
         data=parts * 2 * _received(layout.data) * n * 4 / layout.fsdp,
         tensor=reduces * stream * tokens,
-        sampling=gathered + 2 * stream * tokens,
+        sampling=2 * gathered + 2 * stream * tokens,
     )
 
 

@@ -81,15 +81,16 @@ def test_an_update_sends_every_gradient_once(programs):
         assert {x.kind for x in update} == {"all-reduce"}
 
 
-def test_parameters_are_gathered_once_to_sample_and_twice_to_update(programs):
+def test_parameters_are_gathered_twice(programs):
+    """For prompts and for tokens; forward and backward."""
     mesh, found = programs
     if mesh != "1x8x1":
         return
-    for name, times in (("sample", 1), ("update", 2)):
+    for name in ("sample", "update"):
         gathered = sum(
             x.nbytes * x.times for x in sent(found, name) if x.kind == "all-gather"
         )
-        assert gathered <= times * found["parameters"]
+        assert gathered <= 2 * found["parameters"]
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -194,9 +195,14 @@ def test_line_that_cannot_be_written_loses_nothing(
     saved = room and name == "metrics"
     said = "step 4 is saved" if saved else "step 3 is saved"
     assert said in str(end.value) and "\n" not in str(end.value)
+    kept = shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "kept")
     check_same(resumed(tmp_path / "run"), whole)
     text = capsys.readouterr().out
     assert ("resumed at step 3" in text) == (not saved)
+    # And once more from there: what was written late is written once.
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.move(kept, tmp_path / "run" / "checkpoints")
+    check_same(resumed(tmp_path / "run"), whole)
 
 
 def test_full_disk_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):

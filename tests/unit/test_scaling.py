@@ -32,13 +32,13 @@ def test_one_device_sends_nothing():
 
 
 # 8 prompts a device, 4 micro-batches; 3/4 of what is gathered comes from the others:
-# twice in 2 bytes (forward, backward), and the gradients in 4.
+# twice (forward, backward; prompts, tokens), and the gradients, all in 4 bytes.
 def test_traffic_over_fsdp():
     n = num_parameters(MODEL)
     found = traffic(MODEL, STEP, Layout(fsdp=4))
-    assert found.gathers == 2 * 4 * 3 / 4 * n * 2
+    assert found.gathers == 2 * 4 * 3 / 4 * n * 4
     assert found.scatters == 4 * 3 / 4 * n * 4
-    assert found.sampling == 3 / 4 * n * 2 and found.data == found.tensor == 0
+    assert found.sampling == 2 * 3 / 4 * n * 4 and found.data == found.tensor == 0
     assert found.update == found.gathers + found.scatters
 
 
