@@ -157,6 +157,7 @@ class Checkpoints:
             template._asdict(),
         )
         steps = [s for s in self._steps_on_disk() if before is None or s < before]
+        steps = self._peers.first(steps)  # a shared file system may show others fewer
         for step in sorted(steps, reverse=True):
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract),

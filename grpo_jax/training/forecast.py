@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.models.sharding import batch_shards
 from grpo_jax.training.budget import MemoryInputs, readable
 from grpo_jax.training.config import TrainConfig
 from grpo_jax.training.informative import (
@@ -154,11 +155,10 @@ def _step(config, plan: Plan):
     p, g = config.sampling.prompts, config.sampling.group_size
     length, drafts = plan.train_prompt_length, plan.objective.drafts
     tokens = p * (length + g * plan.max_new_tokens)
-    splits = {}
+    updated, splits = plan.memory.updated, {}
+    shards = batch_shards(updated, g, config.mesh)
     for t in plan.buckets:
-        split = micro_batch(
-            plan.memory.updated, g, length, t, config.micro_batch_tokens
-        )
+        split = micro_batch(updated, g, length, t, config.micro_batch_tokens, shards)
         splits[str(t)] = [split.prompts, split.samples]
     return {
         "prompts": p,
