@@ -110,8 +110,8 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
         run = Run(config, plan, run_dir, pool=pool)
         if meshed:
             run.console.say(
-                "the run was on a mesh and is replayed on one device: numbers differ by "
-                "rounding, which may change a sample."
+                "the run was on a mesh and is replayed on one device: numbers differ "
+                "by rounding, which may change a sample."
             )
         return _replayed(run, step)
 
