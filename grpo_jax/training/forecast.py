@@ -1,8 +1,11 @@
 """`grpo-jax plan`: what a run would hold and do, before it holds or does anything."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.sharding import batch_shards
@@ -31,7 +34,8 @@ def forecast(
     """What `grpo-jax plan` prints, as JSON takes it: bytes, tokens and shares.
 
     Args:
-        device_gib: Memory of the device planned for; None: of the one here.
+        device_gib: Memory of the device planned for; None: of the one here, where
+            there are as many as the mesh needs.
         pass_rates: As `read_pass_rates`; None: a table of examples.
 
     Raises:
@@ -40,23 +44,24 @@ def forecast(
     if device_gib is not None and not 0 < device_gib < float("inf"):
         raise ConfigError(f"--device-gib must be positive, got {device_gib:g}.")
     counted = None if pass_rates is None else read_pass_rates(pass_rates)
-    plan = make_plan(config, with_weights=False)
-    limit = device_memory() if device_gib is None else round(device_gib * _GIB)
-    # Another device is an accelerator, which computes bfloat16 as it is.
-    inputs = plan.memory
+    devices = math.prod(dataclasses.astuple(config.mesh))
+    elsewhere = device_gib is not None or devices > len(jax.devices())
+    plan = make_plan(config, with_weights=False, elsewhere=elsewhere)
     if device_gib is not None:
-        inputs = dataclasses.replace(inputs, widened=False)
-    memory = inputs.estimate()
+        limit = round(device_gib * _GIB)
+    else:
+        limit = None if elsewhere else device_memory()
     return {
         "run": plan.headline,
         "warnings": [w for w in plan.warnings if not w.startswith("about ")],
-        "memory": _memory(memory, limit, inputs),
+        "memory": _memory(plan.memory, limit),
         "step": _step(config, plan),
         "informative": _informative(config, counted),
     }
 
 
-def _memory(memory, limit, inputs):
+def _memory(inputs: MemoryInputs, limit: int | None):
+    memory = inputs.estimate()
     fits = limit is None or memory.peak <= limit
     return {
         "bytes": memory._asdict(),
@@ -136,10 +141,11 @@ def _changes(x: MemoryInputs) -> list[Change]:
         ("max_new_tokens", 16, "sampling.max_new_tokens"),
     ):
         values = [getattr(x, name) // 2**i for i in range(1, 20)]
+        smaller = [replace(x, **{name: v}) for v in values if v >= least]
         rows.append(
             (
                 lambda y, n=name, s=spelling: f"{s} {getattr(y, n)}",
-                [replace(x, **{name: v}) for v in values if v >= least],
+                [y for y in smaller if _possible(y)],
             )
         )
     if x.reference:
@@ -149,6 +155,14 @@ def _changes(x: MemoryInputs) -> list[Change]:
     if not x.model.lora_rank:
         model("lora_rank", [64, 16, 4])
     return rows
+
+
+def _possible(x: MemoryInputs) -> bool:
+    """Whether all devices have work, and all updates as many prompts: or `train` would
+    refuse it."""
+    shards = batch_shards(x.prompts, x.group_size, x.mesh)
+    devices = x.mesh.data * x.mesh.fsdp
+    return math.prod(shards) == devices and x.prompts % x.parts == 0
 
 
 def _step(config, plan: Plan):

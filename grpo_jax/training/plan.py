@@ -70,13 +70,19 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, task: Task | None = None, *, with_weights: bool = True
+    config: TrainConfig,
+    task: Task | None = None,
+    *,
+    with_weights: bool = True,
+    elsewhere: bool = False,
 ) -> Plan:
     """Checks a config against its task and fixes every shape.
 
     Args:
         with_weights: The pretrained model's tensors must be there, not its config and
             tokenizer alone.
+        elsewhere: It will run on other devices than this machine's: on accelerators,
+            which compute bfloat16 as it is, and as many as it asks for.
 
     Raises:
         ConfigError: the run cannot work as configured.
@@ -147,7 +153,7 @@ def make_plan(
     vocab_size = model.vocab_size or len(tokenizer)
     model = dataclasses.replace(model, vocab_size=vocab_size)
     check_language(task, model)
-    check_mesh(config.mesh, sampling, model)
+    check_mesh(config.mesh, sampling, model, here=not elsewhere)
     prompt_length = bucket(len(prompts[longest]))
     p, g = sampling.prompts, sampling.group_size
     refine, train_prompt_length = [], prompt_length
@@ -223,7 +229,7 @@ def make_plan(
         weightings=_weightings(config),
         evaluation_samples=config.evaluation.samples,
         base_bytes=base_bytes,
-        widened=jax.default_backend() == "cpu",
+        widened=jax.default_backend() == "cpu" and not elsewhere,
         mesh=config.mesh,
     )
     memory = inputs.estimate()
@@ -270,15 +276,22 @@ def make_plan(
     )
 
 
-def check_mesh(mesh: MeshConfig, sampling: SamplingConfig, model: ModelConfig) -> None:
-    """ConfigError where the devices are not there, or would not all have work."""
+def check_mesh(
+    mesh: MeshConfig,
+    sampling: SamplingConfig,
+    model: ModelConfig,
+    *,
+    here: bool = True,
+) -> None:
+    """ConfigError where the devices are not there (if they should be `here`), or would
+    not all have work."""
     sizes = dataclasses.asdict(mesh)
     count = math.prod(sizes.values())
     if count == 1:
         return
     text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     devices = jax.devices()
-    if count > len(devices):
+    if here and count > len(devices):
         raise ConfigError(
             f"{text} needs {count} devices, and there are {len(devices)} "
             f"({devices[0].device_kind}); lower one of them."

@@ -13,6 +13,8 @@ from grpo_jax.training.budget import (
     num_parameters,
     readable,
 )
+from grpo_jax.training.config import MeshConfig
+from grpo_jax.training.forecast import remedies
 from grpo_jax.training.step import MicroBatch
 
 SMALL = ModelConfig(
@@ -172,6 +174,21 @@ def test_inputs_derive_the_micro_batch():
     halved = dataclasses.replace(inputs, parts=2, micro_batch_tokens=10**6)
     assert halved.updated == 2
     assert halved.estimate().gradients == 4 * num_parameters(SMALL)
+
+
+def test_advice_is_what_train_would_take():
+    """Not prompts for a part of the devices, or of the updates of a rollout."""
+    sizes = SHAPE | {"prompts": 512}
+    inputs = MemoryInputs(model=SMALL, micro_batch_tokens=48, **sizes)
+
+    def advised(**changes):
+        changed = dataclasses.replace(inputs, **changes)
+        limit = dataclasses.replace(changed, prompts=64).estimate().peak
+        advice = remedies(changed, limit)
+        return [line for line in advice if line.startswith("sampling.prompts")]
+
+    assert advised() == ["sampling.prompts 64"]
+    assert advised(parts=128) == advised(mesh=MeshConfig(data=48)) == []
 
 
 @pytest.mark.parametrize(
