@@ -5,6 +5,7 @@ import pytest
 
 from grpo_jax import ModelConfig, init_policy
 from grpo_jax.models.decoder import abstract_policy
+from grpo_jax.models.sharding import AXES
 from grpo_jax.training.budget import (
     Memory,
     MemoryInputs,
@@ -133,10 +134,20 @@ def test_the_instrument_holds_gradients_and_derivatives():
 
 
 def test_devices_share_what_is_cut():
-    assert estimate(parameter_ways=2).state == estimate().state // 2
-    assert estimate(prompt_ways=2).cache == estimate().cache // 2
-    assert estimate(tensor_ways=2).cache == estimate().cache // 2
-    assert estimate(prompt_ways=2).activations == estimate().activations // 2
+    data, fsdp, tensor = (MeshConfig(**{name: 2}) for name in AXES)
+    assert estimate(mesh=fsdp).state == estimate().state // 2
+    assert estimate(mesh=data).cache == estimate().cache // 2
+    assert estimate(mesh=tensor).cache == estimate().cache // 2
+    cut = estimate(micro=(4, 8, (2, 1)), mesh=data)
+    assert cut.activations == estimate().activations // 2
+
+
+def test_devices_share_samples_where_prompts_are_few():
+    """2 prompts of 8 samples over 8 devices: each has one sample of both."""
+    few = dict(SHAPE, prompts=2, group_size=8, micro_batch_tokens=10**6)
+    found = MemoryInputs(model=SMALL, mesh=MeshConfig(data=8), **few).estimate()
+    alone = MemoryInputs(model=SMALL, **dict(few, group_size=1)).estimate()
+    assert found.cache == alone.cache and found.activations == alone.activations
 
 
 NONE = dict.fromkeys(Memory._fields, 0)
