@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from grpo_jax.logprobs import MAX_LOGITS
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.sharding import batch_shards
+from grpo_jax.models.sharding import MeshShape, batch_shards
 from grpo_jax.training.config import MeshConfig
 from grpo_jax.training.step import MicroBatch, micro_batch
 
@@ -150,9 +150,7 @@ def estimate_memory(
     updated: int | None = None,
     base_bytes: int = 4,
     widened: bool = False,
-    parameter_ways: int = 1,
-    prompt_ways: int = 1,
-    tensor_ways: int = 1,
+    mesh: MeshShape = MeshConfig(),  # noqa: B008  (frozen)
 ) -> Memory:
     """Bytes on each device, from shapes alone.
 
@@ -160,7 +158,7 @@ def estimate_memory(
     the sums with `memory_analysis`, within 15 %.
 
     Args:
-        micro: The split of an update, over all devices together.
+        micro: The split of an update, over all devices together, with their shards.
         reference: A reference policy is kept.
         copies: Of the trained parameters that an update holds besides.
         probe: Micro-batches of one probe prompt's half, and of all of them along an
@@ -171,28 +169,28 @@ def estimate_memory(
         updated: Prompts of one update, where they are not `prompts`.
         base_bytes: Of each frozen parameter, with LoRA.
         widened: bfloat16 is computed in float32, as XLA does on a CPU.
-        parameter_ways: Devices that parameters, moments and gradients are cut over,
-            gathered layer by layer (fsdp).
-        prompt_ways: Devices that prompts are cut over (data x fsdp).
-        tensor_ways: Devices that heads, the MLP and the vocabulary are cut over.
+        mesh: Parameters, moments and gradients are cut over fsdp, gathered layer by
+            layer; prompts, or the samples of each, over data and fsdp; heads, the MLP
+            and the vocabulary over tensor.
     """
-    s = _Shape.of(c, tensor_ways, widened)
-    cut = parameter_ways * tensor_ways
+    s = _Shape.of(c, mesh.tensor, widened)
+    cut = mesh.fsdp * mesh.tensor
     parameters = num_parameters(c)
     trained = (num_factors(c) if c.lora_rank else parameters) * 4 / cut
     table = s.vocab * c.width  # a whole [V, D] on one device
     embedded = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
-    layer = (parameters - embedded - c.width) / c.num_layers / tensor_ways  # one's
-    gathered = 2 * layer * s.size if parameter_ways > 1 else 0
-    copied = c.tie_embeddings or s.size == 2 or parameter_ways > 1
+    layer = (parameters - embedded - c.width) / c.num_layers / mesh.tensor  # one's
+    gathered = 2 * layer * s.size if mesh.fsdp > 1 else 0
+    copied = c.tie_embeddings or s.size == 2 or mesh.fsdp > 1
     both = s.size == 4 and c.compute_dtype == "bfloat16"  # and its float32 twin
     unembedding = table * (6 if both else s.size * copied)
-    own_prompts = max(1, prompts / prompt_ways)
-    own_micro = MicroBatch(math.ceil(micro.prompts / prompt_ways), micro.samples)
+    own_micro = MicroBatch(*micro.on_device)
     length, t = prompt_tokens, max_new_tokens
 
     def sampling(p, g):
         """(cache, logits and a layer's) of p prompts, g samples each."""
+        shards = batch_shards(p, g, mesh)
+        p, g = p // shards[0], g // shards[1]
         cache = 2 * s.layers * s.kv * p * (length + g * t) * s.size
         rows = p * g
         decoding = 4 * rows * (2 * s.vocab + 2 * s.mlp + s.num_heads * (length + t))
@@ -201,12 +199,11 @@ def estimate_memory(
         prefill += 2 * s.layers * s.kv * p * length * s.size  # before it is unstacked
         return cache, max(decoding, prefill - cache)
 
-    cache, sampler_logits = sampling(own_prompts, group_size)
+    cache, sampler_logits = sampling(prompts, group_size)
     weights = s.layers * layer * s.size + unembedding
     evaluation = 0
     if evaluated:
-        asked, samples = evaluated
-        evaluation = weights + sum(sampling(max(1, asked / prompt_ways), samples))
+        evaluation = weights + sum(sampling(*evaluated))
 
     activations = _activations(c, s, own_micro, length, t)
     stack = _kept(c, s, own_micro, length, t)
@@ -308,9 +305,7 @@ class MemoryInputs:
             updated=self.updated,
             base_bytes=self.base_bytes,
             widened=self.widened,
-            parameter_ways=self.mesh.fsdp,
-            prompt_ways=self.mesh.data * self.mesh.fsdp,
-            tensor_ways=self.mesh.tensor,
+            mesh=self.mesh,
         )
 
 

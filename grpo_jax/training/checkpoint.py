@@ -157,6 +157,7 @@ class Checkpoints:
             template._asdict(),
         )
         steps = [s for s in self._steps_on_disk() if before is None or s < before]
+        steps = self._peers.first(steps)  # a shared file system may show others fewer
         for step in sorted(steps, reverse=True):
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract),
@@ -288,7 +289,9 @@ def save_params(
     from safetensors.numpy import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Processes on other hosts may write the same file, and have the same id.
+    writer = f"{jax.process_index()}-{os.getpid()}"
+    temporary = path.with_name(f"{path.name}.{writer}.tmp")
     arrays = {name: np.ascontiguousarray(x) for name, x in named_arrays(params).items()}
     try:
         save_file(arrays, temporary, metadata=metadata)

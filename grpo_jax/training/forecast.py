@@ -1,10 +1,14 @@
 """`grpo-jax plan`: what a run would hold and do, before it holds or does anything."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from grpo_jax.errors import ConfigError
+from grpo_jax.models.sharding import batch_shards
 from grpo_jax.training.budget import MemoryInputs, readable
 from grpo_jax.training.config import TrainConfig
 from grpo_jax.training.informative import (
@@ -30,7 +34,8 @@ def forecast(
     """What `grpo-jax plan` prints, as JSON takes it: bytes, tokens and shares.
 
     Args:
-        device_gib: Memory of the device planned for; None: of the one here.
+        device_gib: Memory of the device planned for; None: of the one here, where
+            there are as many as the mesh needs.
         pass_rates: As `read_pass_rates`; None: a table of examples.
 
     Raises:
@@ -39,23 +44,24 @@ def forecast(
     if device_gib is not None and not 0 < device_gib < float("inf"):
         raise ConfigError(f"--device-gib must be positive, got {device_gib:g}.")
     counted = None if pass_rates is None else read_pass_rates(pass_rates)
-    plan = make_plan(config, here=False)
-    limit = device_memory() if device_gib is None else round(device_gib * _GIB)
-    # Another device is an accelerator, which computes bfloat16 as it is.
-    inputs = plan.memory
+    devices = math.prod(dataclasses.astuple(config.mesh))
+    elsewhere = device_gib is not None or devices > len(jax.devices())
+    plan = make_plan(config, with_weights=False, elsewhere=elsewhere)
     if device_gib is not None:
-        inputs = dataclasses.replace(inputs, widened=False)
-    memory = inputs.estimate()
+        limit = round(device_gib * _GIB)
+    else:
+        limit = None if elsewhere else device_memory()
     return {
         "run": plan.headline,
-        "warnings": plan.warnings,
-        "memory": _memory(memory, limit, inputs),
+        "warnings": [w for w in plan.warnings if not w.startswith("about ")],
+        "memory": _memory(plan.memory, limit),
         "step": _step(config, plan),
         "informative": _informative(config, counted),
     }
 
 
-def _memory(memory, limit, inputs):
+def _memory(inputs: MemoryInputs, limit: int | None):
+    memory = inputs.estimate()
     fits = limit is None or memory.peak <= limit
     return {
         "bytes": memory._asdict(),
@@ -182,10 +188,11 @@ def _changes(x: MemoryInputs) -> list[Change]:
         ("max_new_tokens", 16, "sampling.max_new_tokens"),
     ):
         values = [getattr(x, name) // 2**i for i in range(1, 20)]
+        smaller = [replace(x, **{name: v}) for v in values if v >= least]
         rows.append(
             (
                 lambda y, n=name, s=spelling: f"{s} {getattr(y, n)}",
-                [replace(x, **{name: v}) for v in values if v >= least],
+                [y for y in smaller if _possible(y)],
             )
         )
     if x.reference:
@@ -197,15 +204,22 @@ def _changes(x: MemoryInputs) -> list[Change]:
     return rows
 
 
+def _possible(x: MemoryInputs) -> bool:
+    """Whether all devices have work, and all updates as many prompts: or `train` would
+    refuse it."""
+    shards = batch_shards(x.prompts, x.group_size, x.mesh)
+    devices = x.mesh.data * x.mesh.fsdp
+    return math.prod(shards) == devices and x.prompts % x.parts == 0
+
+
 def _step(config, plan: Plan):
     p, g = config.sampling.prompts, config.sampling.group_size
     length, drafts = plan.train_prompt_length, plan.objective.drafts
     tokens = p * (length + g * plan.max_new_tokens)
-    splits = {}
+    updated, splits = plan.memory.updated, {}
+    shards = batch_shards(updated, g, config.mesh)
     for t in plan.buckets:
-        split = micro_batch(
-            plan.memory.updated, g, length, t, config.micro_batch_tokens
-        )
+        split = micro_batch(updated, g, length, t, config.micro_batch_tokens, shards)
         splits[str(t)] = [split.prompts, split.samples]
     return {
         "prompts": p,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from grpo_jax.errors import ConfigError
 
 GROUP_SIZES = (4, 8, 16, 32, 64)  # compared with the run's own
+_OUTCOMES = {bool, type(None)}
 PASS_RATES = (0.01, 0.05, 0.1, 0.3, 0.5)  # shown where none were measured
 
 
@@ -102,7 +103,9 @@ def _rows(text, file):
             continue
         try:
             outcomes = json.loads(line)["solved"]
-            known = [bool(x) for x in outcomes if x is not None]
+            if not isinstance(outcomes, list) or {*map(type, outcomes)} - _OUTCOMES:
+                raise TypeError("not a list of outcomes")
+            known = [x for x in outcomes if x is not None]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--pass-rates {file}, line {number}, must have a list `solved`, as "

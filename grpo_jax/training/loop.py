@@ -70,7 +70,14 @@ from grpo_jax.training.policies import (
     load_base,
     with_factors,
 )
-from grpo_jax.training.processes import LostPeer, Peers, join, leave, whole
+from grpo_jax.training.processes import (
+    LostPeer,
+    Peers,
+    Troubled,
+    join,
+    leave,
+    whole,
+)
 from grpo_jax.training.run_directory import claim, record
 from grpo_jax.training.step import (
     Batch,
@@ -932,6 +939,8 @@ class Run:
                 if step % config.checkpoint.every == 0 or failed:
                     # The line first: a checkpoint's step is never missing there.
                     row, pending = self._write(*pending), None
+                    with self.watchdog.phase("the other processes"):
+                        self.peers.exchange(None)  # whether it was written
                     self._save(state, step, row)
                 if failed:
                     self._write_look()
@@ -942,6 +951,8 @@ class Run:
             with self.watchdog.phase("the other processes"):
                 self.peers.exchange(None)  # whether all of it was written
         except OSError as error:
+            if self.peers.count > 1 and not isinstance(error, Troubled):
+                raise  # the others, elsewhere in the step, learn of it by its end
             raise self._rescued(state, step, pending, error) from error
         return self._end(state, step, row)
 
@@ -977,6 +988,7 @@ class Run:
         if pending is not None and not failed:
             with contextlib.suppress(OSError):  # now it is
                 self._write(*pending)
+            self.peers.trouble = None  # all end here anyway
         unwritten = self.peers.first(
             {name: file.unwritten for name, file in self.files.items()}
         )

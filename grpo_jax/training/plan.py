@@ -70,14 +70,19 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, task: Task | None = None, *, here: bool = True
+    config: TrainConfig,
+    task: Task | None = None,
+    *,
+    with_weights: bool = True,
+    elsewhere: bool = False,
 ) -> Plan:
     """Checks a config against its task and fixes every shape.
 
     Args:
-        here: It is to run on this machine, which must have the pretrained model's
-            tensors, not its config and tokenizer alone, and the mesh's devices. Only
-            then is it compared with this machine's memory.
+        with_weights: The pretrained model's tensors must be there, not its config and
+            tokenizer alone.
+        elsewhere: It will run on other devices than this machine's: on accelerators,
+            which compute bfloat16 as it is, and as many as it asks for.
 
     Raises:
         ConfigError: the run cannot work as configured.
@@ -140,7 +145,7 @@ def make_plan(
         )
     model, base_bytes = config.model, 4
     if config.pretrained:
-        if here:
+        if with_weights:
             check_weights(config.pretrained)
         stored = read_config(config.pretrained)
         model = with_settings(stored, config.model)
@@ -148,7 +153,7 @@ def make_plan(
     vocab_size = model.vocab_size or len(tokenizer)
     model = dataclasses.replace(model, vocab_size=vocab_size)
     check_language(task, model)
-    check_mesh(config.mesh, sampling, model, here)
+    check_mesh(config.mesh, sampling, model, here=not elsewhere)
     prompt_length = bucket(len(prompts[longest]))
     p, g = sampling.prompts, sampling.group_size
     refine, train_prompt_length = [], prompt_length
@@ -224,12 +229,12 @@ def make_plan(
         weightings=_weightings(config),
         evaluation_samples=config.evaluation.samples,
         base_bytes=base_bytes,
-        widened=jax.default_backend() == "cpu",
+        widened=jax.default_backend() == "cpu" and not elsewhere,
         mesh=config.mesh,
     )
     memory = inputs.estimate()
     available = device_memory()
-    if here and available is not None and memory.peak > available:
+    if not elsewhere and available is not None and memory.peak > available:
         warnings.append(
             f"about {readable(memory.peak, 'B')} are needed, and the device has "
             f"{readable(available, 'B')}: {memory.advice()}."
@@ -244,10 +249,9 @@ def make_plan(
         f"{weights_text(config.weights)}{mechanisms} | "
         f"{p} prompts x {g} samples, {train_prompt_length} + {max_new_tokens} tokens, "
         f"micro-batch {micro.prompts} x {micro.samples} | "
-        f"{_size(model)}, {model.compute_dtype}{devices}"
+        f"{_size(model)}, {model.compute_dtype}{devices} | "
+        f"about {readable(memory.peak, 'B')} on the device"
     )
-    if here:
-        headline += f" | about {readable(memory.peak, 'B')} on the device"
     if probe:
         headline += f"\ninstrument: {probe.text(config.instrument.every)}"
     return Plan(
@@ -273,9 +277,14 @@ def make_plan(
 
 
 def check_mesh(
-    mesh: MeshConfig, sampling: SamplingConfig, model: ModelConfig, here: bool
+    mesh: MeshConfig,
+    sampling: SamplingConfig,
+    model: ModelConfig,
+    *,
+    here: bool = True,
 ) -> None:
-    """ConfigError where the devices are not there, or would not all have work."""
+    """ConfigError where the devices are not there (if they should be `here`), or would
+    not all have work."""
     sizes = dataclasses.asdict(mesh)
     count = math.prod(sizes.values())
     if count == 1:

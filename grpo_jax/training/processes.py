@@ -29,6 +29,11 @@ class LostPeer(RuntimeError):
     """Another process of the run ended, or does not answer."""
 
 
+class Troubled(OSError):
+    """One of the processes is in trouble, and all of them know: they raise this at the
+    same exchange."""
+
+
 def _several() -> bool:
     """Whether something started this process as one of several that belong together,
     in a way that `jax.distributed.initialize` finds the others by."""
@@ -114,7 +119,7 @@ class Peers:
         """What each process gave, in their order; all must come here.
 
         Raises:
-            OSError: one of them is in `trouble`.
+            Troubled: one of them is in `trouble`.
         """
         if self.count == 1:
             return [value]
@@ -123,7 +128,7 @@ class Peers:
         troubles = [trouble for _, _, trouble in found if trouble is not None]
         if troubles:
             self.trouble = None
-            raise OSError(troubles[0])
+            raise Troubled(troubles[0])
         return [value for value, _, _ in found]
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ versions; what differs then is not a function of these, such as a reward that as
 service.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from grpo_jax.errors import ConfigError
 from grpo_jax.tasks import Task
 from grpo_jax.training.checkpoint import Checkpoints, named_arrays
-from grpo_jax.training.config import TrainConfig, from_dict
+from grpo_jax.training.config import MeshConfig, TrainConfig, from_dict
 from grpo_jax.training.evaluation import verifier_pool
 from grpo_jax.training.judging import Sampled
 from grpo_jax.training.loop import Run, facts_of
@@ -81,7 +82,8 @@ class Replayed(NamedTuple):
 
 
 def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Replayed:
-    """Recomputes a step of a run from the checkpoint before it; writes nothing.
+    """Recomputes a step of a run from the checkpoint before it, on one device; writes
+    nothing.
 
     Args:
         step: 1 or later: the line of metrics.jsonl to make again.
@@ -92,6 +94,8 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
     """
     run_dir = Path(run_dir)
     config = from_dict(TrainConfig, read_config_dict(run_dir))
+    meshed = config.mesh != MeshConfig()
+    config = dataclasses.replace(config, mesh=MeshConfig())
     if not 1 <= step <= config.steps:
         raise ConfigError(f"step must be from 1 to {config.steps}, got {step}.")
     if not config.pretrained and not (run_dir / "initial.safetensors").exists():
@@ -103,7 +107,13 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
             raise ConfigError(f"cannot replay {run_dir}: {what} changed since it ran.")
     use_compile_cache()
     with verifier_pool(plan.task, config.scoring) as pool:
-        return _replayed(Run(config, plan, run_dir, pool=pool), step)
+        run = Run(config, plan, run_dir, pool=pool)
+        if meshed:
+            run.console.say(
+                "the run was on a mesh and is replayed on one device: numbers differ "
+                "by rounding, which may change a sample."
+            )
+        return _replayed(run, step)
 
 
 def _replayed(run: Run, step: int) -> Replayed:

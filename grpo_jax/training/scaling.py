@@ -128,15 +128,14 @@ def memory_per_device(
     c: ModelConfig, step: Step, layout: Layout, *, reference: bool = False
 ) -> Memory:
     """Bytes on each device, without the instrument."""
+    ways = layout.prompt_ways
     return estimate_memory(
         c,
         prompts=step.prompts,
         group_size=step.group_size,
         prompt_tokens=step.prompt_tokens,
         max_new_tokens=step.max_new_tokens,
-        micro=MicroBatch(step.micro.prompts * layout.prompt_ways, step.micro.samples),
+        micro=MicroBatch(step.micro.prompts * ways, step.micro.samples, (ways, 1)),
         reference=reference,
-        parameter_ways=layout.fsdp,
-        prompt_ways=layout.prompt_ways,
-        tensor_ways=layout.tensor,
+        mesh=layout,
     )

@@ -132,7 +132,8 @@ def whole_run(directory, text, steps, *options):
     """A run, or its continuation; its samples by step and prompt.
 
     Options: "resume"; a method of `OBJECTIVES`; "binary" rewards; "lora"; "look"; what
-    becomes of the last process, "hang", "die" or "signal"; "full": the first's disk is.
+    becomes of the last process, "hang", "die" or "signal"; "full-3": the first's disk
+    is, from the third step's line on.
     """
     from tests.e2e.test_train import digits_task, small_config
 
@@ -178,7 +179,9 @@ def whole_run(directory, text, steps, *options):
         return float(found > 0.5) if "binary" in options else found
 
     task = dataclasses.replace(task, reward=reward)
-    if "full" in options:
+    full = [name for name in options if name.startswith("full-")]
+    if full:
+        Full.since = int(full[0].partition("-")[2])
         loop.JsonLines = Full
     result = gj.train(config, task=task)
     rows = read_lines(result.run_dir / "metrics.jsonl")
@@ -200,10 +203,12 @@ def whole_run(directory, text, steps, *options):
 
 
 class Full(loop.JsonLines):
-    """The disk is full from the third step's line on."""
+    """The disk is full from a step's line on."""
+
+    since: int
 
     def write(self, row):
-        if self._path.stem == "metrics" and row["step"] >= 3:
+        if self._path.stem == "metrics" and row["step"] >= self.since:
             full = os.open("/dev/full", os.O_WRONLY)
             os.dup2(full, self._file.fileno())
             os.close(full)

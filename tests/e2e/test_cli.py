@@ -1,6 +1,7 @@
 """The command line: exit codes and messages a person can act on."""
 
 import json
+import re
 
 import jax
 import pytest
@@ -167,6 +168,27 @@ def test_plan_that_does_not_fit_names_settings_that_would(capsys, tmp_path):
         assert planned(*limit, flag, settings[name])[0]["fits"]
     memory, text = planned("--device-gib", "1e-5")
     assert "no one setting is enough" in text
+
+
+def test_plan_of_more_devices_than_there_are(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    argv = ["plan", "--sampling.prompts", "16", "--sampling.group-size", "4"]
+    argv += ["--mesh.data", "8", "--micro-batch-tokens", "64", "--json", str(file)]
+    code, text = answer(capsys, *argv)
+    assert code == 0 and "the device's memory is not known" in text
+    assert "micro-batch 8 x 4" in text  # on each device one prompt
+    found = json.loads(file.read_text())
+    assert set(map(tuple, found["step"]["micro_batches"].values())) == {(8, 4)}
+    code, text = answer(capsys, "train", *argv[1:-2])
+    assert code == 2 and "needs 8 devices, and there are 1" in text
+
+
+def test_plan_says_one_peak(capsys, tmp_path):
+    """bfloat16 is widened on the CPU that plans, not on the device planned for."""
+    argv = [*PLAN, "--model.compute-dtype", "bfloat16", "--device-gib", "16"]
+    code, text = answer(capsys, *argv)
+    about = re.search(r"about (\S+) on the device", text).group(1)
+    assert code == 0 and re.search(r"peak, in a \w+ (\S+)", text).group(1) == about
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,10 @@ def test_one_sigterm_stops_all_after_their_phase(tmp_path, alone):
     check_same(on_two("whole_run", run, "1x8x1", 6, "resume"), alone)
 
 
-def test_a_full_disk_ends_all_and_loses_nothing(tmp_path, alone):
+@pytest.mark.parametrize("step", [3, 4])  # of the latter a checkpoint is due
+def test_a_full_disk_ends_all_and_loses_nothing(tmp_path, alone, step):
     run = tmp_path / "run"
-    command = ("whole_run", run, "2x2x2", 6, "full")
+    command = ("whole_run", run, "2x2x2", 6, f"full-{step}")
     for code, _, err in together(command, command):
         assert code == 1 and "metrics.jsonl: No space left" in err
         assert "is saved. Make room" in err

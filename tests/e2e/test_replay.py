@@ -1,6 +1,7 @@
 """A step of a finished or failed run is computed again, to the last bit."""
 
 import itertools
+import json
 import shutil
 
 import numpy as np
@@ -48,6 +49,15 @@ def test_any_step_is_identical(finished, step, start):
     assert norm == pytest.approx(found.row["gradient/norm"], rel=0.5)
     assert found.arrays["completions"].shape[:2] == (4, 4)
     assert len(found.arrays["parameters"]) == len(found.arrays["gradient_norms"]) > 5
+
+
+def test_a_run_on_a_mesh_is_replayed_on_one_device(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    facts = json.loads((run / "config.json").read_text())
+    facts["config"]["mesh"]["fsdp"] = 8
+    (run / "config.json").write_text(json.dumps(facts))
+    assert replay(run, 7, task=digits_task()).start == 6
+    assert "replayed on one device" in capsys.readouterr().out
 
 
 def test_what_was_recorded_otherwise_is_named(finished, tmp_path):

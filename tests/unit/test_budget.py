@@ -5,6 +5,7 @@ import pytest
 
 from grpo_jax import ModelConfig, init_policy
 from grpo_jax.models.decoder import abstract_policy
+from grpo_jax.models.sharding import AXES
 from grpo_jax.training.budget import (
     Memory,
     MemoryInputs,
@@ -13,6 +14,8 @@ from grpo_jax.training.budget import (
     num_parameters,
     readable,
 )
+from grpo_jax.training.config import MeshConfig
+from grpo_jax.training.forecast import remedies
 from grpo_jax.training.step import MicroBatch
 
 SMALL = ModelConfig(
@@ -131,10 +134,20 @@ def test_the_instrument_holds_gradients_and_derivatives():
 
 
 def test_devices_share_what_is_cut():
-    assert estimate(parameter_ways=2).state == estimate().state // 2
-    assert estimate(prompt_ways=2).cache == estimate().cache // 2
-    assert estimate(tensor_ways=2).cache == estimate().cache // 2
-    assert estimate(prompt_ways=2).activations == estimate().activations // 2
+    data, fsdp, tensor = (MeshConfig(**{name: 2}) for name in AXES)
+    assert estimate(mesh=fsdp).state == estimate().state // 2
+    assert estimate(mesh=data).cache == estimate().cache // 2
+    assert estimate(mesh=tensor).cache == estimate().cache // 2
+    cut = estimate(micro=(4, 8, (2, 1)), mesh=data)
+    assert cut.activations == estimate().activations // 2
+
+
+def test_devices_share_samples_where_prompts_are_few():
+    """2 prompts of 8 samples over 8 devices: each has one sample of both."""
+    few = dict(SHAPE, prompts=2, group_size=8, micro_batch_tokens=10**6)
+    found = MemoryInputs(model=SMALL, mesh=MeshConfig(data=8), **few).estimate()
+    alone = MemoryInputs(model=SMALL, **dict(few, group_size=1)).estimate()
+    assert found.cache == alone.cache and found.activations == alone.activations
 
 
 NONE = dict.fromkeys(Memory._fields, 0)
@@ -172,6 +185,21 @@ def test_inputs_derive_the_micro_batch():
     halved = dataclasses.replace(inputs, parts=2, micro_batch_tokens=10**6)
     assert halved.updated == 2
     assert halved.estimate().gradients == 4 * num_parameters(SMALL)
+
+
+def test_advice_is_what_train_would_take():
+    """Not prompts for a part of the devices, or of the updates of a rollout."""
+    sizes = SHAPE | {"prompts": 512}
+    inputs = MemoryInputs(model=SMALL, micro_batch_tokens=48, **sizes)
+
+    def advised(**changes):
+        changed = dataclasses.replace(inputs, **changes)
+        limit = dataclasses.replace(changed, prompts=64).estimate().peak
+        advice = remedies(changed, limit)
+        return [line for line in advice if line.startswith("sampling.prompts")]
+
+    assert advised() == ["sampling.prompts 64"]
+    assert advised(parts=128) == advised(mesh=MeshConfig(data=48)) == []
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_reads_what_eval_writes_and_lists(tmp_path):
         ('{"rewards": [1]}', "line 1, must have a list `solved`"),
         ('{"solved": 3}', "line 1, must have a list `solved`"),
         ("hello", "line 1, must have a list `solved`"),
+        ('{"solved": "yes"}', "line 1, must have a list `solved`"),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path, text, words):

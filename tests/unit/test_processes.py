@@ -11,7 +11,7 @@ from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Example, load_task
 from grpo_jax.training.config import DistributedConfig, TrainConfig
 from grpo_jax.training.judging import Sampled, fetched, judge
-from grpo_jax.training.processes import Peers, held, join, share, whole
+from grpo_jax.training.processes import Peers, Troubled, held, join, share, whole
 
 
 class Played(Peers):
@@ -51,11 +51,11 @@ def test_trouble_ends_all_and_is_told_once():
     peers = Played((None, False, None), (None, False, None))
     with peers.writing():
         raise OSError("no room")
-    with pytest.raises(OSError, match="no room"):
+    with pytest.raises(Troubled, match="no room"):
         peers.exchange(None)
     peers.exchange(None)
     other = Played((None, False, "their disk"))
-    with pytest.raises(OSError, match="their disk"):
+    with pytest.raises(Troubled, match="their disk"):
         other.exchange(None)
 
 

@@ -167,7 +167,7 @@ def eight_devices(monkeypatch):
 
 def refused(mesh, sampling=None, model=TINY):
     with pytest.raises(ConfigError) as error:
-        check_mesh(MeshConfig(**mesh), sampling or SamplingConfig(), model, True)
+        check_mesh(MeshConfig(**mesh), sampling or SamplingConfig(), model)
     return str(error.value)
 
 
@@ -180,7 +180,7 @@ def test_a_mesh_with_idle_devices_is_refused(eight_devices):
     sampling = SamplingConfig(prompts=6, group_size=9)
     message = refused({"data": 2, "fsdp": 4}, sampling)
     assert "make sampling.prompts a multiple of 8" in message
-    check_mesh(MeshConfig(fsdp=8), SamplingConfig(prompts=2, group_size=8), TINY, True)
+    check_mesh(MeshConfig(fsdp=8), SamplingConfig(prompts=2, group_size=8), TINY)
 
 
 def test_heads_that_cannot_be_split_are_refused(eight_devices):
