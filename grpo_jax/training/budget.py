@@ -180,7 +180,8 @@ def estimate_memory(
     table = s.vocab * c.width  # a whole [V, D] on one device
     embedded = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
     layer = (parameters - embedded - c.width) / c.num_layers / mesh.tensor  # one's
-    gathered = 2 * layer * s.size if mesh.fsdp > 1 else 0
+    # Two layers, and the table of the embedding.
+    gathered = (2 * layer + table) * s.size if mesh.fsdp > 1 else 0
     copied = c.tie_embeddings or s.size == 2 or mesh.fsdp > 1
     both = s.size == 4 and c.compute_dtype == "bfloat16"  # and its float32 twin
     unembedding = table * (6 if both else s.size * copied)
@@ -211,7 +212,7 @@ def estimate_memory(
     chunk = min(max(rows, min(512, MAX_LOGITS // c.vocab_size)), rows * t)
     head = unembedding + 2 * 4 * chunk * s.vocab
     head += 2 * 4 * table * (not c.lora_rank)  # its gradient, and one chunk's
-    split = micro != MicroBatch(updated or prompts, group_size)
+    split = (micro.prompts, micro.samples) != (updated or prompts, group_size)
     gradients = trained * (1 + split)
     look = counterfactual = 0.0
     if probe is not None:

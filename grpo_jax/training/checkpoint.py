@@ -41,7 +41,8 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
             if self._peers.writes:
-                self._mend_scores()
+                with self._peers.writing():
+                    self._mend_scores()
             self._peers.exchange(None)  # the others read them next
             options = self._keeping(keep)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
@@ -102,6 +103,10 @@ class Checkpoints:
         if step == self.saved:
             return
         self.wait()  # so that a failure is told of the step it belongs to
+        obstacle = self._obstacle(step, state)
+        if obstacle is not None:
+            self._failed(step, OSError(obstacle))
+            return
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(state._asdict()),
             data=self._ocp.args.JsonSave(data),
@@ -112,6 +117,25 @@ class Checkpoints:
             self.saved = step
         except Exception as error:  # a full disk must not end a run that still learns
             self._failed(step, error)
+
+    def _obstacle(self, step, state) -> str | None:
+        """What will keep several processes from saving, where the others would wait for
+        the one that fails; None: nothing foreseen, or there is one."""
+        if self._peers.count == 1:
+            return None
+        reason = None
+        if self._peers.writes:
+            trial = self._directory / f"{step}.trial"
+            try:
+                trial.mkdir(parents=True)
+                trial.rmdir()
+                need = sum(x.nbytes for x in jax.tree.leaves(state))
+                free = shutil.disk_usage(self._directory).free
+                if free < need:
+                    reason = f"{need:,} bytes are needed and {free:,} are free"
+            except OSError as error:
+                reason = str(error)
+        return self._agreed(reason)
 
     def wait(self) -> None:
         try:
@@ -179,7 +203,8 @@ class Checkpoints:
                 continue
             if not self._read_only:
                 if self._peers.writes:
-                    self._set_aside(unreadable)
+                    with self._peers.writing():
+                        self._set_aside(unreadable)
                 self._peers.exchange(None)
                 self._manager.reload()
             self.saved = step

@@ -11,7 +11,7 @@ KINDS = (
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
 _CALLED = re.compile(r"(body|condition|to_apply|calls)=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count[^0-9]*"?n"?:"?([0-9]+)')
@@ -52,8 +52,9 @@ def collectives(text: str, *, trips: int = 1) -> list[Collective]:
         for line in computations.get(name, ()):
             found = _COLLECTIVE.search(line)
             if found:
-                shape, kind = found.groups()
-                yield Collective(kind, _nbytes(shape), _devices(line), place, times)
+                shape, kind, started = found.groups()
+                nbytes = _nbytes(shape, kind if started else None)
+                yield Collective(kind, nbytes, _devices(line), place, times)
                 continue
             known = _TRIPS.search(line)
             n = int(known.group(1)) if known else trips
@@ -84,10 +85,16 @@ def _computations(text):
     return computations, entry
 
 
-def _nbytes(shape):
+def _nbytes(shape, started):
+    """Of the result. What is `started` may stand with its operands before it."""
+    arrays = _ARRAY.findall(shape)
+    if started == "all-gather":
+        arrays = arrays[len(arrays) // 2 :]
+    if started == "collective-permute":
+        arrays = arrays[1:2]
     return sum(
         _BYTES.get(dtype, 4) * math.prod(int(n) for n in sizes.split(",") if n)
-        for dtype, sizes in _ARRAY.findall(shape)
+        for dtype, sizes in arrays
     )
 
 

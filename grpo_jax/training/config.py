@@ -170,7 +170,7 @@ class DistributedConfig:
     process: int | None = None  # which one this is, from 0, beside coordinator
     join_timeout_s: int = 300  # for all of them to come
     heartbeat_s: int = 100  # a process that died is noticed within it
-    timeout_s: int = 1800  # longer in one phase, and this process ends the run
+    timeout_s: int = 1800  # longer in one phase or for the others, and it ends
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,16 +42,16 @@ class Console:
     """Prints to stdout, and shows progress between `start` and `stop`.
 
     Args:
-        quiet: Nothing is said: another process of the run does.
+        process: Of several; only the first one talks, the others' troubles aside.
     """
 
-    def __init__(self, lines_every: int, *, quiet: bool = False):
-        self._lines_every, self._quiet = lines_every, quiet
-        self._terminal = sys.stdout.isatty() and not quiet
+    def __init__(self, lines_every: int, *, process: int = 0):
+        self._lines_every, self._process = lines_every, process
+        self._terminal = sys.stdout.isatty() and not process
         self._live = self._bar = self._task = None
 
     def say(self, message: str) -> None:
-        if self._quiet:
+        if self._process:
             return
         if self._live is not None:
             self._live.console.print(message, markup=False, highlight=False)
@@ -60,6 +60,13 @@ class Console:
 
     def warn(self, message: str) -> None:
         self.say(f"warning: {message}")
+
+    def alert(self, message: str) -> None:
+        """A warning of what may have happened to this process alone."""
+        if self._process:
+            print(f"process {self._process}: warning: {message}", file=sys.stderr)
+        else:
+            self.warn(message)
 
     def start(self, done: int, total: int) -> None:
         self._first, self._total, self._began = done, total, time.monotonic()

@@ -141,16 +141,17 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         config = dataclasses.replace(config, task=named)
     join(config.distributed)
     with _Signals() as signals:
-        peers = Peers(lambda: signals.asked)
+        peers = Peers(lambda: signals.asked, config.distributed.timeout_s)
         if peers.count == 1:
             return _train(config, task, peers)
         try:
             return _train(config, task, peers)
         except jax.errors.JaxRuntimeError as error:
             raise LostPeer(
-                f"process {peers.index} cannot go on, probably because another one "
-                f"ended ({str(error).strip().splitlines()[0][:300]}); its own output "
-                "says why. Continue with the same command and --resume."
+                f"process {peers.index} cannot go on "
+                f"({str(error).strip().splitlines()[0][:300]}); where that is no fault "
+                "of its own, another process ended, whose output says why. Continue "
+                "with the same command and --resume."
             ) from error
 
 
@@ -177,9 +178,13 @@ def _claimed(config, facts, peers):
                 )
 
     peers.together(alike)
-    directory = peers.first(
-        peers.together(lambda: claim(config, facts) if peers.writes else None)
-    )
+
+    def claimed():
+        if peers.writes:
+            with peers.writing():
+                return claim(config, facts)
+
+    directory = peers.first(peers.together(claimed))
 
     def seen():
         for _ in range(_PATIENCE):
@@ -297,9 +302,9 @@ class Run:
         self.config, self.plan, self.directory = config, plan, directory
         self.mesh = mesh  # None: one device
         self.peers, self.pool, self.task = peers or Peers(), pool, plan.task
-        self.console = Console(config.log.lines_every, quiet=not self.peers.writes)
+        self.console = Console(config.log.lines_every, process=self.peers.index)
         limit = config.distributed.timeout_s if self.peers.count > 1 else None
-        self.watchdog = Watchdog(self.console.warn, limit=limit, end=self._abandon)
+        self.watchdog = Watchdog(self.console.alert, limit=limit, end=self._abandon)
         self.compiles = count_compiles()
         self.order = None  # (epoch, its permutation of the prompts)
         self.told_of_ties = False
@@ -330,7 +335,7 @@ class Run:
         checkpoints = Checkpoints(
             self.directory / "checkpoints",
             keep=self.config.checkpoint.keep,
-            warn=self.console.warn,
+            warn=self.console.alert,
             peers=self.peers,
         )
         with checkpoints:
@@ -388,7 +393,7 @@ class Run:
                     if step % 100 == 0
                     else None
                 ),
-                warn=self.console.warn,
+                warn=self.console.alert,
                 peers=self.peers,
             )
             if result is None:
@@ -513,9 +518,13 @@ class Run:
                 self.files[name] = NoLines()
                 continue
             path = self.directory / f"{name}.jsonl"
-            if path.exists():
-                keep_until(path, last)
-            self.files[name] = JsonLines(path)
+            with self.peers.writing():
+                if path.exists():
+                    keep_until(path, last)
+                self.files[name] = JsonLines(path)
+            if name not in self.files:  # all end at the next exchange
+                self.files[name] = NoLines()
+                continue
             owed = data.get("unwritten", {}).get(name, [])
             there = read_lines(path) if owed else []  # of an earlier resume from here
             for row in owed:
@@ -876,8 +885,9 @@ class Run:
         }
         if owed:
             lines[-1] |= owed
+            with self.peers.writing():
+                rewrite(path, lines)
             self.files["metrics"].close()
-            rewrite(path, lines)
             self.files["metrics"] = JsonLines(path)
 
     def _loop(self, state, step) -> TrainResult:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,6 +97,7 @@ class Peers:
 
     Args:
         asked: Whether a signal asks this process to stop.
+        limit: Seconds to wait for the others at most; then this process ends.
 
     Attributes:
         index, count: Of this process, and how many there are.
@@ -103,11 +105,14 @@ class Peers:
         trouble: What keeps this process from going on; all end at the next exchange.
     """
 
-    def __init__(self, asked: Callable[[], bool] = lambda: False):
+    def __init__(
+        self, asked: Callable[[], bool] = lambda: False, limit: float | None = None
+    ):
         self.index, self.count = jax.process_index(), jax.process_count()
         self.writes = self.index == 0
         self.trouble: str | None = None
         self._asked, self._stop, self._size = asked, False, _LEAST
+        self._limit = limit
 
     @property
     def stopping(self) -> bool:
@@ -123,7 +128,8 @@ class Peers:
         """
         if self.count == 1:
             return [value]
-        found = self._gathered((value, self._asked(), self.trouble))
+        with self._in_time():
+            found = self._gathered((value, self._asked(), self.trouble))
         self._stop = any(asked for _, asked, _ in found)
         troubles = [trouble for _, _, trouble in found if trouble is not None]
         if troubles:
@@ -164,6 +170,23 @@ class Peers:
             if text is not None:
                 raise ConfigError(f"process {index}: {text}")
         return result  # type: ignore
+
+    @contextlib.contextmanager
+    def _in_time(self):
+        if self._limit is None:
+            yield
+            return
+        message = (
+            f"process {self.index} waited {self._limit:g} s for the others, of which "
+            "one is stuck. Continue with the same command and --resume."
+        )
+        timer = threading.Timer(self._limit, leave, [message])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _gathered(self, value):
         from jax.experimental import multihost_utils

@@ -8,6 +8,7 @@ service.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.models.sharding import make_mesh, on_mesh
 from grpo_jax.tasks import Task
 from grpo_jax.training.checkpoint import Checkpoints, named_arrays
 from grpo_jax.training.config import MeshConfig, TrainConfig, from_dict
@@ -82,8 +84,9 @@ class Replayed(NamedTuple):
 
 
 def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Replayed:
-    """Recomputes a step of a run from the checkpoint before it, on one device; writes
-    nothing.
+    """Recomputes a step of a run from the checkpoint before it; writes nothing.
+
+    On the mesh that the run had, where this process has as many devices; else on one.
 
     Args:
         step: 1 or later: the line of metrics.jsonl to make again.
@@ -94,8 +97,9 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
     """
     run_dir = Path(run_dir)
     config = from_dict(TrainConfig, read_config_dict(run_dir))
-    meshed = config.mesh != MeshConfig()
-    config = dataclasses.replace(config, mesh=MeshConfig())
+    moved = math.prod(dataclasses.astuple(config.mesh)) > len(jax.devices())
+    if moved:
+        config = dataclasses.replace(config, mesh=MeshConfig())
     if not 1 <= step <= config.steps:
         raise ConfigError(f"step must be from 1 to {config.steps}, got {step}.")
     if not config.pretrained and not (run_dir / "initial.safetensors").exists():
@@ -106,12 +110,13 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
         if facts.get(name, now[name]) != now[name]:
             raise ConfigError(f"cannot replay {run_dir}: {what} changed since it ran.")
     use_compile_cache()
-    with verifier_pool(plan.task, config.scoring) as pool:
-        run = Run(config, plan, run_dir, pool=pool)
-        if meshed:
+    mesh = make_mesh(config.mesh)
+    with verifier_pool(plan.task, config.scoring) as pool, on_mesh(mesh):
+        run = Run(config, plan, run_dir, pool=pool, mesh=mesh)
+        if moved:
             run.console.say(
-                "the run was on a mesh and is replayed on one device: numbers differ "
-                "by rounding, which may change a sample."
+                "the run was on more devices than there are here and is replayed on "
+                "one: numbers differ by rounding, which may change a sample."
             )
         return _replayed(run, step)
 

@@ -1,8 +1,9 @@
 """What a step over many devices would hold and send, on paper.
 
 Parameters, moments and gradients are cut fsdp x tensor ways and gathered layer by
-layer in the compute dtype; prompts are cut data x fsdp ways; heads, the MLP and the
-vocabulary tensor ways. Nothing here was run on more than one device.
+layer in float32; prompts are cut data x fsdp ways; heads, the MLP and the vocabulary
+tensor ways. Traffic and memory were compared with programs for 8 virtual devices; times
+with nothing.
 """
 
 import dataclasses

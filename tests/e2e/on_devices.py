@@ -45,6 +45,7 @@ from grpo_jax.training.config import (  # noqa: E402
 from grpo_jax.training.metrics import read_lines  # noqa: E402
 from grpo_jax.training.paths import use_compile_cache  # noqa: E402
 from grpo_jax.training.processes import LostPeer, leave, whole  # noqa: E402
+from grpo_jax.training.replay import replay  # noqa: E402
 from grpo_jax.training.step import Batch, micro_batch, weigh  # noqa: E402
 from tests.helpers import (  # noqa: E402
     one_update,
@@ -133,7 +134,7 @@ def whole_run(directory, text, steps, *options):
 
     Options: "resume"; a method of `OBJECTIVES`; "binary" rewards; "lora"; "look"; what
     becomes of the last process, "hang", "die" or "signal"; "full-3": the first's disk
-    is, from the third step's line on.
+    is, from the third step's line on; "unsaved": its second checkpoint fails.
     """
     from tests.e2e.test_train import digits_task, small_config
 
@@ -180,6 +181,21 @@ def whole_run(directory, text, steps, *options):
 
     task = dataclasses.replace(task, reward=reward)
     full = [name for name in options if name.startswith("full-")]
+    if "unsaved" in options and INDEX == 0:
+        # Nothing can be saved at step 2: a file lies where checkpoints should.
+        save = loop.Checkpoints.save
+
+        def hindered(self, step, *arguments):
+            place = self._directory
+            if step == 2:
+                place.rename(place.with_name("aside"))
+                place.write_text("")
+            save(self, step, *arguments)
+            if step == 2:
+                place.unlink()
+                place.with_name("aside").rename(place)
+
+        loop.Checkpoints.save = hindered
     if full:
         Full.since = int(full[0].partition("-")[2])
         loop.JsonLines = Full
@@ -215,13 +231,35 @@ class Full(loop.JsonLines):
         super().write(row)
 
 
+def replayed(directory, step):
+    """Of a step of such a run, computed again: what differs from its line."""
+    from tests.e2e.test_train import digits_task
+
+    return replay(directory, int(step), task=digits_task()).differing
+
+
+def memory(text):
+    """(predicted, XLA's) bytes on a device, of an update and of sampling."""
+    from tests.unit.test_memory_analysis import memory_of
+
+    config = gj.ModelConfig(
+        vocab_size=4096, num_layers=6, width=256, mlp_width=768, num_heads=8,
+        num_kv_heads=8, head_dim=32,
+    )  # fmt: skip
+    mesh = mesh_of(text)
+    with on_mesh(mesh):
+        micro = micro_batch(32, 8, 64, 64, 1024)
+        return memory_of(config, 32, 8, 64, 64, micro, mesh=mesh)
+
+
 if __name__ == "__main__":
     if COUNT > 1 and sys.argv[1] != "whole_run":  # which joins the others itself
         jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, INDEX)
     if COUNT == 1:
         use_compile_cache()
-    check = {"same_step": same_step, "programs": programs, "whole_run": whole_run}
-    if sys.argv[1] != "programs":  # its figures are of programs as they are run
+    checks = (same_step, programs, whole_run, replayed, memory)
+    check = {function.__name__: function for function in checks}
+    if sys.argv[1] not in ("programs", "memory"):  # of programs as they are run
         jax.config.update("jax_disable_most_optimizations", True)
     try:
         print(json.dumps(check[sys.argv[1]](*sys.argv[2:])))

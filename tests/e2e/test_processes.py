@@ -122,7 +122,7 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_without_it(tmp_path, alo
     command = ("whole_run", run, "2x2x2", 6, "die")
     [(code, _, err), (killed, *_)] = together(command, command, timeout=60)
     assert killed == -9
-    assert code != 0 and ("another one ended" in err or "another task died" in err)
+    assert code != 0 and ("another process ended" in err or "another task died" in err)
     check_same(on_devices("whole_run", run, "1x1x1", 6, "resume"), alone)
 
 
@@ -152,6 +152,18 @@ def test_a_full_disk_ends_all_and_loses_nothing(tmp_path, alone, step):
         assert code == 1 and "metrics.jsonl: No space left" in err
         assert "is saved. Make room" in err
     check_same(on_two("whole_run", run, "2x2x2", 6, "resume"), alone)
+
+
+def test_a_checkpoint_that_cannot_be_saved_is_left_out_by_all(tmp_path, alone):
+    command = ("whole_run", tmp_path / "run", "2x2x2", 6, "unsaved")
+    done = together(command, command, timeout=120)
+    for code, out, err in done:
+        assert code == 0, out + err
+    assert "checkpoint of step 2 failed" in done[0][1]
+    assert "process 1: warning: checkpoint of step 2 failed" in done[1][2]
+    check_same(json.loads(done[0][1].splitlines()[-1]), alone)
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert saved == {"4", "6"}
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_all(tmp_path, half, alone):

@@ -100,4 +100,13 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     assert actual["samples"] == expected["samples"]
     assert len(actual["samples"]) == 32
     np.testing.assert_allclose(actual["norms"], expected["norms"], rtol=1e-4)
+    assert on_devices("replayed", tmp_path / "moved", 4) == []
     assert actual["heldout"] == expected["heldout"]
+
+
+@pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2"])
+def test_the_plan_of_a_mesh_is_what_xla_says(mesh):
+    """Of each device; with several prompts on it."""
+    for name, (predicted, actual) in on_devices("memory", mesh).items():
+        print(f"{mesh} {name}: {predicted / 1e6:.1f} MB, XLA {actual / 1e6:.1f} MB")
+        assert predicted == pytest.approx(actual, rel=0.15), name

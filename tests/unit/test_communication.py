@@ -42,3 +42,16 @@ def test_kinds_sizes_groups_and_how_often():
 def test_bytes_of_a_ring():
     expected = 3 * 128 * 3 / 4 + 15 * 2 * 3 / 4 + 15 * 20 + 28
     assert bytes_sent(TEXT, trips=5) == pytest.approx(expected)
+
+
+def test_what_is_started_stands_with_its_operands():
+    text = """ENTRY %main (p: f32[4]) -> f32[4] {
+  %g = (f32[1,8], f32[4,8]) all-gather-start(%a), replica_groups=[2,4]<=[8]
+  %p = (bf16[10], bf16[10], u32[], u32[]) collective-permute-start(%b)
+  %r = f32[6] all-reduce-start(%c), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %d = f32[4,8] all-gather-done(%g)
+}
+"""
+    assert [(x.kind, x.nbytes) for x in collectives(text)] == [
+        ("all-gather", 128), ("collective-permute", 20), ("all-reduce", 24),
+    ]  # fmt: skip

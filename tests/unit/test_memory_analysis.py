@@ -10,11 +10,12 @@ import pytest
 
 from grpo_jax import OBJECTIVES, ModelConfig, std_weights
 from grpo_jax.models.decoder import abstract_policy
+from grpo_jax.models.sharding import tree_shardings, with_shardings
 from grpo_jax.rollouts.sampling import _sample
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training import counterfactual
 from grpo_jax.training.budget import estimate_memory
-from grpo_jax.training.config import OptimizerConfig
+from grpo_jax.training.config import MeshConfig, OptimizerConfig
 from grpo_jax.training.instrument import along, measure
 from grpo_jax.training.step import (
     Batch,
@@ -43,13 +44,14 @@ def rollout_shapes(p, g, length, t):
     return Rollouts(prompts, prompts, ids, ids, floats, rewards)
 
 
-def update_program(c, micro, reference, p, g, length, t):
+def update_program(c, micro, reference, p, g, length, t, mesh=None):
     """The loop's, of abstract arguments."""
-    policy = abstract_policy(c)
+    policy = with_shardings(abstract_policy(c), mesh)
     optimizer, state = learner(policy.params)
+    state = with_shardings(state, mesh)
     rollouts, weights = rollout_shapes(p, g, length, t), Shape((p,), jnp.float32)
     behind = rollouts.behaviour_logprobs if reference else None
-    batch = Batch(rollouts, None, behind, weights)
+    batch = with_shardings(Batch(rollouts, None, behind, weights), mesh)
     step = make_train_step(
         dataclasses.replace(policy, params=None, frozen=None),
         OBJECTIVES["grpo" if reference else "dr_grpo"],
@@ -62,15 +64,18 @@ def update_program(c, micro, reference, p, g, length, t):
     def update(state, batch, index, at, frozen):
         return step(state, part_of(batch, index, 1), at, frozen)
 
-    jitted = jax.jit(update, donate_argnums=0)
+    lies = {}
+    if mesh is not None:
+        lies["out_shardings"] = tree_shardings(state, mesh), None
+    jitted = jax.jit(update, donate_argnums=0, **lies)
     return jitted.lower(state, batch, np.int32(0), None, policy.frozen).compile()
 
 
-def sampling_program(c, p, g, length, t):
+def sampling_program(c, p, g, length, t, mesh=None):
     prompts = Shape((p, length), jnp.int32)
     number = Shape((), jnp.int32)
     return _sample.lower(
-        abstract_policy(c),
+        with_shardings(abstract_policy(c), mesh),
         prompts,
         prompts,
         Shape((p,), jnp.int32),
@@ -91,9 +96,9 @@ def peak(program):
     return held + m.temp_size_in_bytes
 
 
-def check(c, p, g, length, t, micro, reference=False):
-    """Both programs within 15 %; prints what is behind the tables of the notes."""
-    micro = MicroBatch(*micro)
+def memory_of(c, p, g, length, t, micro, reference=False, mesh=None):
+    """name -> (predicted, XLA's), of an update and of sampling, on each device."""
+    sizes = {} if mesh is None else {"mesh": MeshConfig(**mesh.shape)}
     memory = estimate_memory(
         c,
         prompts=p,
@@ -103,16 +108,23 @@ def check(c, p, g, length, t, micro, reference=False):
         micro=micro,
         reference=reference,
         widened=jax.default_backend() == "cpu",
+        **sizes,
     )
     phases = memory.phases()
     # The reference is no argument of the update, nor are the moments of the sampler.
     update = memory.state - memory.reference + phases["update"]
     sampling = memory.parameters + memory.frozen + phases["sampling"]
-    for name, program, expected in (
-        ("update", update_program(c, micro, reference, p, g, length, t), update),
-        ("sampling", sampling_program(c, p, g, length, t), sampling),
-    ):
-        actual = peak(program)
+    updating = update_program(c, micro, reference, p, g, length, t, mesh)
+    return {
+        "update": (update, peak(updating)),
+        "sampling": (sampling, peak(sampling_program(c, p, g, length, t, mesh))),
+    }
+
+
+def check(c, p, g, length, t, micro, reference=False):
+    """Both programs within 15 %; prints what is behind the tables of the notes."""
+    found = memory_of(c, p, g, length, t, MicroBatch(*micro), reference)
+    for name, (expected, actual) in found.items():
         print(
             f"{name}: predicted {expected / 1e6:.1f} MB, XLA {actual / 1e6:.1f} MB, "
             f"{100 * (expected / actual - 1):+.1f} %"
