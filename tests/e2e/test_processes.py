@@ -132,7 +132,8 @@ def test_a_process_that_hangs_ends_the_run_in_time(tmp_path, alone):
     done = together(command, command, timeout=120)
     for i, (code, _, err) in enumerate(done):
         assert code == 1, err
-        assert f"process {i} waited 0:15 for scoring" in err
+        assert f"process {i} waited" in err and "--resume" in err
+    assert "process 1 waited 0:15 for scoring" in done[1][2]
     check_same(on_two("whole_run", run, "2x2x2", 6, "resume"), alone)
 
 
