@@ -212,30 +212,35 @@ class Peers:
 def whole(tree: Any) -> Any:
     """The tree on the host, gathered from the processes where its parts lie."""
 
-    def leaf(x):
-        if not isinstance(x, jax.Array):
-            return x
-        if x.is_fully_addressable or x.is_fully_replicated:
-            return np.asarray(x)
+    def gathered(x):
         from jax.experimental import multihost_utils
 
         return multihost_utils.process_allgather(x, tiled=True)
 
-    return jax.tree.map(leaf, tree)
+    return _on_host(tree, gathered)
 
 
 def held(tree: Any) -> Any:
     """The tree on the host, 0 where its parts lie on other processes only."""
 
+    def filled(x):
+        host = np.zeros(x.shape, x.dtype)
+        for shard in x.addressable_shards:
+            host[shard.index] = shard.data
+        return host
+
+    return _on_host(tree, filled)
+
+
+def _on_host(tree, elsewhere):
+    """`elsewhere` is called with arrays of which other processes hold parts."""
+
     def leaf(x):
         if not isinstance(x, jax.Array):
             return x
         if x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
-        host = np.zeros(x.shape, x.dtype)
-        for shard in x.addressable_shards:
-            host[shard.index] = shard.data
-        return host
+        return elsewhere(x)
 
     return jax.tree.map(leaf, tree)
 
