@@ -145,8 +145,8 @@ def whole_run(directory, text, steps, *options):
             coordinator=f"127.0.0.1:{PORT}",
             processes=COUNT,
             process=INDEX,
-            heartbeat_s=10,
-            timeout_s=15 if "hang" in options else 300,
+            heartbeat_s=30,
+            timeout_s=40 if "hang" in options else 300,
         )
     method = next((name for name in options if name in gj.OBJECTIVES), "dr_grpo")
     lora = dict(lora_rank=2) if "lora" in options else {}
