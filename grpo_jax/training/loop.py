@@ -949,8 +949,7 @@ class Run:
                 if step % config.checkpoint.every == 0 or failed:
                     # The line first: a checkpoint's step is never missing there.
                     row, pending = self._write(*pending), None
-                    with self.watchdog.phase("the other processes"):
-                        self.peers.exchange(None)  # whether it was written
+                    self.peers.exchange(None)  # whether it was written
                     self._save(state, step, row)
                 if failed:
                     self._write_look()
@@ -958,8 +957,7 @@ class Run:
             if pending is not None:
                 row, pending = self._write(*pending), None
             self._write_look()
-            with self.watchdog.phase("the other processes"):
-                self.peers.exchange(None)  # whether all of it was written
+            self.peers.exchange(None)  # whether all of it was written
         except OSError as error:
             if self.peers.count > 1 and not isinstance(error, Troubled):
                 raise  # the others, elsewhere in the step, learn of it by its end
