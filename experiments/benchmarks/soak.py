@@ -3,12 +3,12 @@
 Claim:     whatever happens to a run, it goes on from a whole checkpoint, says what it
            passed over, and ends with the parameters of a run nothing happened to.
 Command:   python experiments/benchmarks/soak.py  (--smoke: 7 faults)
-Hardware:  2 CPU cores, busy with other work; 100 faults (--faults 100) in 13 minutes
+Hardware:  2 CPU cores, busy with other work; 200 faults in 12 minutes
 Expected:  every fault as expected, every array and every number the same
-Got:       100 of 100 faults as expected: 11 each of kill, kill early, sigterm, deleted
-           and truncated, 10 each of stray and full disk (76 attempts, 375 steps; 38 of
-           38 arrays the same bits, metrics.jsonl the same), and 7 hangs, 6 deaths, 6
-           NaN and 6 raises, each counted once. 200 faults were not run.
+Got:       200 of 200 faults as expected: 22 each of kill, kill early and sigterm, 21
+           each of stray, full disk, truncated and deleted (151 attempts, 750 steps; 38
+           of 38 arrays the same bits, metrics.jsonl the same), and 13 hangs, 13 deaths,
+           12 NaN and 12 raises, each counted once. 2026-11-21
 Writes:    results/soak/{config.json,faults.jsonl,summary.json} and the runs
 
 Two runs take the faults, one after another:
