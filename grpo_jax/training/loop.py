@@ -135,6 +135,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         NonFiniteGradients: five updates in a row had to be skipped.
         OSError: a line could not be written (a full disk); what was computed is in a
             checkpoint where that could be saved.
+        LostPeer: another process of the run ended; to be resumed.
     """
     if task is not None:
         named = dataclasses.replace(config.task, name=task.name)
