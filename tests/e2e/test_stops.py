@@ -108,7 +108,7 @@ PHASES = {
     "saving": (1, ENDING),
     "report": (1, []),
 }
-FAST = ["scoring", "update"]
+FAST = ["scoring"]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,7 @@ def test_sigterm_ends_a_run_within_its_phase(tmp_path, whole, where, monkeypatch
     check_same(resumed(tmp_path / "run"), whole)
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_warm_start_keeps_nothing_of_it(tmp_path, monkeypatch):
     monkeypatch.setenv("GRPO_JAX_CACHE", str(tmp_path / "cache"))
     settings = dict(

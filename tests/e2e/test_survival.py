@@ -77,6 +77,7 @@ def test_kills_leave_the_same_parameters(grpo_jax, run, tmp_path, steps):
     assert numbers(killed) == numbers(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_0(grpo_jax, run, tmp_path):
     directory = tmp_path / "run"
     flags = ("--steps", 100_000, "--checkpoint.every", 100_000)
@@ -111,6 +112,7 @@ train(TrainConfig(run_dir=sys.argv[1], warm_start=WarmStartConfig(enabled=False)
 """
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_stops_at_once(grpo_jax, tmp_path):
     process = grpo_jax(tmp_path / "run", code=SLOW_REWARD)
     while "scoring" not in (line := process.stdout.readline()):
