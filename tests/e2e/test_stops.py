@@ -26,7 +26,10 @@ from grpo_jax.training.watchdog import Watchdog
 from tests.e2e.test_survival import numbers
 from tests.e2e.test_train import digits_task, small_config
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 STEPS = 8
 
 
@@ -70,7 +73,7 @@ def resumed(directory):
     return directory
 
 
-@pytest.mark.parametrize("step", [2, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [2, 7])
 def test_resume_within_an_epoch_and_several_updates(tmp_path, whole, step):
     """Step 7 is in the second epoch; neither is a checkpoint that was due."""
     stop_at = iter(range(10**6))
@@ -108,13 +111,9 @@ PHASES = {
     "saving": (1, ENDING),
     "report": (1, []),
 }
-FAST = ["scoring"]
 
 
-@pytest.mark.parametrize(
-    "where",
-    [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in PHASES],
-)
+@pytest.mark.parametrize("where", PHASES)
 def test_sigterm_ends_a_run_within_its_phase(tmp_path, whole, where, monkeypatch):
     count, allowed = PHASES[where]
     name, before, begun = where.split()[0], Watchdog.phase, []
@@ -137,7 +136,6 @@ def test_sigterm_ends_a_run_within_its_phase(tmp_path, whole, where, monkeypatch
     check_same(resumed(tmp_path / "run"), whole)
 
 
-@pytest.mark.slow
 def test_sigterm_in_the_warm_start_keeps_nothing_of_it(tmp_path, monkeypatch):
     monkeypatch.setenv("GRPO_JAX_CACHE", str(tmp_path / "cache"))
     settings = dict(
@@ -160,7 +158,6 @@ def test_sigterm_in_the_warm_start_keeps_nothing_of_it(tmp_path, monkeypatch):
     assert gj.train(small_config(**settings, resume=True)).finished
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics", "samples", "instrument"])
 @pytest.mark.parametrize("room", [True, False], ids=["room", "no_room"])
 def test_line_that_cannot_be_written_loses_nothing(

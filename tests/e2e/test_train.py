@@ -123,6 +123,7 @@ def test_report_is_one_file_that_fetches_nothing(finished):
     assert main < page.index("Every look") < curves
 
 
+@pytest.mark.slow
 def test_reports_of_two_runs_are_overlaid(finished, tmp_path):
     from grpo_jax.cli import main
 

@@ -1,6 +1,7 @@
 """The update's gradient, on a model, under everything that must not change it."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from tests.helpers import (
 )
 
 P, G, T = 4, 6, 7
+
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +58,7 @@ def assert_close(actual, expected):
     )
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", ["grpo", SLOW("rloo")])
 def test_step_is_the_gradient_of_policy_loss(name):
     objective, policy = gj.OBJECTIVES[name], tiny_policy()
     batch = full_batch(policy, objective)
@@ -80,7 +83,12 @@ def test_step_is_the_gradient_of_policy_loss(name):
 
 @pytest.mark.parametrize(
     ("name", "micro"),
-    [("grpo", (1, 3)), ("grpo", (2, 6)), ("rloo", (4, 2)), ("dr_grpo", (1, 6))],
+    [
+        ("grpo", (1, 3)),
+        SLOW("grpo", (2, 6)),
+        ("rloo", (4, 2)),
+        SLOW("dr_grpo", (1, 6)),
+    ],
 )
 def test_any_micro_batch_split_gives_the_same_gradient(name, micro):
     objective, policy = gj.OBJECTIVES[name], tiny_policy()
@@ -119,6 +127,7 @@ def test_padding_of_prompts_and_completions_changes_no_gradient():
     assert_close(gradient(policy, objective, weighed(objective, padded))[0], expected)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     objective, policy = gj.OBJECTIVES["grpo"], tiny_policy()
     objective = dataclasses.replace(objective, kl_coef=0.0)

@@ -132,6 +132,7 @@ def check(c, p, g, length, t, micro, reference=False):
         assert expected == pytest.approx(actual, rel=0.15), name
 
 
+@pytest.mark.slow
 def test_the_default_model():
     check(ModelConfig(vocab_size=32), 16, 16, 10, 8, (16, 16), reference=True)
 
