@@ -76,11 +76,6 @@ def make_mesh(shape: MeshShape) -> Mesh | None:
     """
     sizes = tuple(getattr(shape, name) for name in AXES)
     count, devices = math.prod(sizes), jax.devices()
-    if jax.process_count() > 1 and count != len(devices):
-        raise ValueError(
-            f"a mesh of data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} leaves out "
-            f"devices: the {jax.process_count()} processes have {len(devices)}."
-        )
     if count == 1:
         return None
     if count > len(devices):

@@ -287,10 +287,15 @@ def check_mesh(
     not all have work."""
     sizes = dataclasses.asdict(mesh)
     count = math.prod(sizes.values())
-    if count == 1:
+    processes, devices = jax.process_count(), jax.devices()
+    if count == 1 and (processes == 1 or not here):
         return
     text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-    devices = jax.devices()
+    if here and processes > 1 and count != len(devices):
+        raise ConfigError(
+            f"{text} must have all {len(devices)} devices of the {processes} "
+            f"processes, got {count}; change one of them."
+        )
     if here and count > len(devices):
         raise ConfigError(
             f"{text} needs {count} devices, and there are {len(devices)} "

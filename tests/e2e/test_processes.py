@@ -186,5 +186,5 @@ def test_what_does_not_fit_together_is_refused_by_all(tmp_path):
         assert code == 1 and "was given another config" in err
     command = ("whole_run", tmp_path / "run", "2x2x1", 2)
     for code, _, err in together(command, command):
-        assert code == 1 and "leaves out devices" in err
+        assert code == 1 and "must have all 8 devices of the 2 processes" in err
     assert not (tmp_path / "run").exists()
