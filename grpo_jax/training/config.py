@@ -413,7 +413,10 @@ def _check_ranges(record) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """As it is written; where a run's processes met is no part of it."""
+    found = json.loads(json.dumps(dataclasses.asdict(config)))
+    found.pop("distributed", None)
+    return found
 
 
 def from_dict(cls: type, values: Any, base: Any = None, where: str = ""):

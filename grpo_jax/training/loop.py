@@ -46,7 +46,7 @@ from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Task
 from grpo_jax.training import counterfactual
 from grpo_jax.training.checkpoint import Checkpoints, save_params
-from grpo_jax.training.config import DistributedConfig, TrainConfig, to_dict
+from grpo_jax.training.config import TrainConfig, to_dict
 from grpo_jax.training.console import Console
 from grpo_jax.training.evaluation import ask, pass_rate, verifier_pool
 from grpo_jax.training.instrument import Instrument
@@ -167,8 +167,7 @@ def _train(config, task, peers):
 
 def _claimed(config, facts, peers):
     """The run's directory, claimed by the process that writes, seen by all."""
-    alone = dataclasses.replace(config, distributed=DistributedConfig())
-    given = (to_dict(alone), facts)
+    given = (to_dict(config), facts)
 
     def alike():
         for index, other in enumerate(peers.exchange(given)):

@@ -95,7 +95,7 @@ def claim(config: TrainConfig, facts: dict[str, Any]) -> Path:
 
 def record(directory: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     """Writes config.json; of a resumed run once it is known to go on."""
-    whole = {"config": _kept(config), "versions": versions()} | facts
+    whole = {"config": to_dict(config), "versions": versions()} | facts
     temporary = directory / "config.tmp"
     temporary.write_text(json.dumps(whole, indent=2))
     temporary.replace(directory / "config.json")
@@ -110,15 +110,8 @@ def _default_directory(config):
     return directory
 
 
-def _kept(config):
-    """The config as it is written: where its processes met is nobody's business."""
-    kept = to_dict(config)
-    del kept["distributed"]
-    return kept
-
-
 def _changed(old, config):
-    rows = differences(old, _kept(config))
+    rows = differences(old, to_dict(config))
     return [row for row in rows if not row.startswith(("run_dir", "resume"))]
 
 
