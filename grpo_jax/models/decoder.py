@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from grpo_jax.logprobs import soft_capped
+from grpo_jax.logprobs import soft_capped, token_logprobs
 from grpo_jax.models.attention import (
     ByLayer,
     causal_attention,
@@ -27,7 +27,7 @@ from grpo_jax.models.attention import (
 )
 from grpo_jax.models.config import LINEAR_MAPS, ModelConfig
 from grpo_jax.models.lora import LoRALinear, merge_factors, split_factors, without_lora
-from grpo_jax.models.sharding import constrain, constrain_params, rows
+from grpo_jax.models.sharding import constrain, constrain_params, per_device, rows
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -448,3 +448,23 @@ def completion_hidden(
     )
     (_, own), _ = model.scan(layer, carry)
     return model.final_norm(own)
+
+
+def teacher_forced(
+    policy: Policy, prompts, prompt_mask, completions, temperature, entropy=False
+):
+    """[P, G, T] log-probs of the completions' tokens (and entropies), each device on
+    its own prompts."""
+
+    def own(policy, prompts, completions):
+        model = policy.module()
+        return token_logprobs(
+            completion_hidden(model, *prompts, completions),
+            model.unembedding_matrix(),
+            completions,
+            temperature=temperature,
+            softcap=policy.config.logit_softcap,
+            with_entropy=entropy,
+        )
+
+    return per_device(own, policy, (prompts, prompt_mask), completions)

@@ -16,8 +16,6 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.logprobs import token_logprobs
-
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -362,35 +360,3 @@ def per_device(function, policy: Any, per_prompt: Any, per_sample: Any) -> Any:
         out_specs=group,
         axis_names=manual,
     )(policy, per_prompt, per_sample)
-
-
-def batch_token_logprobs(hidden, unembedding, token_ids, *, temperature=1.0, **options):
-    """`token_logprobs` of hidden [P, G, T, D], each device's prompts on their own.
-
-    Left to the compiler, every chunk would add up the unembedding's gradient over all
-    devices; so it is done once, after the last.
-    """
-    mesh = current_mesh()
-    if mesh is None:
-        return token_logprobs(
-            hidden, unembedding, token_ids, temperature=temperature, **options
-        )
-    axes = _batch_axes(*hidden.shape[:2], _sizes(mesh))
-    manual = {*axes["prompts"], *axes["samples"]}
-    local = partial(token_logprobs, **options)
-    if not manual:
-        return local(hidden, unembedding, token_ids, temperature=temperature)
-    batch = PartitionSpec(axes["prompts"] or None, axes["samples"] or None)
-    whole = PartitionSpec()
-
-    def own(hidden, unembedding, token_ids, temperature):
-        # Each device's own, or its gradient would be added up in every chunk.
-        unembedding = jax.lax.pcast(unembedding, tuple(manual), to="varying")
-        return local(hidden, unembedding, token_ids, temperature=temperature)
-
-    return jax.shard_map(
-        own,
-        in_specs=(batch, whole, batch, whole),
-        out_specs=batch,
-        axis_names=manual,
-    )(hidden, unembedding, token_ids, jax.numpy.asarray(temperature))

@@ -16,10 +16,9 @@ from flax import nnx
 
 from grpo_jax.logprobs import soft_capped
 from grpo_jax.models.attention import causal_attention, shared_prefix_attention
-from grpo_jax.models.decoder import Policy, completion_hidden, split_prompts
+from grpo_jax.models.decoder import Policy, split_prompts, teacher_forced
 from grpo_jax.models.lora import LoRALinear
 from grpo_jax.models.sharding import (
-    batch_token_logprobs,
     constrain,
     constrain_params,
     rows,
@@ -238,17 +237,8 @@ def completion_logprobs(
 
     Those of the whole, untruncated distribution; 0 after each completion's end.
     """
-    model = policy.module()
-    hidden = completion_hidden(
-        model, rollouts.prompts, rollouts.prompt_mask, rollouts.completions
-    )
-    logprobs = batch_token_logprobs(
-        hidden,
-        model.unembedding_matrix(),
-        rollouts.completions,
-        temperature=temperature,
-        softcap=policy.config.logit_softcap,
-    )
+    prompts = rollouts.prompts, rollouts.prompt_mask
+    logprobs = teacher_forced(policy, *prompts, rollouts.completions, temperature)
     return jnp.where(rollouts.completion_mask.astype(bool), logprobs, 0.0)
 
 

@@ -16,13 +16,11 @@ import numpy as np
 import optax
 
 from grpo_jax.advantages import group_statistics, group_std, overlong_punishment
-from grpo_jax.models.decoder import Policy, completion_hidden
+from grpo_jax.models.decoder import Policy, completion_hidden, teacher_forced
 from grpo_jax.models.sharding import (
     batch_shards,
-    batch_token_logprobs,
     constrain,
     constrain_params,
-    per_device,
 )
 from grpo_jax.objectives.aggregation import token_coefficients
 from grpo_jax.objectives.loss import (
@@ -203,7 +201,7 @@ def batch_logprobs(
 
     def part(x):
         (prompts, prompt_mask), completions = x
-        return _logprobs(
+        return teacher_forced(
             policy, prompts, prompt_mask, completions, temperature, with_entropy
         )
 
@@ -214,24 +212,6 @@ def batch_logprobs(
         return jnp.where(rollouts.completion_mask.astype(bool), x, 0.0)
 
     return jax.tree.map(whole, jax.lax.map(part, parts))
-
-
-def _logprobs(policy, prompts, prompt_mask, completions, temperature, entropy=False):
-    softcap = policy.config.logit_softcap
-
-    def own(policy, prompts, completions):
-        model = policy.module()
-        hidden = completion_hidden(model, *prompts, completions)
-        return batch_token_logprobs(
-            hidden,
-            model.unembedding_matrix(),
-            completions,
-            temperature=temperature,
-            softcap=softcap,
-            with_entropy=entropy,
-        )
-
-    return per_device(own, policy, (prompts, prompt_mask), completions)
 
 
 def has_token_weights(objective: Objective) -> bool:
@@ -476,7 +456,7 @@ def make_gradients(
 
         def _part_gradients(params, part):
             def losses(params):
-                logprobs = _logprobs(
+                logprobs = teacher_forced(
                     policy.replace(params),
                     part["prompts"],
                     part["prompt_mask"],
