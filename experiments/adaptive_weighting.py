@@ -87,10 +87,11 @@ import optax
 import tyro
 
 import grpo_jax as gj
+from grpo_jax.intervals import t_interval
 from grpo_jax.loglinear import LogLinear
-from grpo_jax.training import weighting
-from grpo_jax.training.config import from_dict
-from grpo_jax.training.metrics import read_lines, t_interval
+from grpo_jax.planning import resolve as weighting
+from grpo_jax.runs.config_files import from_dict
+from grpo_jax.runs.lines import read_lines
 
 BASES = ("unit", "std 1")  # the better one, on tuning seeds, is what a rule must beat
 

@@ -68,8 +68,9 @@ from scipy import optimize, stats
 
 import grpo_jax as gj
 from grpo_jax import loglinear
+from grpo_jax.intervals import t_interval
 from grpo_jax.loglinear import LogLinear
-from grpo_jax.training.metrics import read_lines, t_interval
+from grpo_jax.runs.lines import read_lines
 
 METHODS = ("reinforce", "std", "log-odds")  # weights sigma^-0, sigma^-1, sigma^-2
 

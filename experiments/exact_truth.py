@@ -53,14 +53,16 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from common import pick_answers, sample_groups
 
 import grpo_jax as gj
-from grpo_jax.gradient_geometry import cosine_statistics
-from grpo_jax.training.config import from_dict
-from grpo_jax.training.instrument import along, measure
-from grpo_jax.training.metrics import read_lines, rounded, t_interval
-from grpo_jax.training.snapshots import load_policy, pick_answers, sample_groups
-from grpo_jax.training.step import MicroBatch
+from grpo_jax.diagnostics.geometry import cosine_statistics
+from grpo_jax.instrument.look import along, measure
+from grpo_jax.intervals import t_interval
+from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.runs.config_files import from_dict
+from grpo_jax.runs.lines import read_lines, rounded
+from grpo_jax.runs.snapshots import load_policy
 
 PROMPTWISE = (
     "curvature", "slope along the update", "curvature along the update",

@@ -61,8 +61,9 @@ from scipy import stats
 
 import grpo_jax as gj
 from grpo_jax import loglinear
+from grpo_jax.intervals import t_interval
 from grpo_jax.loglinear import LogLinear
-from grpo_jax.training.metrics import read_lines, t_interval
+from grpo_jax.runs.lines import read_lines
 
 METHODS = ("reinforce", "std", "sigma")  # sigma: leave-one-out / the true sigma
 

@@ -63,18 +63,21 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from common import pick_answers, sample_groups
 from jax.flatten_util import ravel_pytree
 from scipy import stats
 
 import grpo_jax as gj
-from grpo_jax.curvature import directional_derivatives, prompt_curvature
-from grpo_jax.probe import probe_prompt
+from grpo_jax.diagnostics.curvature import directional_derivatives, prompt_curvature
+from grpo_jax.diagnostics.probe import probe_prompt
+from grpo_jax.intervals import t_interval
+from grpo_jax.rollouts.logprobs import batch_logprobs
+from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.training.config import from_dict
-from grpo_jax.training.metrics import read_lines, rounded, t_interval
-from grpo_jax.training.paths import use_compile_cache
-from grpo_jax.training.snapshots import load_policy, pick_answers, sample_groups
-from grpo_jax.training.step import MicroBatch, batch_logprobs
+from grpo_jax.runs.config_files import from_dict
+from grpo_jax.runs.lines import read_lines, rounded
+from grpo_jax.runs.paths import use_compile_cache
+from grpo_jax.runs.snapshots import load_policy
 
 # Curvatures of a prompt: name in metrics.jsonl, and in words.
 KINDS = {

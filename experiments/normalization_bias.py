@@ -52,8 +52,9 @@ import numpy as np
 import tyro
 
 import grpo_jax as gj
-from grpo_jax.training.config import from_dict
-from grpo_jax.training.metrics import read_lines, t_interval
+from grpo_jax.intervals import t_interval
+from grpo_jax.runs.config_files import from_dict
+from grpo_jax.runs.lines import read_lines
 
 # Aggregation and std are all that differs; KL off.
 VARIANTS = {

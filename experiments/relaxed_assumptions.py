@@ -57,16 +57,19 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from common import pick_answers, sample_groups
 from jax.flatten_util import ravel_pytree
 
 import grpo_jax as gj
+from grpo_jax.intervals import t_interval
 from grpo_jax.loglinear import LogLinear, exact
+from grpo_jax.rollouts.logprobs import batch_logprobs
+from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.training.config import from_dict
-from grpo_jax.training.metrics import read_lines, rounded, t_interval
-from grpo_jax.training.paths import use_compile_cache
-from grpo_jax.training.snapshots import load_policy, pick_answers, sample_groups
-from grpo_jax.training.step import MicroBatch, batch_logprobs
+from grpo_jax.runs.config_files import from_dict
+from grpo_jax.runs.lines import read_lines, rounded
+from grpo_jax.runs.paths import use_compile_cache
+from grpo_jax.runs.snapshots import load_policy
 
 PAPER_M = (89, 250, 418)  # Table 3, at steps 0, 260 and 500 of its run
 PAPER_POSITIVE = (50.5, 72.7, 66.4)  # % of pairs with a positive cosine there

@@ -47,10 +47,11 @@ import numpy as np
 import tyro
 
 import grpo_jax as gj
-from grpo_jax.phases import PHASES, THRESHOLDS
-from grpo_jax.training.config import differences, from_dict, to_dict
-from grpo_jax.training.metrics import read_lines, t_interval
-from grpo_jax.training.run_directory import read_config_dict
+from grpo_jax.diagnostics.phases import PHASES, THRESHOLDS
+from grpo_jax.intervals import t_interval
+from grpo_jax.runs.config_files import differences, from_dict, to_dict
+from grpo_jax.runs.directory import read_config_dict
+from grpo_jax.runs.lines import read_lines
 
 METHODS = {"std": {"name": "std"}, "none": {"name": "unit"}}  # prompt weights
 NUMBERS = ("small_fraction", "std_cosine", "mean_cosine", "mean_sigma")

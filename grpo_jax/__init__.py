@@ -23,17 +23,19 @@ _HOMES = {
     ),
     "grpo_jax.preconditioner": (
         "PromptWeights",
-        "PEER_STD",
         "std_weights",
         "unit_weights",
+        "scale_by_prompt_weights",
+        "scale_by_group_std",
+        "mean_over_prompts",
+    ),
+    "grpo_jax.prompt_weights": (
+        "PEER_STD",
         "batch_std_weights",
         "group_mean_weights",
         "beta_weights",
         "finite_group_weights",
         "posterior_weights",
-        "scale_by_prompt_weights",
-        "scale_by_group_std",
-        "mean_over_prompts",
     ),
     "grpo_jax.objectives": (
         "Objective",
@@ -49,45 +51,70 @@ _HOMES = {
         "dense_step_weights",
     ),
     "grpo_jax.objectives.surrogates": ("relative_ratio",),
-    "grpo_jax.curvature": (
+    "grpo_jax.diagnostics.curvature": (
         "directional_derivatives",
         "prompt_slope",
         "prompt_curvature",
     ),
-    "grpo_jax.counterfactual": ("Counterfactual", "counterfactual_updates"),
-    "grpo_jax.gradient_sketch": (
+    "grpo_jax.diagnostics.counterfactual": (
+        "Counterfactual",
+        "counterfactual_updates",
+    ),
+    "grpo_jax.diagnostics.sketch": (
         "gradient_sketch",
         "sketch_gram",
         "exact_gram",
         "gradient_hash",
     ),
-    "grpo_jax.gradient_geometry": (
+    "grpo_jax.diagnostics.geometry": (
         "PromptGeometry",
         "prompt_geometry",
         "parts_geometry",
     ),
-    "grpo_jax.phases": ("Phase", "Thresholds", "phase"),
+    "grpo_jax.diagnostics.phases": (
+        "Phase",
+        "Thresholds",
+        "phase",
+    ),
     "grpo_jax.logprobs": ("token_logprobs",),
     "grpo_jax.models.config": ("ModelConfig",),
-    "grpo_jax.models.decoder": (
+    "grpo_jax.models.policy": (
         "Policy",
         "init_policy",
         "add_lora",
         "merge_lora",
-        "next_token_logits",
     ),
+    "grpo_jax.models.forward": ("next_token_logits",),
     "grpo_jax.models.lora": ("save_adapter",),
-    "grpo_jax.models.hub": ("load_tokenizer", "eos_ids"),
-    "grpo_jax.models.pretrained": ("load_pretrained", "save_pretrained"),
+    "grpo_jax.models.hub": (
+        "load_tokenizer",
+        "eos_ids",
+    ),
+    "grpo_jax.models.pretrained": (
+        "load_pretrained",
+        "save_pretrained",
+    ),
     "grpo_jax.rollouts.types": ("Rollouts",),
-    "grpo_jax.rollouts.sampling": ("sample", "completion_logprobs"),
-    "grpo_jax.rollouts.scoring": ("verify",),
-    "grpo_jax.tasks": ("Example", "Task", "load_task"),
-    "grpo_jax.training.config": ("TrainConfig", "EvalConfig", "WarmupConfig"),
-    "grpo_jax.training.evaluator": ("evaluate",),
-    "grpo_jax.training.snapshots": ("export",),
-    "grpo_jax.training.warmup": ("warm_up",),
-    "grpo_jax.training.loop": ("train", "TrainResult"),
+    "grpo_jax.rollouts.sampling": ("sample",),
+    "grpo_jax.rollouts.logprobs": ("completion_logprobs",),
+    "grpo_jax.rewards.scoring": ("verify",),
+    "grpo_jax.tasks": (
+        "Example",
+        "Task",
+        "load_task",
+    ),
+    "grpo_jax.runs.config": (
+        "TrainConfig",
+        "EvalConfig",
+        "WarmupConfig",
+    ),
+    "grpo_jax.commands.evaluate": ("evaluate",),
+    "grpo_jax.commands.export": ("export",),
+    "grpo_jax.commands.warmup": ("warm_up",),
+    "grpo_jax.training.loop": (
+        "train",
+        "TrainResult",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

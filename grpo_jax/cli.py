@@ -4,13 +4,8 @@ import dataclasses
 import sys
 
 from grpo_jax.errors import ConfigError, nearest
-from grpo_jax.training.config import (
-    EvalConfig,
-    TrainConfig,
-    WarmupConfig,
-    from_dict,
-    load_config_file,
-)
+from grpo_jax.runs.config import EvalConfig, TrainConfig, WarmupConfig
+from grpo_jax.runs.config_files import from_dict, load_config_file
 
 _USAGE = """\
 usage: grpo-jax COMMAND [...]
@@ -80,8 +75,8 @@ def _bad(message):
 
 def _train(argv):
     config = _train_config(argv, "train", "Train a policy.")
+    from grpo_jax.parallel.processes import LostPeer, leave
     from grpo_jax.training.loop import NonFiniteGradients, train
-    from grpo_jax.training.processes import LostPeer, leave
 
     try:
         train(config)
@@ -109,8 +104,8 @@ def _plan(argv):
     )
     from pathlib import Path
 
-    from grpo_jax.training.forecast import forecast, forecast_text
-    from grpo_jax.training.metrics import write_json
+    from grpo_jax.commands.plan import forecast, forecast_text
+    from grpo_jax.runs.lines import write_json
 
     found = forecast(
         config,
@@ -205,7 +200,7 @@ def _eval(argv):
         "An interrupted evaluation goes on where it was.",
         base,
     )
-    from grpo_jax.training.evaluator import evaluate
+    from grpo_jax.commands.evaluate import evaluate
 
     evaluate(config)
     return 0
@@ -213,7 +208,7 @@ def _eval(argv):
 
 def _like_run(directory, task_name):
     """An EvalConfig that asks as a run did: the same task, unless another is named."""
-    from grpo_jax.training.run_directory import read_facts
+    from grpo_jax.runs.directory import read_facts
 
     facts = read_facts(directory)
     run = from_dict(TrainConfig, facts["config"])
@@ -241,7 +236,7 @@ def _warmup(argv):
         "warmup",
         "Teach a new model, or a pretrained one, the worked solutions of a task.",
     )
-    from grpo_jax.training.warmup import warm_up
+    from grpo_jax.commands.warmup import warm_up
 
     warm_up(config)
     return 0
@@ -252,7 +247,7 @@ def _export(argv):
     directories, options = _arguments(argv, {"--step": int, "--adapter": None}, usage)
     if len(directories) != 2:
         raise ConfigError(f"export needs a run and a directory to write to; {usage}")
-    from grpo_jax.training.snapshots import export
+    from grpo_jax.commands.export import export
 
     step = export(
         *directories,
@@ -272,7 +267,7 @@ def _audit(argv):
     import json
     from pathlib import Path
 
-    from grpo_jax.rollouts.audit import audit_file
+    from grpo_jax.rewards.audit import audit_file
 
     found = audit_file(
         files[0], options["--verifier"], workers=options.get("--workers", 2)
@@ -316,7 +311,7 @@ def _arguments(argv, known, usage):
 
 def _config_of_run(argv):
     """The config of the run that --run-dir names; None where there is none yet."""
-    from grpo_jax.training.run_directory import read_config_dict
+    from grpo_jax.runs.directory import read_config_dict
 
     directory = _value(argv, "--run-dir")
     if directory is None:
@@ -362,7 +357,7 @@ def _report(argv):
     directories, output = [Path(name) for name in names], options.get("--output")
     if not directories:
         raise ConfigError("report needs at least one run directory.")
-    from grpo_jax.training.report import write_report
+    from grpo_jax.report.page import write_report
 
     default = directories[0] / "report.html" if len(directories) == 1 else "report.html"
     print(f"report: {write_report(directories, Path(output or default))}")
@@ -378,7 +373,7 @@ def _replay(argv):
 
     import numpy as np
 
-    from grpo_jax.training.replay import replay
+    from grpo_jax.commands.replay import replay
 
     # orbax, on what it does with a directory that is only read.
     logging.getLogger("absl").setLevel(logging.ERROR)

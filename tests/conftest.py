@@ -12,7 +12,7 @@ os.environ.setdefault(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from grpo_jax.training.paths import use_compile_cache  # noqa: E402
+from grpo_jax.runs.paths import use_compile_cache  # noqa: E402
 
 use_compile_cache()
 # Most of the suite's time is compilation of small programs, each run once.

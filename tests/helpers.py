@@ -9,15 +9,11 @@ import numpy as np
 
 import grpo_jax as gj
 from grpo_jax.objectives.loss import scale_weights
-from grpo_jax.training.config import OptimizerConfig
-from grpo_jax.training.step import (
-    Batch,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_train_step,
-    weigh,
-)
+from grpo_jax.runs.config import OptimizerConfig
+from grpo_jax.training.optimizer import make_optimizer, make_schedule
+from grpo_jax.training.state import Batch, init_state
+from grpo_jax.training.step import make_train_step
+from grpo_jax.training.weighing import weigh
 
 TINY = gj.ModelConfig(
     vocab_size=19,

@@ -20,8 +20,8 @@ from pathlib import Path
 import tyro
 
 import grpo_jax as gj
-from grpo_jax.training.config import from_dict
-from grpo_jax.training.weighting import WEIGHTS
+from grpo_jax.planning.resolve import WEIGHTS
+from grpo_jax.runs.config_files import from_dict
 
 SETTINGS = {"posterior": {"power": 1.5}, "finite_group": {"group_size": 64}}
 

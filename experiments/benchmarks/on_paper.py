@@ -1,6 +1,6 @@
 """What a step of a large model would hold, send and take on many chips, on paper.
 
-Claim:     none; formulas of grpo_jax/training/scaling.py with numbers put in
+Claim:     none; formulas of grpo_jax/planning/traffic.py with numbers put in
 Command:   python experiments/benchmarks/on_paper.py [--plan 70b]
 Hardware:  none; nothing here was run on such chips
 Expected:  fits in a chip's memory; most of the time not in communication
@@ -25,8 +25,9 @@ from typing import Literal
 import tyro
 
 import grpo_jax as gj
-from grpo_jax.training.budget import num_parameters, readable
-from grpo_jax.training.scaling import (
+from grpo_jax.models.config import num_parameters
+from grpo_jax.planning.memory import readable
+from grpo_jax.planning.traffic import (
     Layout,
     Step,
     memory_per_device,
@@ -35,7 +36,7 @@ from grpo_jax.training.scaling import (
     traffic,
     update_seconds,
 )
-from grpo_jax.training.step import MicroBatch
+from grpo_jax.rollouts.micro_batches import MicroBatch
 
 _LLAMA = dict(
     vocab_size=128256, head_dim=128, num_kv_heads=8, tie_embeddings=False,

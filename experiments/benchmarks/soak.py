@@ -41,13 +41,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import grpo_jax.training.report  # noqa: F401
 import tyro
 
 # Imported for the attempts, which are forked: nothing here may touch a device.
-import grpo_jax.training.loop
-import grpo_jax.training.report  # noqa: F401
 from grpo_jax.cli import main as grpo_jax_main
-from grpo_jax.training.metrics import read_lines
+from grpo_jax.runs.lines import read_lines
 
 EXACT = ("kill", "kill early", "sigterm", "truncated", "deleted", "stray", "full disk")
 CHECKS = ("hang", "die", "nan", "raise")

@@ -22,17 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import grpo_jax as gj
+from grpo_jax.models.config import num_parameters
 from grpo_jax.objectives.loss import scale_weights
-from grpo_jax.training.budget import num_parameters
-from grpo_jax.training.config import OptimizerConfig
-from grpo_jax.training.step import (
-    Batch,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_train_step,
-    micro_batch,
-)
+from grpo_jax.rollouts.micro_batches import micro_batch
+from grpo_jax.runs.config import OptimizerConfig
+from grpo_jax.training.optimizer import make_optimizer, make_schedule
+from grpo_jax.training.state import Batch, init_state
+from grpo_jax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)

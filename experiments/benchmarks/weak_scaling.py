@@ -19,7 +19,7 @@ micro-batch), compiled for a mesh and read: what they send is counted where it s
 in the compiled text, as often as it runs, for devices in a ring. Nothing is computed:
 seconds on virtual devices that share cores would say nothing. Prompts per group of
 tensor devices grow with its size, so that a device always has the same share of work.
-`formula` is what grpo_jax/training/scaling.py expects of the update, over the
+`formula` is what grpo_jax/planning/traffic.py expects of the update, over the
 parameters' bytes.
 """
 
@@ -69,27 +69,23 @@ def measure(c: Config, text: str) -> dict:
     import jax.numpy as jnp
 
     import grpo_jax as gj
-    from grpo_jax.models.decoder import abstract_policy
-    from grpo_jax.models.sharding import (
+    from grpo_jax.models.config import num_parameters
+    from grpo_jax.models.policy import abstract_policy
+    from grpo_jax.objectives.loss import scale_weights
+    from grpo_jax.parallel.sharding import (
         AXES,
         make_mesh,
         on_mesh,
         tree_shardings,
         with_shardings,
     )
-    from grpo_jax.objectives.loss import scale_weights
-    from grpo_jax.training.budget import num_parameters
-    from grpo_jax.training.config import MeshConfig, OptimizerConfig
-    from grpo_jax.training.scaling import Layout, Step, traffic
-    from grpo_jax.training.step import (
-        Batch,
-        init_state,
-        make_optimizer,
-        make_schedule,
-        make_train_step,
-        micro_batch,
-        weigh,
-    )
+    from grpo_jax.planning.traffic import Layout, Step, traffic
+    from grpo_jax.rollouts.micro_batches import micro_batch
+    from grpo_jax.runs.config import MeshConfig, OptimizerConfig
+    from grpo_jax.training.optimizer import make_optimizer, make_schedule
+    from grpo_jax.training.state import Batch, init_state
+    from grpo_jax.training.step import make_train_step
+    from grpo_jax.training.weighing import weigh
 
     sizes = dict(zip(AXES, map(int, text.split("x")), strict=True))
     layout, mesh = Layout(**sizes), make_mesh(MeshConfig(**sizes))
@@ -156,7 +152,7 @@ def measure(c: Config, text: str) -> dict:
         )
         update = text_of(step, state, batch, donate_argnums=0, **lies)
 
-    from grpo_jax.training.communication import KINDS, bytes_sent, collectives
+    from grpo_jax.parallel.collectives import KINDS, bytes_sent, collectives
 
     once, twice = (bytes_sent(sampling, trips=n) for n in (1, 2))
     by_kind = dict.fromkeys(KINDS, 0.0)

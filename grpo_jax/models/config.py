@@ -121,3 +121,24 @@ class ModelConfig:
             )
         if self.lora_rank and not self.lora_targets:
             raise ValueError("lora_targets must name at least one map, got none.")
+
+
+def num_parameters(c: ModelConfig) -> int:
+    """Of a decoder of that shape, norms and biases included."""
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    layer = c.width * (2 * heads + 2 * kv) + 3 * c.width * c.mlp_width
+    layer += 2 * c.width * (1 + c.post_norms) + 2 * c.head_dim * c.qk_norm
+    layer += (heads + 2 * kv) * c.qk_bias + c.width * c.output_bias
+    embeddings = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
+    return c.num_layers * layer + embeddings + c.width
+
+
+def num_factors(c: ModelConfig) -> int:
+    """LoRA's trained parameters; 0 without it."""
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    sides = {
+        "q": c.width + heads, "o": c.width + heads, "k": c.width + kv,
+        "v": c.width + kv, "gate": c.width + c.mlp_width, "up": c.width + c.mlp_width,
+        "down": c.width + c.mlp_width,
+    }  # fmt: skip
+    return c.num_layers * c.lora_rank * sum(sides[name] for name in c.lora_targets)

@@ -6,28 +6,23 @@ The prompt is encoded once per group: all G completions attend to the same keys 
 values, in training and in sampling alike.
 """
 
-import dataclasses
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from grpo_jax.logprobs import soft_capped, token_logprobs
+from grpo_jax.logprobs import soft_capped
 from grpo_jax.models.attention import (
     ByLayer,
-    causal_attention,
     rotary_stretch,
     rotary_table,
     rotate,
-    shared_prefix_attention,
     within_window,
 )
-from grpo_jax.models.config import LINEAR_MAPS, ModelConfig
-from grpo_jax.models.lora import LoRALinear, merge_factors, split_factors, without_lora
-from grpo_jax.models.sharding import constrain, constrain_params, per_device, rows
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.lora import LoRALinear
+from grpo_jax.parallel.sharding import constrain_params, rows
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -234,237 +229,3 @@ class Decoder(nnx.Module):
             }[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         return jax.lax.scan(body, carry, (stacked, slides))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """A decoder split once: static config and graph, and parameters as plain dicts.
-
-    Attributes:
-        params: What is trained, float32 in training: all parameters, or with LoRA its
-            low-rank factors.
-        frozen: With LoRA the base weights, in any float dtype; else None.
-    """
-
-    config: ModelConfig = dataclasses.field(metadata=dict(static=True))
-    graphdef: Any = dataclasses.field(metadata=dict(static=True))
-    params: Any
-    frozen: Any = None
-
-    def module(self) -> Decoder:
-        params = merged(self.params, self.frozen)
-        outer = {k: v for k, v in params.items() if k != "layers"}  # `scan` does those
-        params = params | constrain_params(outer, gathered=True)
-        return nnx.merge(self.graphdef, params)
-
-    def replace(self, params) -> "Policy":
-        return dataclasses.replace(self, params=params)
-
-    def reconfigured(self, **settings: Any) -> "Policy":
-        """The same parameters under other settings of how to compute: compute_dtype,
-        remat."""
-        config = dataclasses.replace(self.config, **settings)
-        other = abstract_policy(config)
-        return dataclasses.replace(other, params=self.params, frozen=self.frozen)
-
-
-def merged(params: Any, frozen: Any) -> Any:
-    """One nested dict of two that share no leaf; `frozen` None: `params` itself."""
-    if frozen is None:
-        return params
-    both = dict(frozen)
-    for name, value in params.items():
-        both[name] = merged(value, frozen[name]) if name in frozen else value
-    return both
-
-
-def init_policy(config: ModelConfig, key: jax.Array) -> Policy:
-    """A policy with fresh random float32 parameters, LoRA's factors apart."""
-
-    params, frozen = jax.jit(partial(_new_params, config))(key)
-    return dataclasses.replace(abstract_policy(config), params=params, frozen=frozen)
-
-
-def abstract_policy(config: ModelConfig) -> Policy:
-    """A policy with `jax.ShapeDtypeStruct`s for parameters."""
-    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(decoder)
-    return Policy(config, graphdef, *_parts(config, nnx.to_pure_dict(state)))
-
-
-def _new_params(config, key):
-    state = nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1]
-    return _parts(config, constrain_params(nnx.to_pure_dict(state)))
-
-
-def _parts(config, params):
-    """(params, frozen) of a `Policy`, from all of a decoder's."""
-    return split_factors(params) if config.lora_rank else (params, None)
-
-
-def add_lora(
-    policy: Policy,
-    *,
-    rank: int,
-    alpha: float,
-    targets: Sequence[str] = LINEAR_MAPS,
-    key: jax.Array,
-) -> Policy:
-    """The policy with low-rank factors to train beside its own, frozen, parameters.
-
-    Raises:
-        ValueError: it has some already, or a setting is outside its range.
-    """
-    if policy.frozen is not None:
-        raise ValueError("the policy has LoRA factors already; merge_lora them first.")
-    if rank < 1:
-        raise ValueError(f"lora_rank must be at least 1, got {rank}.")
-    config = dataclasses.replace(
-        policy.config, lora_rank=rank, lora_alpha=alpha, lora_targets=tuple(targets)
-    )
-
-    def factors(key):  # the rest of the random parameters is never made
-        return _new_params(config, key)[0]
-
-    adapted = abstract_policy(config)
-    return dataclasses.replace(
-        adapted, params=jax.jit(factors)(key), frozen=policy.params
-    )
-
-
-def merge_lora(policy: Policy) -> Policy:
-    """A policy without factors that computes the same, up to rounding."""
-    if policy.frozen is None:
-        return policy
-    c = policy.config
-    merge = jax.jit(partial(merge_factors, scale=c.lora_alpha / c.lora_rank))
-    plain = abstract_policy(without_lora(c))
-    return plain.replace(merge(policy.frozen, policy.params))
-
-
-class PromptSplit(NamedTuple):
-    """Prompts cut before their last token: the first input of their completions."""
-
-    prefix_mask: jax.Array  # [P, L], the prompt's tokens without its last
-    positions: jax.Array  # [P, L]
-    last_token: jax.Array  # [P]
-    length: jax.Array  # [P], tokens before the last: the position of the last
-
-
-def split_prompts(prompts: jax.Array, prompt_mask: jax.Array) -> PromptSplit:
-    """Finds each prompt's last token, wherever the padding is."""
-    mask = prompt_mask.astype(bool)
-    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # [P]
-    prefix_mask = mask & (jnp.arange(mask.shape[1]) != last[:, None])
-    return PromptSplit(
-        prefix_mask,
-        _positions(prefix_mask),
-        jnp.take_along_axis(prompts, last[:, None], axis=1)[:, 0],
-        prefix_mask.sum(1),
-    )
-
-
-def _positions(mask):
-    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-
-
-def next_token_logits(
-    policy: Policy, token_ids: jax.Array, attention_mask: jax.Array | None = None
-) -> jax.Array:
-    """Logits of the token after each position, for evaluation and parity checks.
-
-    Args:
-        token_ids: [B, L] int32.
-        attention_mask: [B, L], 1 on tokens, 0 on padding on either side; None: all 1.
-
-    Returns:
-        [B, L, V] float32. Training never forms this array.
-    """
-    model = policy.module()
-    mask = jnp.ones_like(token_ids) if attention_mask is None else attention_mask
-    positions = _positions(mask.astype(bool))
-    rotary = model.rotary(positions)
-    masks = model.masks(mask.astype(bool), positions, positions)
-
-    def layer(block, x, slides):
-        q, k, v = block.qkv(x, rotary.of(slides))
-        attended = causal_attention(q, k, v, masks.of(slides), **model.scores)
-        return constrain(block.output(x, attended), "prompts"), None
-
-    x, _ = model.scan(layer, constrain(model.embed(token_ids), "prompts"))
-    return model.logits(model.final_norm(x))
-
-
-def completion_hidden(
-    model: Decoder, prompts: jax.Array, prompt_mask: jax.Array, completions: jax.Array
-) -> jax.Array:
-    """Hidden states that predict each completion token, prompts encoded once per group.
-
-    Args:
-        prompts, prompt_mask: [P, L].
-        completions: [P, G, T]; what follows a completion's end is never looked at.
-
-    Returns:
-        [P, G, T, D] in the compute dtype, after the final norm.
-    """
-    p, g, t = completions.shape
-    split = split_prompts(prompts, prompt_mask)
-    first = jnp.broadcast_to(split.last_token[:, None, None], (p, g, 1))
-    inputs = jnp.concatenate((first, completions[..., :-1]), axis=-1)
-    positions = split.length[:, None, None] + jnp.arange(t)  # [P, 1, T]
-    own_rotary, prefix_rotary = model.rotary(positions), model.rotary(split.positions)
-    steps = jnp.arange(t)
-    causal = model.masks(jnp.tril(jnp.ones((t, t), bool)), steps, steps)
-    to_prefix = model.masks(split.prefix_mask, positions[:, 0], split.positions)
-    in_prefix = model.masks(split.prefix_mask, split.positions, split.positions)
-
-    def layer(block, carry, slides):
-        prefix, own = carry
-        prefix_q, prefix_k, prefix_v = block.qkv(prefix, prefix_rotary.of(slides))
-        q, k, v = block.qkv(own, own_rotary.of(slides))
-        attended = shared_prefix_attention(
-            q,
-            prefix_k.transpose(0, 2, 3, 1),
-            prefix_v.swapaxes(1, 2),
-            to_prefix.of(slides),
-            k.transpose(0, 1, 3, 4, 2),
-            v.swapaxes(2, 3),
-            causal.of(slides),
-            **model.scores,
-        )
-        prefix_attended = causal_attention(
-            prefix_q, prefix_k, prefix_v, in_prefix.of(slides), **model.scores
-        )
-        prefix = constrain(block.output(prefix, prefix_attended), "prompts")
-        own = constrain(block.output(own, attended), "prompts", "samples")
-        return (prefix, own), None
-
-    carry = (
-        constrain(model.embed(constrain(prompts, "prompts")), "prompts"),
-        constrain(
-            model.embed(constrain(inputs, "prompts", "samples")), "prompts", "samples"
-        ),
-    )
-    (_, own), _ = model.scan(layer, carry)
-    return model.final_norm(own)
-
-
-def teacher_forced(
-    policy: Policy, prompts, prompt_mask, completions, temperature, entropy=False
-):
-    """[P, G, T] log-probs of the completions' tokens (and entropies), each device on
-    its own prompts."""
-
-    def own(policy, prompts, completions):
-        model = policy.module()
-        return token_logprobs(
-            completion_hidden(model, *prompts, completions),
-            model.unembedding_matrix(),
-            completions,
-            temperature=temperature,
-            softcap=policy.config.logit_softcap,
-            with_entropy=entropy,
-        )
-
-    return per_device(own, policy, (prompts, prompt_mask), completions)

@@ -22,13 +22,9 @@ import numpy as np
 
 from grpo_jax.errors import ConfigError, check_choice
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.decoder import Policy, abstract_policy, merge_lora
 from grpo_jax.models.families import Tensor, config_json, model_config, tensors
-from grpo_jax.models.hub import (
-    first_line,
-    local_directory,
-    read_json,
-)
+from grpo_jax.models.hub import first_line, local_directory, read_json
+from grpo_jax.models.policy import Policy, abstract_policy, merge_lora
 
 _BLOCK_BYTES = 2**23  # of a tensor on the host at a time
 _INDEX = "model.safetensors.index.json"

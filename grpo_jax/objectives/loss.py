@@ -24,14 +24,8 @@ from grpo_jax.objectives.surrogates import (
     token_losses,
 )
 from grpo_jax.objectives.token_weights import conflict_weights, mean_entropy
-from grpo_jax.preconditioner import (
-    PromptWeights,
-    batch_std_weights,
-    beta_weights,
-    group_mean_weights,
-    std_weights,
-    unit_weights,
-)
+from grpo_jax.preconditioner import PromptWeights, std_weights, unit_weights
+from grpo_jax.prompt_weights import batch_std_weights, beta_weights, group_mean_weights
 
 
 def per_prompt_losses(

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks.templates import encode_all, encode_templated
-from grpo_jax.tasks.types import Example, Task
-
-_SMALLEST = 16  # tokens: shorter buckets save nothing
+from grpo_jax.tasks.types import Task
 
 
 def encode_prompts(task: Task, examples: Sequence[Example]) -> list[list[int]]:
@@ -38,27 +37,6 @@ def encode_imitated(task: Task, examples: Sequence[Example]) -> list[list[int]]:
                 "the row."
             )
     return [[*ids, task.end_id] for ids in rows]
-
-
-def bucket(length: int) -> int:
-    """The padded length for `length` tokens: itself up to 16, else a multiple of 16 or
-    of an eighth of the power of two above it: at most 8 shapes per doubling."""
-    if length <= _SMALLEST:
-        return length
-    step = max(_SMALLEST, 2 ** (length - 1).bit_length() // 8)
-    return -(-length // step) * step
-
-
-def completion_buckets(max_new_tokens: int) -> list[int]:
-    """Lengths that sampled completions are trimmed to before the update: T, T/2, T/4.
-
-    Few, so that all their programs are compiled before the first step.
-    """
-    halves = {-(-max_new_tokens // 2**i) for i in range(3)}
-    return sorted(
-        {bucket(n) for n in halves if n >= 4 * _SMALLEST and n < max_new_tokens}
-        | {max_new_tokens}
-    )
 
 
 def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int):

@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.rollouts.encoding import encode_all
+from grpo_jax.tasks.templates import encode_all
 
 Piece = str | tuple[int, ...]  # "prompt", "draft", or literal token ids
 

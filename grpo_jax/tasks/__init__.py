@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from grpo_jax.errors import ConfigError, unknown_name
+from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.tasks.build import Language
 from grpo_jax.tasks.chains import make_chains
 from grpo_jax.tasks.competition_math import make_math
@@ -12,7 +13,7 @@ from grpo_jax.tasks.countdown import make_countdown
 from grpo_jax.tasks.gsm8k import make_gsm8k
 from grpo_jax.tasks.gsm8k_expressions import make_gsm8k_expressions
 from grpo_jax.tasks.jsonl import make_jsonl
-from grpo_jax.tasks.types import Example, Reward, Task, WarmStart, exact_match
+from grpo_jax.tasks.types import Task, WarmStart, exact_match
 
 __all__ = [
     "TASKS", "Example", "Reward", "Task", "WarmStart", "exact_match", "load_task",

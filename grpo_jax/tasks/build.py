@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.rollouts.verifiers import VERIFIERS, check_gold, parse_reward
+from grpo_jax.rewards.spec import parse_reward
+from grpo_jax.rewards.types import Example, Reward
+from grpo_jax.rewards.verifiers import VERIFIERS, check_gold
 from grpo_jax.tasks.templates import check_template
 from grpo_jax.tasks.tokenizers import (
     character_tokenizer,
     check_single_spelling,
     train_tokenizer,
 )
-from grpo_jax.tasks.types import Example, Reward, Task, WarmStart
+from grpo_jax.tasks.types import Task, WarmStart
 
 HELDOUT = 512  # prompts evaluated, where there are that many
 

@@ -10,8 +10,9 @@ import itertools
 
 import numpy as np
 
+from grpo_jax.rewards.types import Example
 from grpo_jax.tasks.build import OWN, Language, single_answer_language
-from grpo_jax.tasks.types import Example, Task, WarmStart, exact_match
+from grpo_jax.tasks.types import Task, WarmStart, exact_match
 
 OPERATIONS = "+-*"
 LENGTHS = (1, 2, 3, 4)  # operations in a prompt

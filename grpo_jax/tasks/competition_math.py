@@ -9,10 +9,11 @@ empty \boxed{} and so no answer: such rows are left out and counted in the task'
 from collections.abc import Sequence
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.rollouts.verifiers import last_boxed
+from grpo_jax.rewards.answers import last_boxed
+from grpo_jax.rewards.types import Example
 from grpo_jax.tasks.build import OWN, Language, Sourced, text_task
 from grpo_jax.tasks.files import Row, read_parts
-from grpo_jax.tasks.types import Example, Task
+from grpo_jax.tasks.types import Task
 
 
 def make_math(

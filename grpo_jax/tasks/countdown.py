@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.rollouts.verifiers import countdown_gold
+from grpo_jax.rewards.types import Example
+from grpo_jax.rewards.verifiers import countdown_gold
 from grpo_jax.tasks.build import OWN, Language, Sourced, text_task
-from grpo_jax.tasks.types import Example, Task
+from grpo_jax.tasks.types import Task
 
 COUNTS = (3, 4)  # numbers in a prompt
 LARGEST, TARGET = 30, 100

@@ -8,9 +8,10 @@ import re
 from collections.abc import Sequence
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.rewards.types import Example
 from grpo_jax.tasks.build import OWN, Language, Sourced, text_task
 from grpo_jax.tasks.files import Row, read_parts
-from grpo_jax.tasks.types import Example, Task
+from grpo_jax.tasks.types import Task
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 

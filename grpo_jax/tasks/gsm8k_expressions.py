@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.rewards.types import Example
 from grpo_jax.tasks.build import OWN, Language, single_answer_language
 from grpo_jax.tasks.files import read_parts
-from grpo_jax.tasks.types import Example, Task, WarmStart, exact_match
+from grpo_jax.tasks.types import Task, WarmStart, exact_match
 
 ALPHABET = "0123456789+-*/().="
 MAX_PROMPT, MAX_ANSWER = 12, 6  # characters, without the prompt's "="

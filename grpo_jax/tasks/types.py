@@ -2,39 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-
-class Example(NamedTuple):
-    """A question and its gold answer.
-
-    Attributes:
-        prompt: What is asked, without any template.
-        answer: The gold answer as the task's rewards compare it.
-        solution: The worked text a model may imitate; "" where the answer is all.
-        tags: What evaluation is broken down by, as ("level", "3") pairs.
-    """
-
-    prompt: str
-    answer: str
-    solution: str = ""
-    tags: tuple[tuple[str, str], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reward:
-    """A reward by name, computed in a worker process that can be killed.
-
-    `rollouts/verifiers.py` has the names; "module:function" is the user's own, called
-    as function(example, completion) -> float. The rewards of a task are added up with
-    their weights; a completion solves its prompt where the first of them is 1 or more.
-    """
-
-    name: str
-    weight: float = 1.0
-    options: tuple[tuple[str, float], ...] = ()
+from grpo_jax.rewards.types import Example, Reward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,29 +5,17 @@ from typing import Any
 import numpy as np
 import optax
 
-from grpo_jax.counterfactual import Counterfactual, counterfactual_updates
-from grpo_jax.models.decoder import Policy
+from grpo_jax.diagnostics.counterfactual import Counterfactual, counterfactual_updates
+from grpo_jax.instrument.weightings import RULES
+from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.loss import present_mask, shaped_rewards
 from grpo_jax.objectives.presets import Objective
-from grpo_jax.preconditioner import posterior_weights, std_weights, unit_weights
-from grpo_jax.training.metrics import rounded
-from grpo_jax.training.step import (
-    Batch,
-    MicroBatch,
-    TrainState,
-    batch_logprobs,
-    group_means,
-    make_gradients,
-)
-
-# Compared besides the run's own weights, which come first.
-RULES = {
-    "reinforce": unit_weights(),
-    "std": std_weights(),
-    "shrunk": posterior_weights(),
-    "1/std^2": std_weights(power=2.0),
-}
-WEIGHTINGS = 1 + len(RULES)
+from grpo_jax.rollouts.judging import group_means
+from grpo_jax.rollouts.logprobs import batch_logprobs
+from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.runs.lines import rounded
+from grpo_jax.training.state import Batch, TrainState
+from grpo_jax.training.step import make_gradients
 
 
 def look(

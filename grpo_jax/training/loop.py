@@ -18,10 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.models.decoder import Policy, init_policy
+from grpo_jax.evaluation.ask import ask, verifier_pool
+from grpo_jax.evaluation.exact import pass_rates
+from grpo_jax.evaluation.figures import pass_rate
+from grpo_jax.instrument.live import Instrument
+from grpo_jax.intervals import mean_interval
 from grpo_jax.models.hub import local_directory
 from grpo_jax.models.lora import without_lora
-from grpo_jax.models.sharding import (
+from grpo_jax.models.policy import Policy, init_policy
+from grpo_jax.objectives.loss import needs_entropy
+from grpo_jax.objectives.presets import Objective
+from grpo_jax.parallel.processes import LostPeer, Peers, Troubled, join, leave, whole
+from grpo_jax.parallel.sharding import (
     group_sharding,
     make_mesh,
     on_mesh,
@@ -30,79 +38,59 @@ from grpo_jax.models.sharding import (
     tree_shardings,
     with_shardings,
 )
-from grpo_jax.objectives.loss import needs_entropy
-from grpo_jax.objectives.presets import Objective
-from grpo_jax.rollouts.encoding import (
-    answer_rollouts,
-    encode_prompts,
-    pad_left,
+from grpo_jax.planning.plan import Plan, make_plan
+from grpo_jax.planning.resolve import warm_start_settings
+from grpo_jax.rewards.scoring import Scores
+from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
+from grpo_jax.rollouts.judging import (
+    Judged,
+    Sampled,
+    compiled_statistics,
+    fetched,
+    judge,
 )
-from grpo_jax.rollouts.refine import (
-    refined_prompts,
-)
+from grpo_jax.rollouts.logprobs import batch_logprobs
+from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
+from grpo_jax.rollouts.refine import refined_prompts
 from grpo_jax.rollouts.sampling import sample
-from grpo_jax.rollouts.scoring import Scores
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.tasks import Task
-from grpo_jax.training import counterfactual
-from grpo_jax.training.checkpoint import Checkpoints, save_params
-from grpo_jax.training.config import TrainConfig, to_dict
-from grpo_jax.training.console import Console
-from grpo_jax.training.evaluation import ask, pass_rate, verifier_pool
-from grpo_jax.training.instrument import Instrument
-from grpo_jax.training.judging import Judged, Sampled, fetched, judge
-from grpo_jax.training.metrics import (
-    PART,
+from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.config import TrainConfig
+from grpo_jax.runs.config_files import to_dict
+from grpo_jax.runs.directory import claim, record
+from grpo_jax.runs.fields import PART
+from grpo_jax.runs.lines import (
     JsonLines,
     NoLines,
-    count_compiles,
     keep_until,
-    mean_interval,
     read_lines,
     rewrite,
     to_numbers,
 )
-from grpo_jax.training.paths import cache_directory, use_compile_cache
-from grpo_jax.training.plan import Plan, make_plan
-from grpo_jax.training.policies import (
+from grpo_jax.runs.params import save_params
+from grpo_jax.runs.paths import cache_directory, count_compiles, use_compile_cache
+from grpo_jax.runs.policies import (
     data_fingerprint,
     fingerprint,
     load_base,
     with_factors,
 )
-from grpo_jax.training.processes import (
-    LostPeer,
-    Peers,
-    Troubled,
-    join,
-    leave,
-    whole,
-)
-from grpo_jax.training.run_directory import claim, record
-from grpo_jax.training.step import (
+from grpo_jax.tasks import Task
+from grpo_jax.training import counterfactual
+from grpo_jax.training.console import Console
+from grpo_jax.training.optimizer import make_optimizer, make_schedule
+from grpo_jax.training.state import (
     Batch,
-    MicroBatch,
     TrainState,
-    batch_logprobs,
-    compiled_statistics,
     empty_history,
-    has_token_weights,
     init_state,
-    make_optimizer,
-    make_schedule,
-    make_train_step,
-    micro_batch,
     part_of,
-    token_weights,
-    weigh,
     with_history,
 )
-from grpo_jax.training.warm_start import (
-    pass_rates,
-    warm_start,
-    warm_start_settings,
-)
+from grpo_jax.training.step import make_train_step
+from grpo_jax.training.warm_start import warm_start
 from grpo_jax.training.watchdog import Watchdog
+from grpo_jax.training.weighing import has_token_weights, token_weights, weigh
 
 SKIPPED_LIMIT = 5  # non-finite gradients in a row that end a run
 _PATIENCE = 30  # seconds for a shared file system to show what was written
@@ -1224,7 +1212,7 @@ class Run:
     def _report(self, finished):
         if not self.peers.writes:
             return
-        from grpo_jax.training.report import write_report
+        from grpo_jax.report.page import write_report
 
         try:
             with on_mesh(one_device_of(self.mesh)):

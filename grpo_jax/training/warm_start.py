@@ -22,26 +22,23 @@ import numpy as np
 import optax
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.models.decoder import Policy
-from grpo_jax.models.sharding import batch_devices
+from grpo_jax.evaluation.exact import pass_rates, token_loss
+from grpo_jax.models.policy import Policy
+from grpo_jax.parallel.processes import Peers, whole
+from grpo_jax.rollouts.demonstrations import Demonstrations
 from grpo_jax.rollouts.encoding import (
     answer_rollouts,
-    encode_imitated,
     encode_prompts,
-    pack_answers,
 )
+from grpo_jax.rollouts.logprobs import batch_logprobs
+from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.tasks.types import Example, Task, WarmStart
-from grpo_jax.training.checkpoint import load_params, params_digest, save_params
-from grpo_jax.training.config import WarmStartConfig
-from grpo_jax.training.processes import Peers, whole
-from grpo_jax.training.step import MicroBatch, batch_logprobs
+from grpo_jax.runs.params import load_params, params_digest, save_params
+from grpo_jax.tasks.types import Task, WarmStart
 
 _VERSION = 5  # of this procedure: a change to it must not find old results
 _CHECK_EVERY = 25  # steps between two looks at the pass rate
 _PROBE = 256  # prompts looked at
-_ASIDE = 64  # demonstrations set aside, a tenth of them at most
-_TRIES = 100  # draws of a batch before its demonstrations count as too long
 
 
 class WarmStarted(NamedTuple):
@@ -58,30 +55,6 @@ class WarmStarted(NamedTuple):
             return f"pass rate {self.pass_rate:.3f} on trained prompts"
         left_out = f", {self.left_out} too long to be shown" if self.left_out else ""
         return f"{self.loss:.3f} nats a token on solutions set aside{left_out}"
-
-
-def warm_start_settings(config: WarmStartConfig, task: Task) -> WarmStart:
-    """The task's own settings with the config's overrides.
-
-    Raises:
-        ConfigError: a target pass rate where it cannot be measured exactly.
-    """
-    overrides = dataclasses.asdict(config)
-    del overrides["enabled"]
-    given = {name: value for name, value in overrides.items() if value is not None}
-    own = task.warm_start
-    assert own is not None
-    if "target_pass_rate" in given and own.target_pass_rate is None:
-        raise ConfigError(
-            f"warm_start.target_pass_rate needs a task with one right completion, and "
-            f"{task.name} has many; set warm_start.max_steps instead."
-        )
-    if given.get("noisy_steps") and not own.noisy_steps:
-        raise ConfigError(
-            f"warm_start.noisy_steps changes nothing: task {task.name} has no spoiled "
-            "answers; leave it out."
-        )
-    return dataclasses.replace(own, **given)
 
 
 def warm_start(
@@ -201,110 +174,6 @@ def warm_start(
     except OSError as error:
         warn(f"the warm start could not be cached ({error}).")
     return WarmStarted(policy.replace(params), **facts, cached=False)
-
-
-class Demonstrations:
-    """Batches of demonstrations that fit, never one that is set aside."""
-
-    def __init__(self, task: Task, settings: WarmStart, prompt_length, length):
-        self.task, self.settings = task, settings
-        self.sizes = prompt_length, length
-        self.aside: frozenset[str] = frozenset()  # prompts
-        self.left_out = 0
-        if settings.longest is None:
-            self.left_out = len(task.train) - len(self._fitting(task.train))
-            if self.left_out == len(task.train):
-                raise ConfigError(
-                    f"every solution of task {task.name} is longer than {length} "
-                    "tokens, what a completion may have; raise max_new_tokens, or "
-                    "leave the warm start out with --warm-start.no-enabled."
-                )
-
-    def set_aside(self, rng) -> Rollouts:
-        """Some demonstrations, which no batch will show."""
-        prompts = dict.fromkeys(e.prompt for e in self.task.train)
-        count = max(1, min(_ASIDE, len(prompts) // 10))
-        rows = {}
-        for _ in range(_TRIES):
-            found = self._fitting(self._draw(rng, False))
-            rows |= {example.prompt: row for example, *row in found}
-            if len(rows) >= count:
-                break
-        rows = dict(list(rows.items())[:count])
-        if len(prompts) > 1:
-            self.aside = frozenset(rows)
-        return self._packed(list(rows.values()))
-
-    def batch(self, rng, spoiled: bool) -> Rollouts:
-        rows = []
-        for _ in range(_TRIES):
-            rows += [
-                row
-                for example, *row in self._fitting(self._draw(rng, spoiled))
-                if example.prompt not in self.aside
-            ]
-            if len(rows) >= self.settings.batch_size:
-                return self._packed(rows[: self.settings.batch_size])
-        raise ConfigError(
-            f"fewer than 1 in {_TRIES} demonstrations of task {self.task.name} fit "
-            f"into {self.sizes[1]} tokens; raise max_new_tokens."
-        )
-
-    def _draw(self, rng, spoiled):
-        return self.settings.demonstrations(rng, self.settings.batch_size, spoiled)
-
-    def _fitting(self, examples) -> list[tuple[Example, list[int], list[int]]]:
-        prompts = encode_prompts(self.task, examples)
-        answers = encode_imitated(self.task, examples)
-        return [
-            row
-            for row in zip(examples, prompts, answers, strict=True)
-            if len(row[1]) <= self.sizes[0] and len(row[2]) <= self.sizes[1]
-        ]
-
-    def _packed(self, rows):
-        prompts, answers = zip(*rows, strict=True)
-        return pack_answers(
-            prompts, answers, *self.sizes, self.task.tokenizer.pad_token_id
-        )
-
-
-@partial(jax.jit, static_argnames="micro")
-def _answer_logprobs(policy, rollouts, temperature, micro):
-    return batch_logprobs(policy, rollouts, temperature, micro).sum(-1)
-
-
-def pass_rates(
-    policy: Policy,
-    answers: Rollouts,
-    temperature: float,
-    budget: int = 2**16,
-) -> np.ndarray:
-    """[N] exact pass rates of answers [N, 1, T], each the one right completion.
-
-    At most about `budget` tokens are looked at in one go, on each device.
-    """
-    return np.exp(_answers_logprobs(policy, answers, temperature, budget))
-
-
-def token_loss(policy: Policy, answers: Rollouts, budget: int = 2**14) -> float:
-    """Mean -log-prob of the answers' tokens [N, 1, T], their EOS included, in nats."""
-    logprobs = _answers_logprobs(policy, answers, 1.0, budget)
-    return float(-logprobs.sum() / answers.completion_mask.sum())
-
-
-def _answers_logprobs(policy, answers, temperature, budget):
-    """[N] log-probs of answers [N, 1, T], about `budget` tokens at a time."""
-    n, _, t = answers.completions.shape
-    devices = batch_devices()
-    part = max(1, budget // (answers.prompts.shape[1] + t)) * devices
-    part = min(part, -(-n // devices) * devices)
-    # Filled up to whole parts with rows that are there already, and cut again.
-    filled = np.resize(np.arange(n), -(-n // part) * part)
-    answers = jax.tree.map(lambda x: np.asarray(x)[filled], answers)
-    micro, temperature = MicroBatch(part, 1), jnp.float32(temperature)
-    logprobs = _answer_logprobs(policy, answers, temperature, micro)
-    return whole(logprobs)[:n, 0]
 
 
 def _supervised_step(policy, optimizer, params, opt_state, answers: Rollouts):

@@ -19,7 +19,11 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 import grpo_jax as gj  # noqa: E402
-from grpo_jax.models.sharding import (  # noqa: E402
+from grpo_jax.commands.replay import replay  # noqa: E402
+from grpo_jax.objectives.loss import scale_weights  # noqa: E402
+from grpo_jax.parallel.collectives import collectives  # noqa: E402
+from grpo_jax.parallel.processes import LostPeer, leave, whole  # noqa: E402
+from grpo_jax.parallel.sharding import (  # noqa: E402
     AXES,
     make_mesh,
     on_mesh,
@@ -27,11 +31,9 @@ from grpo_jax.models.sharding import (  # noqa: E402
     tree_shardings,
     with_shardings,
 )
-from grpo_jax.objectives.loss import scale_weights  # noqa: E402
+from grpo_jax.rollouts.micro_batches import micro_batch  # noqa: E402
 from grpo_jax.rollouts.sampling import sample  # noqa: E402
-from grpo_jax.training import loop  # noqa: E402
-from grpo_jax.training.communication import collectives  # noqa: E402
-from grpo_jax.training.config import (  # noqa: E402
+from grpo_jax.runs.config import (  # noqa: E402
     CheckpointConfig,
     DistributedConfig,
     EvaluationConfig,
@@ -42,11 +44,11 @@ from grpo_jax.training.config import (  # noqa: E402
     OptimizerConfig,
     SamplingConfig,
 )
-from grpo_jax.training.metrics import read_lines  # noqa: E402
-from grpo_jax.training.paths import use_compile_cache  # noqa: E402
-from grpo_jax.training.processes import LostPeer, leave, whole  # noqa: E402
-from grpo_jax.training.replay import replay  # noqa: E402
-from grpo_jax.training.step import Batch, micro_batch, weigh  # noqa: E402
+from grpo_jax.runs.lines import read_lines  # noqa: E402
+from grpo_jax.runs.paths import use_compile_cache  # noqa: E402
+from grpo_jax.training import loop  # noqa: E402
+from grpo_jax.training.state import Batch  # noqa: E402
+from grpo_jax.training.weighing import weigh  # noqa: E402
 from tests.helpers import (  # noqa: E402
     one_update,
     random_prompts,

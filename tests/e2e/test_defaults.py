@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import grpo_jax as gj
-from grpo_jax.training.config import TaskConfig
-from grpo_jax.training.metrics import read_lines
+from grpo_jax.runs.config import TaskConfig
+from grpo_jax.runs.lines import read_lines
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 pytestmark = pytest.mark.slow

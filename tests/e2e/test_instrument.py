@@ -8,9 +8,11 @@ import pytest
 
 import grpo_jax as gj
 from grpo_jax.errors import ConfigError
+from grpo_jax.instrument.plan import plan_probe
+from grpo_jax.instrument.rows import rank_correlation
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.tasks import load_task
-from grpo_jax.training.config import (
+from grpo_jax.planning.plan import make_plan
+from grpo_jax.runs.config import (
     CheckpointConfig,
     EvaluationConfig,
     InstrumentConfig,
@@ -18,10 +20,10 @@ from grpo_jax.training.config import (
     TrainConfig,
     WarmStartConfig,
 )
-from grpo_jax.training.instrument import plan_probe, rank_correlation
-from grpo_jax.training.metrics import LOOK_FIELDS, read_lines
-from grpo_jax.training.plan import make_plan
-from grpo_jax.training.snapshots import load_policy, saved_steps
+from grpo_jax.runs.fields import LOOK_FIELDS
+from grpo_jax.runs.lines import read_lines
+from grpo_jax.runs.snapshots import load_policy, saved_steps
+from grpo_jax.tasks import load_task
 
 LOOKS = InstrumentConfig(every=2, prompts=5, group_size=8)
 

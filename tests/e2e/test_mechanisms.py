@@ -12,9 +12,10 @@ import pytest
 import grpo_jax as gj
 from grpo_jax.cli import main
 from grpo_jax.errors import ConfigError
+from grpo_jax.planning import plan
+from grpo_jax.planning.resolve import WEIGHTS
 from grpo_jax.rollouts.encoding import decode_groups
-from grpo_jax.training import loop, plan
-from grpo_jax.training.config import (
+from grpo_jax.runs.config import (
     CheckpointConfig,
     EvaluationConfig,
     InstrumentConfig,
@@ -24,8 +25,8 @@ from grpo_jax.training.config import (
     SamplingConfig,
     WeightsConfig,
 )
-from grpo_jax.training.metrics import read_lines
-from grpo_jax.training.weighting import WEIGHTS
+from grpo_jax.runs.lines import read_lines
+from grpo_jax.training import loop
 from tests.e2e.test_cli import answer
 from tests.e2e.test_survival import numbers
 from tests.e2e.test_train import digits_task, small_config

@@ -12,8 +12,7 @@ import grpo_jax as gj
 from grpo_jax.cli import main
 from grpo_jax.errors import ConfigError
 from grpo_jax.rollouts.encoding import encode_prompts
-from grpo_jax.tasks.tokenizers import train_tokenizer
-from grpo_jax.training.config import (
+from grpo_jax.runs.config import (
     CheckpointConfig,
     EvaluationConfig,
     InstrumentConfig,
@@ -21,9 +20,10 @@ from grpo_jax.training.config import (
     TaskConfig,
     WarmStartConfig,
 )
-from grpo_jax.training.metrics import read_lines
-from grpo_jax.training.policies import data_fingerprint, fingerprint, task_of
-from grpo_jax.training.snapshots import load_policy, saved_steps
+from grpo_jax.runs.lines import read_lines
+from grpo_jax.runs.policies import data_fingerprint, fingerprint, task_of
+from grpo_jax.runs.snapshots import load_policy, saved_steps
+from grpo_jax.tasks.tokenizers import train_tokenizer
 from tests.e2e.test_survival import numbers
 
 MODEL = dict(width=16, mlp_width=24, num_heads=2, num_kv_heads=1, head_dim=8)

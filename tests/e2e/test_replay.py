@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 import grpo_jax as gj
+from grpo_jax.commands.replay import replay
 from grpo_jax.errors import ConfigError
-from grpo_jax.training.config import (
+from grpo_jax.runs.config import (
     CheckpointConfig,
     InstrumentConfig,
     ObjectiveConfig,
     TaskConfig,
 )
+from grpo_jax.runs.lines import read_lines
 from grpo_jax.training.loop import NonFiniteGradients
-from grpo_jax.training.metrics import read_lines
-from grpo_jax.training.replay import replay
 from tests.e2e.test_train import digits_task, small_config
 
 pytestmark = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpo_jax.training.communication import Collective
+from grpo_jax.parallel.collectives import Collective
 
 pytestmark = pytest.mark.slow
 

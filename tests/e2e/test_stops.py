@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 import grpo_jax as gj
-from grpo_jax.training import loop, warm_start
-from grpo_jax.training.checkpoint import restore_params
-from grpo_jax.training.config import (
+from grpo_jax.runs.config import (
     CheckpointConfig,
     EvaluationConfig,
     InstrumentConfig,
     WarmStartConfig,
 )
-from grpo_jax.training.metrics import read_lines
+from grpo_jax.runs.lines import read_lines
+from grpo_jax.runs.params import restore_params
+from grpo_jax.training import loop, warm_start
 from grpo_jax.training.watchdog import Watchdog
 from tests.e2e.test_survival import numbers
 from tests.e2e.test_train import digits_task, small_config

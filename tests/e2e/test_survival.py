@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpo_jax.training.metrics import read_lines
+from grpo_jax.runs.lines import read_lines
 from tests.e2e.conftest import TINY_FLAGS
 
 STEPS = 14

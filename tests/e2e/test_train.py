@@ -9,7 +9,8 @@ import pytest
 
 import grpo_jax as gj
 from grpo_jax.errors import ConfigError
-from grpo_jax.training.config import (
+from grpo_jax.planning.plan import make_plan
+from grpo_jax.runs.config import (
     CheckpointConfig,
     EvaluationConfig,
     InstrumentConfig,
@@ -19,9 +20,9 @@ from grpo_jax.training.config import (
     SamplingConfig,
     WarmStartConfig,
 )
+from grpo_jax.runs.fields import FIELDS, LOOK_FIELDS
+from grpo_jax.runs.lines import read_lines
 from grpo_jax.training.loop import NonFiniteGradients
-from grpo_jax.training.metrics import FIELDS, LOOK_FIELDS, read_lines
-from grpo_jax.training.plan import make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import grpo_jax as gj
-from grpo_jax.objectives.presets import SURROGATES
+from grpo_jax.objectives.surrogates import SURROGATES
 
 P, G, T, V, D = 3, 4, 5, 6, 3
 NAMES = tuple(gj.OBJECTIVES)

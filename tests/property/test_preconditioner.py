@@ -12,7 +12,7 @@ import pytest
 
 import grpo_jax as gj
 from grpo_jax.preconditioner import apply_weights
-from grpo_jax.training.step import weigh
+from grpo_jax.training.weighing import weigh
 
 P, G, T, V, D = 5, 4, 6, 7, 3
 

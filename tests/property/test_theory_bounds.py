@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import loglinear
-from grpo_jax.gradient_geometry import prompt_geometry
+from grpo_jax.diagnostics.geometry import prompt_geometry
 from grpo_jax.loglinear import LogLinear
 from tests.property.test_loglinear import instances, spectral
 

@@ -22,9 +22,9 @@ from grpo_jax.advantages import (
     leave_one_out_advantages,
     whitened_advantages,
 )
-from grpo_jax.curvature import directional_derivatives, prompt_curvature
-from grpo_jax.gradient_geometry import prompt_geometry
-from grpo_jax.gradient_sketch import gradient_sketch, sketch_gram
+from grpo_jax.diagnostics.curvature import directional_derivatives, prompt_curvature
+from grpo_jax.diagnostics.geometry import prompt_geometry
+from grpo_jax.diagnostics.sketch import gradient_sketch, sketch_gram
 from grpo_jax.loglinear import LogLinear
 
 CLOSE = partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-13)

@@ -10,7 +10,9 @@ import optax
 import pytest
 
 import grpo_jax as gj
-from grpo_jax.training.step import Batch, MicroBatch, batch_logprobs
+from grpo_jax.rollouts.logprobs import batch_logprobs
+from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.training.state import Batch
 from tests.helpers import (
     one_update,
     random_rollouts,

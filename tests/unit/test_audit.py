@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.rollouts.audit import ITSELF, SPOILED, SYMBOLIC, audit_file, rewritings
+from grpo_jax.rewards.audit import ITSELF, SPOILED, SYMBOLIC, audit_file, rewritings
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(

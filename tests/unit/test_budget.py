@@ -4,19 +4,13 @@ import jax
 import pytest
 
 from grpo_jax import ModelConfig, init_policy
-from grpo_jax.models.decoder import abstract_policy
-from grpo_jax.models.sharding import AXES
-from grpo_jax.training.budget import (
-    Memory,
-    MemoryInputs,
-    estimate_memory,
-    num_factors,
-    num_parameters,
-    readable,
-)
-from grpo_jax.training.config import MeshConfig
-from grpo_jax.training.forecast import remedies
-from grpo_jax.training.step import MicroBatch
+from grpo_jax.models.config import num_factors, num_parameters
+from grpo_jax.models.policy import abstract_policy
+from grpo_jax.parallel.sharding import AXES
+from grpo_jax.planning.memory import Memory, MemoryInputs, estimate_memory, readable
+from grpo_jax.planning.remedies import remedies
+from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.runs.config import MeshConfig
 
 SMALL = ModelConfig(
     vocab_size=9, num_layers=3, width=8, mlp_width=12, num_heads=4, num_kv_heads=2,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.runs.checkpoints import Checkpoints
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_jax.training.communication import Collective, bytes_sent, collectives
+from grpo_jax.parallel.collectives import Collective, bytes_sent, collectives
 
 TEXT = """HloModule step, num_partitions=8
 

@@ -5,15 +5,8 @@ import pytest
 
 from grpo_jax import TrainConfig
 from grpo_jax.errors import ConfigError, nearest, unknown_name
-from grpo_jax.training.config import (
-    ObjectiveConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    differences,
-    from_dict,
-    load_config_file,
-    to_dict,
-)
+from grpo_jax.runs.config import ObjectiveConfig, OptimizerConfig, SamplingConfig
+from grpo_jax.runs.config_files import differences, from_dict, load_config_file, to_dict
 
 CHANGED = TrainConfig(
     objective=ObjectiveConfig(name="dr_grpo", clip=(0.2, 0.28), kl_coef=0.01),

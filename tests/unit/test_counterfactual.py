@@ -3,11 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import (
-    centred_advantages,
-    counterfactual_updates,
-    inverse_std,
-)
+from grpo_jax import centred_advantages, counterfactual_updates, inverse_std
 
 P, G, K, D = 3, 4, 5, 6  # prompts, samples, answers, parameters
 RNG = np.random.default_rng(0)

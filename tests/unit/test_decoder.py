@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import ModelConfig, init_policy, next_token_logits
-from grpo_jax.models.decoder import split_prompts
+from grpo_jax.models.forward import split_prompts
 
 SMALL = ModelConfig(
     vocab_size=9, num_layers=2, width=8, mlp_width=12, num_heads=2, num_kv_heads=1,

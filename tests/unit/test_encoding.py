@@ -3,15 +3,10 @@ import pytest
 
 from grpo_jax import Example
 from grpo_jax.errors import ConfigError
-from grpo_jax.rollouts.encoding import (
-    answer_rollouts,
-    bucket,
-    completion_buckets,
-    decode_groups,
-    encode_all,
-    pad_left,
-)
+from grpo_jax.rollouts.encoding import answer_rollouts, decode_groups, pad_left
+from grpo_jax.rollouts.lengths import bucket, completion_buckets
 from grpo_jax.tasks import Task
+from grpo_jax.tasks.templates import encode_all
 from grpo_jax.tasks.tokenizers import character_tokenizer
 
 

@@ -5,14 +5,9 @@ import numpy as np
 import pytest
 
 from grpo_jax import Example
-from grpo_jax.training.evaluation import (
-    Answered,
-    bootstrap_interval,
-    pass_at_k,
-    pass_rate,
-    summarise,
-    table,
-)
+from grpo_jax.evaluation.ask import Answered
+from grpo_jax.evaluation.figures import pass_at_k, pass_rate, summarise, table
+from grpo_jax.intervals import bootstrap_interval
 
 
 def answered(index, solved, tokens=None):

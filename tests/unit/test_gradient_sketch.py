@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.gradient_sketch import gradient_hash
+from grpo_jax.diagnostics.sketch import gradient_hash
 
 
 def tree(seed, scale=1.0):

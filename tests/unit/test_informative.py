@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.training.informative import (
+from grpo_jax.planning.informative import (
     Counted,
     expected_informative,
     informative_share,

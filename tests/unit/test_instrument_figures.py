@@ -5,17 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from grpo_jax.training.instrument_figures import FIGURES, instrument_section
-from grpo_jax.training.instrument_reading import (
-    exact_label,
-    is_binary,
-    kind,
-    reading,
-    sampled_kind,
-    table,
-    usable,
-)
-from grpo_jax.training.metrics import without_nan
+from grpo_jax.instrument.rows import exact_label, is_binary, usable
+from grpo_jax.report.instrument_figures import FIGURES, instrument_section
+from grpo_jax.report.instrument_text import kind, reading, sampled_kind, table
+from grpo_jax.runs.lines import without_nan
 
 NAN = float("nan")
 

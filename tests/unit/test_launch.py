@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from grpo_jax.training.config import TrainConfig
+from grpo_jax.runs.config import TrainConfig
 
 yaml = pytest.importorskip("yaml")
 

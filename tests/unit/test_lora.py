@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import grpo_jax as gj
-from grpo_jax.models.decoder import add_lora, merge_lora, merged
+from grpo_jax.models.policy import add_lora, merge_lora, merged
 
 SHAPE = dict(
     vocab_size=13,

@@ -9,23 +9,18 @@ import numpy as np
 import pytest
 
 from grpo_jax import OBJECTIVES, ModelConfig, std_weights
-from grpo_jax.models.decoder import abstract_policy
-from grpo_jax.models.sharding import tree_shardings, with_shardings
+from grpo_jax.instrument.look import along, measure
+from grpo_jax.models.policy import abstract_policy
+from grpo_jax.parallel.sharding import tree_shardings, with_shardings
+from grpo_jax.planning.memory import estimate_memory
+from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.sampling import _sample
 from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.runs.config import MeshConfig, OptimizerConfig
 from grpo_jax.training import counterfactual
-from grpo_jax.training.budget import estimate_memory
-from grpo_jax.training.config import MeshConfig, OptimizerConfig
-from grpo_jax.training.instrument import along, measure
-from grpo_jax.training.step import (
-    Batch,
-    MicroBatch,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_train_step,
-    part_of,
-)
+from grpo_jax.training.optimizer import make_optimizer, make_schedule
+from grpo_jax.training.state import Batch, init_state, part_of
+from grpo_jax.training.step import make_train_step
 
 Shape = jax.ShapeDtypeStruct
 

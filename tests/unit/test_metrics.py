@@ -5,16 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.training.metrics import (
-    FIELDS,
-    JsonLines,
-    count_compiles,
-    keep_until,
-    mean_interval,
-    read_lines,
-    to_numbers,
-    wilson_interval,
-)
+from grpo_jax.intervals import mean_interval, wilson_interval
+from grpo_jax.runs.fields import FIELDS
+from grpo_jax.runs.lines import JsonLines, keep_until, read_lines, to_numbers
+from grpo_jax.runs.paths import count_compiles
 
 
 # z = 1.96, z^2 = 3.8416. 0 of 10: high = z^2 / (10 + z^2) = 3.8416 / 13.8416.

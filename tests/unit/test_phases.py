@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import grpo_jax as gj
-from grpo_jax.gradient_geometry import debiased_statistics, parts_geometry
-from grpo_jax.phases import Thresholds, change_points, mean_sigma, phase
+from grpo_jax.diagnostics.geometry import debiased_statistics, parts_geometry
+from grpo_jax.diagnostics.phases import Thresholds, change_points, mean_sigma, phase
 
 jitted = jax.jit(parts_geometry)
 

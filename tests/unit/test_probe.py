@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.probe import num_parts, probe_prompt
+from grpo_jax.diagnostics.probe import num_parts, probe_prompt
 
 FEATURES = np.random.default_rng(0).normal(size=(3, 4))
 REWARDS = np.array([1.0, 0.0, 0.0])

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.parallel.processes import Peers, Troubled, held, join, share, whole
+from grpo_jax.rollouts.judging import Sampled, fetched, judge
 from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.runs.config import DistributedConfig, TrainConfig
 from grpo_jax.tasks import Example, load_task
-from grpo_jax.training.config import DistributedConfig, TrainConfig
-from grpo_jax.training.judging import Sampled, fetched, judge
-from grpo_jax.training.processes import Peers, Troubled, held, join, share, whole
 
 
 class Played(Peers):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.gradient_geometry import prompt_geometry
-from grpo_jax.gradient_sketch import exact_gram, gradient_sketch, sketch_gram
+from grpo_jax.diagnostics.geometry import prompt_geometry
+from grpo_jax.diagnostics.sketch import exact_gram, gradient_sketch, sketch_gram
 
 NAN = float("nan")
 

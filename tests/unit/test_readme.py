@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import grpo_jax as gj
-from grpo_jax.training.weighting import WEIGHTS
+from grpo_jax.planning.resolve import WEIGHTS
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

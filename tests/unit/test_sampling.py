@@ -12,7 +12,8 @@ from grpo_jax import (
     next_token_logits,
     sample,
 )
-from grpo_jax.rollouts.sampling import cache_lengths, inverse_cdf
+from grpo_jax.rollouts.draw import inverse_cdf
+from grpo_jax.rollouts.sampling import cache_lengths
 
 V, EOS, PAD = 11, 1, 10
 CONFIG = ModelConfig(

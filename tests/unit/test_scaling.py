@@ -1,8 +1,8 @@
 import pytest
 
 from grpo_jax import ModelConfig
-from grpo_jax.training.budget import num_parameters
-from grpo_jax.training.scaling import (
+from grpo_jax.models.config import num_parameters
+from grpo_jax.planning.traffic import (
     Layout,
     Step,
     memory_per_device,
@@ -11,7 +11,7 @@ from grpo_jax.training.scaling import (
     traffic,
     update_seconds,
 )
-from grpo_jax.training.step import MicroBatch
+from grpo_jax.rollouts.micro_batches import MicroBatch
 
 MODEL = ModelConfig(vocab_size=100, compute_dtype="bfloat16")
 STEP = Step(

@@ -12,9 +12,10 @@ import pytest
 import grpo_jax as gj
 from grpo_jax import Example
 from grpo_jax.errors import ConfigError
-from grpo_jax.rollouts.scoring import VerifierPool, score
+from grpo_jax.rewards.pool import VerifierPool
+from grpo_jax.rewards.scoring import score
+from grpo_jax.rewards.types import Reward
 from grpo_jax.tasks import exact_match
-from grpo_jax.tasks.types import Reward
 
 EXAMPLES = [Example("1+1=", "2"), Example("2+1=", "3")]
 

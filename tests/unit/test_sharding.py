@@ -10,8 +10,8 @@ from jax.sharding import AbstractMesh
 
 import grpo_jax as gj
 from grpo_jax.errors import ConfigError
-from grpo_jax.models.decoder import abstract_policy
-from grpo_jax.models.sharding import (
+from grpo_jax.models.policy import abstract_policy
+from grpo_jax.parallel.sharding import (
     AXES,
     batch_shards,
     constrain,
@@ -19,22 +19,13 @@ from grpo_jax.models.sharding import (
     rows,
     tree_shardings,
 )
-from grpo_jax.training.config import (
-    MeshConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    from_dict,
-)
-from grpo_jax.training.plan import check_mesh
-from grpo_jax.training.step import (
-    MicroBatch,
-    batch_logprobs,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    micro_batch,
-    split_batch,
-)
+from grpo_jax.planning.devices import check_mesh
+from grpo_jax.rollouts.logprobs import batch_logprobs
+from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch, split_batch
+from grpo_jax.runs.config import MeshConfig, OptimizerConfig, SamplingConfig
+from grpo_jax.runs.config_files import from_dict
+from grpo_jax.training.optimizer import make_optimizer, make_schedule
+from grpo_jax.training.state import init_state
 from tests.helpers import TINY, random_rollouts, tiny_policy
 
 MESH = AbstractMesh((2, 2, 2), AXES)

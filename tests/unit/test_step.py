@@ -16,23 +16,18 @@ from grpo_jax import (
     init_policy,
     posterior_weights,
 )
-from grpo_jax.training.config import OptimizerConfig
-from grpo_jax.training.metrics import FIELDS
-from grpo_jax.training.step import (
-    Batch,
+from grpo_jax.rollouts.logprobs import batch_logprobs
+from grpo_jax.rollouts.micro_batches import (
     MicroBatch,
-    batch_logprobs,
-    empty_history,
-    group_metrics,
-    make_optimizer,
-    make_schedule,
     micro_batch,
-    part_of,
     repeat_parts,
     split_batch,
-    weigh,
-    with_history,
 )
+from grpo_jax.runs.config import OptimizerConfig
+from grpo_jax.runs.fields import FIELDS
+from grpo_jax.training.optimizer import make_optimizer, make_schedule
+from grpo_jax.training.state import Batch, empty_history, part_of, with_history
+from grpo_jax.training.weighing import group_metrics, weigh
 from tests.helpers import random_rollouts, tiny_policy, train_step, weighed
 
 P, G, T = 4, 6, 3

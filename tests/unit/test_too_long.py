@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from grpo_jax import ModelConfig
-from grpo_jax.training.budget import MemoryInputs
-from grpo_jax.training.config import MeshConfig
-from grpo_jax.training.forecast import forecast_text, remedies, too_long
+from grpo_jax.commands.plan import forecast_text
+from grpo_jax.planning.memory import MemoryInputs
+from grpo_jax.planning.remedies import remedies, too_long
+from grpo_jax.runs.config import MeshConfig
 
 MODEL = ModelConfig(
     vocab_size=32_000, num_layers=4, width=512, mlp_width=1024, num_heads=8,

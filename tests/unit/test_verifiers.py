@@ -6,19 +6,17 @@ import pytest
 
 from grpo_jax import Example
 from grpo_jax.errors import ConfigError
-from grpo_jax.rollouts.math_answers import refused
-from grpo_jax.rollouts.verifiers import (
+from grpo_jax.rewards.answers import final_number, last_boxed
+from grpo_jax.rewards.math_answers import refused
+from grpo_jax.rewards.spec import parse_reward, reward_text
+from grpo_jax.rewards.types import Reward
+from grpo_jax.rewards.verifiers import (
     VERIFIERS,
     check_gold,
     countdown_gold,
     countdown_numbers,
-    final_number,
-    last_boxed,
-    parse_reward,
-    reward_text,
     shortened,
 )
-from grpo_jax.tasks.types import Reward
 
 
 def verdict(name, gold, completion, **options):

@@ -6,16 +6,14 @@ import pytest
 
 from grpo_jax import TrainConfig, load_task
 from grpo_jax.errors import ConfigError
+from grpo_jax.evaluation.exact import token_loss
+from grpo_jax.parallel.processes import Peers
+from grpo_jax.planning.plan import make_plan
+from grpo_jax.planning.resolve import warm_start_settings
+from grpo_jax.rollouts.demonstrations import Demonstrations
+from grpo_jax.runs.config import SamplingConfig, WarmStartConfig
 from grpo_jax.tasks import Example
-from grpo_jax.training.config import SamplingConfig, WarmStartConfig
-from grpo_jax.training.plan import make_plan
-from grpo_jax.training.processes import Peers
-from grpo_jax.training.warm_start import (
-    Demonstrations,
-    token_loss,
-    warm_start,
-    warm_start_settings,
-)
+from grpo_jax.training.warm_start import warm_start
 from tests.helpers import tiny_policy
 
 FEW = WarmStartConfig(max_steps=50, batch_size=8, learning_rate=0.01)

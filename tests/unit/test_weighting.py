@@ -6,14 +6,14 @@ import pytest
 
 from grpo_jax import OBJECTIVES, Objective, TrainConfig
 from grpo_jax.errors import ConfigError
-from grpo_jax.preconditioner import apply_weights
-from grpo_jax.training.config import ObjectiveConfig, WeightsConfig
-from grpo_jax.training.weighting import (
+from grpo_jax.planning.resolve import (
     WEIGHTS,
     resolve_objective,
     resolve_weights,
     weights_text,
 )
+from grpo_jax.preconditioner import apply_weights
+from grpo_jax.runs.config import ObjectiveConfig, WeightsConfig
 
 
 def config(name="grpo", weights=None, updates=1, steps=11, **overrides):

@@ -1,0 +1,90 @@
+"""`grpo-jax warmup`: a model that was taught a task's solutions, on disk."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.models.policy import init_policy
+from grpo_jax.models.pretrained import read_config, save_pretrained
+from grpo_jax.parallel.processes import Peers
+from grpo_jax.planning.resolve import warm_start_settings
+from grpo_jax.rollouts.encoding import encode_prompts
+from grpo_jax.rollouts.lengths import bucket, completion_tokens, within
+from grpo_jax.runs.config import WarmupConfig
+from grpo_jax.runs.paths import cache_directory, use_compile_cache
+from grpo_jax.runs.policies import (
+    check_language,
+    pretrained_policy,
+    task_of,
+    with_settings,
+)
+from grpo_jax.training.warm_start import warm_start
+
+
+def warm_up(
+    config: WarmupConfig,
+    *,
+    say: Callable[[str], None] = print,
+    stop: Callable[[], bool] = lambda: False,
+) -> Path | None:
+    """Supervised learning of a task's solutions; the policy as a model directory.
+
+    Returns:
+        The directory; None if stopped, with nothing written.
+
+    Raises:
+        ConfigError: the task has nothing to imitate, or `output` is taken.
+    """
+    output = Path(config.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"output must be a new or empty directory, got {output}.")
+    use_compile_cache()
+    task = task_of(config.task, config.pretrained)
+    if task.warm_start is None:
+        raise ConfigError(f"task {task.name} has no solutions to imitate.")
+    settings = warm_start_settings(config.warm_start, task)
+    if config.model.lora_rank:
+        raise ConfigError("model.lora_rank is for train; warmup trains whole models.")
+    check_language(task)
+    if config.max_prompt_tokens is not None:
+        task, (left_out, _) = within(task, config.max_prompt_tokens)
+        say(f"left out for their length: {left_out} prompts")
+    if config.pretrained:
+        model = with_settings(read_config(config.pretrained), config.model)
+        policy = pretrained_policy(config.pretrained, model)
+    else:
+        size = config.model.vocab_size or len(task.tokenizer)
+        model = dataclasses.replace(config.model, vocab_size=size)
+        policy = init_policy(model, jax.random.key(config.seed))
+    check_language(task, model)
+    examples = task.train + ([settings.longest] if settings.longest else [])
+    prompts = encode_prompts(task, examples)
+    result = warm_start(
+        policy,
+        task,
+        settings,
+        seed=config.seed,
+        prompt_length=bucket(max(map(len, prompts))),
+        length=config.max_new_tokens or completion_tokens(task, examples),
+        temperature=1.0,
+        cache=cache_directory() / "warm_starts",
+        report=lambda stage, step, figure: say(f"{stage}: step {step}, {figure}"),
+        warn=lambda text: say(f"warning: {text}"),
+        peers=Peers(stop),
+    )
+    if result is None:
+        return None
+    say(f"{result.steps} supervised steps, {result}")
+    save_pretrained(
+        result.policy,
+        output,
+        tokenizer=task.tokenizer,
+        eos_ids=task.ends,
+    )
+    usual = "chat" if task.tokenizer.chat_template else "none"
+    asked = "" if task.template == usual else f" --task.template {task.template}"
+    say(f"written to {output}; train it with --pretrained {output}{asked}")
+    return output

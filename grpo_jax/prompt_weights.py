@@ -1,0 +1,138 @@
+"""Rules for prompt weights: batch std, group mean, Beta, finite group, posterior."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo_jax.advantages import (
+    expected_group_std,
+    group_statistics,
+    inverse_batch_std,
+    inverse_beta_density,
+    inverse_group_mean,
+)
+from grpo_jax.preconditioner import Power, PromptWeights, _stateless
+
+# What each peer divides by: `std_weights(**PEER_STD["trl"])`, or an Objective's std_eps
+# and std_ddof.
+PEER_STD: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "trl": {"ddof": 1, "eps": 1e-4},
+        "verl": {"ddof": 1, "eps": 1e-6},
+        "tunix": {"ddof": 1, "eps": 1e-6},
+        "easydel": {"ddof": 0, "eps": 1e-4},
+        "lmpo": {"ddof": 0, "eps": 1e-8},
+        "oat": {"ddof": 1, "eps": 1e-8},
+        "openrlhf": {"ddof": 1, "eps": 1e-9},
+    }
+)
+
+
+def batch_std_weights(*, eps: float = 1e-6, ddof: int = 0) -> PromptWeights:
+    """w_p = 1 / (std of all the batch's rewards + eps): the same for every prompt."""
+    return _stateless(lambda rewards: inverse_batch_std(rewards, eps=eps, ddof=ddof))
+
+
+def group_mean_weights(*, eps: float = 1e-6) -> PromptWeights:
+    """w_p = 1 / (mean_p + eps): MaxRL, ascends sum log p_x (`inverse_group_mean`)."""
+    return _stateless(lambda rewards: inverse_group_mean(rewards, eps=eps))
+
+
+def beta_weights() -> PromptWeights:
+    """w_p = 1 / Beta density at mean_p, fitted to the batch: BNPO."""
+    return _stateless(inverse_beta_density)
+
+
+def finite_group_weights(group_size: int | None = None) -> PromptWeights:
+    """The weight that dividing by the std of a finite group has on average.
+
+    w_p = w_G(p) / ((1 - 1/n) p (1 - p)), with w_G `expected_group_std`, at p the mean
+    of the group's n rewards; 0 for a tied group. Were p the true pass rate, the centred
+    gradient times w_p would have exactly the expectation of std-normalisation with
+    groups of G. At G = n = 2 and 3 w_p is a constant (2, and 1.5 sqrt 2): normalisation
+    is a rescale. For p far below 1 / G it saturates, at sqrt(G - 1) n / (n - 1); as G
+    grows it is 1 / sigma.
+
+    Args:
+        group_size: G, whose normalisation is meant; default: as many as there are
+            columns of rewards.
+    """
+    if group_size is not None and group_size < 2:
+        raise ValueError(f"group_size must be at least 2, got {group_size}.")
+
+    def weights(rewards):
+        statistics = group_statistics(rewards)
+        g = group_size or rewards.shape[1]
+        inside = ~statistics.tied & (statistics.mean > 0) & (statistics.mean < 1)
+        p = jnp.where(inside, statistics.mean, 0.5)
+        centring = 1 - 1 / jnp.maximum(statistics.count, 2)
+        scale = expected_group_std(p, g) / (centring * p * (1 - p))
+        return jnp.where(inside, scale, 0.0)
+
+    return _stateless(weights)
+
+
+class PosteriorWeightsState(NamedTuple):
+    """Discounted counts of every prompt, and how often the rule was asked."""
+
+    successes: jax.Array | None  # [num_prompts]; None where nothing is remembered
+    failures: jax.Array | None
+    count: jax.Array  # int32
+
+
+def posterior_weights(
+    num_prompts: int | None = None,
+    *,
+    power: Power = 1.0,
+    prior: float = 0.5,
+    discount: float = 0.8,
+) -> PromptWeights:
+    """w_p = (m (1 - m))^(-power / 2), m the posterior mean of p_x; 0 for a tied group.
+
+    The std of a prior Beta(prior, prior) updated by the group: it cannot come near 0
+    by luck. With num_prompts the counts are kept across visits of a prompt: at each
+    visit the old ones are discounted and the group's added, so that a prompt visited
+    often is known better than one group could tell.
+
+    Args:
+        num_prompts: Prompt ids are below it; None: nothing is remembered.
+        power: As in `std_weights`.
+        prior: Pseudo-counts of success, and of failure.
+        discount: What is left of old counts at a visit, in [0, 1].
+
+    The rewards must be in [0, 1]; between, they count as a share of a success.
+    """
+    if not prior > 0:
+        raise ValueError(f"prior must be positive, got {prior}.")
+    if not 0 <= discount <= 1:
+        raise ValueError(f"discount must be in [0, 1], got {discount}.")
+
+    def init():
+        counts = (None, None)
+        if num_prompts is not None:  # two arrays, not one twice: they may be donated
+            counts = (jnp.zeros(num_prompts, float), jnp.zeros(num_prompts, float))
+        return PosteriorWeightsState(*counts, jnp.zeros((), jnp.int32))
+
+    def weights(rewards, state, prompt_ids=None):
+        statistics = group_statistics(rewards)
+        share = jnp.clip(statistics.mean, 0, 1)
+        successes = share * statistics.count
+        failures = statistics.count - successes
+        if prompt_ids is not None:
+            successes += discount * state.successes[prompt_ids]
+            failures += discount * state.failures[prompt_ids]
+            state = state._replace(
+                successes=state.successes.at[prompt_ids].set(successes),
+                failures=state.failures.at[prompt_ids].set(failures),
+            )
+        mean = (successes + prior) / (successes + failures + 2 * prior)
+        exponent = -(power(state.count) if callable(power) else power) / 2
+        state = state._replace(count=optax.safe_increment(state.count))
+        w = jnp.where(statistics.tied, 0.0, (mean * (1 - mean)) ** exponent)
+        return w, state
+
+    return PromptWeights(init, weights, by_prompt=num_prompts is not None)

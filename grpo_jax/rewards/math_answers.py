@@ -1,0 +1,141 @@
+"""Whether two LaTeX answers are equal: by spelling, then by math_verify on sympy.
+
+What reaches sympy is checked first. latex2sympy turns a grammar, not Python, into
+expressions, but it makes symbols of any text inside \\text{...}, and parts of sympy
+(`sympify`, `lambdify` in sums) compile strings; so only listed characters and commands
+pass, and sums, integrals and limits do not: an answer is worked out.
+"""
+
+import functools
+import re
+
+from grpo_jax.rewards.answers import balanced, rational, read_answer, same_answer
+
+MAX_SYMBOLIC = 400  # characters that sympy may be given
+MAX_DEPTH = 10  # brackets within brackets
+MAX_DIGITS = 60  # in a row
+
+_CHARACTERS = re.compile(r"[A-Za-z0-9\s+\-*/^_=<>!|.,;:'()\[\]{}\\&]*")
+_COMMANDS = frozenset(
+    "frac sqrt pi infty cup cap cdot div pm mp leq geq neq lt gt in text overline vec "
+    "sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh log ln exp binom "
+    "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi psi omega "
+    "begin end angle triangle emptyset varnothing setminus circ approx lfloor rfloor "
+    "lceil rceil mathbb bar hat".split()
+)
+_ENVIRONMENTS = frozenset("matrix pmatrix bmatrix vmatrix".split())
+
+
+@functools.lru_cache(maxsize=10_000)
+def same_math(gold: str, answer: str, *, spelling: bool = True) -> bool:
+    """Whether `answer` is the answer `gold`; False where that cannot be decided."""
+    left, right = read_answer(gold), read_answer(answer)
+    if spelling:
+        verdict = same_answer(left, right)
+        if verdict is not None:
+            return verdict
+    equations = "=" in left.body or "=" in right.body
+    bodies = [a.equation() if equations else a.body for a in (left, right)]
+    return _may_be_compared(*bodies) and _same_by_math_verify(*bodies)
+
+
+def refused(body: str) -> str | None:
+    """Why sympy is not given this text, or None."""
+    if len(body) > MAX_SYMBOLIC:
+        return "too long"
+    if not _CHARACTERS.fullmatch(body):
+        return "a character that is not listed"
+    if not balanced(body):
+        return "brackets that do not match"
+    if "__" in body:
+        return "two underscores"
+    if re.search(rf"[0-9]{{{MAX_DIGITS}}}", body):
+        return "too many digits"
+    for command in re.findall(r"\\([A-Za-z]+)", body):
+        if command not in _COMMANDS:
+            return f"\\{command}"
+    for name in re.findall(r"\\(?:begin|end)\s*\{([^{}]*)\}", body):
+        if name not in _ENVIRONMENTS:
+            return f"environment {name}"
+    depth = deepest = 0
+    for character in body:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return "nested too deeply" if deepest > MAX_DEPTH else None
+
+
+def _may_be_compared(gold: str, answer: str) -> bool:
+    if refused(gold) or refused(answer):
+        return False
+    # math_verify takes the right-hand side of any equation: 2+2=5 would be a 5.
+    return "=" in gold or "=" not in answer
+
+
+def _same_by_math_verify(gold: str, answer: str) -> bool:
+    parse, verify = load_math_verify()
+    left = parse(gold)
+    if not left:
+        return False
+    right = parse(answer)
+    if not right or _differ_in_value(left[0], right[0]):
+        return False
+    return verify(left, right)
+
+
+def _differ_in_value(left, right) -> bool:
+    """Whether two expressions have plainly different values at one point.
+
+    Most wrong answers do, and this is much quicker than simplifying their difference.
+    False says nothing.
+    """
+    from sympy import Expr, Rational, Symbol
+
+    pair = (left, right)
+    if not all(isinstance(e, Expr) and not isinstance(e, Symbol) for e in pair):
+        return False
+    names = sorted(left.free_symbols | right.free_symbols, key=str)
+    point = {name: Rational(137 + 61 * i, 100) for i, name in enumerate(names)}
+    try:
+        a, b = (complex(e.subs(point).evalf(15)) for e in pair)
+        # A comparison with inf or nan is False.
+        return abs(a - b) > 1e-6 * (1 + abs(a) + abs(b))
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
+        return False  # no number, or too large a one: simplification decides
+
+
+@functools.cache
+def load_math_verify():
+    """(parse, verify) of math_verify, without its alarms: the pool has the limit."""
+    import logging
+
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Rational
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    config = LatexExtractionConfig(
+        boxed_match_priority=0,
+        try_extract_without_anchor=False,
+        # Its list of units has single letters: 3t would be a 3.
+        normalization_config=NormalizationConfig(
+            basic_latex=True, units=False, malformed_operators=True, nits=True
+        ),
+    )
+
+    @functools.lru_cache(maxsize=4096)  # a group has one gold and few answers
+    def parse_box(body):
+        number = rational(body)
+        if number is not None:  # the grammar takes milliseconds
+            return [Rational(number.numerator, number.denominator)]
+        return parse(
+            f"\\boxed{{{body}}}",
+            extraction_config=[config],
+            fallback_mode="no_fallback",
+            parsing_timeout=None,  # type: ignore[arg-type]
+        )
+
+    def equal(gold, answer):
+        # Floats are compared to 12 decimals: 1.414214 is not the root of 2.
+        return verify(gold, answer, float_rounding=12, timeout_seconds=None)
+
+    return parse_box, equal

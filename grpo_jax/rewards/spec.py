@@ -1,0 +1,104 @@
+"""Rewards as text: `length(start=512,end=1024)=0.5`, read and checked."""
+
+import re
+
+from grpo_jax.errors import ConfigError, unknown_name
+from grpo_jax.rewards.types import Reward
+from grpo_jax.rewards.verifiers import VERIFIERS
+
+OPTIONS = {"length": ("start", "end"), "math": ("exact",)}
+
+
+_REQUIRED = {"length": ("start", "end")}
+
+
+_REWARD = re.compile(
+    r"(?P<name>[^=()]+)(?:\((?P<options>[^()]*)\))?(?:=(?P<weight>.+))?"
+)
+
+
+_USER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def parse_reward(text: str) -> "Reward":
+    """The Reward that "math", "length(start=512,end=1024)=0.5" or "pkg:func=-0.2" name.
+
+    Raises:
+        ConfigError: no such verifier or option, or a weight that is no number.
+    """
+    from grpo_jax.rewards.types import Reward
+
+    match = _REWARD.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise ConfigError(
+            "a reward must be NAME, NAME=WEIGHT or NAME(OPTION=NUMBER,...)=WEIGHT, "
+            f"got {text!r}; for example math=1.0 or length(start=512,end=1024)=0.5."
+        )
+    reward = Reward(
+        name=match["name"],
+        weight=_number(match["weight"] or "1", f"the weight of reward {text!r}"),
+        options=tuple(
+            _option(option, text) for option in (match["options"] or "").split(",")
+        )
+        if match["options"]
+        else (),
+    )
+    check_reward(reward)
+    return reward
+
+
+def _option(option, text):
+    name, _, value = option.partition("=")
+    return name, _number(value, f"option {name!r} of reward {text!r}")
+
+
+def _number(text, what):
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise ConfigError(f"{what} must be a finite number, got {text!r}.")
+    return value
+
+
+def check_reward(reward: "Reward") -> None:
+    """ConfigError, with the choices, unless the name and the options exist."""
+    if ":" in reward.name:
+        if not _USER.fullmatch(reward.name):
+            raise ConfigError(
+                f"your own reward must be module:function, got {reward.name!r}; for "
+                "example mypackage.rewards:brevity."
+            )
+        if reward.options:
+            raise ConfigError(
+                f"reward {reward.name!r} is your own and takes no options, got "
+                f"{dict(reward.options)}; give it a second function instead."
+            )
+        return
+    if reward.name not in VERIFIERS:
+        raise unknown_name("reward", reward.name, [*VERIFIERS, "module:function"])
+    allowed, given = OPTIONS.get(reward.name, ()), dict(reward.options)
+    for name in given:
+        if name not in allowed:
+            raise ConfigError(
+                f"reward {reward.name!r} has no option {name!r}; "
+                f"its options: {', '.join(allowed) or 'none'}."
+            )
+    missing = [n for n in _REQUIRED.get(reward.name, ()) if n not in given]
+    if missing:
+        raise ConfigError(
+            f"reward {reward.name!r} needs {' and '.join(missing)}; for example "
+            "length(start=512,end=1024)=0.5."
+        )
+    if reward.name == "length" and not 0 <= given["start"] < given["end"]:
+        raise ConfigError(
+            f"reward 'length' must have 0 <= start < end, got start={given['start']:g} "
+            f"and end={given['end']:g}."
+        )
+
+
+def reward_text(reward: "Reward") -> str:
+    """What `parse_reward` reads back, without the weight."""
+    options = ",".join(f"{name}={value:g}" for name, value in reward.options)
+    return f"{reward.name}({options})" if options else reward.name

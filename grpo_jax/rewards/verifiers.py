@@ -1,0 +1,236 @@
+"""Verifiers and format rewards by name: (example, completion, **options) -> float.
+
+A verifier reads what the completion commits to last and compares it with the gold
+answer. All of them fail closed: an answer that is cut off, ambiguous or cannot be read
+scores 0, and so does one that makes a verifier raise. They are pure and light; the one
+that calls sympy (`math`) is meant for the worker processes of `scoring.VerifierPool`,
+because sympy can take for ever.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from grpo_jax.rewards.answers import boxes, final_number, last_boxed, one_number
+from grpo_jax.rewards.math_answers import same_math
+
+if TYPE_CHECKING:
+    from grpo_jax.rewards.types import Example
+
+TAIL = 20_000  # last characters of a completion that are searched for an answer
+MAX_EXPRESSION = 300  # characters of a countdown answer
+
+
+def exact(example: "Example", completion: str) -> float:
+    """1 for the gold answer and nothing else."""
+    return float(completion == example.answer)
+
+
+def gsm8k(example: "Example", completion: str) -> float:
+    """1 where the final number (`final_number`) equals the gold's, as rationals."""
+    gold, number = final_number(example.answer), final_number(completion[-TAIL:])
+    return float(gold is not None and gold == number)
+
+
+def math(example: "Example", completion: str, *, exact: float = 1.0) -> float:
+    """1 where the last \\boxed{...} is the gold answer, by spelling or by math_verify.
+
+    `exact` 0 leaves the comparison of spellings out: for audits.
+    """
+    answer = last_boxed(completion[-TAIL:])
+    if not answer or check_gold("math", example.answer):
+        return 0.0
+    return float(same_math(example.answer, answer, spelling=bool(exact)))
+
+
+def countdown(example: "Example", completion: str) -> float:
+    """1 where the answer is arithmetic on the numbers, each used once, on target.
+
+    The answer is in the last <answer>...</answer>, else the last \\boxed{...}, else the
+    last line. `example.answer` is as `countdown_gold` writes it. Only numbers, + - * /
+    (also × ÷ \\times \\cdot \\div) and parentheses are read; "= target" may follow.
+    """
+    target, numbers = countdown_numbers(example.answer)
+    text = completion[-TAIL:]
+    if "<answer>" in text:
+        inside, closed, _ = text[text.rindex("<answer>") + 8 :].partition("</answer>")
+        answer = inside if closed else None
+    elif "\\boxed" in text:
+        answer = last_boxed(text)
+    else:
+        answer = next(reversed(text.strip().splitlines()), None)
+    if not answer or len(answer) > MAX_EXPRESSION:
+        return 0.0
+    for old, new in _OPERATORS.items():
+        answer = answer.replace(old, new)
+    expression, equals, claimed = answer.partition("=")
+    try:
+        if equals and one_number(claimed) != target:
+            return 0.0
+        value, used = _Arithmetic(expression).read()
+    except (ValueError, ZeroDivisionError):
+        return 0.0
+    return float(value == target and sorted(used) == sorted(numbers))
+
+
+_OPERATORS = {"×": "*", "÷": "/", "\N{MINUS SIGN}": "-", "$": ""}
+_OPERATORS |= {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": ""}
+
+
+class _Arithmetic:
+    """expression = term (+|- term)*; term = atom (*|/ atom)*; atom = integer | (...)"""
+
+    def __init__(self, text):
+        self.tokens = re.findall(r"[0-9]+|\S", text)
+        self.used = []
+
+    def read(self):
+        value = self._sum()
+        if self.tokens:
+            raise ValueError(f"unexpected {self.tokens[0]!r}")
+        return value, self.used
+
+    def _sum(self):
+        value = self._product()
+        while (operator := self._take("+", "-")) is not None:
+            other = self._product()
+            value = value + other if operator == "+" else value - other
+        return value
+
+    def _product(self):
+        value = self._atom()
+        while (operator := self._take("*", "/")) is not None:
+            other = self._atom()
+            value = value * other if operator == "*" else value / other
+        return value
+
+    def _atom(self):
+        if self._take("("):
+            value = self._sum()
+            if not self._take(")"):
+                raise ValueError("a parenthesis is not closed")
+            return value
+        token = self.tokens.pop(0) if self.tokens else ""
+        if not (token.isascii() and token.isdigit() and len(token) < 20):
+            raise ValueError(f"a number was expected, got {token!r}")
+        self.used.append(int(token))
+        return Fraction(token)
+
+    def _take(self, *choices):
+        if self.tokens and self.tokens[0] in choices:
+            return self.tokens.pop(0)
+        return None
+
+
+def countdown_gold(target: int, numbers: list[int]) -> str:
+    """The gold of a countdown example, "24 from 3 8 8 3"."""
+    return f"{target} from {' '.join(map(str, numbers))}"
+
+
+def countdown_numbers(gold: str) -> tuple[int, list[int]]:
+    """(target, numbers) of a `countdown_gold`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"-?[0-9]{1,18} from [0-9]{1,18}( [0-9]{1,18})*", gold):
+        raise ValueError(
+            f"a countdown gold must be like '24 from 3 8 8 3', got {gold!r}; write it "
+            "with countdown_gold(target, numbers)."
+        )
+    target, _, numbers = gold.partition(" from ")
+    return int(target), [int(number) for number in numbers.split()]
+
+
+def boxed_format(example: "Example", completion: str) -> float:
+    """1 for exactly one \\boxed{...}, closed and not empty."""
+    del example
+    found = []
+    for box in boxes(completion):
+        found.append(box)
+        if len(found) > 1:
+            return 0.0
+    return float(len(found) == 1 and bool(found[0]))
+
+
+_R1 = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+
+
+def r1_format(example: "Example", completion: str) -> float:
+    """1 for <think>...</think><answer>...</answer> and nothing around them.
+
+    The opening <think> may be the template's: a completion without it counts where
+    </think> is there once.
+    """
+    del example
+    text = completion if "<think>" in completion else "<think>" + completion
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    if any(text.count(tag) != 1 for tag in tags):
+        return 0.0
+    match = _R1.fullmatch(text)
+    return float(match is not None and bool(match.group(2).strip()))
+
+
+def hash_format(example: "Example", completion: str) -> float:
+    """1 where the one `#### number` is the last line."""
+    del example
+    if completion.count("####") != 1:
+        return 0.0
+    last = completion.rstrip()[completion.rstrip().rfind("\n") + 1 :]
+    number = last.removeprefix("####")
+    return float(number != last and one_number(number) is not None)
+
+
+def length_reward(
+    example: "Example", completion: str, *, start: float, end: float, tokens: int
+) -> float:
+    """0 up to `start` tokens, falling in a straight line to -1 at `end` tokens."""
+    del example, completion
+    return -min(max((tokens - start) / (end - start), 0.0), 1.0)
+
+
+VERIFIERS: Mapping[str, Callable[..., float]] = MappingProxyType(
+    {
+        "exact": exact,
+        "gsm8k": gsm8k,
+        "math": math,
+        "countdown": countdown,
+        "boxed_format": boxed_format,
+        "r1_format": r1_format,
+        "hash_format": hash_format,
+        "length": length_reward,
+    }
+)
+
+
+def check_gold(name: str, answer: str) -> str | None:
+    """Why the verifier could never accept this gold answer, or None."""
+    if name == "gsm8k" and final_number(answer) is None:
+        return f"it ends on no number: {answer[-40:]!r}"
+    if name == "math":
+        if not answer.strip():
+            return "it is empty"
+        if last_boxed(f"\\boxed{{{answer}}}") != answer.strip():
+            return f"its braces do not match, or it is too long: {answer[:40]!r}"
+    if name == "countdown":
+        try:
+            countdown_numbers(answer)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def shortened(name: str, completion: str) -> str:
+    """A shorter text with the same verdict: what need not travel to a worker.
+
+    Only the answer of `math`, only the tail for the others that look for an answer; the
+    whole completion for the exact match, the formats and a user's function.
+    """
+    if name == "math":
+        answer = last_boxed(completion[-TAIL:])
+        return f"\\boxed{{{answer}}}" if answer else ""
+    if name in ("gsm8k", "countdown"):
+        return completion[-TAIL:]
+    return "" if name == "length" else completion

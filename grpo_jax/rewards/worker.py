@@ -1,0 +1,124 @@
+"""A worker process of `scoring.VerifierPool`: one check after another, JSON lines.
+
+Started as `python -m grpo_jax.rewards.worker` with one line on stdin that
+says what to load; each further line is a check and gets one line back. It owns its
+limits: it dies with its parent, and writes no core.
+"""
+
+import ctypes
+import functools
+import importlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Answers checks until stdin ends."""
+    requests, replies = _own_the_pipes()
+    setup = json.loads(requests.readline())
+    _limit(setup)
+    try:
+        functions = _load(setup["names"])
+    except BaseException as error:  # whatever a user's module does when imported
+        _reply(replies, {"failed": f"{type(error).__name__}: {error}"})
+        return
+    _reply(replies, {"ready": True})
+    for line in requests:
+        check = json.loads(line)
+        _reply(replies, _answer(check, functions))
+
+
+def _own_the_pipes():
+    """Streams that no print of a user's function reaches."""
+    requests = os.fdopen(os.dup(0), "r", encoding="utf-8", errors="surrogatepass")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    return requests, replies
+
+
+def _limit(setup):
+    if sys.platform == "linux":
+        # It also fires when the thread ends that started this process: the pool starts
+        # another worker then.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != setup["parent"]:
+        sys.exit("the parent has gone")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":  # macOS has no limit of this kind that holds
+        memory = int(setup["memory_gib"] * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if not any(":" in name for name in setup["names"]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def _load(names):
+    from grpo_jax.rewards.verifiers import VERIFIERS
+
+    functions: dict[str, Callable[..., Any]] = dict(VERIFIERS)
+    if "math" in names:
+        from grpo_jax.rewards.math_answers import same_math
+
+        # sympy's first call is slow; it should not count against a completion.
+        same_math(r"\frac{1}{2}", "2^{-1}", spelling=False)
+    for name in names:
+        if ":" in name:
+            functions[name] = _user_function(name)
+    return functions
+
+
+def _user_function(name) -> Callable[..., Any]:
+    module, _, attributes = name.partition(":")
+    value: Any = importlib.import_module(module)
+    return functools.reduce(getattr, attributes.split("."), value)
+
+
+def _answer(check, functions):
+    name = check["name"]
+    own = ":" in name
+    try:
+        value = functions[name](_example(check, own), check["text"], **check["options"])
+        value = float(value)
+    except MemoryError:
+        os._exit(1)  # what is left of this process cannot be trusted
+    except (Exception, SystemExit) as error:
+        message = f"{type(error).__name__}: {error}"[:500]
+        # A verifier fails closed; a user's reward is missing.
+        return {"error": message} if own else _value(check, 0.0)
+    return _value(check, value)
+
+
+def _value(check, value):
+    # JSON has no NaN: the parent is told in words.
+    if math.isfinite(value):
+        return {"value": value}
+    return {"error": f"the reward is {value}"}
+
+
+def _example(check, own):
+    if not own:
+        return SimpleNamespace(answer=check["example"]["answer"])
+    from grpo_jax.rewards.types import Example
+
+    example = check["example"]
+    tags = tuple((key, value) for key, value in example["tags"])
+    return Example(**{**example, "tags": tags})
+
+
+def _reply(stream, message):
+    stream.write(json.dumps(message) + "\n")
+    stream.flush()
+
+
+if __name__ == "__main__":
+    main()

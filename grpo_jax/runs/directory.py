@@ -1,0 +1,160 @@
+"""A run's directory: what it holds, whose it is, and whether it may be continued."""
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.runs.config import TrainConfig
+from grpo_jax.runs.config_files import differences, to_dict
+
+# What may differ between a run and its continuation: nothing the maths depends on. How
+# long it goes on is one of them as long as neither the learning rate nor the weights
+# depend on it.
+# Where data and the base lie may change: their fingerprints may not.
+FREE_ON_RESUME = (
+    "run_dir", "resume", "checkpoint.", "log.", "task.path", "task.heldout_path",
+    "pretrained", "scoring.workers", "mesh",
+)  # fmt: skip
+
+
+def claim(config: TrainConfig, facts: dict[str, Any]) -> Path:
+    """The directory this run may write to, created; a new run's config is in it.
+
+    Args:
+        config: The run's.
+        facts: What config.json keeps besides: `note`, what the report should say of the
+            task; `eos_ids`; and `data` and `base`, fingerprints of the task's prompts
+            and answers and of the pretrained model.
+
+    Raises:
+        ConfigError: it holds another run, or this one and `resume` is not set, or there
+            is nothing to resume; nothing was changed.
+    """
+    directory = (
+        _default_directory(config) if not config.run_dir else Path(config.run_dir)
+    )
+    file = directory / "config.json"
+    if config.resume and not file.exists():
+        raise ConfigError(
+            f"nothing to resume in {directory}: it holds no config.json; "
+            "check --run-dir, or leave --resume out to start there."
+        )
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"run_dir must be a directory, {directory} is a file.")
+    if not config.resume and directory.exists() and any(directory.iterdir()):
+        if not file.exists():
+            raise ConfigError(
+                f"{directory} is not empty and holds no run; choose another --run-dir."
+            )
+        changed = _changed(read_config_dict(directory), config)
+        if changed:
+            raise ConfigError(
+                f"{directory} holds a run with another config ({'; '.join(changed)}); "
+                "choose another --run-dir."
+            )
+        raise ConfigError(
+            f"{directory} holds this run already; continue it with --resume, or choose "
+            "another --run-dir."
+        )
+    if config.resume:
+        scheduled = config.weights.power_end is not None
+        constant = config.optimizer.schedule == "constant" and not scheduled
+        free = (*FREE_ON_RESUME, "steps:") if constant else FREE_ON_RESUME
+        changed = [
+            row
+            for row in _changed(read_config_dict(directory), config)
+            if not row.startswith(free)
+        ]
+        if changed:
+            raise ConfigError(
+                f"cannot resume {directory} with another config "
+                f"({'; '.join(changed)}); give the same one, or another --run-dir."
+            )
+        old = read_facts(directory)
+        for name, what in (
+            ("data", "the task's data"),
+            ("base", "the pretrained model"),
+        ):
+            if old.get(name, facts[name]) != facts[name]:
+                raise ConfigError(
+                    f"cannot resume {directory}: {what} changed since it began; "
+                    "restore it, or give another --run-dir."
+                )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the run directory {directory}: {error.strerror}."
+        ) from error
+    if not config.resume:
+        record(directory, config, facts)
+    return directory
+
+
+def record(directory: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
+    """Writes config.json; of a resumed run once it is known to go on."""
+    whole = {"config": to_dict(config), "versions": versions()} | facts
+    temporary = directory / "config.tmp"
+    temporary.write_text(json.dumps(whole, indent=2))
+    temporary.replace(directory / "config.json")
+
+
+def _default_directory(config):
+    stem = f"{config.task.name}-{config.objective.name}-seed{config.seed}"
+    directory, number = Path("runs") / stem, 1
+    while directory.exists():
+        number += 1
+        directory = Path("runs") / f"{stem}-{number}"
+    return directory
+
+
+def _changed(old, config):
+    rows = differences(old, to_dict(config))
+    return [row for row in rows if not row.startswith(("run_dir", "resume"))]
+
+
+def read_config_dict(directory: Path) -> dict[str, Any]:
+    """The config a run was started with, as nested dicts.
+
+    Raises:
+        ConfigError: the directory holds no run.
+    """
+    return read_facts(directory)["config"]
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """All of config.json: config, versions, and what `claim` was given.
+
+    Raises:
+        ConfigError: the directory holds no run.
+    """
+    file = Path(directory) / "config.json"
+    try:
+        facts = json.loads(file.read_text())
+        if not isinstance(facts["config"], dict):
+            raise ValueError("its config is no mapping")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{directory} holds no run: no config.json there.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged ({error}); it cannot be used.") from error
+    return facts
+
+
+def read_notes(directory: Path) -> tuple[dict[str, str], str]:
+    """(package versions, the task's note) of a run."""
+    facts = read_facts(directory)
+    return facts.get("versions", {}), facts.get("note", "")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the machine, and the packages that numbers depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,114 @@
+"""JSON-lines files that survive a full disk and a killed process."""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class JsonLines:
+    """An append-only file of objects; every line is on disk when `write` returns.
+
+    Attributes:
+        unwritten: Objects whose line could not be written; the next `write` tries them
+            again, before its own.
+    """
+
+    def __init__(self, path: Path):
+        self.unwritten: list[dict[str, Any]] = []
+        self._path, self._file = path, path.open("ab", buffering=0)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a line, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written; the row is `unwritten`.
+        """
+        self.unwritten.append(without_nan(row))
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.unwritten]
+        data, size = "".join(lines).encode(), os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)  # no half a line
+            reason = error.strerror or error
+            raise OSError(f"cannot write {self._path}: {reason}") from error
+        self.unwritten = []
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The value as JSON, indented; null for every number that JSON cannot say."""
+    text = json.dumps(without_nan(value), indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file; a last line cut short by a killed process is left out."""
+    if not path.exists():
+        return []
+    rows, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if i + 1 < len(lines):
+                raise
+    return rows
+
+
+class NoLines:
+    """In place of `JsonLines` where another process writes."""
+
+    unwritten: list[dict[str, Any]] = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines after `step`: what a resumed run is going to write again."""
+    rewrite(path, [row for row in read_lines(path) if row["step"] <= step])
+
+
+def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The file with these lines alone, replaced at once."""
+    temporary = path.with_suffix(".tmp")
+    lines = [json.dumps(without_nan(row), allow_nan=False) + "\n" for row in rows]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def without_nan(value: Any) -> Any:
+    """The value with null for every number that JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: without_nan(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_numbers(metrics: dict[str, Any]) -> dict[str, float | int]:
+    """Device scalars as Python numbers."""
+    return {name: np.asarray(x).item() for name, x in jax.device_get(metrics).items()}
+
+
+def rounded(values: Any) -> Any:
+    """An array as (nested) lists of numbers of six significant digits, for JSON."""
+    values = np.asarray(values, float)
+    if values.ndim == 0:
+        return float(f"{values:.6g}")
+    return [rounded(value) for value in values]

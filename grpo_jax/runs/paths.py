@@ -1,0 +1,47 @@
+"""Where things are kept between runs."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+
+def cache_directory() -> Path:
+    """$GRPO_JAX_CACHE, else grpo_jax in the user's cache directory."""
+    if "GRPO_JAX_CACHE" in os.environ:
+        return Path(os.environ["GRPO_JAX_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "grpo_jax"
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs across processes, unless jax is already told where."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        directory = str(cache_directory() / "compiled")
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@functools.cache
+def _compile_events() -> list[str]:
+    """Grows by one per program that this process compiles; one listener for all."""
+    events = []
+
+    def on_event(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    return events
+
+
+def count_compiles() -> Callable[[], int]:
+    """A function that returns how many programs were compiled since this call."""
+    events = _compile_events()
+    before = len(events)
+    return lambda: len(events) - before

@@ -1,0 +1,199 @@
+"""Where a policy and its task come from: a model directory, a run, or nothing yet."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.hub import eos_ids, load_tokenizer, local_directory
+from grpo_jax.models.lora import without_lora
+from grpo_jax.models.policy import Policy, abstract_policy, add_lora
+from grpo_jax.models.pretrained import load_pretrained, read_config
+from grpo_jax.parallel.sharding import placed, tree_shardings
+from grpo_jax.runs.config import TaskConfig, TrainConfig
+from grpo_jax.runs.directory import read_facts
+from grpo_jax.runs.params import load_params
+from grpo_jax.tasks import Task, load_task
+
+# What of `model` may be given beside `pretrained`: how to compute, not what.
+FREE = ("compute_dtype", "remat", "lora_rank", "lora_alpha", "lora_targets")
+
+_BLOCK, _BLOCKS = 2**16, 256  # what a fingerprint reads of a file: bytes, and times
+
+
+def task_of(config: TaskConfig, pretrained: str | None) -> Task:
+    """The task, asked in the tokens of the pretrained model where there is one.
+
+    Raises:
+        ConfigError: the task, its data or the tokenizer cannot be had.
+    """
+    if pretrained is None:
+        return _task(config)
+    directory = local_directory(pretrained)
+    return _task(config, tokenizer=_tokenizer(directory), eos_ids=eos_ids(directory))
+
+
+def task_for_run(config: TaskConfig, run_dir: Path) -> Task:
+    """The task asked as a run asks: in its tokens, and its template unless another is
+    given.
+
+    Raises:
+        ConfigError: the directory holds no run, or as `task_of`.
+    """
+    facts = read_facts(run_dir)
+    own = facts["config"]["task"].get("vocab_size")
+    if config.vocab_size not in (None, own):
+        raise ConfigError(
+            f"task.vocab_size is of a new tokenizer, and {run_dir} has one, got "
+            f"{config.vocab_size}; leave it out."
+        )
+    asked = dataclasses.replace(
+        config,
+        vocab_size=None,
+        template=config.template or facts.get("template"),
+        system=facts.get("system") if config.system is None else config.system,
+    )
+    return _task(
+        asked,
+        tokenizer=_tokenizer(run_dir / "tokenizer"),
+        eos_ids=facts.get("eos_ids", ()),
+    )
+
+
+def _task(config, **language):
+    options = dataclasses.asdict(config)
+    name = options.pop("name")
+    return load_task(name, **options, **language)
+
+
+def _tokenizer(directory):
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.pad_token is None:  # masks tell padding, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_language(task: Task, model: ModelConfig | None = None) -> None:
+    """ConfigError where no completion could end, or a token has no embedding."""
+    tokenizer = task.tokenizer
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        missing = "EOS" if tokenizer.eos_token_id is None else "padding"
+        raise ConfigError(
+            f"the tokenizer of task {task.name} has no {missing} token; set one "
+            "(a completion could never end)."
+        )
+    if model is not None and model.vocab_size < len(tokenizer):
+        raise ConfigError(
+            f"model.vocab_size must be at least {len(tokenizer)}, the tokenizer's, "
+            f"got {model.vocab_size}; the model and the tokenizer do not belong "
+            "together, or, for a new model, leave it out."
+        )
+
+
+def with_settings(found: ModelConfig, asked: ModelConfig) -> ModelConfig:
+    """A pretrained model's config with the settings that are the run's own.
+
+    Raises:
+        ConfigError: `asked` has a shape of its own.
+    """
+    plain = ModelConfig()
+    for field in dataclasses.fields(ModelConfig):
+        name = field.name
+        if name not in FREE and getattr(asked, name) != getattr(plain, name):
+            raise ConfigError(
+                f"model.{name} is the pretrained model's own "
+                f"({getattr(found, name)!r}), got {getattr(asked, name)!r}; leave it "
+                "out, or leave out pretrained."
+            )
+    return dataclasses.replace(found, **{name: getattr(asked, name) for name in FREE})
+
+
+def fingerprint(directory: Path) -> str:
+    """Of a model directory: its config, and of each tensors' file its size, its header
+    and blocks spread over it."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:20]
+
+
+def data_fingerprint(task: Task) -> str:
+    """Of a task's prompts, answers and vocabulary."""
+    vocabulary = sorted(task.tokenizer.get_vocab().items())
+    asked = [task.train, task.heldout, task.template, task.system]
+    text = json.dumps([*asked, sorted(task.stop_ids), vocabulary])
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def pretrained_policy(
+    name: str, settings: ModelConfig, mesh: Mesh | None = None
+) -> Policy:
+    """The policy of a model directory (or Hub name) with the run's own settings.
+
+    What is trained is float32; with LoRA the frozen base keeps the dtype it is stored
+    in. `settings` are what `with_settings` returned: factors are not made here.
+    On a mesh every device is given its part, and no more.
+    """
+    dtype = None if settings.lora_rank else "float32"
+    directory, shardings = local_directory(name), None
+    if mesh is not None:
+        shapes = abstract_policy(without_lora(settings)).params
+        shardings = tree_shardings(shapes, mesh)
+    policy = load_pretrained(directory, dtype=dtype, shardings=shardings)
+    return policy.reconfigured(
+        compute_dtype=settings.compute_dtype, remat=settings.remat
+    )
+
+
+def with_factors(policy: Policy, model: ModelConfig, key: jax.Array) -> Policy:
+    """The policy with the LoRA factors that `model` asks for, fresh."""
+    return add_lora(
+        policy,
+        rank=model.lora_rank,
+        alpha=model.lora_alpha,
+        targets=model.lora_targets,
+        key=key,
+    )
+
+
+def load_base(
+    run_dir: Path, model: ModelConfig, pretrained: str | None, mesh: Mesh | None = None
+) -> Policy:
+    """The policy that a run started from, without factors.
+
+    Args:
+        model: The run's, with the vocabulary of its tokenizer.
+
+    Raises:
+        ConfigError: its file is missing or does not fit.
+    """
+    if pretrained is not None:
+        return pretrained_policy(pretrained, model, mesh)
+    policy = abstract_policy(without_lora(model))
+    params, _ = load_params(run_dir / "initial.safetensors", policy.params)
+    return policy.replace(placed(params, mesh))
+
+
+def model_of_run(run_dir: Path, config: TrainConfig) -> ModelConfig:
+    """A run's model, with the vocabulary that its config may leave to the tokenizer."""
+    if config.pretrained is not None:
+        return with_settings(read_config(config.pretrained), config.model)
+    from safetensors import SafetensorError, safe_open
+
+    start = run_dir / "initial.safetensors"
+    try:
+        with safe_open(start, framework="numpy") as file:
+            vocab_size = file.get_slice("embedding.embedding").get_shape()[0]
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read {start}: {error}.") from error
+    return dataclasses.replace(config.model, vocab_size=vocab_size)

@@ -1,0 +1,98 @@
+"""What an update reads and changes: the train state, the batch, past rollouts."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo_jax.objectives.presets import Objective
+from grpo_jax.preconditioner import PromptWeights
+from grpo_jax.rollouts.types import Rollouts
+
+
+class TrainState(NamedTuple):
+    """All that an update changes; checkpointed whole."""
+
+    params: Any  # float32
+    opt_state: Any
+    weights_state: Any  # of the prompt weights
+    history: Any  # `History`; () where an update sees the newest rollouts alone
+    updates: jax.Array  # int32, optimizer updates applied
+    skipped: jax.Array  # int32, updates skipped for a non-finite gradient
+    skipped_in_a_row: jax.Array  # int32, of these, since the last applied one
+
+
+class Batch(NamedTuple):
+    """Scored rollouts, and what the objective needs beside them."""
+
+    rollouts: Rollouts
+    old_logprobs: jax.Array | None  # [P, G, T] before the first of several updates
+    reference_logprobs: jax.Array | None  # [P, G, T] of the starting policy
+    weights: jax.Array  # [P], of the prompts
+    token_weights: jax.Array | None = None  # [P, G, T]
+
+
+class History(NamedTuple):
+    """Rollouts of past iterates, newest first, with the weights they had."""
+
+    rollouts: Rollouts  # leaves [n, P, ...]
+    weights: jax.Array  # [n, P]
+    valid: jax.Array  # [n] bool: the iterate exists
+
+
+def empty_history(objective: Objective, rollouts: Rollouts) -> Any:
+    """A `History` of the iterates that an objective looks back on, none there yet.
+
+    Args:
+        rollouts: Of the shapes to come; only shapes and dtypes are read.
+    """
+    n = objective.history - 1
+    if not n:
+        return ()
+    stacked = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), rollouts)
+    weights = jnp.zeros((n, rollouts.prompts.shape[0]), stacked.rewards.dtype)
+    return History(stacked, weights, jnp.zeros(n, bool))
+
+
+def with_history(history: History, batch: Batch) -> tuple[History, Batch]:
+    """(history with the batch in it, batch of all iterates' rollouts, newest first).
+
+    Each sample keeps the log-probs of the policy that sampled it. Until enough iterates
+    exist, the newest stands in the empty places.
+    """
+    newest = (batch.rollouts, batch.weights)
+
+    def place(old, new):
+        valid = history.valid.reshape(-1, *[1] * new.ndim)
+        filled = jnp.where(valid, old, new[None])
+        return jnp.concatenate([new[None], filled]).reshape(-1, *new.shape[1:])
+
+    def shift(old, new):
+        return jnp.concatenate([new[None], old])[:-1]
+
+    past = (history.rollouts, history.weights)
+    rollouts, weights = jax.tree.map(place, past, newest)
+    past = jax.tree.map(shift, past, newest)
+    history = History(*past, shift(history.valid, jnp.asarray(True)))
+    return history, Batch(rollouts, rollouts.behaviour_logprobs, None, weights)
+
+
+def part_of(batch: Batch, index: jax.Array | int, parts: int) -> Batch:
+    """The index-th of equal parts of a batch's prompts."""
+    size = batch.weights.shape[0] // parts
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), batch
+    )
+
+
+def init_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    weights: PromptWeights,
+    history: Any = (),
+) -> TrainState:
+    # Three arrays, not one thrice: a donated buffer may be given away only once.
+    zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+    opt_state = optimizer.init(params)
+    return TrainState(params, opt_state, weights.init(), history, *zeros)
