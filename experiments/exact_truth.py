@@ -57,7 +57,7 @@ from common import pick_answers, sample_groups
 
 import grpo_jax as gj
 from grpo_jax.diagnostics.geometry import cosine_statistics
-from grpo_jax.instrument.look import along, measure
+from grpo_jax.instrument.measure import along, measure
 from grpo_jax.intervals import t_interval
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.runs.config_files import from_dict

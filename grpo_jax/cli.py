@@ -75,7 +75,7 @@ def _bad(message):
 
 def _train(argv):
     config = _train_config(argv, "train", "Train a policy.")
-    from grpo_jax.parallel.processes import LostPeer, leave
+    from grpo_jax.parallel.processes import LostProcess, exit_at_once
     from grpo_jax.training.loop import NonFiniteGradients, train
 
     try:
@@ -83,8 +83,8 @@ def _train(argv):
     except NonFiniteGradients as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except LostPeer as error:
-        leave(str(error))
+    except LostProcess as error:
+        exit_at_once(str(error))
     return 0
 
 

@@ -17,7 +17,7 @@ from grpo_jax.evaluation.figures import summarise, table
 from grpo_jax.intervals import mean_interval
 from grpo_jax.models.policy import Policy
 from grpo_jax.models.pretrained import load_pretrained
-from grpo_jax.parallel.processes import Peers
+from grpo_jax.parallel.processes import Processes
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, within
 from grpo_jax.rollouts.sampling import sample
@@ -167,7 +167,7 @@ def _answers(config, asked, samples, settings, key, file, pool, say) -> list[Ans
         rows=config.rows,
         key=key,
         pool=pool,
-        peers=Peers(),
+        processes=Processes(),
         warn=lambda text: say(f"warning: {text}"),
         indices=[i for i in asked.indices if i not in done],
     )

@@ -9,7 +9,7 @@ import jax
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.policy import init_policy
 from grpo_jax.models.pretrained import read_config, save_pretrained
-from grpo_jax.parallel.processes import Peers
+from grpo_jax.parallel.processes import Processes
 from grpo_jax.planning.resolve import warm_start_settings
 from grpo_jax.rollouts.encoding import encode_prompts
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, within
@@ -73,7 +73,7 @@ def warm_up(
         cache=cache_directory() / "warm_starts",
         report=lambda stage, step, figure: say(f"{stage}: step {step}, {figure}"),
         warn=lambda text: say(f"warning: {text}"),
-        peers=Peers(stop),
+        processes=Processes(stop),
     )
     if result is None:
         return None

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from grpo_jax.models.policy import Policy
-from grpo_jax.parallel.processes import Peers
+from grpo_jax.parallel.processes import Processes
 from grpo_jax.rewards.pool import VerifierPool
 from grpo_jax.rollouts.judging import fetched, judge
 from grpo_jax.rollouts.types import Rollouts
@@ -53,7 +53,7 @@ def ask(
     rows: int,
     key: jax.Array,
     pool: VerifierPool | None,
-    peers: Peers,
+    processes: Processes,
     warn: Callable[[str], None],
     indices: Sequence[int] | None = None,
 ) -> Iterator[list[Answered]]:
@@ -84,7 +84,7 @@ def ask(
             prompt_indices=part.astype(np.int32),
         )
         here = jax.tree.map(partial(_first, len(asked)), fetched(sampled))
-        judged = judge(task, here, [examples[i] for i in asked], pool, peers)
+        judged = judge(task, here, [examples[i] for i in asked], pool, processes)
         scores, texts, tokens = judged.scores, judged.texts, judged.lengths
         # What decides is the first reward, whatever became of the others.
         first = next(iter(scores.parts.values()), scores.rewards)

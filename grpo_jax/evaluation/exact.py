@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.models.policy import Policy
-from grpo_jax.parallel.processes import whole
+from grpo_jax.parallel.processes import gather_to_host
 from grpo_jax.parallel.sharding import batch_devices
 from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch
@@ -49,4 +49,4 @@ def _answers_logprobs(policy, answers, temperature, budget):
     answers = jax.tree.map(lambda x: np.asarray(x)[filled], answers)
     micro, temperature = MicroBatch(part, 1), jnp.float32(temperature)
     logprobs = _answer_logprobs(policy, answers, temperature, micro)
-    return whole(logprobs)[:n, 0]
+    return gather_to_host(logprobs)[:n, 0]

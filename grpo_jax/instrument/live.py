@@ -26,12 +26,12 @@ from grpo_jax.diagnostics.geometry import (
 )
 from grpo_jax.diagnostics.phases import phase
 from grpo_jax.evaluation.exact import pass_rates
-from grpo_jax.instrument.look import Look, along, measure
+from grpo_jax.instrument.measure import Look, along, measure
 from grpo_jax.instrument.plan import ProbePlan
 from grpo_jax.instrument.rows import metrics_of
 from grpo_jax.instrument.weightings import RULES
 from grpo_jax.models.policy import Policy
-from grpo_jax.parallel.processes import whole
+from grpo_jax.parallel.processes import gather_to_host
 from grpo_jax.rollouts.judging import group_means
 from grpo_jax.rollouts.micro_batches import micro_batch
 from grpo_jax.rollouts.types import Rollouts
@@ -100,7 +100,7 @@ class Instrument:
             self.temperature,
             self.hash_key,
         )
-        found, rewards = whole((found, rollouts.rewards))
+        found, rewards = gather_to_host((found, rollouts.rewards))
         exact = self._exact_pass_rates(params)
         standing = phase(
             found.geometry,
@@ -120,7 +120,7 @@ class Instrument:
         began = time.monotonic()
         key, rollouts, exact, row = self.pending
         change = jax.tree.map(jnp.subtract, after, before)
-        found = whole(
+        found = gather_to_host(
             self._along(
                 self.policy.replace(before),
                 change,
@@ -133,7 +133,9 @@ class Instrument:
             realised = self._exact_pass_rates(after) - exact
         else:  # the same random numbers: what did not change is sampled again
             now = self.sample_and_score(after, key).rewards
-            realised = np.subtract(*map(group_means, whole((now, rollouts.rewards))))
+            realised = np.subtract(
+                *map(group_means, gather_to_host((now, rollouts.rewards)))
+            )
         row["update"] = {
             "slope": rounded(found.slope),
             "curvature": rounded(found.curvature),

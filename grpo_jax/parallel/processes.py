@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 _LEAST = 2**12  # bytes of a message; longer ones need a second round, once
 
 
-class Meeting(Protocol):
+class Rendezvous(Protocol):
     """How the processes of a run find each other: `DistributedConfig` has it."""
 
     @property
@@ -40,11 +40,11 @@ class Meeting(Protocol):
     def heartbeat_s(self) -> int: ...
 
 
-class LostPeer(RuntimeError):
+class LostProcess(RuntimeError):
     """Another process of the run ended, or does not answer."""
 
 
-class Troubled(OSError):
+class SharedFailure(OSError):
     """One of the processes is in trouble, and all of them know: they raise this at the
     same exchange."""
 
@@ -66,7 +66,7 @@ def _on_tpu() -> bool:
     return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
-def join(config: Meeting) -> None:
+def join(config: Rendezvous) -> None:
     """Joins the run's other processes, if there are any; before any device is used.
 
     Raises:
@@ -98,7 +98,7 @@ def join(config: Meeting) -> None:
         ) from error
 
 
-def leave(message: str) -> None:
+def exit_at_once(message: str) -> None:
     """Ends this process at once: the others can no longer be waited for."""
     print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
@@ -106,7 +106,7 @@ def leave(message: str) -> None:
     os._exit(1)
 
 
-class Peers:
+class Processes:
     """This process among those of the run.
 
     Args:
@@ -115,16 +115,16 @@ class Peers:
 
     Attributes:
         index, count: Of this process, and how many there are.
-        writes: Whether this is the one that writes files and talks.
-        trouble: What keeps this process from going on; all end at the next exchange.
+        is_writer: Whether this is the one that writes files and talks.
+        failure: What keeps this process from going on; all end at the next exchange.
     """
 
     def __init__(
         self, asked: Callable[[], bool] = lambda: False, limit: float | None = None
     ):
         self.index, self.count = jax.process_index(), jax.process_count()
-        self.writes = self.index == 0
-        self.trouble: str | None = None
+        self.is_writer = self.index == 0
+        self.failure: str | None = None
         self._asked, self._stop, self._size = asked, False, _LEAST
         self._limit = limit
 
@@ -138,17 +138,17 @@ class Peers:
         """What each process gave, in their order; all must come here.
 
         Raises:
-            Troubled: one of them is in `trouble`.
+            SharedFailure: one of them is in `failure`.
         """
         if self.count == 1:
             return [value]
         with self._in_time():
-            found = self._gathered((value, self._asked(), self.trouble))
+            found = self._gathered((value, self._asked(), self.failure))
         self._stop = any(asked for _, asked, _ in found)
         troubles = [trouble for _, _, trouble in found if trouble is not None]
         if troubles:
-            self.trouble = None
-            raise Troubled(troubles[0])
+            self.failure = None
+            raise SharedFailure(troubles[0])
         return [value for value, _, _ in found]
 
     @contextlib.contextmanager
@@ -160,11 +160,11 @@ class Peers:
         except OSError as error:
             if self.count == 1:
                 raise
-            self.trouble = str(error)
+            self.failure = str(error)
 
     def first(self, value: Value) -> Value:
         """What the process that writes gave."""
-        return self.exchange(value if self.writes else None)[0]  # type: ignore
+        return self.exchange(value if self.is_writer else None)[0]  # type: ignore
 
     def together(self, function: Callable[[], Value]) -> Value:
         """function() here; where it raises ConfigError in one process, in all."""
@@ -194,7 +194,7 @@ class Peers:
             f"process {self.index} waited {self._limit:g} s for the others, of which "
             "one is stuck. Continue with the same command and --resume."
         )
-        timer = threading.Timer(self._limit, leave, [message])
+        timer = threading.Timer(self._limit, exit_at_once, [message])
         timer.daemon = True
         timer.start()
         try:
@@ -223,7 +223,7 @@ class Peers:
         ]
 
 
-def whole(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """The tree on the host, gathered from the processes where its parts lie."""
 
     def gathered(x):
@@ -234,7 +234,7 @@ def whole(tree: Any) -> Any:
     return _on_host(tree, gathered)
 
 
-def held(tree: Any) -> Any:
+def local_shards_to_host(tree: Any) -> Any:
     """The tree on the host, 0 where its parts lie on other processes only."""
 
     def filled(x):
@@ -259,7 +259,7 @@ def _on_host(tree, elsewhere):
     return jax.tree.map(leaf, tree)
 
 
-def share(x: jax.Array) -> np.ndarray:
+def owned_samples(x: jax.Array) -> np.ndarray:
     """[P, G] bool: which samples of x [P, G, ...] this process answers for. It holds
     them all, and each sample has one process that does."""
     mine = np.ones(x.shape[:2], bool)

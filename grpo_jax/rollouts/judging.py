@@ -7,7 +7,12 @@ import jax
 import numpy as np
 
 from grpo_jax.advantages import group_statistics
-from grpo_jax.parallel.processes import Peers, held, share, whole
+from grpo_jax.parallel.processes import (
+    Processes,
+    gather_to_host,
+    local_shards_to_host,
+    owned_samples,
+)
 from grpo_jax.rewards.pool import VerifierPool
 from grpo_jax.rewards.scoring import Scores, score
 from grpo_jax.rollouts.encoding import decode_groups
@@ -45,8 +50,8 @@ class Judged(NamedTuple):
 
 def fetched(rollouts: Rollouts, *, everything: bool = False) -> Sampled:
     """Completions from the devices; `everything`: those of other processes too."""
-    read = whole if everything else held
-    return Sampled(read(rollouts), share(rollouts.completions))
+    read = gather_to_host if everything else local_shards_to_host
+    return Sampled(read(rollouts), owned_samples(rollouts.completions))
 
 
 def judge(
@@ -54,7 +59,7 @@ def judge(
     sampled: Sampled,
     examples: Sequence[Example],
     pool: VerifierPool | None,
-    peers: Peers,
+    processes: Processes,
 ) -> Judged:
     """Scores this process's share of the completions, and learns the others' rewards.
 
@@ -65,8 +70,8 @@ def judge(
     lengths = rollouts.completion_mask.sum(-1)
     texts = decode_groups(task, rollouts.completions, rollouts.completion_mask)
     scores = _scored(task, examples, texts, lengths, mine, pool)
-    if peers.count > 1:
-        scores, lengths = _joined(peers, scores, lengths, mine)
+    if processes.count > 1:
+        scores, lengths = _joined(processes, scores, lengths, mine)
     return Judged(rollouts._replace(rewards=scores.rewards), scores, texts, lengths)
 
 
@@ -98,7 +103,7 @@ def _scored(task, examples, texts, lengths, mine, pool):
     )
 
 
-def _joined(peers, scores, lengths, mine):
+def _joined(processes, scores, lengths, mine):
     """(`Scores`, lengths) of all processes' shares."""
     first = [error[:200] for error in scores.errors[:1]]
     mine_only = (
@@ -110,7 +115,7 @@ def _joined(peers, scores, lengths, mine):
         scores.failures,
         (len(scores.errors), first),
     )
-    told = peers.exchange(mine_only)
+    told = processes.exchange(mine_only)
 
     def joined(arrays):
         full = np.array(arrays[0])

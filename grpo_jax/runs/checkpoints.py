@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.parallel.processes import Peers
+from grpo_jax.parallel.processes import Processes
 from grpo_jax.runs.params import _first_line
 
 
@@ -28,20 +28,20 @@ class Checkpoints:
         *,
         keep: int = 1,
         warn: Callable[[str], None],
-        peers: Peers | None = None,
+        processes: Processes | None = None,
         read_only: bool = False,
     ):
         import orbax.checkpoint as ocp
 
         self._ocp, self._warn, self._read_only = ocp, warn, read_only
-        self._directory, self._peers = directory, peers or Peers()
+        self._directory, self._processes = directory, processes or Processes()
         if read_only:  # a run may be writing one
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
-            if self._peers.writes:
-                with self._peers.writing():
+            if self._processes.is_writer:
+                with self._processes.writing():
                     self._mend_scores()
-            self._peers.exchange(None)  # the others read them next
+            self._processes.exchange(None)  # the others read them next
             options = self._keeping(keep)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         # The newest step that is saved, or being saved; None where saving it failed.
@@ -119,10 +119,10 @@ class Checkpoints:
     def _obstacle(self, step, state) -> str | None:
         """What will keep several processes from saving, where the others would wait for
         the one that fails; None: nothing foreseen, or there is one."""
-        if self._peers.count == 1:
+        if self._processes.count == 1:
             return None
         reason = None
-        if self._peers.writes:
+        if self._processes.is_writer:
             trial = self._directory / f"{step}.trial"
             try:
                 trial.mkdir(parents=True)
@@ -179,7 +179,9 @@ class Checkpoints:
             template._asdict(),
         )
         steps = [s for s in self._steps_on_disk() if before is None or s < before]
-        steps = self._peers.first(steps)  # a shared file system may show others fewer
+        steps = self._processes.first(
+            steps
+        )  # a shared file system may show others fewer
         for step in sorted(steps, reverse=True):
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract),
@@ -200,10 +202,10 @@ class Checkpoints:
                 unreadable.append(step)
                 continue
             if not self._read_only:
-                if self._peers.writes:
-                    with self._peers.writing():
+                if self._processes.is_writer:
+                    with self._processes.writing():
                         self._set_aside(unreadable)
-                self._peers.exchange(None)
+                self._processes.exchange(None)
                 self._manager.reload()
             self.saved = step
             return type(template)(**found["state"]), found["data"]
@@ -220,9 +222,9 @@ class Checkpoints:
         """Why several processes cannot read the checkpoint; None: they can, or there is
         one. Restored together, one that fails leaves the others waiting: so each reads
         its share of the arrays alone first."""
-        if self._peers.count == 1:
+        if self._processes.count == 1:
             return None
-        index, reason = self._peers.index, None
+        index, reason = self._processes.index, None
         alone = self._ocp.options.MultiprocessingOptions(
             primary_host=index, active_processes={index}
         )
@@ -230,7 +232,7 @@ class Checkpoints:
         leaves, tree = jax.tree.flatten(abstract)
         skip, host = self._ocp.PLACEHOLDER, self._ocp.RestoreArgs(np.ndarray)
         try:
-            for i in range(index, len(leaves), self._peers.count):
+            for i in range(index, len(leaves), self._processes.count):
                 item = [leaf if i == j else skip for j, leaf in enumerate(leaves)]
                 args = self._ocp.args.PyTreeRestore(
                     item=tree.unflatten(item),
@@ -245,7 +247,7 @@ class Checkpoints:
 
     def _agreed(self, reason):
         """The first process's that has one."""
-        return next(filter(None, self._peers.exchange(reason)), None)
+        return next(filter(None, self._processes.exchange(reason)), None)
 
     def _set_aside(self, steps):
         for step in steps:

@@ -28,7 +28,14 @@ from grpo_jax.models.lora import without_lora
 from grpo_jax.models.policy import Policy, init_policy
 from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.presets import Objective
-from grpo_jax.parallel.processes import LostPeer, Peers, Troubled, join, leave, whole
+from grpo_jax.parallel.processes import (
+    LostProcess,
+    Processes,
+    SharedFailure,
+    exit_at_once,
+    gather_to_host,
+    join,
+)
 from grpo_jax.parallel.sharding import (
     group_sharding,
     make_mesh,
@@ -123,56 +130,56 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         NonFiniteGradients: five updates in a row had to be skipped.
         OSError: a line could not be written (a full disk); what was computed is in a
             checkpoint where that could be saved.
-        LostPeer: another process of the run ended; to be resumed.
+        LostProcess: another process of the run ended; to be resumed.
     """
     if task is not None:
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)
     join(config.distributed)
     with _Signals() as signals:
-        peers = Peers(lambda: signals.asked, config.distributed.timeout_s)
-        if peers.count == 1:
-            return _train(config, task, peers)
+        processes = Processes(lambda: signals.asked, config.distributed.timeout_s)
+        if processes.count == 1:
+            return _train(config, task, processes)
         try:
-            return _train(config, task, peers)
+            return _train(config, task, processes)
         except jax.errors.JaxRuntimeError as error:
-            raise LostPeer(
-                f"process {peers.index} cannot go on "
+            raise LostProcess(
+                f"process {processes.index} cannot go on "
                 f"({str(error).strip().splitlines()[0][:300]}); where that is no fault "
                 "of its own, another process ended, whose output says why. Continue "
                 "with the same command and --resume."
             ) from error
 
 
-def _train(config, task, peers):
-    plan = peers.together(lambda: make_plan(config, task))
-    mesh = peers.together(lambda: make_mesh(config.mesh))
+def _train(config, task, processes):
+    plan = processes.together(lambda: make_plan(config, task))
+    mesh = processes.together(lambda: make_mesh(config.mesh))
     with verifier_pool(plan.task, config.scoring) as pool, on_mesh(mesh):
-        directory = _claimed(config, facts_of(config, plan), peers)
+        directory = _claimed(config, facts_of(config, plan), processes)
         use_compile_cache()
-        return Run(config, plan, directory, peers, pool, mesh).train()
+        return Run(config, plan, directory, processes, pool, mesh).train()
 
 
-def _claimed(config, facts, peers):
+def _claimed(config, facts, processes):
     """The run's directory, claimed by the process that writes, seen by all."""
     given = (to_dict(config), facts)
 
     def alike():
-        for index, other in enumerate(peers.exchange(given)):
+        for index, other in enumerate(processes.exchange(given)):
             if other != given:
                 raise ConfigError(
-                    f"process {peers.index} was given another config or other data "
+                    f"process {processes.index} was given another config or other data "
                     f"than process {index}; give all of them the same."
                 )
 
-    peers.together(alike)
+    processes.together(alike)
 
     def claimed():
-        if peers.writes:
-            with peers.writing():
+        if processes.is_writer:
+            with processes.writing():
                 return claim(config, facts)
 
-    directory = peers.first(peers.together(claimed))
+    directory = processes.first(processes.together(claimed))
 
     def seen():
         for _ in range(_PATIENCE):
@@ -180,11 +187,11 @@ def _claimed(config, facts, peers):
                 return
             time.sleep(1)
         raise ConfigError(
-            f"process {peers.index} does not see {directory.absolute()}, which process "
-            "0 wrote to; all need --run-dir on a file system that they share."
+            f"process {processes.index} does not see {directory.absolute()}, which "
+            "process 0 wrote to; all need --run-dir on a file system that they share."
         )
 
-    peers.together(seen)
+    processes.together(seen)
     return directory
 
 
@@ -283,15 +290,15 @@ class Run:
         config: TrainConfig,
         plan: Plan,
         directory: Path,
-        peers=None,
+        processes=None,
         pool=None,
         mesh=None,
     ):
         self.config, self.plan, self.directory = config, plan, directory
         self.mesh = mesh  # None: one device
-        self.peers, self.pool, self.task = peers or Peers(), pool, plan.task
-        self.console = Console(config.log.lines_every, process=self.peers.index)
-        limit = config.distributed.timeout_s if self.peers.count > 1 else None
+        self.processes, self.pool, self.task = processes or Processes(), pool, plan.task
+        self.console = Console(config.log.lines_every, process=self.processes.index)
+        limit = config.distributed.timeout_s if self.processes.count > 1 else None
         self.watchdog = Watchdog(self.console.alert, limit=limit, end=self._abandon)
         self.compiles = count_compiles()
         self.order = None  # (epoch, its permutation of the prompts)
@@ -309,8 +316,8 @@ class Run:
         for warning in self.plan.warnings:
             self.console.warn(warning)
         self.console.say(f"run directory: {self.directory}")
-        if self.peers.writes:
-            with self.peers.writing():
+        if self.processes.is_writer:
+            with self.processes.writing():
                 self.tokenizer.save_pretrained(self.directory / "tokenizer")
         policy = self.starting_policy()
         if policy is None:
@@ -324,15 +331,15 @@ class Run:
             self.directory / "checkpoints",
             keep=self.config.checkpoint.keep,
             warn=self.console.alert,
-            peers=self.peers,
+            processes=self.processes,
         )
         with checkpoints:
             self.checkpoints = checkpoints
             state, data = self._starting_state(policy)
             # A new run's was written when it was claimed.
-            if self.config.resume and self.peers.writes:
+            if self.config.resume and self.processes.is_writer:
                 facts = facts_of(self.config, self.plan)
-                with self.peers.writing():
+                with self.processes.writing():
                     record(self.directory, self.config, facts)
             del policy  # its parameters are the state's now, to be given away
             self._open_files(data)
@@ -361,7 +368,7 @@ class Run:
         """All parameters to start from, without LoRA's factors."""
         config, plan = self.config, self.plan
         file = self.directory / "initial.safetensors"
-        if config.pretrained or self.peers.first(file.exists()):
+        if config.pretrained or self.processes.first(file.exists()):
             return load_base(self.directory, plan.model, config.pretrained, self.mesh)
         policy = init_policy(without_lora(plan.model), self.init_key)
         if plan.warm_starts:
@@ -382,7 +389,7 @@ class Run:
                     else None
                 ),
                 warn=self.console.alert,
-                peers=self.peers,
+                processes=self.processes,
             )
             if result is None:
                 return None
@@ -396,11 +403,11 @@ class Run:
                     f"rate of {settings.target_pass_rate}."
                 )
             policy = result.policy
-        params = whole(policy.params)
-        if self.peers.writes:
-            with self.peers.writing():
+        params = gather_to_host(policy.params)
+        if self.processes.is_writer:
+            with self.processes.writing():
                 save_params(file, params)
-        self.peers.exchange(None)  # whether it was written
+        self.processes.exchange(None)  # whether it was written
         return policy
 
     def build(self, start: Policy):
@@ -458,7 +465,7 @@ class Run:
         _, entropy = batch_logprobs(
             start, group, self.temperature, MicroBatch(1, 1), with_entropy=True
         )
-        entropy, mask = whole((entropy, group.completion_mask))
+        entropy, mask = gather_to_host((entropy, group.completion_mask))
         mean = float(entropy[mask > 0].mean())
         if mean <= objective.entropy_limit:
             return objective
@@ -497,16 +504,16 @@ class Run:
         self.files, step = {}, data["step"]
         # At step 0 everything is written again, the look at the start included. A look
         # waits for the update after it, so one of this very step is taken again.
-        looks = self.peers.first(self._looks())
+        looks = self.processes.first(self._looks())
         self.looks_now = self._due(step) or any(r["step"] == step for r in looks)
         kept = dict.fromkeys(("metrics", "samples", "counterfactual"), step or -1)
         kept["instrument"] = step - 1
         for name, last in kept.items():
-            if not self.peers.writes:
+            if not self.processes.is_writer:
                 self.files[name] = NoLines()
                 continue
             path = self.directory / f"{name}.jsonl"
-            with self.peers.writing():
+            with self.processes.writing():
                 if path.exists():
                     keep_until(path, last)
                 self.files[name] = JsonLines(path)
@@ -599,7 +606,7 @@ class Run:
         self.keeps_old = several and not self.stay and objective.history == 1
         self.programs = {}
         for t in plan.buckets:
-            if self.peers.stopping:
+            if self.processes.stopping:
                 return
             self.programs[t] = self._programs(state, t, p, g)
 
@@ -838,18 +845,18 @@ class Run:
         began = time.monotonic()
         with self.watchdog.phase("compilation"):
             self.compile_updates(state)
-        if self.peers.stopping:
+        if self.processes.stopping:
             return
         # Evaluated and looked at even on resume, where it is there already: what these
         # need is compiled before the first step. Its own sampling is compiled in it.
         row = self.evaluate(state.params, step)
-        if self.instrument is not None and not self.peers.stopping:
+        if self.instrument is not None and not self.processes.stopping:
             with self.watchdog.phase("look"):
                 row |= self.instrument.look(state.params, step)
                 self.instrument.compile(state.params)
                 if not self.looks_now:
                     self.instrument.forget()
-        if self.peers.stopping:
+        if self.processes.stopping:
             return
         if step == 0:
             self._write(0, {}, row)
@@ -859,7 +866,7 @@ class Run:
 
     def _complete(self, step, looked):
         """Puts what a stop left out of the step's line into it."""
-        if not self.peers.writes:
+        if not self.processes.is_writer:
             return
         path = self.directory / "metrics.jsonl"
         lines = read_lines(path)
@@ -873,7 +880,7 @@ class Run:
         }
         if owed:
             lines[-1] |= owed
-            with self.peers.writing():
+            with self.processes.writing():
                 rewrite(path, lines)
             self.files["metrics"].close()
             self.files["metrics"] = JsonLines(path)
@@ -884,7 +891,7 @@ class Run:
         try:
             self._prepare(state, step)
             self.console.start(step, config.steps)
-            while step < config.steps and not self.peers.stopping:
+            while step < config.steps and not self.processes.stopping:
                 step_began = time.monotonic()
                 with self.watchdog.phase("sampling"):
                     indices, sampled = self.sampled(state.params, step)
@@ -892,7 +899,7 @@ class Run:
                         row, pending = self._write(*pending), None
                     sampled = self.fetch(sampled)
                 times = {"time/sample_s": time.monotonic() - step_began}
-                if self.peers.stopping:
+                if self.processes.stopping:
                     break  # the step is made again, the same, on resume
 
                 began = time.monotonic()
@@ -900,7 +907,7 @@ class Run:
                     scored = self.scored(state, step, indices, sampled)
                 judged, batch = scored.judged, scored.batch
                 times["time/score_s"] = time.monotonic() - began
-                if self.peers.stopping:
+                if self.processes.stopping:
                     break
 
                 with self.watchdog.phase("update"):
@@ -937,7 +944,7 @@ class Run:
                 if step % config.checkpoint.every == 0 or failed:
                     # The line first: a checkpoint's step is never missing there.
                     row, pending = self._write(*pending), None
-                    self.peers.exchange(None)  # whether it was written
+                    self.processes.exchange(None)  # whether it was written
                     self._save(state, step, row)
                 if failed:
                     self._write_look()
@@ -945,9 +952,9 @@ class Run:
             if pending is not None:
                 row, pending = self._write(*pending), None
             self._write_look()
-            self.peers.exchange(None)  # whether all of it was written
+            self.processes.exchange(None)  # whether all of it was written
         except OSError as error:
-            if self.peers.count > 1 and not isinstance(error, Troubled):
+            if self.processes.count > 1 and not isinstance(error, SharedFailure):
                 raise  # the others, elsewhere in the step, learn of it by its end
             raise self._rescued(state, step, pending, error) from error
         return self._end(state, step, row)
@@ -959,7 +966,7 @@ class Run:
                 self.checkpoints.wait()
         self.console.stop()
         lines = read_lines(self.directory / "metrics.jsonl")
-        last = self.peers.first((lines or [{}])[-1])
+        last = self.processes.first((lines or [{}])[-1])
         # A stop may have left the last look out.
         wanted = {"eval/heldout_pass_rate", *(["phase/label"] * self._due(step))}
         finished = step >= self.config.steps and wanted <= last.keys()
@@ -971,7 +978,7 @@ class Run:
             )
         with self.watchdog.phase("report"):
             self._report(finished)
-            self.peers.exchange(None)  # none leaves before the others
+            self.processes.exchange(None)  # none leaves before the others
         return TrainResult(self.directory, last, finished)
 
     def _rescued(self, state, step, pending, error) -> OSError:
@@ -980,12 +987,12 @@ class Run:
         another file's is not, the checkpoint before makes the steps since again."""
         self.console.stop()
         # Where writing the line itself failed, it is among the unwritten ones already.
-        failed = self.peers.first(bool(self.files["metrics"].unwritten))
+        failed = self.processes.first(bool(self.files["metrics"].unwritten))
         if pending is not None and not failed:
             with contextlib.suppress(OSError):  # now it is
                 self._write(*pending)
-            self.peers.trouble = None  # all end here anyway
-        unwritten = self.peers.first(
+            self.processes.failure = None  # all end here anyway
+        unwritten = self.processes.first(
             {name: file.unwritten for name, file in self.files.items()}
         )
         if step and unwritten["metrics"]:
@@ -1018,7 +1025,7 @@ class Run:
 
     def judge(self, sampled: Sampled, indices) -> Judged:
         examples = [self.task.train[i] for i in indices]
-        return judge(self.task, sampled, examples, self.pool, self.peers)
+        return judge(self.task, sampled, examples, self.pool, self.processes)
 
     def _batch(self, state, rollouts, indices):
         """(state, batch, metrics): the rollouts weighed, with what they need beside."""
@@ -1061,7 +1068,7 @@ class Run:
         return jax.block_until_ready(state), metrics
 
     def _give_up(self, step, rollouts):
-        part = "" if self.peers.count == 1 else f"-process-{self.peers.index}"
+        part = "" if self.processes.count == 1 else f"-process-{self.processes.index}"
         file = self.directory / f"nonfinite-step-{step}{part}.npz"
         np.savez(file, step=step, **rollouts._asdict())
         self.checkpoints.wait()
@@ -1080,9 +1087,9 @@ class Run:
         """Evaluation and instrument where they are due; asked to stop, the resumed run
         makes up for them."""
         metrics = {}
-        if self._evaluates(step) and not self.peers.stopping:
+        if self._evaluates(step) and not self.processes.stopping:
             metrics |= self.evaluate(params, step)
-        if self._due(step) and not self.peers.stopping:
+        if self._due(step) and not self.processes.stopping:
             with self.watchdog.phase("look"):
                 metrics |= self.instrument.look(params, step)
         return metrics
@@ -1135,7 +1142,7 @@ class Run:
             rows=s.prompts * s.group_size,  # at a time, as many as a step samples
             key=key,
             pool=self.pool,
-            peers=self.peers,
+            processes=self.processes,
             warn=self.console.warn,
         )
         return pass_rate([row for part in parts for row in part])
@@ -1146,7 +1153,9 @@ class Run:
         if not every or step % every:
             return None
         t = batch.rollouts.completions.shape[-1]
-        return whole(self.programs[t]["counterfactual"](self.policy, state, batch))
+        return gather_to_host(
+            self.programs[t]["counterfactual"](self.policy, state, batch)
+        )
 
     def row(self, step, metrics, host) -> dict[str, Any]:
         """A line of metrics.jsonl."""
@@ -1170,7 +1179,7 @@ class Run:
 
     def _line(self, name, row):
         """A line of one of the files."""
-        with self.peers.writing():
+        with self.processes.writing():
             self.files[name].write(row)
 
     def _log_samples(self, step, scored: Scored):
@@ -1199,8 +1208,8 @@ class Run:
             self._line("instrument", self.instrument.take())
 
     def _abandon(self, waited):
-        leave(
-            f"process {self.peers.index} {waited}; it, or another one, is stuck. "
+        exit_at_once(
+            f"process {self.processes.index} {waited}; it, or another one, is stuck. "
             f"Continue with the same command, --resume and --run-dir {self.directory}."
         )
 
@@ -1210,7 +1219,7 @@ class Run:
             self.checkpoints.save(step, state, {"step": step} | (more or {}), score)
 
     def _report(self, finished):
-        if not self.peers.writes:
+        if not self.processes.is_writer:
             return
         from grpo_jax.report.page import write_report
 

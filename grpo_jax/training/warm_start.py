@@ -24,7 +24,7 @@ import optax
 from grpo_jax.errors import ConfigError
 from grpo_jax.evaluation.exact import pass_rates, token_loss
 from grpo_jax.models.policy import Policy
-from grpo_jax.parallel.processes import Peers, whole
+from grpo_jax.parallel.processes import Processes, gather_to_host
 from grpo_jax.rollouts.demonstrations import Demonstrations
 from grpo_jax.rollouts.encoding import (
     answer_rollouts,
@@ -69,7 +69,7 @@ def warm_start(
     cache: Path,
     report: Callable[[str, int, str], None],
     warn: Callable[[str], None],
-    peers: Peers,
+    processes: Processes,
 ) -> WarmStarted | None:
     """A policy that answers some of the task's prompts, from cache where there is one.
 
@@ -80,7 +80,7 @@ def warm_start(
         cache: Directory of earlier results.
         report: Called with (stage, step, "pass rate 0.250") at every measurement.
         warn: Called with a sentence where the cache cannot be used.
-        peers: The run's processes; where they are asked to stop, nothing is kept.
+        processes: The run's processes; where they are asked to stop, nothing is kept.
 
     Returns:
         None if stopped.
@@ -98,7 +98,7 @@ def warm_start(
             found = params, json.loads(facts["facts"])
         except (ConfigError, KeyError, ValueError) as error:
             warn(f"the cached warm start is of no use ({error}); learning anew.")
-    if all(peers.exchange(found is not None)):
+    if all(processes.exchange(found is not None)):
         params, facts = found
         params = jax.tree.map(jnp.asarray, params)
         return WarmStarted(policy.replace(params), **facts, cached=True)
@@ -129,12 +129,12 @@ def warm_start(
         """(steps taken, target reached), or None if stopped."""
         nonlocal params, opt_state
         for i in range(1, steps + 1):
-            if peers.stopping:
+            if processes.stopping:
                 return None
             params, opt_state = step(params, opt_state, shown.batch(rng, spoiled))
             if i % _CHECK_EVERY == 0 or i == steps:
                 figure = measure()
-                peers.exchange(None)  # whether one was asked to stop
+                processes.exchange(None)  # whether one was asked to stop
                 what = "pass rate" if by_rate else "nats a token"
                 report(stage, done + i, f"{what} {figure:.3f}")
                 if not np.isfinite(figure):
@@ -168,7 +168,7 @@ def warm_start(
         "steps": steps + noisy[0],
         "reached": reached or not by_rate,
     }
-    kept = whole(params)
+    kept = gather_to_host(params)
     try:
         save_params(file, kept, {"facts": json.dumps(facts)})
     except OSError as error:

@@ -22,7 +22,7 @@ import grpo_jax as gj  # noqa: E402
 from grpo_jax.commands.replay import replay  # noqa: E402
 from grpo_jax.objectives.loss import scale_weights  # noqa: E402
 from grpo_jax.parallel.collectives import collectives  # noqa: E402
-from grpo_jax.parallel.processes import LostPeer, leave, whole  # noqa: E402
+from grpo_jax.parallel.processes import LostProcess, exit_at_once, gather_to_host  # noqa: E402
 from grpo_jax.parallel.sharding import (  # noqa: E402
     AXES,
     make_mesh,
@@ -74,7 +74,7 @@ def one_step(mesh, p, g, budget, **changes):
         batch = weighed(gj.OBJECTIVES["grpo"], placed(rollouts, mesh))
         micro = micro_batch(p, g, 5, 7, budget)
         state, _ = one_update(policy, gj.OBJECTIVES["grpo"], batch, micro)
-        return whole((rollouts.completions, state.params, state.opt_state))
+        return gather_to_host((rollouts.completions, state.params, state.opt_state))
 
 
 def same_step(text, p, g, tied):
@@ -168,7 +168,7 @@ def whole_run(directory, text, steps, *options):
         optimizer=OptimizerConfig(learning_rate=1e-2),
     )
     task, calls = digits_task(), iter(range(10**6))
-    share = task.reward
+    partial_credit = task.reward
 
     def reward(example, completion):
         if INDEX == COUNT - 1 and next(calls) == 70:
@@ -178,7 +178,7 @@ def whole_run(directory, text, steps, *options):
                 os.kill(os.getpid(), signal.SIGKILL)
             if "signal" in options:
                 os.kill(os.getpid(), signal.SIGTERM)
-        found = share(example, completion)
+        found = partial_credit(example, completion)
         return float(found > 0.5) if "binary" in options else found
 
     task = dataclasses.replace(task, reward=reward)
@@ -265,8 +265,8 @@ if __name__ == "__main__":
         jax.config.update("jax_disable_most_optimizations", True)
     try:
         print(json.dumps(check[sys.argv[1]](*sys.argv[2:])))
-    except LostPeer as error:
-        leave(str(error))
+    except LostProcess as error:
+        exit_at_once(str(error))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

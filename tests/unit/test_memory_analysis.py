@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import OBJECTIVES, ModelConfig, std_weights
-from grpo_jax.instrument.look import along, measure
+from grpo_jax.instrument.measure import along, measure
 from grpo_jax.models.policy import abstract_policy
 from grpo_jax.parallel.sharding import tree_shardings, with_shardings
 from grpo_jax.planning.memory import estimate_memory

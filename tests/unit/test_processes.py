@@ -7,14 +7,21 @@ import numpy as np
 import pytest
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.parallel.processes import Peers, Troubled, held, join, share, whole
+from grpo_jax.parallel.processes import (
+    Processes,
+    SharedFailure,
+    gather_to_host,
+    join,
+    local_shards_to_host,
+    owned_samples,
+)
 from grpo_jax.rollouts.judging import Sampled, fetched, judge
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.config import DistributedConfig, TrainConfig
 from grpo_jax.tasks import Example, load_task
 
 
-class Played(Peers):
+class Played(Processes):
     """The first of two; `others` is what the second one gives, in its order."""
 
     def __init__(self, *others):
@@ -27,35 +34,35 @@ class Played(Peers):
 
 def test_one_alone_hears_itself():
     asked = []
-    peers = Peers(lambda: bool(asked))
-    assert (peers.count, peers.index, peers.writes) == (1, 0, True)
-    assert peers.exchange("x") == ["x"] and peers.first("x") == "x"
-    assert peers.together(lambda: 3) == 3
-    assert not peers.stopping
+    processes = Processes(lambda: bool(asked))
+    assert (processes.count, processes.index, processes.is_writer) == (1, 0, True)
+    assert processes.exchange("x") == ["x"] and processes.first("x") == "x"
+    assert processes.together(lambda: 3) == 3
+    assert not processes.stopping
     asked.append(True)
-    assert peers.stopping
-    with pytest.raises(OSError, match="full"), peers.writing():
+    assert processes.stopping
+    with pytest.raises(OSError, match="full"), processes.writing():
         raise OSError("full")
 
 
 def test_a_wish_to_stop_counts_from_the_next_exchange():
-    peers = Played(("b", True, None), ("b", False, None))
-    assert not peers.stopping
-    assert peers.exchange("a") == ["a", "b"]
-    assert peers.stopping
-    peers.exchange("a")
-    assert not peers.stopping  # nobody asks any more
+    processes = Played(("b", True, None), ("b", False, None))
+    assert not processes.stopping
+    assert processes.exchange("a") == ["a", "b"]
+    assert processes.stopping
+    processes.exchange("a")
+    assert not processes.stopping  # nobody asks any more
 
 
 def test_trouble_ends_all_and_is_told_once():
-    peers = Played((None, False, None), (None, False, None))
-    with peers.writing():
+    processes = Played((None, False, None), (None, False, None))
+    with processes.writing():
         raise OSError("no room")
-    with pytest.raises(Troubled, match="no room"):
-        peers.exchange(None)
-    peers.exchange(None)
+    with pytest.raises(SharedFailure, match="no room"):
+        processes.exchange(None)
+    processes.exchange(None)
     other = Played((None, False, "their disk"))
-    with pytest.raises(Troubled, match="their disk"):
+    with pytest.raises(SharedFailure, match="their disk"):
         other.exchange(None)
 
 
@@ -72,8 +79,8 @@ def test_a_bad_config_of_one_is_an_error_of_all():
 
 def test_arrays_of_one_process_are_its_own():
     x = jnp.arange(24.0).reshape(2, 3, 4)
-    assert share(x).all() and share(x).shape == (2, 3)
-    for read in (held, whole):
+    assert owned_samples(x).all() and owned_samples(x).shape == (2, 3)
+    for read in (local_shards_to_host, gather_to_host):
         np.testing.assert_array_equal(read({"x": x})["x"], x)
 
 
@@ -99,11 +106,11 @@ def test_shares_of_rewards_make_the_whole():
     examples = [Example("p", ""), Example("q", "")]
     lengths = np.array([[1, 0, 3], [2, 5, 4]])
     rollouts = rollouts_of(lengths)
-    alone = judge(task, fetched(rollouts), examples, None, Peers())
+    alone = judge(task, fetched(rollouts), examples, None, Processes())
     mine = np.array([[True, True, False]] * 2)
     told = []
 
-    class Recorded(Peers):
+    class Recorded(Processes):
         count = 2
 
         def __init__(self, other):
@@ -136,13 +143,15 @@ def test_a_process_without_a_share_scores_nothing():
 
     task = dataclasses.replace(load_task("chains"), reward=reward)
     rollouts, nothing = rollouts_of(np.ones((1, 2), int)), np.zeros((1, 2), bool)
-    found = judge(task, Sampled(rollouts, nothing), [Example("p", "")], None, Peers())
+    found = judge(
+        task, Sampled(rollouts, nothing), [Example("p", "")], None, Processes()
+    )
     assert np.isnan(found.scores.rewards).all() and not found.scores.errors
 
 
 def test_alone_nothing_is_joined():
     join(DistributedConfig())
-    assert Peers().count == 1
+    assert Processes().count == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from grpo_jax import TrainConfig, load_task
 from grpo_jax.errors import ConfigError
 from grpo_jax.evaluation.exact import token_loss
-from grpo_jax.parallel.processes import Peers
+from grpo_jax.parallel.processes import Processes
 from grpo_jax.planning.plan import make_plan
 from grpo_jax.planning.resolve import warm_start_settings
 from grpo_jax.rollouts.demonstrations import Demonstrations
@@ -52,7 +52,7 @@ def start(task, cache, *, config=FEW, length=14, said=None):
         policy, task, warm_start_settings(config, task), seed=0, prompt_length=32,
         length=length, temperature=1.0, cache=cache,
         report=lambda *x: said.append(x) if said is not None else None,
-        warn=pytest.fail, peers=Peers(),
+        warn=pytest.fail, processes=Processes(),
     )  # fmt: skip
     return policy, result
 
