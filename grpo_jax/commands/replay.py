@@ -20,7 +20,7 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.evaluation.ask import verifier_pool
 from grpo_jax.parallel.sharding import make_mesh, on_mesh
 from grpo_jax.planning.plan import make_plan
-from grpo_jax.rollouts.judging import Sampled
+from grpo_jax.rollouts.judging import HostRollouts
 from grpo_jax.rollouts.micro_batches import micro_batch
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import MeshConfig, TrainConfig
@@ -193,7 +193,7 @@ def _differing(row, recorded):
 
 def _unstable(run, scored):
     before = scored.judged.rollouts
-    again = run.judge(Sampled(before, scored.mine), scored.indices).rollouts
+    again = run.judge(HostRollouts(before, scored.mine), scored.indices).rollouts
     same = np.equal(again.rewards, before.rewards)
     same |= np.isnan(again.rewards) & np.isnan(before.rewards)
     return int((~same).sum())

@@ -11,7 +11,7 @@ import numpy as np
 from grpo_jax.models.policy import Policy
 from grpo_jax.parallel.processes import Processes
 from grpo_jax.rewards.pool import VerifierPool
-from grpo_jax.rollouts.judging import fetched, judge
+from grpo_jax.rollouts.judging import fetch_to_host, score_rollouts
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.config import ScoringConfig
 from grpo_jax.tasks import Example, Task
@@ -83,8 +83,10 @@ def ask(
             key=key,
             prompt_indices=part.astype(np.int32),
         )
-        here = jax.tree.map(partial(_first, len(asked)), fetched(sampled))
-        judged = judge(task, here, [examples[i] for i in asked], pool, processes)
+        here = jax.tree.map(partial(_first, len(asked)), fetch_to_host(sampled))
+        judged = score_rollouts(
+            task, here, [examples[i] for i in asked], pool, processes
+        )
         scores, texts, tokens = judged.scores, judged.texts, judged.lengths
         # What decides is the first reward, whatever became of the others.
         first = next(iter(scores.parts.values()), scores.rewards)

@@ -1,4 +1,4 @@
-"""Completions scored where they were sampled, and their rewards known everywhere."""
+"""Completions scored by the processes that sampled them, and the rewards exchanged."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,26 +19,31 @@ from grpo_jax.rollouts.encoding import decode_groups
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks import Example, Task
 
+_ERROR_LENGTH = 200  # characters of an error text that other processes get
 
-class Sampled(NamedTuple):
-    """Completions on the host, before they are scored.
+
+class HostRollouts(NamedTuple):
+    """Rollouts on the host, before they are scored.
 
     Attributes:
-        rollouts: [P, G, T]; only this process's samples are filled in, or all.
-        mine: [P, G] bool, the samples that this process scores.
+        rollouts: [P, G, T] completions; zeros for samples of other processes, unless
+            they were gathered.
+        owned: [P, G] bool, the samples that this process scores.
     """
 
     rollouts: Rollouts
-    mine: np.ndarray
+    owned: np.ndarray
 
 
-class Judged(NamedTuple):
-    """Scored completions of P prompts.
+class ScoredRollouts(NamedTuple):
+    """Rollouts on the host with their rewards.
 
     Attributes:
-        rollouts: On the host, with the rewards of all.
-        scores: Of all; of several processes, each one's first error stands for its own.
-        texts: [P][G]; "" for what only another process holds.
+        rollouts: [P, G, T] completions as in `HostRollouts`; rewards [P, G] of every
+            process.
+        scores: [P, G] of every process. Of another process only the first error text
+            is exchanged, repeated to keep the count.
+        texts: [P][G]; "" for samples of other processes, unless they were gathered.
         lengths: [P, G] tokens of every completion.
     """
 
@@ -48,102 +53,136 @@ class Judged(NamedTuple):
     lengths: np.ndarray
 
 
-def fetched(rollouts: Rollouts, *, everything: bool = False) -> Sampled:
-    """Completions from the devices; `everything`: those of other processes too."""
-    read = gather_to_host if everything else local_shards_to_host
-    return Sampled(read(rollouts), owned_samples(rollouts.completions))
+def fetch_to_host(rollouts: Rollouts, *, all_processes: bool = False) -> HostRollouts:
+    """Copies rollouts from the devices to the host.
+
+    Args:
+        rollouts: [P, G, T] completions, on devices.
+        all_processes: Gather the samples of other processes too.
+    """
+    read = gather_to_host if all_processes else local_shards_to_host
+    return HostRollouts(read(rollouts), owned_samples(rollouts.completions))
 
 
-def judge(
+def score_rollouts(
     task: Task,
-    sampled: Sampled,
+    sampled: HostRollouts,
     examples: Sequence[Example],
     pool: VerifierPool | None,
     processes: Processes,
-) -> Judged:
-    """Scores this process's share of the completions, and learns the others' rewards.
+) -> ScoredRollouts:
+    """Scores the samples this process owns and exchanges rewards with the others.
 
     Args:
-        examples: P of them.
+        task: Its reward judges the decoded completions.
+        sampled: [P, G, T] completions.
+        examples: [P], the prompts' examples.
+        pool: Worker processes for rewards that need isolation.
+        processes: Every process of the run must call this together.
     """
-    rollouts, mine = sampled
-    lengths = rollouts.completion_mask.sum(-1)
+    rollouts, owned = sampled
+    lengths = rollouts.completion_mask.sum(-1)  # [P, G]
     texts = decode_groups(task, rollouts.completions, rollouts.completion_mask)
-    scores = _scored(task, examples, texts, lengths, mine, pool)
+    scores = _score_owned(task, examples, texts, lengths, owned, pool)
     if processes.count > 1:
-        scores, lengths = _joined(processes, scores, lengths, mine)
-    return Judged(rollouts._replace(rewards=scores.rewards), scores, texts, lengths)
+        share = _Share.of(owned, lengths, scores)
+        scores, lengths = _merged(processes.exchange(share))
+    rollouts = rollouts._replace(rewards=scores.rewards)
+    return ScoredRollouts(rollouts, scores, texts, lengths)
 
 
-def _scored(task, examples, texts, lengths, mine, pool):
-    """`Scores` of the samples that are mine, NaN and False elsewhere."""
-    if mine.all():
+def _score_owned(
+    task: Task,
+    examples: Sequence[Example],
+    texts: list[list[str]],
+    lengths: np.ndarray,
+    owned: np.ndarray,
+    pool: VerifierPool | None,
+) -> Scores:
+    """`Scores` of the owned samples; NaN and False elsewhere."""
+    if owned.all():
         return score(task.reward, examples, texts, tokens=lengths, pool=pool)
-    places = np.argwhere(mine)
-    nothing = np.full(mine.shape, np.nan, np.float32)
-    if not len(places):
-        return Scores(nothing, [], mine, {}, 0)
-    found = score(
+    indices = np.argwhere(owned)
+    if not len(indices):
+        missing = np.full(owned.shape, np.nan, np.float32)
+        return Scores(missing, [], owned, {}, 0)
+    scores = score(
         task.reward,
-        [examples[p] for p, _ in places],
-        [[texts[p][g]] for p, g in places],
-        tokens=lengths[mine][:, None],
+        [examples[p] for p, _ in indices],
+        [[texts[p][g]] for p, g in indices],
+        tokens=lengths[owned][:, None],
         pool=pool,
     )
 
-    def spread(values, empty):
-        full = np.full(mine.shape, empty, values.dtype)
-        full[mine] = values[:, 0]
+    def scatter(values: np.ndarray, fill: float) -> np.ndarray:  # [N, 1] -> [P, G]
+        full = np.full(owned.shape, fill, values.dtype)
+        full[owned] = values[:, 0]
         return full
 
-    return found._replace(
-        rewards=spread(found.rewards, np.nan),
-        solved=spread(found.solved, False),
-        parts={name: spread(x, np.nan) for name, x in found.parts.items()},
+    return scores._replace(
+        rewards=scatter(scores.rewards, np.nan),
+        solved=scatter(scores.solved, False),
+        parts={name: scatter(x, np.nan) for name, x in scores.parts.items()},
     )
 
 
-def _joined(processes, scores, lengths, mine):
-    """(`Scores`, lengths) of all processes' shares."""
-    first = [error[:200] for error in scores.errors[:1]]
-    mine_only = (
-        mine,
-        scores.rewards,
-        scores.solved,
-        lengths.astype(np.int32),
-        scores.parts,
-        scores.failures,
-        (len(scores.errors), first),
-    )
-    told = processes.exchange(mine_only)
+class _Share(NamedTuple):
+    """What one process sends to the others about the samples it owns; arrays [P, G]."""
 
-    def joined(arrays):
+    owned: np.ndarray
+    lengths: np.ndarray
+    rewards: np.ndarray
+    solved: np.ndarray
+    parts: dict[str, np.ndarray]
+    failures: int
+    error_count: int
+    first_error: list[str]  # none or one
+
+    @classmethod
+    def of(cls, owned: np.ndarray, lengths: np.ndarray, scores: Scores) -> "_Share":
+        return cls(
+            owned,
+            lengths.astype(np.int32),
+            scores.rewards,
+            scores.solved,
+            scores.parts,
+            scores.failures,
+            len(scores.errors),
+            [error[:_ERROR_LENGTH] for error in scores.errors[:1]],
+        )
+
+
+def _merged(shares: Sequence[_Share]) -> tuple[Scores, np.ndarray]:
+    """`Scores` and lengths [P, G] of every process's share."""
+
+    def merge(arrays: Sequence[np.ndarray]) -> np.ndarray:
         full = np.array(arrays[0])
-        for array, (theirs, *_) in zip(arrays, told, strict=True):
-            full[theirs] = array[theirs]
+        for array, share in zip(arrays, shares, strict=True):
+            full[share.owned] = array[share.owned]
         return full
 
-    names = next((parts for *_, parts, _, _ in told if parts), {})
-    nothing = np.full(mine.shape, np.nan, np.float32)
-    errors = []
-    for *_, (count, texts) in told:
-        errors += texts * count
-    return Scores(
-        rewards=joined([row[1] for row in told]),
-        errors=errors,
-        solved=joined([row[2] for row in told]),
+    # A process without samples has no parts.
+    names = next((share.parts for share in shares if share.parts), {})
+    missing = np.full(shares[0].owned.shape, np.nan, np.float32)
+    scores = Scores(
+        rewards=merge([share.rewards for share in shares]),
+        errors=[e for s in shares for e in s.first_error * s.error_count],
+        solved=merge([share.solved for share in shares]),
         parts={
-            name: joined([row[4].get(name, nothing) for row in told]) for name in names
+            name: merge([share.parts.get(name, missing) for share in shares])
+            for name in names
         },
-        failures=sum(row[5] for row in told),
-    ), joined([row[3] for row in told])
+        failures=sum(share.failures for share in shares),
+    )
+    return scores, merge([share.lengths for share in shares])
 
 
-# Of rewards on the host: one small program, compiled in a run's first step.
-compiled_statistics = jax.jit(group_statistics)
+# For rewards on the host: one small program, compiled in a run's first step.
+jitted_group_statistics = jax.jit(group_statistics)
 
 
 def group_means(rewards: Any) -> np.ndarray:
-    """[P] mean reward of each group [P, G], on the host; NaN for one without any."""
-    statistics = jax.device_get(compiled_statistics(rewards))
+    """[P] mean reward of each group of rewards [P, G], on the host; NaN for a group
+    whose rewards are all missing."""
+    statistics = jax.device_get(jitted_group_statistics(rewards))
     return np.where(statistics.count > 0, statistics.mean, np.nan)

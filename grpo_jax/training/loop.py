@@ -50,11 +50,11 @@ from grpo_jax.planning.resolve import warm_start_settings
 from grpo_jax.rewards.scoring import Scores
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
 from grpo_jax.rollouts.judging import (
-    Judged,
-    Sampled,
-    compiled_statistics,
-    fetched,
-    judge,
+    HostRollouts,
+    ScoredRollouts,
+    fetch_to_host,
+    jitted_group_statistics,
+    score_rollouts,
 )
 from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
@@ -249,7 +249,7 @@ class Scored(NamedTuple):
     state: TrainState  # with what the weights remember of these rewards
     batch: Batch
     indices: np.ndarray  # of the prompts
-    judged: Judged  # on the host
+    judged: ScoredRollouts  # on the host
     mine: np.ndarray  # [P, G] which of them this process scored
     metrics: dict[str, Any]  # on the device
     host: dict[str, float]
@@ -262,7 +262,7 @@ class _Spent:
         self.tokens = self.failures = 0
         self.errors: list[str] = []
 
-    def add(self, judged: Judged) -> None:
+    def add(self, judged: ScoredRollouts) -> None:
         self.tokens += int(judged.lengths.sum())
         self.failures += judged.scores.failures
         self.errors = self.errors + judged.scores.errors
@@ -278,7 +278,7 @@ def _reward_parts(scores: Scores) -> dict[str, float]:
 
 
 def _tied(rewards):
-    return np.asarray(compiled_statistics(rewards).tied)
+    return np.asarray(jitted_group_statistics(rewards).tied)
 
 
 class Run:
@@ -550,7 +550,7 @@ class Run:
             for start in range(0, p, size):
                 part = np.resize(self.probe_ids[start : start + size], size)
                 sampled = self._rollouts(params, part, key, g)
-                parts.append(fetched(sampled, everything=True))
+                parts.append(fetch_to_host(sampled, all_processes=True))
             found = self.judge(
                 jax.tree.map(lambda *x: np.concatenate(x)[:p], *parts), self.probe_ids
             )
@@ -757,7 +757,7 @@ class Run:
             return self._rollouts(params, indices, key, group_size)
         draft_key = jax.random.fold_in(self.draft_key, jax.random.bits(key))
         sampled = self._rollouts(params, indices, draft_key, drafts)
-        found = self.judge(fetched(sampled, everything=True), indices)
+        found = self.judge(fetch_to_host(sampled, all_processes=True), indices)
         self.spent.add(found)
         scored = found.rollouts
         rows = refined_prompts(
@@ -787,7 +787,7 @@ class Run:
             fresh = rng.permutation(others)[: len(indices)]
             key = jax.random.fold_in(jax.random.fold_in(self.refill_key, step), rounds)
             sampled = self._train_rollouts(params, fresh, key)
-            found = self.judge(fetched(sampled, everything=True), fresh)
+            found = self.judge(fetch_to_host(sampled, all_processes=True), fresh)
             self.spent.add(found)
             more, more_texts = found.rollouts, found.texts
             good = np.flatnonzero(~_tied(more.rewards))
@@ -802,7 +802,7 @@ class Run:
         judged = judged._replace(rollouts=rollouts, texts=texts, lengths=lengths)
         return indices, judged, info
 
-    def _trimmed(self, judged: Judged) -> Rollouts:
+    def _trimmed(self, judged: ScoredRollouts) -> Rollouts:
         """Completions cut to the shortest bucket that holds them all."""
         rollouts, longest = judged.rollouts, int(judged.lengths.max())
         t = next(t for t in self.plan.buckets if t >= longest)
@@ -819,11 +819,11 @@ class Run:
         key = jax.random.fold_in(self.run_key, step)
         return indices, self._train_rollouts(params, indices, key)
 
-    def fetch(self, rollouts: Rollouts) -> Sampled:
+    def fetch(self, rollouts: Rollouts) -> HostRollouts:
         """A step's completions on the host, all of them where groups are refilled."""
-        return fetched(rollouts, everything=bool(self.objective.refills))
+        return fetch_to_host(rollouts, all_processes=bool(self.objective.refills))
 
-    def scored(self, state, step, indices, sampled: Sampled) -> Scored:
+    def scored(self, state, step, indices, sampled: HostRollouts) -> Scored:
         """The step's completions scored and weighed."""
         judged = self.judge(sampled, indices)
         self.spent.add(judged)
@@ -838,7 +838,7 @@ class Run:
             host["reward/failed"] = self.spent.failures
         judged = judged._replace(rollouts=self._trimmed(judged))
         state, batch, metrics = self._batch(state, judged.rollouts, indices)
-        return Scored(state, batch, indices, judged, sampled.mine, metrics, host)
+        return Scored(state, batch, indices, judged, sampled.owned, metrics, host)
 
     def _prepare(self, state, step):
         """Compiles what a step needs and looks at the start; less if asked to stop."""
@@ -1023,9 +1023,9 @@ class Run:
                 "weight 0 (said once; see group/informative in metrics.jsonl)."
             )
 
-    def judge(self, sampled: Sampled, indices) -> Judged:
+    def judge(self, sampled: HostRollouts, indices) -> ScoredRollouts:
         examples = [self.task.train[i] for i in indices]
-        return judge(self.task, sampled, examples, self.pool, self.processes)
+        return score_rollouts(self.task, sampled, examples, self.pool, self.processes)
 
     def _batch(self, state, rollouts, indices):
         """(state, batch, metrics): the rollouts weighed, with what they need beside."""

@@ -15,7 +15,7 @@ from grpo_jax.parallel.processes import (
     local_shards_to_host,
     owned_samples,
 )
-from grpo_jax.rollouts.judging import Sampled, fetched, judge
+from grpo_jax.rollouts.judging import HostRollouts, fetch_to_host, score_rollouts
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.config import DistributedConfig, TrainConfig
 from grpo_jax.tasks import Example, load_task
@@ -106,7 +106,7 @@ def test_shares_of_rewards_make_the_whole():
     examples = [Example("p", ""), Example("q", "")]
     lengths = np.array([[1, 0, 3], [2, 5, 4]])
     rollouts = rollouts_of(lengths)
-    alone = judge(task, fetched(rollouts), examples, None, Processes())
+    alone = score_rollouts(task, fetch_to_host(rollouts), examples, None, Processes())
     mine = np.array([[True, True, False]] * 2)
     told = []
 
@@ -124,7 +124,9 @@ def test_shares_of_rewards_make_the_whole():
         kept = rollouts._replace(
             completion_mask=rollouts.completion_mask * mine[..., None]
         )
-        return judge(task, Sampled(kept, mine), examples, None, Recorded(other))
+        return score_rollouts(
+            task, HostRollouts(kept, mine), examples, None, Recorded(other)
+        )
 
     part(~mine, None)
     seen.clear()
@@ -143,8 +145,8 @@ def test_a_process_without_a_share_scores_nothing():
 
     task = dataclasses.replace(load_task("chains"), reward=reward)
     rollouts, nothing = rollouts_of(np.ones((1, 2), int)), np.zeros((1, 2), bool)
-    found = judge(
-        task, Sampled(rollouts, nothing), [Example("p", "")], None, Processes()
+    found = score_rollouts(
+        task, HostRollouts(rollouts, nothing), [Example("p", "")], None, Processes()
     )
     assert np.isnan(found.scores.rewards).all() and not found.scores.errors
 
