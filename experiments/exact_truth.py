@@ -57,7 +57,7 @@ from common import pick_answers, sample_groups
 
 import grpo_jax as gj
 from grpo_jax.diagnostics.geometry import cosine_statistics
-from grpo_jax.instrument.measure import along, measure
+from grpo_jax.instrument.measurement import measure, update_effect
 from grpo_jax.intervals import t_interval
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.runs.config_files import from_dict
@@ -111,8 +111,10 @@ def look(policy, change, rollouts, answers, key, *, width, exact):
     """(figures of one look with the exact ones beside them, its geometry)."""
     found = measure(policy, rollouts, answers, 1.0, key, width=width, exact=exact)
     p, g, _ = rollouts.completions.shape
-    # `along` takes the answers as one more completion of each prompt.
-    moved = along(policy, change, rollouts, answers, 1.0, micro=MicroBatch(p, g + 1))
+    # `update_effect` takes the answers as one more completion of each prompt.
+    moved = update_effect(
+        policy, change, rollouts, answers, 1.0, micro=MicroBatch(p, g + 1)
+    )
     geometry, probe = found.geometry, found.probes
     true = cosine_statistics(found.exact_cosines)
     return {

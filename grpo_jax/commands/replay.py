@@ -171,7 +171,7 @@ def _looked(run, params, step, recorded):
     if "phase/label" in recorded:
         looks = read_lines(run.directory / "instrument.jsonl")
         instrument = run.make_instrument([r for r in looks if r["step"] < step])
-        row |= instrument.look(params, step)
+        row |= instrument.measure(params, step)
     return row
 
 

@@ -26,7 +26,7 @@ from grpo_jax.diagnostics.geometry import (
 )
 from grpo_jax.diagnostics.phases import phase
 from grpo_jax.evaluation.exact import pass_rates
-from grpo_jax.instrument.measure import Look, along, measure
+from grpo_jax.instrument.measurement import Measurement, measure, update_effect
 from grpo_jax.instrument.plan import ProbePlan
 from grpo_jax.instrument.rows import metrics_of
 from grpo_jax.instrument.weightings import RULES
@@ -84,10 +84,10 @@ class Instrument:
             max_new_tokens,
             micro_batch_tokens,
         )
-        self._along = jax.jit(partial(along, micro=micro))
+        self._update_effect = jax.jit(partial(update_effect, micro=micro))
         self.pending = None  # (sampling key, rollouts, exact pass rates, row)
 
-    def look(self, params: Any, step: int) -> dict[str, Any]:
+    def measure(self, params: Any, step: int) -> dict[str, Any]:
         """Measures; the row waits for the next update. Returns metrics of the step."""
         began = time.monotonic()
         policy = self.policy.replace(params)
@@ -115,13 +115,13 @@ class Instrument:
         self.pending = (key, rollouts, exact, row)
         return metrics_of(row) | {"time/instrument_s": time.monotonic() - began}
 
-    def follow(self, before: Any, after: Any) -> dict[str, float]:
+    def compare_update(self, before: Any, after: Any) -> dict[str, float]:
         """Completes the pending row with what the update did; metrics of its step."""
         began = time.monotonic()
         key, rollouts, exact, row = self.pending
         change = jax.tree.map(jnp.subtract, after, before)
         found = gather_to_host(
-            self._along(
+            self._update_effect(
                 self.policy.replace(before),
                 change,
                 rollouts,
@@ -147,17 +147,17 @@ class Instrument:
         return {"time/instrument_s": time.monotonic() - began}
 
     def compile(self, params: Any) -> None:
-        """Runs what `follow` will need, so that no step waits for it."""
-        self.follow(params, params)
+        """Runs what `compare_update` will need, so that no step waits for it."""
+        self.compare_update(params, params)
         self.pending[-1]["update"] = None
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Drops the look in progress."""
         if self.sigma_history:
             self.sigma_history.pop()
         self.pending = None
 
-    def take(self) -> dict | None:
+    def take_row(self) -> dict | None:
         """The pending row, to be written; None if there is none."""
         if self.pending is None:
             return None
@@ -171,7 +171,7 @@ class Instrument:
         found = pass_rates(policy, self.answers, self.temperature, self.tokens)
         return np.asarray(found, float)
 
-    def _row(self, found: Look, rewards, pass_rates):
+    def _row(self, found: Measurement, rewards, pass_rates):
         geometry = found.geometry
         row = {
             "prompts": [int(i) for i in self.prompts],

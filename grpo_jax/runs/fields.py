@@ -81,7 +81,7 @@ FIELDS = {
 
 
 # Field of a line of instrument.jsonl -> what it is; lists are over its probe prompts.
-LOOK_FIELDS = {
+INSTRUMENT_FIELDS = {
     "step": "of the policy looked at",
     "phase": "label, its shares of bootstrap samples, and what it was decided on",
     "prompts": "indices among the trained prompts",

@@ -852,10 +852,10 @@ class Run:
         row = self.evaluate(state.params, step)
         if self.instrument is not None and not self.processes.stopping:
             with self.watchdog.phase("look"):
-                row |= self.instrument.look(state.params, step)
+                row |= self.instrument.measure(state.params, step)
                 self.instrument.compile(state.params)
                 if not self.looks_now:
-                    self.instrument.forget()
+                    self.instrument.discard()
         if self.processes.stopping:
             return
         if step == 0:
@@ -923,7 +923,7 @@ class Run:
                 pending = (step, metrics, times | host)
                 if watched:
                     with self.watchdog.phase("look"):
-                        times |= self.instrument.follow(before, state.params)
+                        times |= self.instrument.compare_update(before, state.params)
                     del before
                     self._write_look()
                 if compared is not None:
@@ -1091,7 +1091,7 @@ class Run:
             metrics |= self.evaluate(params, step)
         if self._due(step) and not self.processes.stopping:
             with self.watchdog.phase("look"):
-                metrics |= self.instrument.look(params, step)
+                metrics |= self.instrument.measure(params, step)
         return metrics
 
     def _evaluates(self, step: int) -> bool:
@@ -1205,7 +1205,7 @@ class Run:
     def _write_look(self):
         """The row of the look in progress, complete or not."""
         if self.instrument is not None and self.instrument.pending:
-            self._line("instrument", self.instrument.take())
+            self._line("instrument", self.instrument.take_row())
 
     def _abandon(self, waited):
         exit_at_once(

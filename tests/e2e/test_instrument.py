@@ -20,7 +20,7 @@ from grpo_jax.runs.config import (
     TrainConfig,
     WarmStartConfig,
 )
-from grpo_jax.runs.fields import LOOK_FIELDS
+from grpo_jax.runs.fields import INSTRUMENT_FIELDS
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.runs.snapshots import load_policy, saved_steps
 from grpo_jax.tasks import load_task
@@ -61,7 +61,7 @@ def test_a_row_per_look(finished):
     assert all(len(row["prompts"]) == 5 for row in rows)
     assert rows[0]["prompts"] == rows[-1]["prompts"]
     for row in rows:
-        assert set(row) == set(LOOK_FIELDS)
+        assert set(row) == set(INSTRUMENT_FIELDS)
         p = np.array(row["pass_rate"])
         assert ((0 <= p) & (p <= 1)).all() and row["phase"]["label"]
         assert np.array(row["geometry"]["cosines"], float).shape == (5, 5)

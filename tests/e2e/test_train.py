@@ -20,7 +20,7 @@ from grpo_jax.runs.config import (
     SamplingConfig,
     WarmStartConfig,
 )
-from grpo_jax.runs.fields import FIELDS, LOOK_FIELDS
+from grpo_jax.runs.fields import FIELDS, INSTRUMENT_FIELDS
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.training.loop import NonFiniteGradients
 
@@ -96,7 +96,7 @@ def test_every_field_is_documented_and_the_promised_ones_are_there(finished):
 def test_a_look_of_the_instrument_is_in_its_file(finished):
     rows = read_lines(finished.run_dir / "instrument.jsonl")
     assert [row["step"] for row in rows] == [0, 3, 6]
-    assert all(set(row) == set(LOOK_FIELDS) for row in rows)
+    assert all(set(row) == set(INSTRUMENT_FIELDS) for row in rows)
     assert [row["update"] is None for row in rows] == [False, False, True]
 
 

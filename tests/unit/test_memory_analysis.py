@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import OBJECTIVES, ModelConfig, std_weights
-from grpo_jax.instrument.measure import along, measure
+from grpo_jax.instrument.measurement import measure, update_effect
 from grpo_jax.models.policy import abstract_policy
 from grpo_jax.parallel.sharding import tree_shardings, with_shardings
 from grpo_jax.planning.memory import estimate_memory
@@ -217,7 +217,7 @@ def test_the_instrument():
     batch = Batch(rollouts, None, None, Shape((8,), jnp.float32))
     programs = {
         "look": (partial(measure, width=width, exact=False), look),
-        "follow": (partial(along, micro=micro), follow),
+        "follow": (partial(update_effect, micro=micro), follow),
         "counterfactual": (
             partial(
                 counterfactual.look,

@@ -21,7 +21,7 @@ from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
 from grpo_jax.rollouts.types import Rollouts
 
 
-class Look(NamedTuple):
+class Measurement(NamedTuple):
     """What the device measures of P probe prompts."""
 
     probes: Probe  # leaves [P, ...]
@@ -43,7 +43,7 @@ def measure(
     width: int,
     exact: bool,
     micro_batch_tokens: int = 2**16,
-) -> Look:
+) -> Measurement:
     """A look at rollouts [P, G, T] with rewards; answers [P, 1, T] or None.
 
     Passes are split so that each sees about `micro_batch_tokens` tokens.
@@ -104,7 +104,7 @@ def measure(
     whole = (probes.vectors != 0).any(2).all(1)
     noise = jnp.where(whole[:, None], noise, 0.0)
     kept = {"vectors": None, "exact_vector": None}  # large, and in the matrices
-    return Look(
+    return Measurement(
         probes._replace(**kept),
         geometry,
         cosines(noise),
@@ -122,7 +122,7 @@ def cosines(vectors: jax.Array) -> jax.Array:
     return unit @ unit.T
 
 
-class Along(NamedTuple):
+class UpdateEffect(NamedTuple):
     """Of P prompts along a change of the parameters, per that change; to its square."""
 
     slope: jax.Array  # [P]
@@ -131,7 +131,7 @@ class Along(NamedTuple):
     exact_curvature: jax.Array
 
 
-def along(
+def update_effect(
     policy: Policy,
     change: Any,
     rollouts: Rollouts,
@@ -139,7 +139,7 @@ def along(
     temperature: jax.Array,
     *,
     micro: MicroBatch,
-) -> Along:
+) -> UpdateEffect:
     """Slope and curvature of every probe prompt's expected reward along `change`."""
     group = rollouts._replace(rewards=None)
     if answers is not None:  # one more completion of each prompt
@@ -165,7 +165,7 @@ def along(
             [first[:, g], first[:, g] ** 2 + second[:, g]]
         )
     first, second = first[:, :g], second[:, :g]
-    return Along(
+    return UpdateEffect(
         prompt_slope(rollouts.rewards, first),
         prompt_curvature(rollouts.rewards, first, second),
         *exact,
