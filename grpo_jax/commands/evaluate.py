@@ -34,6 +34,7 @@ from grpo_jax.runs.policies import (
     task_of,
 )
 from grpo_jax.runs.snapshots import load_policy, pick_step
+from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks import Example, Task
 
 # What does not change an answer, and may differ when an evaluation is gone on with.
@@ -126,7 +127,7 @@ def _opened(config, say) -> _Asked:
     policy = policy.reconfigured(compute_dtype=config.compute_dtype)
     indices = np.arange(len(examples))
     if config.prompts is not None and config.prompts < len(examples):
-        rng = np.random.default_rng([config.seed, 7])
+        rng = host_rng(config.seed, Stream.EVAL_COMMAND_PROMPTS)
         indices = np.sort(rng.permutation(len(examples))[: config.prompts])
     encoded = encode_prompts(task, examples)
     width = bucket(max(map(len, encoded)))

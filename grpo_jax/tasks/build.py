@@ -6,12 +6,11 @@ Held-out prompts are never trained on: a prompt that both parts hold is evaluate
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.spec import parse_reward
 from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import VERIFIERS, check_gold
+from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.templates import check_template
 from grpo_jax.tasks.tokenizers import (
     character_tokenizer,
@@ -72,7 +71,7 @@ def text_task(
     """
     parsed = tuple(parse_reward(r) for r in rewards or [default_reward])
     check_golds(parsed, [*train, *(heldout or [])])
-    rng = np.random.default_rng([seed, 1])
+    rng = host_rng(seed, Stream.DATA_PARTS)
     if heldout is None:
         train, heldout, held = _split(rng, train, heldout_prompts)
         note += f" {held} held-out prompts were split off by task.seed {seed}."

@@ -8,9 +8,8 @@ most: a policy with very different pass rates from prompt to prompt.
 
 import itertools
 
-import numpy as np
-
 from grpo_jax.rewards.types import Example
+from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.build import OWN, Language, single_answer_language
 from grpo_jax.tasks.types import Task, WarmStart, exact_match
 
@@ -33,7 +32,7 @@ def make_chains(
     Held-out prompts are in neither stage of the warm start.
     """
     train_prompts, heldout_prompts = train_prompts or 2048, heldout_prompts or 512
-    rng = np.random.default_rng([seed, 0])
+    rng = host_rng(seed, Stream.PUZZLES)
     train, heldout = [], []
     for i, operations in enumerate(LENGTHS):
         held, trained = (

@@ -7,11 +7,10 @@ model can find its own. The warm start shows one expression per trained prompt.
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example
 from grpo_jax.rewards.verifiers import countdown_gold
+from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.build import OWN, Language, Sourced, text_task
 from grpo_jax.tasks.types import Task
 
@@ -37,7 +36,7 @@ def make_countdown(
             f"task.train_prompts and task.heldout_prompts must be at most {MOST} "
             f"together, got {train_prompts} and {heldout_prompts}."
         )
-    rng = np.random.default_rng([seed, 0])
+    rng = host_rng(seed, Stream.PUZZLES)
     found: dict[tuple, Example] = {}
     while len(found) < train_prompts + heldout_prompts:
         numbers, target, expression = _puzzle(rng)

@@ -8,10 +8,9 @@ prompts to be memorised and held-out ones to stay where they are.
 import re
 from pathlib import Path
 
-import numpy as np
-
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example
+from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.build import OWN, Language, single_answer_language
 from grpo_jax.tasks.files import read_parts
 from grpo_jax.tasks.types import Task, WarmStart, exact_match
@@ -51,7 +50,7 @@ def make_gsm8k_expressions(
                 f"task.{name} must be at most {available}, the expressions found, "
                 f"got {wanted}."
             )
-    rng = np.random.default_rng([seed, 1])
+    rng = host_rng(seed, Stream.DATA_PARTS)
     pool = [known[i] for i in rng.permutation(len(known))[:train_prompts]]
     heldout = [unseen[i] for i in rng.permutation(len(unseen))[:heldout_prompts]]
 

@@ -11,7 +11,7 @@ import grpo_jax as gj
 
 ROOT = Path(gj.__file__).parent
 LAYERS = [  # an arrow goes to a lower line, or stays in its package
-    ["errors", "advantages", "logprobs", "loglinear", "intervals"],
+    ["errors", "streams", "advantages", "logprobs", "loglinear", "intervals"],
     ["preconditioner"],
     ["prompt_weights", "diagnostics", "parallel", "rewards"],
     ["models"],
