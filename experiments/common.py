@@ -8,7 +8,7 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_imitated, encode_prompts
 from grpo_jax.rollouts.sampling import sample
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.tasks import Task
+from grpo_jax.tasks.types import Task
 
 
 def pick_answers(task: Task, count: int, *, seed: int, length: int) -> Rollouts:

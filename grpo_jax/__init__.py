@@ -97,12 +97,10 @@ _HOMES = {
     "grpo_jax.rollouts.types": ("Rollouts",),
     "grpo_jax.rollouts.sampling": ("sample",),
     "grpo_jax.rollouts.logprobs": ("completion_logprobs",),
+    "grpo_jax.rewards.types": ("Example",),
     "grpo_jax.rewards.scoring": ("verify",),
-    "grpo_jax.tasks": (
-        "Example",
-        "Task",
-        "load_task",
-    ),
+    "grpo_jax.tasks.types": ("Task",),
+    "grpo_jax.tasks.registry": ("load_task",),
     "grpo_jax.runs.config": (
         "TrainConfig",
         "EvalConfig",

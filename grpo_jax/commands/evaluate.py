@@ -11,13 +11,15 @@ import jax
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.evaluation.ask import Answered, ask, verifier_pool
-from grpo_jax.evaluation.exact import pass_rates
+from grpo_jax.evaluation.exact import exact_pass_rates
 from grpo_jax.evaluation.figures import summarise, table
+from grpo_jax.evaluation.sampled import PromptAnswers, answer_prompts
 from grpo_jax.intervals import mean_interval
 from grpo_jax.models.policy import Policy
 from grpo_jax.models.pretrained import load_pretrained
 from grpo_jax.parallel.processes import Processes
+from grpo_jax.rewards.pool import verifier_pool
+from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, within
 from grpo_jax.rollouts.sampling import sample
@@ -35,7 +37,7 @@ from grpo_jax.runs.policies import (
 )
 from grpo_jax.runs.snapshots import load_policy, pick_step
 from grpo_jax.streams import Stream, host_rng
-from grpo_jax.tasks import Example, Task
+from grpo_jax.tasks.types import Task
 
 # What does not change an answer, and may differ when an evaluation is gone on with.
 _FREE = ("output", "rows", "scoring.")
@@ -79,7 +81,7 @@ def evaluate(
     _warn_of_training(config, asked, say)
     directory = _directory(config, task)
     results: dict[str, Any] = {}
-    with verifier_pool(task, config.scoring) as pool:
+    with verifier_pool(task.reward, config.scoring) as pool:
         _claim(directory, config, task, asked.policy, say)
         for number, (way, samples, settings) in enumerate(_ways(config)):
             key = jax.random.fold_in(jax.random.key(config.seed), number)
@@ -147,9 +149,11 @@ def _ways(config) -> list[tuple[str, int, dict[str, Any]]]:
     return ways
 
 
-def _answers(config, asked, samples, settings, key, file, pool, say) -> list[Answered]:
+def _answers(
+    config, asked, samples, settings, key, file, pool, say
+) -> list[PromptAnswers]:
     """Every prompt's answers: those in the file; others are written as they come."""
-    done = {row["index"]: Answered(**row) for row in read_lines(file)}
+    done = {row["index"]: PromptAnswers(**row) for row in read_lines(file)}
     rewrite(file, [row._asdict() for row in done.values()])
     draw = partial(
         sample,
@@ -158,7 +162,7 @@ def _answers(config, asked, samples, settings, key, file, pool, say) -> list[Ans
         pad_id=asked.task.tokenizer.pad_token_id,
         **settings,
     )
-    parts = ask(
+    parts = answer_prompts(
         draw,
         asked.policy,
         asked.task,
@@ -196,7 +200,9 @@ def _exact(asked, temperature):
     chosen = [asked.examples[i] for i in asked.indices]
     width, length = asked.prompts[0].shape[1], completion_tokens(asked.task)
     answers = answer_rollouts(asked.task, chosen, width, length)
-    value, low, high = mean_interval(pass_rates(asked.policy, answers, temperature))
+    value, low, high = mean_interval(
+        exact_pass_rates(asked.policy, answers, temperature)
+    )
     entry = {"value": value, "low": low, "high": high, "prompts": len(chosen)}
     return {"pass rate": {"all": entry}}
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.evaluation.ask import verifier_pool
 from grpo_jax.parallel.sharding import make_mesh, on_mesh
 from grpo_jax.planning.plan import make_plan
+from grpo_jax.rewards.pool import verifier_pool
 from grpo_jax.rollouts.judging import HostRollouts
 from grpo_jax.rollouts.micro_batches import micro_batch
 from grpo_jax.runs.checkpoints import Checkpoints
@@ -29,7 +29,7 @@ from grpo_jax.runs.directory import read_config_dict, read_facts
 from grpo_jax.runs.lines import read_lines, without_nan
 from grpo_jax.runs.params import named_arrays
 from grpo_jax.runs.paths import use_compile_cache
-from grpo_jax.tasks import Task
+from grpo_jax.tasks.types import Task
 from grpo_jax.training.loop import Run, facts_of
 from grpo_jax.training.state import part_of, with_history
 from grpo_jax.training.step import make_gradients
@@ -115,7 +115,7 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
             raise ConfigError(f"cannot replay {run_dir}: {what} changed since it ran.")
     use_compile_cache()
     mesh = make_mesh(config.mesh)
-    with verifier_pool(plan.task, config.scoring) as pool, on_mesh(mesh):
+    with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
         run = Run(config, plan, run_dir, pool=pool, mesh=mesh)
         if moved:
             run.console.say(

@@ -19,7 +19,7 @@ def _answer_logprobs(policy, rollouts, temperature, micro):
     return batch_logprobs(policy, rollouts, temperature, micro).sum(-1)
 
 
-def pass_rates(
+def exact_pass_rates(
     policy: Policy,
     answers: Rollouts,
     temperature: float,

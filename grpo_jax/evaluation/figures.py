@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.evaluation.ask import Answered
+from grpo_jax.evaluation.sampled import PromptAnswers
 from grpo_jax.intervals import bootstrap_interval, rate_interval, wilson_interval
-from grpo_jax.tasks import Example
+from grpo_jax.rewards.types import Example
 
 
-def pass_rate(answered: Sequence[Answered]) -> tuple[float, float, float]:
+def pass_rate_interval(answered: Sequence[PromptAnswers]) -> tuple[float, float, float]:
     """(share solved, and its 95 % interval): Wilson's for one sample of each prompt,
     else `rate_interval`; missing rewards are left out."""
     if all(len(row.solved) == 1 for row in answered):
@@ -34,7 +34,9 @@ def pass_at_k(solved: int, samples: int, k: int) -> float:
 
 
 def summarise(
-    answered: Sequence[Answered], examples: Sequence[Example], pass_at: Sequence[int]
+    answered: Sequence[PromptAnswers],
+    examples: Sequence[Example],
+    pass_at: Sequence[int],
 ) -> dict[str, Any]:
     """Figures over all prompts and over those of each tag.
 
@@ -44,7 +46,7 @@ def summarise(
         them: `avg@k` and `pass@j` for j in `pass_at` (bootstrap over prompts).
         `tokens` is the mean length.
     """
-    groups: dict[str, list[Answered]] = {"all": list(answered)}
+    groups: dict[str, list[PromptAnswers]] = {"all": list(answered)}
     for row in answered:
         for name, value in examples[row.index].tags:
             groups.setdefault(f"{name}={value}", []).append(row)
@@ -60,7 +62,7 @@ def summarise(
     for name in names:
         rows = groups[name]
         if samples == 1:
-            add("pass rate", name, pass_rate(rows), len(_rates(rows)))
+            add("pass rate", name, pass_rate_interval(rows), len(_rates(rows)))
         else:
             add(f"avg@{samples}", name, rate_interval(_rates(rows)), len(_rates(rows)))
             for k in pass_at:

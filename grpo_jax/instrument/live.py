@@ -25,7 +25,7 @@ from grpo_jax.diagnostics.geometry import (
     first_order_changes,
 )
 from grpo_jax.diagnostics.phases import phase
-from grpo_jax.evaluation.exact import pass_rates
+from grpo_jax.evaluation.exact import exact_pass_rates
 from grpo_jax.instrument.measurement import Measurement, measure, update_effect
 from grpo_jax.instrument.plan import ProbePlan
 from grpo_jax.instrument.rows import metrics_of
@@ -168,7 +168,7 @@ class Instrument:
         if self.answers is None:
             return None
         policy = self.policy.replace(params)
-        found = pass_rates(policy, self.answers, self.temperature, self.tokens)
+        found = exact_pass_rates(policy, self.answers, self.temperature, self.tokens)
         return np.asarray(found, float)
 
     def _row(self, found: Measurement, rewards, pass_rates):

@@ -38,7 +38,7 @@ from grpo_jax.runs.config import (
     TrainConfig,
 )
 from grpo_jax.runs.policies import check_language, task_of, with_settings
-from grpo_jax.tasks import Task
+from grpo_jax.tasks.types import Task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -404,3 +404,32 @@ def _outcome(reply):
 
 def _line(message):
     return json.dumps(message).encode() + b"\n"
+
+
+class PoolLimits(Protocol):
+    """Limits of a `VerifierPool`, as `ScoringConfig` has them."""
+
+    @property
+    def workers(self) -> int: ...
+    @property
+    def timeout_s(self) -> float: ...
+    @property
+    def memory_gib(self) -> float: ...
+
+
+@contextlib.contextmanager
+def verifier_pool(
+    reward: Callable[[Example, str], float] | Sequence[Reward], limits: PoolLimits
+) -> Iterator[VerifierPool | None]:
+    """The worker processes of a task's rewards; None for a function, which runs in
+    this process."""
+    if callable(reward):
+        yield None
+        return
+    with VerifierPool(
+        reward,
+        workers=limits.workers,
+        timeout=limits.timeout_s,
+        memory_gib=limits.memory_gib,
+    ) as pool:
+        yield pool

@@ -24,7 +24,7 @@ class Example(NamedTuple):
 class Reward:
     """A reward by name, computed in a worker process that can be killed.
 
-    `rollouts/verifiers.py` has the names; "module:function" is the user's own, called
+    `verifiers.py` has the names; "module:function" is the user's own, called
     as function(example, completion) -> float. The rewards of a task are added up with
     their weights; a completion solves its prompt where the first of them is 1 or more.
     """

@@ -3,7 +3,7 @@
 A verifier reads what the completion commits to last and compares it with the gold
 answer. All of them fail closed: an answer that is cut off, ambiguous or cannot be read
 scores 0, and so does one that makes a verifier raise. They are pure and light; the one
-that calls sympy (`math`) is meant for the worker processes of `scoring.VerifierPool`,
+that calls sympy (`math`) is meant for the worker processes of `pool.VerifierPool`,
 because sympy can take for ever.
 """
 

@@ -1,4 +1,4 @@
-"""A worker process of `scoring.VerifierPool`: one check after another, JSON lines.
+"""A worker process of `pool.VerifierPool`: one check after another, JSON lines.
 
 Started as `python -m grpo_jax.rewards.worker` with one line on stdin that
 says what to load; each further line is a check and gets one line back. It owns its

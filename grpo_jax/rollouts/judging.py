@@ -15,9 +15,10 @@ from grpo_jax.parallel.processes import (
 )
 from grpo_jax.rewards.pool import VerifierPool
 from grpo_jax.rewards.scoring import Scores, score
+from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.encoding import decode_groups
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.tasks import Example, Task
+from grpo_jax.tasks.types import Task
 
 _ERROR_LENGTH = 200  # characters of an error text that other processes get
 

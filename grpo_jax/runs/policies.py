@@ -18,7 +18,8 @@ from grpo_jax.parallel.sharding import placed, tree_shardings
 from grpo_jax.runs.config import TaskConfig, TrainConfig
 from grpo_jax.runs.directory import read_facts
 from grpo_jax.runs.params import load_params
-from grpo_jax.tasks import Task, load_task
+from grpo_jax.tasks.registry import load_task
+from grpo_jax.tasks.types import Task
 
 # What of `model` may be given beside `pretrained`: how to compute, not what.
 FREE = ("compute_dtype", "remat", "lora_rank", "lora_alpha", "lora_targets")

@@ -9,9 +9,10 @@ most: a policy with very different pass rates from prompt to prompt.
 import itertools
 
 from grpo_jax.rewards.types import Example
+from grpo_jax.rewards.verifiers import exact
 from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.build import OWN, Language, single_answer_language
-from grpo_jax.tasks.types import Task, WarmStart, exact_match
+from grpo_jax.tasks.types import Task, WarmStart
 
 OPERATIONS = "+-*"
 LENGTHS = (1, 2, 3, 4)  # operations in a prompt
@@ -69,7 +70,7 @@ def make_chains(
             alphabet=ALPHABET,
             answers=[e.answer for e in train + heldout],
         ),
-        reward=exact_match,
+        reward=exact,
         single_answer=True,
         warm_start=WarmStart(
             demonstrations=demonstrations,

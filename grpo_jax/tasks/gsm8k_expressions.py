@@ -10,10 +10,11 @@ from pathlib import Path
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example
+from grpo_jax.rewards.verifiers import exact
 from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.build import OWN, Language, single_answer_language
 from grpo_jax.tasks.files import read_parts
-from grpo_jax.tasks.types import Task, WarmStart, exact_match
+from grpo_jax.tasks.types import Task, WarmStart
 
 ALPHABET = "0123456789+-*/().="
 MAX_PROMPT, MAX_ANSWER = 12, 6  # characters, without the prompt's "="
@@ -68,7 +69,7 @@ def make_gsm8k_expressions(
             alphabet=ALPHABET,
             answers=[e.answer for e in pool + heldout],
         ),
-        reward=exact_match,
+        reward=exact,
         single_answer=True,
         warm_start=WarmStart(
             demonstrations=demonstrations,

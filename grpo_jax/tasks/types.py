@@ -86,8 +86,3 @@ class Task:
         """What a model may imitate of an example: the worked text where there is one,
         the answer otherwise."""
         return example.solution or example.answer
-
-
-def exact_match(example: Example, completion: str) -> float:
-    """1 for the answer and nothing else, 0 otherwise."""
-    return float(completion == example.answer)

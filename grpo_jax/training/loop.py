@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.evaluation.ask import ask, verifier_pool
-from grpo_jax.evaluation.exact import pass_rates
-from grpo_jax.evaluation.figures import pass_rate
+from grpo_jax.evaluation.exact import exact_pass_rates
+from grpo_jax.evaluation.figures import pass_rate_interval
+from grpo_jax.evaluation.sampled import answer_prompts
 from grpo_jax.instrument.live import Instrument
 from grpo_jax.intervals import mean_interval
 from grpo_jax.models.hub import local_directory
@@ -47,6 +47,7 @@ from grpo_jax.parallel.sharding import (
 )
 from grpo_jax.planning.plan import Plan, make_plan
 from grpo_jax.planning.resolve import warm_start_settings
+from grpo_jax.rewards.pool import verifier_pool
 from grpo_jax.rewards.scoring import Scores
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
 from grpo_jax.rollouts.judging import (
@@ -82,7 +83,7 @@ from grpo_jax.runs.policies import (
     load_base,
     with_factors,
 )
-from grpo_jax.tasks import Task
+from grpo_jax.tasks.types import Task
 from grpo_jax.training import counterfactual
 from grpo_jax.training.console import Console
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
@@ -154,7 +155,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
 def _train(config, task, processes):
     plan = processes.together(lambda: make_plan(config, task))
     mesh = processes.together(lambda: make_mesh(config.mesh))
-    with verifier_pool(plan.task, config.scoring) as pool, on_mesh(mesh):
+    with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
         directory = _claimed(config, facts_of(config, plan), processes)
         use_compile_cache()
         return Run(config, plan, directory, processes, pool, mesh).train()
@@ -1099,7 +1100,7 @@ class Run:
         return step in (0, self.config.steps) or (every > 0 and step % every == 0)
 
     def _exact(self, params, name):
-        return pass_rates(
+        return exact_pass_rates(
             self.policy.replace(params),
             self.answers[name],
             self.temperature,
@@ -1132,7 +1133,7 @@ class Run:
     def _sampled_pass_rate(self, params, name, key):
         """Share of prompts solved by samples, with its interval."""
         s = self.config.sampling
-        parts = ask(
+        parts = answer_prompts(
             self.sample,
             self.policy.replace(params),
             self.task,
@@ -1145,7 +1146,7 @@ class Run:
             processes=self.processes,
             warn=self.console.warn,
         )
-        return pass_rate([row for part in parts for row in part])
+        return pass_rate_interval([row for part in parts for row in part])
 
     def _compared(self, state, batch, step):
         """What other weights would do with the batch, where that is due."""

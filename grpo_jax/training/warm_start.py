@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.evaluation.exact import pass_rates, token_loss
+from grpo_jax.evaluation.exact import exact_pass_rates, token_loss
 from grpo_jax.models.policy import Policy
 from grpo_jax.parallel.processes import Processes, gather_to_host
 from grpo_jax.rollouts.demonstrations import Demonstrations
@@ -115,7 +115,7 @@ def warm_start(
         """The pass rate, or the loss where there is no target."""
         now = policy.replace(params)
         if by_rate:
-            return float(pass_rates(now, probe, temperature).mean())
+            return float(exact_pass_rates(now, probe, temperature).mean())
         return token_loss(now, probe)
 
     rng = np.random.default_rng([seed, 2])

@@ -8,7 +8,7 @@ import pytest
 
 from grpo_jax import ModelConfig, init_policy, save_pretrained
 from grpo_jax.cli import main
-from grpo_jax.tasks import load_task
+from grpo_jax.tasks.registry import load_task
 
 
 def answer(capsys, *argv):

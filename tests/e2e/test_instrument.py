@@ -23,7 +23,7 @@ from grpo_jax.runs.config import (
 from grpo_jax.runs.fields import INSTRUMENT_FIELDS
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.runs.snapshots import load_policy, saved_steps
-from grpo_jax.tasks import load_task
+from grpo_jax.tasks.registry import load_task
 
 LOOKS = InstrumentConfig(every=2, prompts=5, group_size=8)
 

@@ -5,9 +5,9 @@ from grpo_jax import Example
 from grpo_jax.errors import ConfigError
 from grpo_jax.rollouts.encoding import answer_rollouts, decode_groups, pad_left
 from grpo_jax.rollouts.lengths import bucket, completion_buckets
-from grpo_jax.tasks import Task
 from grpo_jax.tasks.templates import encode_all
 from grpo_jax.tasks.tokenizers import character_tokenizer
+from grpo_jax.tasks.types import Task
 
 
 @pytest.fixture(scope="module")

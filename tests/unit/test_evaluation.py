@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 
 from grpo_jax import Example
-from grpo_jax.evaluation.ask import Answered
-from grpo_jax.evaluation.figures import pass_at_k, pass_rate, summarise, table
+from grpo_jax.evaluation.figures import pass_at_k, pass_rate_interval, summarise, table
+from grpo_jax.evaluation.sampled import PromptAnswers
 from grpo_jax.intervals import bootstrap_interval
 
 
 def answered(index, solved, tokens=None):
     rewards = [None if s is None else float(s) for s in solved]
     tokens = tokens or [3] * len(solved)
-    return Answered(index, list(solved), rewards, tokens, [""] * len(solved))
+    return PromptAnswers(index, list(solved), rewards, tokens, [""] * len(solved))
 
 
 def example(**tags):
@@ -31,14 +31,14 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(solved, k):
 
 def test_one_sample_of_each_prompt_has_wilsons_interval():
     rows = [answered(i, [i < 8]) for i in range(10)]
-    value, low, high = pass_rate(rows)
+    value, low, high = pass_rate_interval(rows)
     # Wilson 1927 at n = 10, 8 successes: (0.490, 0.943).
     assert (value, round(low, 3), round(high, 3)) == (0.8, 0.490, 0.943)
 
 
 def test_a_missing_reward_is_left_out():
     rows = [answered(0, [True]), answered(1, [None]), answered(2, [False])]
-    assert pass_rate(rows)[0] == 0.5
+    assert pass_rate_interval(rows)[0] == 0.5
     rows = [answered(0, [True, None]), answered(1, [None, None])]
     assert summarise(rows, [example()] * 2, [1])["avg@2"]["all"]["value"] == 1.0
 
@@ -51,7 +51,7 @@ def test_nothing_known_is_no_rate():
 
 def test_several_samples_count_by_prompt():
     rows = [answered(0, [True, True]), answered(1, [True, False]), answered(2, [0, 0])]
-    assert pass_rate(rows)[0] == pytest.approx(0.5)
+    assert pass_rate_interval(rows)[0] == pytest.approx(0.5)
 
 
 def test_bootstrap_interval_is_about_two_standard_errors():
@@ -67,7 +67,7 @@ def test_bootstrap_interval_is_about_two_standard_errors():
 
 def test_no_spread_is_no_certainty():
     rows = [answered(i, [False, False]) for i in range(10)]
-    value, low, high = pass_rate(rows)
+    value, low, high = pass_rate_interval(rows)
     assert (value, low) == (0, 0) and 0.2 < high < 0.3  # Wilson's at 0 of 10: .278
     entry = summarise(rows, [example()] * 10, [2])["pass@2"]["all"]
     assert entry["high"] == pytest.approx(high)

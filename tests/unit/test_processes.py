@@ -15,10 +15,11 @@ from grpo_jax.parallel.processes import (
     local_shards_to_host,
     owned_samples,
 )
+from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.judging import HostRollouts, fetch_to_host, score_rollouts
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.config import DistributedConfig, TrainConfig
-from grpo_jax.tasks import Example, load_task
+from grpo_jax.tasks.registry import load_task
 
 
 class Played(Processes):

@@ -15,13 +15,13 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.pool import VerifierPool
 from grpo_jax.rewards.scoring import score
 from grpo_jax.rewards.types import Reward
-from grpo_jax.tasks import exact_match
+from grpo_jax.rewards.verifiers import exact
 
 EXAMPLES = [Example("1+1=", "2"), Example("2+1=", "3")]
 
 
 def test_rewards_are_prompts_by_group():
-    scores = score(exact_match, EXAMPLES, [["2", "3", ""], ["3", "3", "2"]])
+    scores = score(exact, EXAMPLES, [["2", "3", ""], ["3", "3", "2"]])
     np.testing.assert_array_equal(scores.rewards, [[1, 0, 0], [1, 1, 0]])
     assert scores.rewards.dtype == np.float32 and scores.errors == []
 
@@ -73,7 +73,7 @@ def test_an_interrupt_is_not_swallowed():
 
 def test_examples_and_completions_must_be_as_many():
     with pytest.raises(ValueError, match="zip"):
-        score(exact_match, EXAMPLES, [["2"]])
+        score(exact, EXAMPLES, [["2"]])
 
 
 def test_what_a_plain_function_solves_is_a_reward_of_one():
@@ -333,8 +333,9 @@ def test_an_interrupt_leaves_a_pool_that_answers_right(own, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux")
 def test_workers_die_with_a_parent_that_is_killed(own, tmp_path):
     code = (
-        "from grpo_jax.rollouts.scoring import *\n"
-        "from grpo_jax.tasks.types import *\n"
+        "from grpo_jax.rewards.pool import VerifierPool\n"
+        "from grpo_jax.rewards.scoring import score\n"
+        "from grpo_jax.rewards.types import Example, Reward\n"
         "reward = Reward(name='own_rewards:misbehaves')\n"
         "pool = VerifierPool([reward], timeout=60)\n"
         "print(*pool.pids, flush=True)\n"

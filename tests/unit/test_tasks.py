@@ -10,8 +10,9 @@ import pytest
 
 from grpo_jax import Example, load_task
 from grpo_jax.errors import ConfigError
-from grpo_jax.tasks import TASKS, exact_match
+from grpo_jax.rewards.verifiers import exact
 from grpo_jax.tasks.files import read_parts, read_rows
+from grpo_jax.tasks.registry import TASKS
 from grpo_jax.tasks.tokenizers import character_tokenizer
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
@@ -105,7 +106,7 @@ def test_chains_tokenizer_encodes_every_text(chains):
 
 def test_exact_match_wants_the_answer_and_nothing_else():
     example = Example("3+4=", "7")
-    scores = [exact_match(example, x) for x in ("7", "7 ", "17", "", "7,7")]
+    scores = [exact(example, x) for x in ("7", "7 ", "17", "", "7,7")]
     assert scores == [1, 0, 0, 0, 0]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from grpo_jax import load_task, next_token_logits
 from grpo_jax.errors import ConfigError
+from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import VERIFIERS, countdown_numbers
 from grpo_jax.rollouts.encoding import (
     answer_rollouts,
@@ -19,7 +20,7 @@ from grpo_jax.rollouts.encoding import (
     encode_prompts,
     pad_left,
 )
-from grpo_jax.tasks import TASKS, Example, Reward
+from grpo_jax.tasks.registry import TASKS
 from grpo_jax.tasks.tokenizers import character_tokenizer, spellings, train_tokenizer
 from tests.helpers import tiny_policy
 from tests.unit.test_templates import build

@@ -10,9 +10,9 @@ from grpo_jax.evaluation.exact import token_loss
 from grpo_jax.parallel.processes import Processes
 from grpo_jax.planning.plan import make_plan
 from grpo_jax.planning.resolve import warm_start_settings
+from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.demonstrations import Demonstrations
 from grpo_jax.runs.config import SamplingConfig, WarmStartConfig
-from grpo_jax.tasks import Example
 from grpo_jax.training.warm_start import warm_start
 from tests.helpers import tiny_policy
 

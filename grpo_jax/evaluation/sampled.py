@@ -1,6 +1,5 @@
 """Completions for a set of prompts, sampled and scored part by part."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -11,28 +10,13 @@ import numpy as np
 from grpo_jax.models.policy import Policy
 from grpo_jax.parallel.processes import Processes
 from grpo_jax.rewards.pool import VerifierPool
+from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.judging import fetch_to_host, score_rollouts
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.runs.config import ScoringConfig
-from grpo_jax.tasks import Example, Task
+from grpo_jax.tasks.types import Task
 
 
-@contextlib.contextmanager
-def verifier_pool(task: Task, config: ScoringConfig) -> Iterator[VerifierPool | None]:
-    """The workers that compute a task's rewards; None where a function does, here."""
-    if callable(task.reward):
-        yield None
-        return
-    with VerifierPool(
-        task.reward,
-        workers=config.workers,
-        timeout=config.timeout_s,
-        memory_gib=config.memory_gib,
-    ) as pool:
-        yield pool
-
-
-class Answered(NamedTuple):
+class PromptAnswers(NamedTuple):
     """What a policy answered to one prompt, k times."""
 
     index: int  # of the prompt among those asked
@@ -42,7 +26,7 @@ class Answered(NamedTuple):
     texts: list[str]
 
 
-def ask(
+def answer_prompts(
     sample: Callable[..., Rollouts],
     policy: Policy,
     task: Task,
@@ -56,7 +40,7 @@ def ask(
     processes: Processes,
     warn: Callable[[str], None],
     indices: Sequence[int] | None = None,
-) -> Iterator[list[Answered]]:
+) -> Iterator[list[PromptAnswers]]:
     """Samples and scores answers, part by part; what a prompt is answered depends on
     the key and its index alone, not on the parts.
 
@@ -96,7 +80,7 @@ def ask(
                 f"{scores.errors[0][:200]}"
             )
         yield [
-            Answered(
+            PromptAnswers(
                 int(i),
                 [None if k else bool(s) for s, k in zip(solved, unknown, strict=True)],
                 [float(r) if np.isfinite(r) else None for r in rewards],
