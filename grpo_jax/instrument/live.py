@@ -1,53 +1,58 @@
-"""The instrument in a run: a fixed set of probe prompts, looked at every so often.
+"""The instrument of a run: probe measurements of a fixed set of prompts.
 
-A look samples every probe prompt's group, and measures: pass rates and their spread,
-the geometry of the prompts' gradients with its noise, the curvature along each one's
-own gradient, the phase this means, and what other prompt weights would do to first
-order.
-Then it waits for the next update, and compares what slope and curvature along that
-predict for every prompt with what happened. Where one answer is right, the same is
-computed exactly beside it, from that answer alone.
+A measurement samples a group of every probe prompt and estimates pass rates, the
+geometry of the prompts' gradients, the curvature along each one's gradient, the phase
+these show, and the first-order effect of other prompt weights. Its row is complete
+after the next update, when the predicted change of every prompt is compared with the
+realised one. Where one answer is right, the exact figures are computed from it too.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.advantages import group_std
-from grpo_jax.diagnostics.geometry import (
-    CosineStatistics,
-    cosine_statistics,
-    first_order_changes,
-)
 from grpo_jax.diagnostics.phases import phase
 from grpo_jax.evaluation.exact import exact_pass_rates
-from grpo_jax.instrument.measurement import Measurement, measure, update_effect
+from grpo_jax.instrument.measurement import measure, update_effect
 from grpo_jax.instrument.plan import ProbePlan
-from grpo_jax.instrument.rows import metrics_of
-from grpo_jax.instrument.weightings import RULES
+from grpo_jax.instrument.record import make_row, metrics_of, update_fields
+from grpo_jax.instrument.rows import Row
 from grpo_jax.models.policy import Policy
 from grpo_jax.parallel.processes import gather_to_host
 from grpo_jax.rollouts.judging import group_means
 from grpo_jax.rollouts.micro_batches import micro_batch
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.runs.lines import rounded
+
+
+class Pending(NamedTuple):
+    """A measurement whose next update has not been compared yet."""
+
+    key: jax.Array  # the probe prompts were sampled with
+    rollouts: Rollouts  # [P, G, T] with rewards
+    pass_rates: np.ndarray | None  # [P] exact ones
+    row: Row
 
 
 class Instrument:
-    """The probe set of one run, its compiled programs, and the look in progress.
+    """The probe prompts of one run, the compiled programs, the pending measurement.
 
     Args:
-        plan: What a look looks at.
+        plan: Probe prompts, group size and coordinates of a measurement.
         policy: Without parameters.
         sample_and_score: (params, key) -> rollouts of the probe prompts, with rewards.
         answers: [P, 1, T], where one completion is right; else None.
-        prompts: Their indices among the trained ones, as written to the file.
-        sigma_history: `mean_sigma` of the looks before a resume.
+        prompts: [P] indices among the trained prompts, as written to the file.
+        temperature: Of sampling.
+        prompt_tokens: L, of the padded prompts.
+        max_new_tokens: T.
+        micro_batch_tokens: Tokens in one pass, about.
+        key: Of all measurements; each folds in its step.
+        sigma_history: `mean_sigma` of the measurements before a resume.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class Instrument:
         sample_and_score: Callable[[Any, jax.Array], Rollouts],
         answers: Rollouts | None,
         *,
-        prompts: np.ndarray,
+        prompts: Sequence[int] | np.ndarray,
         temperature: float,
         prompt_tokens: int,
         max_new_tokens: int,
@@ -67,167 +72,120 @@ class Instrument:
     ):
         self.plan, self.policy, self.answers = plan, policy, answers
         self.sample_and_score, self.prompts = sample_and_score, prompts
-        self.temperature, self.key = np.float32(temperature), key
+        self.temperature, self.key = temperature, key
         self.sigma_history = sigma_history
-        self.tokens = micro_batch_tokens
-        # Not a key of a look's samples: those are of steps.
-        self.hash_key = jax.random.fold_in(key, 2**31 - 1)
+        self.micro_batch_tokens = micro_batch_tokens
+        self.pending: Pending | None = None
+        # A step that no measurement folds in: its key differs from those of samples.
+        self._hash_key = jax.random.fold_in(key, 2**31 - 1)
         shape = {"width": plan.width, "exact": plan.exact}
         self._measure = jax.jit(
             partial(measure, **shape, micro_batch_tokens=micro_batch_tokens)
         )
-        completions = plan.group_size + (answers is not None)
         micro = micro_batch(
             plan.prompts,
-            completions,
+            plan.group_size + (answers is not None),
             prompt_tokens,
             max_new_tokens,
             micro_batch_tokens,
         )
         self._update_effect = jax.jit(partial(update_effect, micro=micro))
-        self.pending = None  # (sampling key, rollouts, exact pass rates, row)
 
     def measure(self, params: Any, step: int) -> dict[str, Any]:
-        """Measures; the row waits for the next update. Returns metrics of the step."""
+        """Metrics of the policy after `step` steps; its row waits for the next update.
+
+        The metrics are fields of metrics.jsonl, `time/instrument_s` among them.
+        """
         began = time.monotonic()
-        policy = self.policy.replace(params)
         key = jax.random.fold_in(self.key, step)
         rollouts = self.sample_and_score(params, key)
-        found = self._measure(
-            policy,
+        on_device = self._measure(
+            self.policy.replace(params),
             rollouts,
             self.answers,
-            self.temperature,
-            self.hash_key,
+            np.float32(self.temperature),
+            self._hash_key,
         )
-        found, rewards = gather_to_host((found, rollouts.rewards))
+        measurement, rewards = gather_to_host((on_device, rollouts.rewards))
         exact = self._exact_pass_rates(params)
-        standing = phase(
-            found.geometry,
+        current = phase(
+            measurement.geometry,
             rewards,
             sigma=None if exact is None else float(np.sqrt(exact * (1 - exact)).mean()),
             sigma_history=tuple(self.sigma_history),
             num_directions=self.plan.num_directions,
         )
-        self.sigma_history.append(standing.mean_sigma)
-        row = {"step": step, "phase": standing._asdict()}
-        row |= self._row(found, rewards, exact)
-        self.pending = (key, rollouts, exact, row)
+        self.sigma_history.append(current.mean_sigma)
+        row = make_row(
+            measurement,
+            current,
+            rewards,
+            exact,
+            step=step,
+            prompts=self.prompts,
+            num_directions=self.plan.num_directions,
+        )
+        self.pending = Pending(key, rollouts, exact, row)
         return metrics_of(row) | {"time/instrument_s": time.monotonic() - began}
 
     def compare_update(self, before: Any, after: Any) -> dict[str, float]:
-        """Completes the pending row with what the update did; metrics of its step."""
+        """Completes the pending row by the update from parameters `before` to `after`.
+
+        Returns `time/instrument_s`. Without exact pass rates the same random numbers
+        are sampled with again, so that only what the update changed differs.
+        """
         began = time.monotonic()
-        key, rollouts, exact, row = self.pending
-        change = jax.tree.map(jnp.subtract, after, before)
-        found = gather_to_host(
+        pending = self.pending
+        if pending is None:
+            raise RuntimeError("compare_update needs a measurement before.")
+        effect = gather_to_host(
             self._update_effect(
                 self.policy.replace(before),
-                change,
-                rollouts,
+                jax.tree.map(jnp.subtract, after, before),
+                pending.rollouts,
                 self.answers,
-                self.temperature,
+                np.float32(self.temperature),
             )
         )
-        if exact is not None:
-            realised = self._exact_pass_rates(after) - exact
-        else:  # the same random numbers: what did not change is sampled again
-            now = self.sample_and_score(after, key).rewards
-            realised = np.subtract(
-                *map(group_means, gather_to_host((now, rollouts.rewards)))
-            )
-        row["update"] = {
-            "slope": rounded(found.slope),
-            "curvature": rounded(found.curvature),
-            "predicted": rounded(found.slope + found.curvature / 2),
-            "realised": rounded(realised),
-            "exact_slope": rounded(found.exact_slope),
-            "exact_curvature": rounded(found.exact_curvature),
-        }
+        exact = self._exact_pass_rates(after)
+        if exact is not None and pending.pass_rates is not None:
+            realised = exact - pending.pass_rates
+        else:
+            rewards = self.sample_and_score(after, pending.key).rewards
+            now, then = gather_to_host((rewards, pending.rollouts.rewards))
+            realised = group_means(now) - group_means(then)
+        pending.row["update"] = update_fields(effect, realised)
         return {"time/instrument_s": time.monotonic() - began}
 
     def compile(self, params: Any) -> None:
-        """Runs what `compare_update` will need, so that no step waits for it."""
+        """Compiles the programs of `compare_update`, so that no step waits for them.
+
+        After `measure`, whose row stays without an update.
+        """
         self.compare_update(params, params)
-        self.pending[-1]["update"] = None
+        if self.pending is not None:
+            self.pending.row["update"] = None
 
     def discard(self) -> None:
-        """Drops the look in progress."""
+        """Drops the pending measurement, and its part in later phases."""
         if self.sigma_history:
             self.sigma_history.pop()
         self.pending = None
 
-    def take_row(self) -> dict | None:
-        """The pending row, to be written; None if there is none."""
+    def take_row(self) -> dict[str, Any] | None:
+        """The pending row, to be written; nothing is pending afterwards."""
         if self.pending is None:
             return None
-        row, self.pending = self.pending[-1], None
+        row: dict[str, Any] = {**self.pending.row}
+        self.pending = None
         return row
 
-    def _exact_pass_rates(self, params):
+    def _exact_pass_rates(self, params: Any) -> np.ndarray | None:
+        """[P] on the host; None where several answers are right."""
         if self.answers is None:
             return None
         policy = self.policy.replace(params)
-        found = exact_pass_rates(policy, self.answers, self.temperature, self.tokens)
-        return np.asarray(found, float)
-
-    def _row(self, found: Measurement, rewards, pass_rates):
-        geometry = found.geometry
-        row = {
-            "prompts": [int(i) for i in self.prompts],
-            "group_size": rewards.shape[1],
-            "directions": self.plan.num_directions,
-            "group_mean": rounded(group_means(rewards)),
-            "group_std": rounded(group_std(rewards)[0]),
-            "sigma": rounded(group_std(rewards, ddof=1)[0]),
-            "pass_rate": None if pass_rates is None else rounded(pass_rates),
-            "curvature": rounded(found.probes.curvature),
-            "halves": [int(n) for n in found.probes.halves],
-            "spread": rounded(found.probes.spread),
-            "slope": rounded(found.probes.slope),
-            "geometry": {
-                name: _plain(getattr(geometry, name)) for name in _GEOMETRY_FIELDS
-            },
-            "null": _plain(_statistics(found.null_cosines)),
-            "features": {
-                "raw": _plain(_statistics(found.feature_cosines)),
-                "centred": _plain(_statistics(found.centred_feature_cosines)),
-            },
-            "weightings": {},
-            "exact": None,
-            "update": None,
-        }
-        for name, rule in RULES.items():
-            weights, _ = rule.weights(jnp.asarray(rewards), rule.init())
-            own, others = first_order_changes(
-                geometry.inner, geometry.squared_norms, weights
-            )
-            row["weightings"][name] = {"own": rounded(own), "others": rounded(others)}
-        if pass_rates is not None:
-            true = np.asarray(found.exact_cosines, float)
-            row["exact"] = {
-                "cosines": rounded(true),
-                "statistics": _plain(_statistics(true)),
-                "chi": float(np.linalg.eigvalsh(np.nan_to_num(true))[-1]),
-                "norms": rounded(found.exact_norms),
-                "curvature": rounded(found.probes.exact_curvature),
-                "slope": rounded(found.probes.exact_slope),
-            }
-        return row
-
-
-_GEOMETRY_FIELDS = (
-    "cosines", "squared_norms", "raw_squared_norms", "mean_cosine", "std_cosine",
-    "attenuation", "statistics", "raw_statistics", "chi", "noise_floor",
-    "violating_fraction", "m_median", "m_p99", "norm_ratio", "sigma_ratio",
-)  # fmt: skip
-
-
-_statistics = jax.jit(cosine_statistics)
-
-
-def _plain(value):
-    """Arrays and records as JSON takes them."""
-    if isinstance(value, CosineStatistics):
-        return {name: _plain(x) for name, x in value._asdict().items()}
-    return rounded(value)
+        rates = exact_pass_rates(
+            policy, self.answers, self.temperature, self.micro_batch_tokens
+        )
+        return np.asarray(rates, float)

@@ -1,5 +1,6 @@
-"""What the device measures of the probe prompts."""
+"""What the device computes in a probe measurement, and along the update after it."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,92 +23,69 @@ from grpo_jax.rollouts.types import Rollouts
 
 
 class Measurement(NamedTuple):
-    """What the device measures of P probe prompts."""
+    """Gradients and curvature of P probe prompts under one policy."""
 
-    probes: Probe  # leaves [P, ...]
+    probes: Probe  # leaves [P, ...]; `vectors` and `exact_vector` are None
     geometry: PromptGeometry
-    null_cosines: jax.Array  # [P, P] of differences of parts: sampling noise alone
+    null_cosines: jax.Array  # [P, P] between differences of parts: sampling noise alone
     feature_cosines: jax.Array  # [P, P] of hidden states, mean over tokens and samples
-    centred_feature_cosines: jax.Array  # of the same less their mean over prompts
+    centred_feature_cosines: jax.Array  # [P, P] of the same less their prompt mean
     exact_cosines: jax.Array  # [P, P] of the exact pass rates' gradients; or NaN
-    exact_norms: jax.Array  # [P]
+    exact_norms: jax.Array  # [P] norms of those gradients; or NaN
 
 
 def measure(
     policy: Policy,
     rollouts: Rollouts,
     answers: Rollouts | None,
-    temperature: jax.Array,
+    temperature: float | jax.Array,
     key: jax.Array,
     *,
     width: int,
     exact: bool,
     micro_batch_tokens: int = 2**16,
 ) -> Measurement:
-    """A look at rollouts [P, G, T] with rewards; answers [P, 1, T] or None.
+    """Measures geometry and curvature of P prompts from their groups of G samples.
 
-    Passes are split so that each sees about `micro_batch_tokens` tokens.
+    Args:
+        policy: With parameters.
+        rollouts: [P, G, T] completions with rewards [P, G].
+        answers: [P, 1, T], the only completion of each prompt with reward 1 (the others
+            have 0); None where several are right or rewards are graded.
+        temperature: Of sampling.
+        key: Of `gradient_hash`; the same for all prompts.
+        width: K, the coordinates kept of a gradient.
+        exact: Whether K holds all coordinates, so that inner products are exact.
+        micro_batch_tokens: Tokens in one pass, about.
     """
-    length, t = rollouts.prompts.shape[1], rollouts.completions.shape[-1]
+    rewards = _rewards(rollouts)
     hash_fn = partial(gradient_hash, key=key, width=width)
+    logprobs = partial(_group_logprobs, policy, temperature, micro_batch_tokens)
 
-    def sequence_logprobs(prompt, params, samples):
-        completions, mask = samples
-        group = Rollouts(*(x[None] for x in (*prompt, *samples)), mask[None])
-        n = completions.shape[0]
-        micro = micro_batch(1, n, length, t, micro_batch_tokens)
-        current = policy.replace(params)
-        return batch_logprobs(current, group, temperature, micro)[0].sum(-1)
-
-    def one_prompt(x):
-        rollouts, answer = x
-        log_prob_fn = partial(
-            sequence_logprobs, (rollouts.prompts, rollouts.prompt_mask)
-        )
-        right = None
-        if answer is not None:
-            right = (answer.completions, answer.completion_mask)
+    def probe(prompt: tuple[Rollouts, Rollouts | None]) -> Probe:
+        group, answer = prompt
         return probe_prompt(
-            log_prob_fn,
+            partial(logprobs, (group.prompts, group.prompt_mask)),
             policy.params,
-            (rollouts.completions, rollouts.completion_mask),
-            rollouts.rewards,
+            _samples(group),
+            _rewards(group),
             hash_fn,
-            right,
+            None if answer is None else _samples(answer),
         )
 
-    def feature(rollouts):
-        """[D] mean hidden state of a prompt's sampled tokens."""
-        prompt = (rollouts.prompts[None], rollouts.prompt_mask[None])
-        g = rollouts.completions.shape[0]
-        size = micro_batch(1, g, length, t, micro_batch_tokens).samples
-
-        def total(x):
-            completions, mask = x
-            hidden = completion_hidden(policy.module(), *prompt, completions[None])[0]
-            return (hidden * mask[..., None]).sum((0, 1), jnp.float32)
-
-        cut = (rollouts.completions, rollouts.completion_mask)
-        cut = jax.tree.map(lambda x: x.reshape(g // size, size, t), cut)
-        count = jnp.maximum(rollouts.completion_mask.sum(), 1)
-        return jax.lax.map(total, cut).sum(0) / count
-
-    probes = jax.lax.map(one_prompt, (rollouts, answers))
-    features = jax.lax.map(feature, rollouts)
+    probes = jax.lax.map(probe, (rollouts, answers))
+    features = jax.lax.map(
+        partial(_mean_hidden_state, policy, micro_batch_tokens), rollouts
+    )  # [P, D]
     geometry = parts_geometry(
-        rollouts.rewards, probes.vectors, num_directions=None if exact else width
+        rewards, probes.vectors, num_directions=None if exact else width
     )
-    parts = probes.vectors.shape[1]
-    signs = jnp.where(jnp.arange(parts) % 2 == 0, 1.0, -1.0)
-    noise = jnp.einsum("h,phk->pk", signs, probes.vectors)
-    # A part without signal leaves the others' mean in the difference.
-    whole = (probes.vectors != 0).any(2).all(1)
-    noise = jnp.where(whole[:, None], noise, 0.0)
-    kept = {"vectors": None, "exact_vector": None}  # large, and in the matrices
+    # The vectors are large, and the matrices hold what the rows need of them.
+    without_vectors: dict[str, Any] = {"vectors": None, "exact_vector": None}
     return Measurement(
-        probes._replace(**kept),
+        probes._replace(**without_vectors),
         geometry,
-        cosines(noise),
+        cosines(_noise(probes.vectors)),
         cosines(features),
         cosines(features - features.mean(0)),
         cosines(probes.exact_vector),
@@ -115,20 +93,82 @@ def measure(
     )
 
 
+def _rewards(rollouts: Rollouts) -> jax.Array:
+    if rollouts.rewards is None:
+        raise ValueError("rollouts must have rewards, got None; score them first.")
+    return rollouts.rewards
+
+
+def _samples(group: Rollouts) -> tuple[jax.Array, jax.Array]:
+    """(completions, completion_mask), each [G, T], of one prompt."""
+    return group.completions, group.completion_mask
+
+
+def _group_logprobs(
+    policy: Policy,
+    temperature: float | jax.Array,
+    micro_batch_tokens: int,
+    prompt: tuple[jax.Array, jax.Array],  # ids and mask, each [L]
+    params: Any,
+    samples: tuple[jax.Array, jax.Array],  # completions and mask, each [G, T]
+) -> jax.Array:
+    """[G] log-probs of one prompt's completions."""
+    (ids, prompt_mask), (completions, mask) = prompt, samples
+    n, t = completions.shape
+    batch = (ids, prompt_mask, completions, mask)
+    ids, prompt_mask, completions, mask = (x[None] for x in batch)
+    group = Rollouts(ids, prompt_mask, completions, mask, behaviour_logprobs=mask)
+    micro = micro_batch(1, n, ids.shape[1], t, micro_batch_tokens)
+    current = policy.replace(params)
+    return batch_logprobs(current, group, temperature, micro)[0].sum(-1)
+
+
+def _mean_hidden_state(
+    policy: Policy, micro_batch_tokens: int, group: Rollouts
+) -> jax.Array:
+    """[D] mean hidden state over one prompt's sampled tokens."""
+    (g, t), length = group.completions.shape, group.prompts.shape[0]
+    size = micro_batch(1, g, length, t, micro_batch_tokens).samples
+
+    def total(samples: tuple[jax.Array, jax.Array]) -> jax.Array:
+        completions, mask = samples
+        prompt = (group.prompts[None], group.prompt_mask[None])
+        hidden = completion_hidden(policy.module(), *prompt, completions[None])[0]
+        return (hidden * mask[..., None]).sum((0, 1), jnp.float32)
+
+    parts = jax.tree.map(lambda x: x.reshape(g // size, size, t), _samples(group))
+    count = jnp.maximum(group.completion_mask.sum(), 1)
+    return jax.lax.map(total, parts).sum(0) / count
+
+
+def _noise(vectors: jax.Array) -> jax.Array:
+    """[P, K] alternating sums of the parts' gradients [P, H, K]: their noise alone."""
+    parts = vectors.shape[1]
+    signs = jnp.where(jnp.arange(parts) % 2 == 0, 1.0, -1.0)
+    noise = jnp.einsum("h,phk->pk", signs, vectors)
+    # Without signal in one part the sum is not free of the others' mean.
+    complete = (vectors != 0).any(2).all(1)
+    return jnp.where(complete[:, None], noise, 0.0)
+
+
 def cosines(vectors: jax.Array) -> jax.Array:
-    """[P, P] of vectors [P, K]; NaN where one of them is 0."""
+    """[P, P] cosines between vectors [P, K]; NaN where one of them is 0."""
     norms = jnp.linalg.norm(vectors, axis=1)
     unit = vectors / jnp.where(norms > 0, norms, jnp.nan)[:, None]
     return unit @ unit.T
 
 
 class UpdateEffect(NamedTuple):
-    """Of P prompts along a change of the parameters, per that change; to its square."""
+    """Derivatives of P prompts' expected rewards along a change of the parameters.
+
+    In reward units per change and per change squared; exact ones are NaN where several
+    answers are right.
+    """
 
     slope: jax.Array  # [P]
-    curvature: jax.Array
-    exact_slope: jax.Array  # NaN where no single answer is right
-    exact_curvature: jax.Array
+    curvature: jax.Array  # [P]
+    exact_slope: jax.Array  # [P]
+    exact_curvature: jax.Array  # [P]
 
 
 def update_effect(
@@ -136,29 +176,31 @@ def update_effect(
     change: Any,
     rollouts: Rollouts,
     answers: Rollouts | None,
-    temperature: jax.Array,
+    temperature: float | jax.Array,
     *,
     micro: MicroBatch,
 ) -> UpdateEffect:
-    """Slope and curvature of every probe prompt's expected reward along `change`."""
-    group = rollouts._replace(rewards=None)
-    if answers is not None:  # one more completion of each prompt
+    """Slope and curvature of every probe prompt's expected reward along `change`.
 
-        def join(name):
-            pair = (getattr(rollouts, name), getattr(answers, name))
-            return jnp.concatenate(pair, axis=1)
+    Args:
+        policy: With the parameters before the change.
+        change: Pytree like the parameters.
+        rollouts: [P, G, T] completions sampled before the change, with rewards [P, G].
+        answers: [P, 1, T] or None, as for `measure`.
+        temperature: Of sampling.
+        micro: Split of [P, G] samples, of [P, G + 1] with answers.
+    """
+    rewards = _rewards(rollouts)
+    group = _with_answers(rollouts, answers)
 
-        names = ("completions", "completion_mask", "behaviour_logprobs")
-        group = group._replace(**{name: join(name) for name in names})
-
-    def sequence_logprobs(params):
+    def sequence_logprobs(params: Any) -> jax.Array:
         current = policy.replace(params)
         return batch_logprobs(current, group, temperature, micro).sum(-1)
 
     value, first, second = directional_derivatives(
         sequence_logprobs, policy.params, change
     )
-    g = rollouts.rewards.shape[1]
+    g = rewards.shape[1]
     exact = jnp.full((2, len(value)), jnp.nan)
     if answers is not None:
         exact = jnp.exp(value[:, g]) * jnp.stack(
@@ -166,7 +208,23 @@ def update_effect(
         )
     first, second = first[:, :g], second[:, :g]
     return UpdateEffect(
-        prompt_slope(rollouts.rewards, first),
-        prompt_curvature(rollouts.rewards, first, second),
+        prompt_slope(rewards, first),
+        prompt_curvature(rewards, first, second),
         *exact,
+    )
+
+
+def _with_answers(rollouts: Rollouts, answers: Rollouts | None) -> Rollouts:
+    """Unscored rollouts, each answer as one more completion of its prompt."""
+    group = rollouts._replace(rewards=None)
+    if answers is None:
+        return group
+
+    def join(field: Callable[[Rollouts], jax.Array]) -> jax.Array:
+        return jnp.concatenate((field(rollouts), field(answers)), axis=1)
+
+    return group._replace(
+        completions=join(lambda x: x.completions),
+        completion_mask=join(lambda x: x.completion_mask),
+        behaviour_logprobs=join(lambda x: x.behaviour_logprobs),
     )

@@ -1,59 +1,110 @@
-"""The rows of instrument.jsonl: their fields, and how to read them."""
+"""The rows of instrument.jsonl: their fields, and how the report reads them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
 import numpy as np
 
 from grpo_jax.diagnostics.phases import PHASES, THRESHOLDS
 
-
-def metrics_of(row: dict) -> dict[str, Any]:
-    """What metrics.jsonl keeps of a look."""
-    geometry, standing = row["geometry"], row["phase"]
-    metrics = {
-        "phase/label": standing["label"],
-        "phase/small_fraction": standing["small_fraction"],
-        "phase/rate_factor": standing["rate_factor"],
-        "geometry/mean_cosine": geometry["mean_cosine"],
-        "geometry/std_cosine": geometry["std_cosine"],
-        "geometry/mean_abs_cosine": geometry["statistics"]["mean_abs"],
-        "geometry/violating_fraction": geometry["violating_fraction"],
-        "geometry/chi": geometry["chi"],
-        "geometry/attenuation": geometry["attenuation"],
-        "curvature/sigma2_rank_correlation": rank_correlation(*sampled_curvature(row)),
-    }
-    if row["exact"] is not None:
-        exact = row["exact"]["statistics"]
-        metrics["geometry/exact_mean_abs_cosine"] = exact["mean_abs"]
-        metrics["geometry/exact_std_cosine"] = exact["std"]
-    return metrics
+Floats = list[float | None]  # null: not finite
 
 
-def sampled_curvature(row: dict) -> tuple[np.ndarray, np.ndarray]:
-    """(sigma^2 [P], |curvature| [P]), NaN for prompts without signal in both halves:
-    measured on a tied half a curvature is 0, and its sigma small, by construction."""
-    curvature = np.abs(np.asarray(row["curvature"], float))
-    informative = np.asarray(row["halves"]) == 2
-    sigma = np.asarray(row["sigma"], float)
-    return sigma**2, np.where(informative, curvature, np.nan)
+class ExactFields(TypedDict):
+    """Figures of the exact pass rates' gradients, from the one right answer."""
+
+    cosines: list[Floats]  # [P, P]
+    statistics: dict[str, float]  # `CosineStatistics`
+    chi: float  # largest eigenvalue of the cosines
+    norms: Floats  # [P]
+    curvature: Floats  # [P] along the same directions as the sampled one
+    slope: Floats  # [P]
 
 
-def rank_correlation(x: Any, y: Any) -> float:
-    """Spearman's, over the pairs that are there; NaN for fewer than three, or where
-    one side does not vary."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    there = np.isfinite(x) & np.isfinite(y)
-    if there.sum() < 3:
-        return float("nan")
-    x, y = x[there], y[there]
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    from scipy import stats
+class UpdateFields(TypedDict):
+    """Along the update that followed, each [P]."""
 
-    return float(stats.spearmanr(x, y).statistic)
+    slope: Floats
+    curvature: Floats
+    predicted: Floats  # slope + curvature / 2
+    realised: Floats
+    exact_slope: Floats
+    exact_curvature: Floats
 
 
+class Row(TypedDict):
+    """One line of instrument.jsonl: each field's type and meaning.
+
+    The report reads all fields but those that are not required, which rows of older
+    versions lack.
+    """
+
+    step: Annotated[int, "steps that the measured policy was trained for"]
+    phase: Annotated[
+        dict[str, Any],
+        "label, its shares of bootstrap samples, and the figures that decide it",
+    ]
+    prompts: Annotated[NotRequired[list[int]], "indices among the trained prompts"]
+    group_size: Annotated[int, "samples of each prompt"]
+    directions: Annotated[
+        NotRequired[int | None],
+        "sums that gradients were hashed to; null: all coordinates were kept",
+    ]
+    group_mean: Annotated[Floats, "mean reward of the sampled group"]
+    group_std: Annotated[Floats, "std of the group's rewards (ddof 0)"]
+    sigma: Annotated[Floats, "std of the group's rewards (ddof 1)"]
+    pass_rate: Annotated[Floats | None, "exact, where one answer is right; else null"]
+    curvature: Annotated[
+        Floats,
+        "u'Hu / |u|^2 along the prompt's gradient u: estimated from one half of the "
+        "group and measured on the other, mean of both ways; unbiased given u",
+    ]
+    halves: Annotated[
+        list[int],
+        "halves that curvature, spread and slope average over: 0, 1 or 2; weight by it "
+        "in means over prompts",
+    ]
+    spread: Annotated[
+        Floats,
+        "max - min over completions of (d2/dt2 p) / p along u; for 0/1 rewards "
+        "|curvature| <= sigma^2 * spread",
+    ]
+    slope: Annotated[Floats, "change of expected reward per unit length along u"]
+    geometry: Annotated[
+        dict[str, Any],
+        "raw cosines, squared norms and the statistics of `PromptGeometry`",
+    ]
+    null: Annotated[
+        dict[str, float],
+        "cosines between differences of a group's parts: sampling noise alone",
+    ]
+    features: Annotated[
+        dict[str, dict[str, float]],
+        "cosines of mean hidden states, raw and less their mean over prompts",
+    ]
+    weightings: Annotated[
+        dict[str, dict[str, Floats]],
+        "first-order change of each prompt's expected reward by a gradient step of "
+        "length 1 under other prompt weights: the part of its own gradient (own) and "
+        "of the other prompts' (others)",
+    ]
+    exact: Annotated[
+        ExactFields | None,
+        "cosines, norms, curvature and slope (along the same u) from the one right "
+        "answer; null where there is none",
+    ]
+    update: Annotated[
+        UpdateFields | None,
+        "slope and curvature along the next update (per update, per update squared), "
+        "predicted and realised change; null where no update followed",
+    ]
+
+
+# Field -> its meaning, as the report prints it.
+ROW_FIELDS: dict[str, str] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(Row, include_extras=True).items()
+}
 # Pass rates that the report tells apart.
 THIRDS = (
     ("hard", -np.inf, 1 / 3),
@@ -62,79 +113,79 @@ THIRDS = (
 )
 
 
-_KEYS = {
-    "step", "phase", "group_size", "group_mean", "group_std", "sigma", "pass_rate",
-    "curvature", "halves", "spread", "geometry", "null", "features", "weightings",
-    "exact", "update",
-}  # fmt: skip
+# ---- reading
 
 
-_MEASURES = ("small_fraction", "std_cosine", "mean_cosine")
+def usable(rows: Sequence[dict[str, Any]]) -> list[Row]:
+    """The rows with every required field and as many prompts as the last one.
 
-
-def usable(rows: Sequence[dict]) -> list[dict]:
-    """The rows with everything the report reads, of the last one's number of prompts.
-
-    A run that an older version wrote has rows with less; they are left out. A look
-    without a phase keeps none of the figures that one is decided on, nor intervals of
-    them from the resamples that told more.
+    Without a phase label the figures that decide it become null, and so do their
+    bootstrap intervals, which resamples with more signal may have.
     """
-    rows = [row for row in rows if row.keys() >= _KEYS]
-    rows = [row for row in rows if len(row["sigma"]) == len(rows[-1]["sigma"])]
-    return [_without_unknown(row) for row in rows]
+    complete = [row for row in rows if row.keys() >= Row.__required_keys__]
+    return [
+        _without_undecided(row)
+        for row in complete
+        if len(row["sigma"]) == len(complete[-1]["sigma"])
+    ]
 
 
-def _without_unknown(row):
-    if row["phase"]["label"] in PHASES:
-        return row
-    unknown = {name: None for name in _MEASURES}
-    unknown |= {f"{name}_interval": [None, None] for name in _MEASURES}
-    return row | {"phase": row["phase"] | unknown}
+_DECIDING = ("small_fraction", "std_cosine", "mean_cosine")
 
 
-def values(rows: Sequence[dict], *path: str) -> np.ndarray:
-    """[looks, ...] of what stands at `path` of each row; null is NaN."""
-    found = []
-    for row in rows:
-        for name in path:
-            row = row[name]
-        found.append(row)
-    return np.asarray(found, float)
+def _without_undecided(row: dict[str, Any]) -> Row:
+    if row["phase"]["label"] not in PHASES:
+        undecided: dict[str, Any] = dict.fromkeys(_DECIDING)
+        undecided |= {f"{name}_interval": [None, None] for name in _DECIDING}
+        row = row | {"phase": row["phase"] | undecided}
+    return Row(**row)
 
 
-def with_exact(rows: Sequence[dict]) -> list[dict]:
+def values(rows: Sequence[Row], *path: str) -> np.ndarray:
+    """[N, ...] the field at `path` of each of N rows; null is NaN."""
+    fields: list[Any] = list(rows)
+    for name in path:
+        fields = [field[name] for field in fields]
+    return np.asarray(fields, float)
+
+
+def with_exact(rows: Sequence[Row]) -> list[Row]:
+    """The rows with figures from the one right answer."""
     return [row for row in rows if row["exact"] is not None]
 
 
-def with_update(rows: Sequence[dict]) -> list[dict]:
+def with_update(rows: Sequence[Row]) -> list[Row]:
+    """The rows whose next update was compared."""
     return [row for row in rows if row["update"] is not None]
 
 
-def rates(row: dict) -> np.ndarray:
-    """[P] exact pass rates where there are, else the groups' means."""
+def pass_rates(row: Row) -> np.ndarray:
+    """[P] exact pass rates, or the groups' mean rewards where there are none."""
     exact = row["pass_rate"]
     return np.asarray(row["group_mean"] if exact is None else exact, float)
 
 
-def is_binary(rows: Sequence[dict]) -> bool:
+def is_binary(rows: Sequence[Row]) -> bool:
     """Whether every group's std is that of rewards 0 and 1."""
     mean, std = values(rows, "group_mean"), values(rows, "group_std")
-    there = np.isfinite(mean) & np.isfinite(std)
-    mean, std = mean[there], std[there]
+    finite = np.isfinite(mean) & np.isfinite(std)
+    mean, std = mean[finite], std[finite]
     return bool(np.allclose(std**2, mean * (1 - mean), atol=1e-4))
 
 
-def pairs(matrix) -> np.ndarray:
-    """The finite entries above the diagonal."""
-    matrix = np.asarray(matrix, float)
-    above = matrix[np.triu_indices(len(matrix), 1)]
+def pairs(matrix: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """[N] finite entries above the diagonal of a matrix [P, P]."""
+    square = np.asarray(matrix, float)
+    above = square[np.triu_indices(len(square), 1)]
     return above[np.isfinite(above)]
 
 
-def exact_label(row: dict) -> str:
-    """The phase of the exact cosines, by the thresholds of the sampled ones."""
-    found = row["exact"]["statistics"]
-    small, std = np.asarray([found["small_fraction"], found["std"]], float)
+def exact_label(row: Row) -> str:
+    """Phase label of the exact cosines, by the thresholds of the sampled ones."""
+    if row["exact"] is None:
+        return "unknown"
+    statistics = row["exact"]["statistics"]
+    small, std = np.asarray([statistics["small_fraction"], statistics["std"]], float)
     if not np.isfinite([small, std]).all():
         return "unknown"
     if small >= THRESHOLDS.small_fraction:
@@ -142,18 +193,53 @@ def exact_label(row: dict) -> str:
     return "III" if std >= THRESHOLDS.std_cosine else "II"
 
 
-def first_order(rows: Sequence[dict], weighting: str) -> tuple[np.ndarray, np.ndarray]:
-    """(own, others), each [looks, P]; NaN where the prompt's group is tied."""
+def first_order(rows: Sequence[Row], weighting: str) -> tuple[np.ndarray, np.ndarray]:
+    """(own, others), each [N, P]; NaN where the prompt's group is tied."""
     own = values(rows, "weightings", weighting, "own")
     others = values(rows, "weightings", weighting, "others")
     tied = values(rows, "sigma") == 0
     return np.where(tied, np.nan, own), np.where(tied, np.nan, others)
 
 
-def curvature_correlations(row: dict) -> tuple[float, float]:
-    """Rank correlations of |curvature| and sigma^2: (sampled, exact)."""
+def sampled_curvature(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """(sigma^2, |curvature|), each [P]; NaN without signal in both halves of a group.
+
+    Measured on a tied half a curvature is 0, and sigma small, by construction.
+    """
+    curvature = np.abs(np.asarray(row["curvature"], float))
+    informative = np.asarray(row["halves"]) == 2
+    sigma = np.asarray(row["sigma"], float)
+    return sigma**2, np.where(informative, curvature, np.nan)
+
+
+def exact_curvature(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """(p (1 - p), |curvature|), each [P], from the one right answer."""
+    p = pass_rates(row)
+    return p * (1 - p), np.abs(values([row], "exact", "curvature")[0])
+
+
+def curvature_correlations(row: Row) -> tuple[float, float]:
+    """Rank correlations of |curvature| with sigma^2: (sampled, exact or NaN)."""
     exact = float("nan")
     if row["exact"] is not None:
-        true, rate = values([row], "exact", "curvature")[0], rates(row)
-        exact = rank_correlation(np.abs(true), rate * (1 - rate))
+        variance, curvature = exact_curvature(row)
+        exact = rank_correlation(curvature, variance)
     return rank_correlation(*sampled_curvature(row)), exact
+
+
+def rank_correlation(x: Any, y: Any) -> float:
+    """Spearman's correlation of the finite pairs of x and y, each [N].
+
+    NaN for fewer than three pairs, or where one side does not vary.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    finite = np.isfinite(x) & np.isfinite(y)
+    if finite.sum() < 3:
+        return float("nan")
+    x, y = x[finite], y[finite]
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    from scipy import stats
+
+    result: Any = stats.spearmanr(x, y)  # scipy has no types
+    return float(result.statistic)

@@ -12,7 +12,7 @@ from grpo_jax.instrument.rows import (
     first_order,
     is_binary,
     pairs,
-    rates,
+    pass_rates,
     sampled_curvature,
     usable,
     values,
@@ -67,13 +67,13 @@ def _what_rates(rows):
 
 def _first_thirds(rows):
     """{name: indices}, thirds of the prompts by their rate at the first look."""
-    order = np.argsort(np.nan_to_num(rates(rows[0])), kind="stable")
+    order = np.argsort(np.nan_to_num(pass_rates(rows[0])), kind="stable")
     return dict(zip(DIFFICULTY, np.array_split(order, 3), strict=True))
 
 
 def _prompt_lines(rows, series, label):
     def draw(axes):
-        steps, first = _steps(rows), rates(rows[0])
+        steps, first = _steps(rows), pass_rates(rows[0])
         for name, chosen in _first_thirds(rows).items():
             known = first[chosen][np.isfinite(first[chosen])]
             if not len(known):
@@ -94,7 +94,7 @@ def _prompt_lines(rows, series, label):
 
 
 def _pass_rates(rows):
-    series = np.stack([rates(row) for row in rows])
+    series = np.stack([pass_rates(row) for row in rows])
     if not np.isfinite(series).any():
         return None
     what = _what_rates(rows)
@@ -110,7 +110,7 @@ def _sigmas(rows):
     exact = rows[0]["pass_rate"] is not None
     series = values(rows, "sigma")
     if exact:
-        p = np.stack([rates(row) for row in rows])
+        p = np.stack([pass_rates(row) for row in rows])
         series = np.sqrt(np.clip(p * (1 - p), 0, None))
     if not np.isfinite(series).any():
         return None
@@ -126,7 +126,9 @@ def _sigmas(rows):
 def _pass_rate_and_std(rows):
     """Each probe prompt's exact pass rate against the std its sampled group showed."""
     rows = [row for row in rows if row["pass_rate"] is not None]
-    known = [np.isfinite(rates(row) + values([row], "group_std")).any() for row in rows]
+    known = [
+        np.isfinite(pass_rates(row) + values([row], "group_std")).any() for row in rows
+    ]
     if not any(known):
         return None
     group = rows[-1]["group_size"]
@@ -143,7 +145,7 @@ def _pass_rate_and_std(rows):
         )
         for row, face in _ends(rows, BLUE):
             axes.scatter(
-                rates(row),
+                pass_rates(row),
                 values([row], "group_std")[0],
                 s=22,
                 facecolors=face,
@@ -239,7 +241,7 @@ def _curvature(rows):
 
 
 def _exact_curvature(row):
-    p = rates(row)
+    p = pass_rates(row)
     return p * (1 - p), np.abs(values([row], "exact", "curvature")[0])
 
 
@@ -485,7 +487,7 @@ def _weightings(rows):
         n for n in rows[-1]["weightings"] if all(n in r["weightings"] for r in rows)
     ]
     changes = {name: first_order(rows, name) for name in names}
-    rate = np.stack([rates(row) for row in rows])
+    rate = np.stack([pass_rates(row) for row in rows])
     if not any(np.isfinite(own).any() for own, _ in changes.values()):
         return None
     known = np.isfinite(next(iter(changes.values()))[0])

@@ -11,7 +11,7 @@ from grpo_jax.instrument.rows import (
     exact_label,
     first_order,
     is_binary,
-    rates,
+    pass_rates,
     values,
     with_exact,
 )
@@ -162,7 +162,7 @@ def _interference_text(rows):
 
 def _others_text(rows):
     own, others = first_order(rows, "reinforce")
-    hard = np.isfinite(others) & (np.stack([rates(row) for row in rows]) < 1 / 3)
+    hard = np.isfinite(others) & (np.stack([pass_rates(row) for row in rows]) < 1 / 3)
     if not hard.any():
         return " No prompt with signal has a pass rate below 1/3 at any look."
     mean = others[hard].mean()

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.instrument.rows import THIRDS
+from grpo_jax.instrument.rows import ROW_FIELDS, THIRDS
 from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.report.instrument_figures import instrument_section
 from grpo_jax.report.svg import COLOURS, svg_figure
 from grpo_jax.runs.config_files import differences
 from grpo_jax.runs.directory import read_config_dict, read_notes
-from grpo_jax.runs.fields import FIELDS, INSTRUMENT_FIELDS, PART
+from grpo_jax.runs.fields import FIELDS, PART
 from grpo_jax.runs.lines import read_lines
 
 
@@ -85,7 +85,7 @@ def write_report(directories: Sequence[Path], output: Path) -> Path:
         samples=[(run.name, _last_samples(run)) for run in runs],
         differing=_config_differences(runs),
         configs=[(run.name, json.dumps(run.config, indent=1)) for run in runs],
-        fields={"metrics.jsonl": FIELDS, "instrument.jsonl": INSTRUMENT_FIELDS},
+        fields={"metrics.jsonl": FIELDS, "instrument.jsonl": ROW_FIELDS},
     )
     temporary = output.with_suffix(".tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import pytest
 import grpo_jax as gj
 from grpo_jax.errors import ConfigError
 from grpo_jax.instrument.plan import plan_probe
-from grpo_jax.instrument.rows import rank_correlation
+from grpo_jax.instrument.rows import ROW_FIELDS, rank_correlation
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.planning.plan import make_plan
 from grpo_jax.runs.config import (
@@ -20,7 +20,6 @@ from grpo_jax.runs.config import (
     TrainConfig,
     WarmStartConfig,
 )
-from grpo_jax.runs.fields import INSTRUMENT_FIELDS
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.runs.snapshots import load_policy, saved_steps
 from grpo_jax.tasks.registry import load_task
@@ -61,7 +60,7 @@ def test_a_row_per_look(finished):
     assert all(len(row["prompts"]) == 5 for row in rows)
     assert rows[0]["prompts"] == rows[-1]["prompts"]
     for row in rows:
-        assert set(row) == set(INSTRUMENT_FIELDS)
+        assert set(row) == set(ROW_FIELDS)
         p = np.array(row["pass_rate"])
         assert ((0 <= p) & (p <= 1)).all() and row["phase"]["label"]
         assert np.array(row["geometry"]["cosines"], float).shape == (5, 5)
@@ -200,7 +199,7 @@ def test_the_budget_chooses_the_probe_set():
 
 
 def test_a_budget_for_nobody_is_refused():
-    with pytest.raises(ConfigError, match="no two probe prompts: they would take"):
+    with pytest.raises(ConfigError, match="too low for two probe prompts: they w"):
         plan(max_overhead=0.001)
     with pytest.raises(ConfigError, match="must be from 2 to 500.* got 501"):
         plan(prompts=501)
@@ -214,7 +213,7 @@ def test_an_instrument_that_nobody_asked_for_is_left_out_where_it_does_not_fit()
     small = SamplingConfig(prompts=2, group_size=2)
     found = make_plan(TrainConfig(sampling=small))
     assert found.probe is None and "the instrument is off" in found.warnings[0]
-    with pytest.raises(ConfigError, match="no two probe prompts"):
+    with pytest.raises(ConfigError, match="too low for two probe prompts"):
         make_plan(TrainConfig(sampling=small, instrument=InstrumentConfig(every=41)))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import grpo_jax as gj
 from grpo_jax.errors import ConfigError
+from grpo_jax.instrument.rows import ROW_FIELDS
 from grpo_jax.planning.plan import make_plan
 from grpo_jax.runs.config import (
     CheckpointConfig,
@@ -20,7 +21,7 @@ from grpo_jax.runs.config import (
     SamplingConfig,
     WarmStartConfig,
 )
-from grpo_jax.runs.fields import FIELDS, INSTRUMENT_FIELDS
+from grpo_jax.runs.fields import FIELDS
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.training.loop import NonFiniteGradients
 
@@ -96,7 +97,7 @@ def test_every_field_is_documented_and_the_promised_ones_are_there(finished):
 def test_a_look_of_the_instrument_is_in_its_file(finished):
     rows = read_lines(finished.run_dir / "instrument.jsonl")
     assert [row["step"] for row in rows] == [0, 3, 6]
-    assert all(set(row) == set(INSTRUMENT_FIELDS) for row in rows)
+    assert all(set(row) == set(ROW_FIELDS) for row in rows)
     assert [row["update"] is None for row in rows] == [False, False, True]
 
 
