@@ -243,3 +243,11 @@ def rank_correlation(x: Any, y: Any) -> float:
 
     result: Any = stats.spearmanr(x, y)  # scipy has no types
     return float(result.statistic)
+
+
+def finite_mean(x: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over the finite entries of one axis; NaN, without a warning, of none."""
+    finite = np.isfinite(x)
+    count = finite.sum(axis)
+    total = np.where(finite, x, 0.0).sum(axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

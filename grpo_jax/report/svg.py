@@ -1,11 +1,18 @@
-"""Figures as inline SVG, in one style; what the report's files draw with."""
+"""Figures as inline SVG, in one style, and their colours."""
 
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 COLOURS = ("#2f5d8a", "#c0562f", "#4d8a4a", "#7b569c", "#8a7a2f", "#3f8f8f")
-GREY = "#999999"
+BLUE, ORANGE = COLOURS[:2]
+SAND, GREY, BLACK = "#b9a44c", "#999999", "#222222"
+
+
+class Figure(TypedDict):
+    title: str
+    caption: str
+    svg: str
 
 
 def svg_figure(
@@ -16,17 +23,22 @@ def svg_figure(
     rows: int = 1,
     columns: int = 1,
     height: float = 3.0,
-) -> dict[str, str]:
-    """Runs draw(axes) and returns {title, caption, svg}.
+) -> Figure:
+    """Draws a figure.
 
-    Several rows or columns share their axes, and draw is given the list of them.
+    Args:
+        title, caption: Printed beside the figure, not in it.
+        draw: Takes the matplotlib axes, or the list of them where there are several
+            rows or columns, which share their scales.
+        rows, columns: Of axes.
+        height: Of the figure in inches; it is 4.6 wide.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "grpo_jax",
     }  # fmt: skip
@@ -49,4 +61,4 @@ def svg_figure(
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         plt.close(figure)
     svg = buffer.getvalue()
-    return {"title": title, "caption": caption, "svg": svg[svg.index("<svg") :]}
+    return Figure(title=title, caption=caption, svg=svg[svg.index("<svg") :])

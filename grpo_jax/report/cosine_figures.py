@@ -1,0 +1,200 @@
+"""Figures of cosines between the probe prompts' gradients, and of the phases."""
+
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.diagnostics.phases import PHASES, THRESHOLDS, change_points
+from grpo_jax.instrument.rows import Row, pairs, values, with_exact
+from grpo_jax.report.svg import BLACK, BLUE, GREY, ORANGE, SAND, Figure, svg_figure
+
+Rows = list[Row]
+PHASE_COLOURS = {"I": BLUE, "II": SAND, "III": ORANGE}
+
+
+def _label(row: Row) -> str:
+    label = row["phase"]["label"]
+    return label if label in PHASES else "unknown"
+
+
+# ---- cosines
+
+
+def cosines_by_phase(rows: Rows) -> Figure | None:
+    """Histograms of the cosines of all pairs, one panel a phase."""
+    panels = []  # (label, rows, [N] cosines)
+    for label in (*PHASES, "unknown"):
+        group = [row for row in rows if _label(row) == label]
+        if group:
+            cosines = np.concatenate(
+                [pairs(row["geometry"]["cosines"]) for row in group]
+            )
+            if len(cosines):
+                panels.append((label, group, cosines))
+    if not panels:
+        return None
+
+    def draw(axes: Any) -> None:
+        axes = axes if isinstance(axes, list) else [axes]
+        reach = 0.2
+        for one, panel in zip(axes, panels, strict=True):
+            reach = max(reach, _histogram(one, *panel))
+        reach = min(1.0, 1.1 * reach)
+        axes[-1].set(xlabel="cosine of two prompts' gradients", xlim=(-reach, reach))
+
+    caption = (
+        "Raw sampled cosines (filled) of the looks of each phase, exact ones (outline) "
+        "where there are. Dotted: what noise alone does, from differences of a group's "
+        "parts; filled ones that are no wider could be noise."
+    )
+    return svg_figure(
+        "Cosines by phase",
+        caption,
+        draw,
+        rows=len(panels),
+        height=max(3.0, 0.6 + 1.05 * len(panels)),
+    )
+
+
+def _histogram(axes: Any, label: str, rows: Rows, cosines: np.ndarray) -> float:
+    """Draws one panel; returns the |cos| that nearly all of it is below."""
+    edges = np.linspace(-1, 1, 81)
+    colour = PHASE_COLOURS.get(label, GREY)
+    axes.hist(cosines, edges, density=True, color=colour, alpha=0.45)
+    reach = np.quantile(np.abs(cosines), 0.995)
+    exact = [pairs(x["cosines"]) for row in rows if (x := row["exact"]) is not None]
+    if exact and len(np.concatenate(exact)):
+        true = np.concatenate(exact)
+        style = {"histtype": "step", "color": BLACK, "lw": 1, "label": "exact"}
+        axes.hist(true, edges, density=True, **style)
+        reach = max(reach, np.quantile(np.abs(true), 0.995))
+    width = values(rows, "null", "std")
+    width = width[np.isfinite(width)]
+    if len(width) and (width > 0).any():
+        width = np.sqrt((width**2).mean())
+        grid = np.linspace(-1, 1, 401)
+        bell = np.exp(-((grid / width) ** 2) / 2) / (width * np.sqrt(2 * np.pi))
+        axes.plot(grid, bell, "k:", lw=1.2, label=f"noise, std {width:.3f}")
+    looks = f"{len(rows)} look" + "s" * (len(rows) > 1)
+    axes.set_ylabel(f"{label} ({looks})")
+    axes.set_yticks([])
+    return float(reach)
+
+
+# ---- phases
+
+
+def phase_shares(rows: Rows) -> Figure | None:
+    """Shares of bootstrap samples in each phase over the run, and the labels."""
+    if not any(_label(row) in PHASES for row in rows):
+        return None
+    breaks = _breaks(rows)
+
+    def draw(axes: Any) -> None:
+        steps = values(rows, "step")
+        gap = np.diff(steps).min() if len(steps) > 1 else 1.0
+        _stacked_shares(axes, rows, steps, gap)
+        _labels(axes, rows, steps)
+        _draw_breaks(axes, breaks)
+        axes.set(xlabel="step", ylabel="share of bootstrap samples", ylim=(0, 1.12))
+        axes.set_xlim(steps[0] - gap, steps[-1] + gap)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        if len(rows) <= 8:
+            axes.set_xticks(steps)
+        axes.legend(
+            frameon=False,
+            fontsize=7.5,
+            ncols=3,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            borderaxespad=0,
+        )
+
+    caption = (
+        "How often resampled probe prompts give each phase, the look's own label above "
+        f"(?: cannot be told); {_breaks_text(rows, breaks)}."
+    )
+    return svg_figure("Phases", caption, draw)
+
+
+def _stacked_shares(axes: Any, rows: Rows, steps: np.ndarray, gap: float) -> None:
+    labelled = np.array([_label(row) in PHASES for row in rows])
+    shares = np.nan_to_num(values(rows, "phase", "shares")) * labelled[:, None]
+    bottom = np.zeros(len(rows))
+    for name, share in zip(PHASES, shares.T, strict=True):
+        style = {"color": PHASE_COLOURS[name], "alpha": 0.75, "lw": 0, "label": name}
+        axes.bar(steps, share, 0.9 * gap, bottom=bottom, **style)
+        bottom += share
+
+
+def _labels(axes: Any, rows: Rows, steps: np.ndarray) -> None:
+    """The labels above their bars, as marks where they would be too many."""
+    for step, row in zip(steps, rows, strict=True):
+        label = _label(row)
+        if len(rows) <= 20:
+            text = "?" if label == "unknown" else label
+            axes.text(step, 1.03, text, ha="center", fontsize=7.5)
+        elif label in PHASES:
+            axes.plot(step, 1.05, "s", ms=3, color=PHASE_COLOURS[label])
+
+
+def _breaks(rows: Rows) -> list[float]:
+    """Steps halfway between two measurements where the figures change level."""
+    names = ("std_cosine", "small_fraction", "mean_sigma")
+    series = np.stack([values(rows, "phase", name) for name in names], 1)
+    finite = np.isfinite(series).all(1)
+    steps = values(rows, "step")[finite]
+    return [(steps[i - 1] + steps[i]) / 2 for i in change_points(series[finite])]
+
+
+def _draw_breaks(axes: Any, breaks: list[float]) -> None:
+    for step in breaks:
+        axes.axvline(step, color=BLACK, ls="--", lw=1)
+
+
+def _breaks_text(rows: Rows, breaks: list[float]) -> str:
+    if breaks:
+        return "dashed: where cosines and sigma change level, without thresholds"
+    labelled = sum(_label(row) in PHASES for row in rows)
+    if labelled < 4:
+        return f"{labelled} labelled looks are too few to look for change points"
+    return "no change points"
+
+
+def phase_measures(rows: Rows) -> Figure | None:
+    """The two statistics that decide the phase, over the run."""
+    measures = (  # (field, field of the exact statistics, threshold, label)
+        ("small_fraction", "small_fraction", THRESHOLDS.small_fraction, "|cos| < 0.1"),
+        ("std_cosine", "std", THRESHOLDS.std_cosine, "std of cosines"),
+    )
+    measured = [values(rows, "phase", name) for name, *_ in measures]
+    if not np.isfinite(measured).any():
+        return None
+    breaks, exact, steps = _breaks(rows), with_exact(rows), values(rows, "step")
+
+    def draw(panels: list[Any]) -> None:
+        style = {"ms": 3, "lw": 1}
+        for axes, (name, exact_name, threshold, label), y in zip(
+            panels, measures, measured, strict=True
+        ):
+            interval = values(rows, "phase", f"{name}_interval")
+            finite = np.isfinite(y) & np.isfinite(interval).all(1)
+            axes.vlines(steps[finite], *interval[finite].T, color=BLUE, alpha=0.4)
+            axes.plot(steps, y, "o-", color=BLUE, label="sampled", **style)
+            if exact:
+                true = values(exact, "exact", "statistics", exact_name)
+                x = values(exact, "step")
+                axes.plot(x, true, "s-", color=ORANGE, label="exact", **style)
+            axes.axhline(threshold, color=BLACK, ls=":", lw=1)
+            _draw_breaks(axes, breaks)
+            axes.set_ylabel(label)
+            axes.margins(y=0.08)
+        panels[1].legend().set_visible(False)
+        panels[1].set_xlabel("step")
+
+    caption = (
+        "Debiased sampled values with 95 % bootstrap intervals over prompts. Dotted: "
+        "the thresholds; I above the upper one, else III above the lower one, else II."
+    )
+    title = "What the phase is decided on"
+    return svg_figure(title, caption, draw, rows=2, height=3.6)

@@ -1,0 +1,199 @@
+"""Figures of metrics over steps and of other prompt weights, of one run or several."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.instrument.rows import THIRDS
+from grpo_jax.report.run_files import RunFiles
+from grpo_jax.report.svg import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    GREY,
+    ORANGE,
+    SAND,
+    Figure,
+    svg_figure,
+)
+from grpo_jax.runs.fields import FIELDS, PART
+
+Runs = Sequence[RunFiles]
+BINS = 5  # of pass rates, in the figure of predicted changes
+
+
+def run_figures(runs: Runs) -> list[Figure]:
+    """Every figure that the runs have data for, runs overlaid in one colour each."""
+    figures = [
+        _pass_rates(runs),
+        _metric(runs, "Within-prompt std", "group/std_mean", smooth=True),
+        _metric(runs, "Informative groups", "group/informative", smooth=True, top=1.0),
+        _metric(runs, "Reward", "reward/mean", smooth=True),
+        *(
+            _metric(runs, f"Reward {name.removeprefix(PART)}", name, smooth=True)
+            for name in sorted({f for run in runs for row in run.metrics for f in row})
+            if name.startswith(PART)
+        ),
+        _metric(runs, "Entropy", "entropy/sampled", smooth=True),
+        _metric(runs, "KL to the start", "kl/mean", smooth=True),
+        _metric(runs, "Sampler/trainer mismatch", "mismatch/max_abs", log=True),
+        _step_times(runs),
+        *(
+            _predicted_changes(run, named=len(runs) > 1)
+            for run in runs
+            if run.counterfactuals
+        ),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def _with_colours(runs: Runs) -> Iterator[tuple[RunFiles, str]]:
+    for i, run in enumerate(runs):
+        yield run, COLOURS[i % len(COLOURS)]
+
+
+def _pass_rates(runs: Runs) -> Figure | None:
+    styles = {"eval/train": "-", "eval/heldout": "--"}
+    if not any(len(run.series(f"{p}_pass_rate")[0]) for run in runs for p in styles):
+        return None
+
+    def draw(axes: Any) -> None:
+        for run, colour in _with_colours(runs):
+            for prefix, style in styles.items():
+                steps, values = run.series(f"{prefix}_pass_rate")
+                label = prefix.split("/")[1] if len(runs) == 1 else None
+                if len(runs) > 1 and style == "-":
+                    label = run.name
+                axes.plot(steps, values, style, color=colour, label=label)
+                low, high = (
+                    run.series(f"{prefix}_{end}")[1] for end in ("low", "high")
+                )
+                axes.fill_between(steps, low, high, color=colour, alpha=0.13, lw=0)
+        axes.set(xlabel="step", ylabel="pass rate", ylim=(0, 1))
+
+    caption = (
+        "Mean pass rate of trained (full line) and held-out (dashed) prompts, with "
+        "95 % intervals over prompts."
+    )
+    return svg_figure("Pass rate", caption, draw)
+
+
+def _metric(
+    runs: Runs,
+    title: str,
+    field: str,
+    *,
+    smooth: bool = False,
+    log: bool = False,
+    top: float | None = None,
+) -> Figure | None:
+    """A field of metrics.jsonl over steps, `smooth` with its running mean on top."""
+    if not any(len(run.series(field)[0]) for run in runs):
+        return None
+
+    def draw(axes: Any) -> None:
+        for run, colour in _with_colours(runs):
+            steps, values = run.series(field)
+            label = run.name if len(runs) > 1 else None
+            if smooth and len(values) >= 10:
+                width = max(2, len(values) // 20)
+                axes.plot(steps, values, color=colour, alpha=0.25, lw=0.8)
+                values = np.convolve(values, np.ones(width) / width, mode="valid")
+                steps = steps[width - 1 :]
+            axes.plot(steps, values, color=colour, label=label)
+        axes.set(xlabel="step")
+        if log:
+            axes.set_yscale("log")
+        elif top is not None:
+            axes.set_ylim(0, top)
+        elif axes.get_ylim()[0] > 0:
+            axes.set_ylim(bottom=0)
+
+    meaning = FIELDS[f"{PART}NAME" if field.startswith(PART) else field]
+    return svg_figure(title, meaning[0].upper() + meaning[1:] + ".", draw)
+
+
+def _step_times(runs: Runs) -> Figure | None:
+    if not any(len(run.series("time/update_s")[0]) for run in runs):
+        return None
+    shades = {"sample": BLUE, "score": SAND, "update": ORANGE}
+
+    def draw(axes: Any) -> None:
+        for i, run in enumerate(runs):
+            left = 0.0
+            for phase, shade in shades.items():
+                values = run.series(f"time/{phase}_s")[1]
+                width = float(np.median(values)) if len(values) else 0.0
+                label = phase if i == 0 else None
+                axes.barh(i, width, 0.5, left=left, color=shade, label=label)
+                left += width
+        axes.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=7)
+        axes.set(xlabel="seconds a step (median)", ylim=(-0.6, len(runs) + 0.3))
+        axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper left")
+
+    return svg_figure("Time per phase", "Median seconds of each phase of a step.", draw)
+
+
+# ---- other prompt weights
+
+
+def comparison(run: RunFiles) -> list[dict[str, Any]]:
+    """The table of prompt weights: one row for each, means over the compared steps."""
+    rows = []
+    norms, cosines, updates = (
+        np.asarray([row[key] for row in run.counterfactuals], float)
+        for key in ("norm_ratio", "cosines", "update_cosines")
+    )
+    rates, changes = _rates_and_changes(run)
+    for k, name in enumerate(run.counterfactuals[0]["weightings"]):
+        third = [changes[k][(rates >= low) & (rates < high)] for _, low, high in THIRDS]
+        rows.append(
+            {
+                "name": name,
+                "norm": f"{np.nanmean(norms[:, k]):.2f}",
+                "cosines": [f"{x:.3f}" for x in np.nanmean(cosines[:, k], 0)],
+                "update": f"{np.nanmean(updates[:, k, 0]):.3f}",
+                "change": [f"{np.nanmean(x):+.4f}" if len(x) else "-" for x in third],
+                "total": f"{np.nanmean(changes[k]):+.4f}",
+            }
+        )
+    return rows
+
+
+def _rates_and_changes(run: RunFiles) -> tuple[np.ndarray, np.ndarray]:
+    """(group means [N], predicted changes [K, N]) of the N prompts of all compared
+    steps, under K prompt weights."""
+    rows = run.counterfactuals
+    rates = np.concatenate([np.asarray(row["group_mean"], float) for row in rows])
+    changes = [np.asarray(row["predicted_change"], float) for row in rows]
+    return rates, np.concatenate(changes, axis=1)
+
+
+def _predicted_changes(run: RunFiles, *, named: bool) -> Figure:
+    def draw(axes: Any) -> None:
+        rates, changes = _rates_and_changes(run)
+        edges = np.linspace(0, 1, BINS + 1)
+        bins = np.clip(np.digitize(rates, edges) - 1, 0, BINS - 1)
+        bins = np.where(np.isnan(rates), -1, bins)
+        used = [b for b in range(BINS) if (bins == b).any()]
+        middle = (edges[:-1] + edges[1:]) / 2
+        for k, name in enumerate(run.counterfactuals[0]["weightings"]):
+            values = [np.nanmean(changes[k][bins == b]) for b in used]
+            if name == "this run":
+                style = {"color": BLACK, "lw": 3, "alpha": 0.3}
+            else:
+                colour = COLOURS[(k - 1) % len(COLOURS)]
+                style = {"color": colour, "marker": "o", "ms": 3}
+            axes.plot(middle[used], values, label=name, **style)
+        axes.axhline(0, color=GREY, lw=0.8)
+        axes.set(xlabel="pass rate of a prompt's group", ylabel="predicted change")
+        axes.set_xlim(0, 1)
+
+    title = "What other weightings would have done"
+    caption = (
+        "Predicted change of a prompt's expected reward under the update that the "
+        "run's optimizer would have made of each weighting's gradient, by slope and "
+        f"curvature along it; mean over {len(run.counterfactuals)} steps, in five bins."
+    )
+    return svg_figure(f"{title}: {run.name}" if named else title, caption, draw)

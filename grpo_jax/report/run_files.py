@@ -1,0 +1,58 @@
+"""The files of a run directory that the report reads."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.runs.directory import read_config_dict, read_notes
+from grpo_jax.runs.lines import read_lines
+
+
+class RunFiles(NamedTuple):
+    """Contents of one run directory; every file is a list of its lines."""
+
+    name: str  # in titles and legends
+    directory: Path
+    config: dict[str, Any]
+    versions: dict[str, str]
+    note: str  # a remark of the task on its held-out figures; may be empty
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    measurements: list[dict[str, Any]]  # instrument.jsonl
+    counterfactuals: list[dict[str, Any]]  # counterfactual.jsonl, finite gradients
+
+    def series(self, field: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps [N], values [N]) of a metric, where it was written and finite."""
+        rows = [(r["step"], r[field]) for r in self.metrics if r.get(field) is not None]
+        return np.asarray([r[0] for r in rows]), np.asarray([r[1] for r in rows], float)
+
+
+def read_run(directory: Path) -> RunFiles:
+    """Reads a run directory.
+
+    Raises:
+        ConfigError: the directory holds no run, or no step of it was written.
+    """
+    directory = Path(directory)
+    config = read_config_dict(directory)
+    metrics = read_lines(directory / "metrics.jsonl")
+    if not metrics:
+        raise ConfigError(f"{directory} has no metrics yet; nothing to report.")
+    versions, note = read_notes(directory)
+    return RunFiles(
+        directory.name or str(directory),
+        directory,
+        config,
+        versions,
+        note,
+        metrics,
+        read_lines(directory / "samples.jsonl"),
+        read_lines(directory / "instrument.jsonl"),
+        [
+            row
+            for row in read_lines(directory / "counterfactual.jsonl")
+            if None not in row["norm_ratio"]  # null: a gradient was not finite
+        ],
+    )

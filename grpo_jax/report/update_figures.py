@@ -1,0 +1,125 @@
+"""Figures of updates: predicted and realised changes, effects of prompt weights."""
+
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.instrument.rows import (
+    THIRDS,
+    Row,
+    finite_mean,
+    first_order,
+    pass_rates,
+    values,
+    with_update,
+)
+from grpo_jax.report.svg import BLACK, BLUE, COLOURS, ORANGE, Figure, svg_figure
+
+Rows = list[Row]
+
+
+def predictions(rows: Rows) -> Figure | None:
+    """Change of each prompt by the next update: predicted against realised."""
+    rows = with_update(rows)
+    if not rows:
+        return None
+    points = _predicted_and_realised(rows)
+    if not points:
+        return None
+
+    def draw(axes: Any) -> None:
+        for (name, (x, y)), colour in zip(points.items(), (BLUE, ORANGE), strict=False):
+            axes.scatter(x, y, s=9, color=colour, alpha=0.6, lw=0, label=name)
+        ends = [f(y for xy in points.values() for y in xy[1]) for f in (min, max)]
+        if ends[0] < ends[1]:
+            axes.plot(ends, ends, color=BLACK, lw=1)
+        axes.set(xlabel="predicted change", ylabel="realised change")
+
+    correlations = {name: _correlation(*xy) for name, xy in points.items()}
+    texts = [
+        f"{value:.2f} ({name}, {points[name].shape[1]} changes)"
+        for name, value in correlations.items()
+        if np.isfinite(value)
+    ]
+    caption = (
+        "Change of each probe prompt's "
+        f"{'expected' if rows[0]['pass_rate'] is not None else 'sampled mean'} reward "
+        "by the update after each look, against slope + curvature / 2 along it"
+    )
+    caption += f"; correlation {', '.join(texts)}." if texts else "."
+    return svg_figure("Predicted and realised change", caption, draw)
+
+
+def _predicted_and_realised(rows: Rows) -> dict[str, np.ndarray]:
+    """name -> [2, N] finite pairs (predicted, realised), by what predicts them."""
+    realised = values(rows, "update", "realised").ravel()
+    half_curvature = values(rows, "update", "exact_curvature") / 2
+    predicted = {
+        "sampled": values(rows, "update", "predicted"),
+        "exact slope and curvature": values(rows, "update", "exact_slope")
+        + half_curvature,
+    }
+    points = {}
+    for name, x in predicted.items():
+        xy = np.stack([x.ravel(), realised])
+        xy = xy[:, np.isfinite(xy).all(0)]
+        if xy.size:
+            points[name] = xy
+    return points
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    if len(x) < 3 or not (np.ptp(x) > 0 and np.ptp(y) > 0):
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def first_order_changes(rows: Rows) -> Figure | None:
+    """First-order change of a prompt under each prompt weights, by its difficulty."""
+    names = [
+        n for n in rows[-1]["weightings"] if all(n in r["weightings"] for r in rows)
+    ]
+    changes = {name: first_order(rows, name) for name in names}  # (own, others)
+    if not any(np.isfinite(own).any() for own, _ in changes.values()):
+        return None
+    rate = np.stack([pass_rates(row) for row in rows])
+    finite = np.isfinite(changes[names[0]][0])
+    masks = [finite & (rate >= low) & (rate < high) for _, low, high in THIRDS]
+
+    def draw(panels: list[Any]) -> None:
+        for part, (axes, title) in enumerate(
+            zip(panels, ("its own", "the others'"), strict=True)
+        ):
+            _bars(axes, {name: changes[name][part] for name in names}, masks)
+            axes.set_title(title, fontsize=9)
+        panels[0].set_ylabel("change of expected reward")
+        low, high = panels[0].get_ylim()
+        panels[0].set_ylim(low, high + 0.3 * (high - low))  # room for the legend
+        panels[0].legend(frameon=False, fontsize=7, ncols=2, loc="upper left")
+        panels[1].legend().set_visible(False)
+
+    counts = ", ".join(
+        f"{mask.sum()} {name}" for mask, (name, *_) in zip(masks, THIRDS, strict=True)
+    )
+    caption = (
+        "To first order, for a plain gradient step of length 1; others' share below 0 "
+        "is interference. Means over looks and prompts with signal, hard below a pass "
+        f"rate of 1/3, easy from 2/3 ({counts})."
+    )
+    title = "What each weighting would have done"
+    return svg_figure(title, caption, draw, columns=2)
+
+
+def _bars(axes: Any, changes: dict[str, np.ndarray], masks: list[np.ndarray]) -> None:
+    """Mean change in each third that has prompts, one bar for each prompt weights."""
+    width = 0.8 / len(changes)
+    used = [i for i, mask in enumerate(masks) if mask.any()]
+    for k, (name, change) in enumerate(changes.items()):
+        heights = [float(finite_mean(change[masks[i]], 0)) for i in used]
+        places = np.array(used) + (k - (len(changes) - 1) / 2) * width
+        colour = COLOURS[k % len(COLOURS)]
+        axes.bar(places, heights, 0.92 * width, color=colour, label=name)
+    axes.axhline(0, color=BLACK, lw=0.8)
+    axes.set_xticks(range(3), [name for name, *_ in THIRDS])
+    axes.set_xlim(-0.5, 2.5)
+    axes.grid(False, axis="x")
