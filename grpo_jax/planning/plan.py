@@ -1,18 +1,22 @@
-"""What a run will do, worked out before anything is allocated."""
+"""What a run will do, in stages: each checks its part of the config and fixes shapes.
+
+Nothing is allocated. `make_plan` runs the stages in order: task, lengths, model,
+shapes, weights, probe, memory, headline.
+"""
 
 import dataclasses
-import math
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.instrument.plan import ProbePlan, plan_probe
 from grpo_jax.instrument.weightings import WEIGHTINGS
-from grpo_jax.models.config import num_factors, num_parameters
+from grpo_jax.models.config import ModelConfig, num_factors, num_parameters
+from grpo_jax.models.hub import local_directory
 from grpo_jax.models.pretrained import check_weights, read_config
 from grpo_jax.objectives.presets import Objective
-from grpo_jax.parallel.sharding import batch_shards
 from grpo_jax.planning.devices import check_mesh, device_memory
 from grpo_jax.planning.memory import MemoryInputs, readable
 from grpo_jax.planning.resolve import (
@@ -21,46 +25,67 @@ from grpo_jax.planning.resolve import (
     warm_start_settings,
     weights_text,
 )
+from grpo_jax.planning.shapes import Lengths, Shapes, lengths_stage, shapes_stage
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.demonstrations import Demonstrations
-from grpo_jax.rollouts.encoding import encode_prompts
-from grpo_jax.rollouts.lengths import (
-    bucket,
-    completion_buckets,
-    completion_tokens,
-    within,
-)
-from grpo_jax.rollouts.micro_batches import micro_batch
-from grpo_jax.rollouts.refine import refined_length, template_pieces
-from grpo_jax.runs.config import (
-    InstrumentConfig,
-    MeshConfig,
-    TrainConfig,
-)
+from grpo_jax.rollouts.lengths import within
+from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.rollouts.refine import Piece
+from grpo_jax.runs.config import InstrumentConfig, MeshConfig, TrainConfig
 from grpo_jax.runs.policies import check_language, task_of, with_settings
 from grpo_jax.tasks.types import Task
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that is known before anything is allocated."""
+    """Everything that is fixed before anything is allocated."""
 
     task: Task
     objective: Objective
     weights: PromptWeights
-    model: Any  # ModelConfig with the tokenizer's vocabulary
+    model: ModelConfig  # with the tokenizer's vocabulary
     prompts: list[list[int]]  # token ids of the trained prompts
     prompt_length: int
-    refine: list  # pieces of the prompt that a draft has joined; [] without drafts
+    refine: list[Piece]  # parts of a prompt with a draft in it; [] without drafts
     train_prompt_length: int  # of the prompts in the update; longer with drafts
-    answer_tokens: int  # the longest answer and EOS, where they are known
+    answer_tokens: int  # longest answer and EOS; max_new_tokens if not measured
     max_new_tokens: int
     warm_starts: bool  # supervised learning comes first
     buckets: list[int]  # completion lengths of the update
-    micro: Any  # MicroBatch, of the longest bucket
+    micro: MicroBatch  # of the longest bucket
     probe: ProbePlan | None  # None: no instrument
     memory: MemoryInputs
     headline: str
+    warnings: list[str]
+
+
+class TaskStage(NamedTuple):
+    """The task with the prompts that the run uses."""
+
+    task: Task
+    warm_starts: bool
+    warnings: list[str]
+
+
+class ModelStage(NamedTuple):
+    """The model with the vocabulary of its tokenizer."""
+
+    config: ModelConfig
+    base_bytes: int  # of each parameter as the pretrained model stores it
+
+
+class ProbeStage(NamedTuple):
+    """What the instrument measures; None: it is off."""
+
+    probe: ProbePlan | None
+    warnings: list[str]
+
+
+class MemoryStage(NamedTuple):
+    """What the run's memory depends on, and its peak in bytes on one device."""
+
+    inputs: MemoryInputs
+    peak: int
     warnings: list[str]
 
 
@@ -74,145 +99,214 @@ def make_plan(
     """Checks a config against its task and fixes every shape.
 
     Args:
-        with_weights: The pretrained model's tensors must be there, not its config and
-            tokenizer alone.
-        elsewhere: It will run on other devices than this machine's: on accelerators,
-            which compute bfloat16 as it is, and as many as it asks for.
+        with_weights: The pretrained model's tensors must be there, besides its config
+            and tokenizer.
+        elsewhere: The run will be on other devices than this machine's: accelerators,
+            which compute in bfloat16 itself, as many as its mesh has.
 
     Raises:
         ConfigError: the run cannot work as configured.
     """
     objective = resolve_objective(config)
-    if task is None:
-        task = task_of(config.task, config.pretrained)
-    warm_starts = bool(
-        config.warm_start.enabled and task.warm_start and not config.pretrained
+    directory = None
+    if config.pretrained is not None:
+        directory = local_directory(config.pretrained)
+    task, warm_starts, left_out = task_stage(config, objective, task, directory)
+    lengths = lengths_stage(config, objective, task, warm_starts=warm_starts)
+    model = model_stage(
+        config, task, directory, with_weights=with_weights, here=not elsewhere
     )
-    settings = _without(config.warm_start, "enabled")
-    given = [name for name, value in settings.items() if value is not None]
-    if given and not warm_starts:
-        raise ConfigError(
-            f"warm_start.{given[0]} changes nothing: this run has no warm start; leave "
-            "it out."
-        )
-    tokenizer, sampling = task.tokenizer, config.sampling
+    shapes = shapes_stage(config, objective, task, lengths)
+    weights = resolve_weights(config, objective, len(task.train))
+    probe = probe_stage(config, model.config, len(task.train), lengths)
+    if warm_starts:  # its errors come before anything is written
+        settings = warm_start_settings(config.warm_start, task)
+        Demonstrations(task, settings, lengths.prompt_length, lengths.answer_tokens)
+    memory = memory_stage(
+        config, objective, model, lengths, shapes, probe.probe, here=not elsewhere
+    )
+    return Plan(
+        task=task,
+        objective=objective,
+        weights=weights,
+        model=model.config,
+        prompts=lengths.prompts,
+        prompt_length=lengths.prompt_length,
+        refine=shapes.refine,
+        train_prompt_length=shapes.train_prompt_length,
+        answer_tokens=lengths.answer_tokens,
+        max_new_tokens=lengths.max_new_tokens,
+        warm_starts=warm_starts,
+        buckets=shapes.buckets,
+        micro=shapes.micro,
+        probe=probe.probe,
+        memory=memory.inputs,
+        headline=headline(
+            config,
+            objective,
+            task.name,
+            model.config,
+            lengths,
+            shapes,
+            probe=probe.probe,
+            peak=memory.peak,
+        ),
+        warnings=[*left_out, *lengths.warnings, *probe.warnings, *memory.warnings],
+    )
+
+
+def task_stage(
+    config: TrainConfig,
+    objective: Objective,
+    task: Task | None,
+    directory: Path | None,
+) -> TaskStage:
+    """The task without prompts that are too long, and with enough of them.
+
+    Args:
+        task: None: the one that the config names.
+        directory: The pretrained model's, whose tokenizer is used; None: a new model.
+
+    Raises:
+        ConfigError: too few prompts, a tokenizer without EOS or padding, or settings of
+            a warm start that does not take place.
+    """
+    if task is None:
+        task = task_of(config.task, None if directory is None else str(directory))
+    warm_starts = bool(
+        config.warm_start.enabled and task.warm_start and directory is None
+    )
+    _check_warm_start(config, warm_starts)
     check_language(task)
     if not task.train or not task.heldout:
         raise ConfigError(
             f"task {task.name} must have trained and held-out prompts, got "
             f"{len(task.train)} and {len(task.heldout)}."
         )
-    warnings: list[str] = []
-    limit = sampling.max_prompt_tokens
-    if limit is not None:
-        task, left_out = within(task, limit)
-        if any(left_out):
-            warnings.append(
-                f"{left_out[0]} trained and {left_out[1]} held-out prompts have more "
-                f"than sampling.max_prompt_tokens={limit} tokens and are left out."
+    task, warnings = _short_enough(task, config.sampling.max_prompt_tokens)
+    count, prompts = len(task.train), config.sampling.prompts
+    if count < prompts:
+        raise ConfigError(
+            f"sampling.prompts must be at most {count}, the task's trained "
+            f"prompts, got {prompts}."
+        )
+    if objective.refills and count < 2 * prompts:
+        raise ConfigError(
+            f"objective.refills needs at least {2 * prompts} trained prompts, twice a "
+            f"step's, got {count}; set it to 0."
+        )
+    return TaskStage(task, warm_starts, warnings)
+
+
+def _check_warm_start(config: TrainConfig, warm_starts: bool) -> None:
+    if warm_starts:
+        return
+    for name, value in dataclasses.asdict(config.warm_start).items():
+        if name != "enabled" and value is not None:
+            raise ConfigError(
+                f"warm_start.{name} changes nothing: this run has no warm start; leave "
+                "it out."
             )
-    if len(task.train) < sampling.prompts:
-        raise ConfigError(
-            f"sampling.prompts must be at most {len(task.train)}, the task's trained "
-            f"prompts, got {sampling.prompts}."
-        )
-    examples = task.train + task.heldout
-    if warm_starts and task.warm_start.longest:
-        examples = [*examples, task.warm_start.longest]
-    prompts = encode_prompts(task, examples)
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    max_new_tokens, needed = sampling.max_new_tokens, 1
-    if task.single_answer or max_new_tokens is None:
-        needed = completion_tokens(task, examples)
-    if max_new_tokens is None:
-        max_new_tokens = needed + math.ceil(needed * _spare(objective))
-    if max_new_tokens < needed:
-        raise ConfigError(
-            f"sampling.max_new_tokens must be at least {needed} for task {task.name}, "
-            f"its longest answer and EOS, got {max_new_tokens}."
-        )
-    free = max_new_tokens * (1 - objective.overlong_share)
-    if objective.overlong == "punish" and 1 < needed and needed > math.ceil(free):
-        warnings.append(
-            f"the longest right answer has {needed} of {max_new_tokens} tokens and "
-            "will be punished for its length; raise sampling.max_new_tokens to "
-            f"{needed + math.ceil(needed * _spare(objective))} or leave it out."
-        )
+
+
+def _short_enough(task: Task, limit: int | None) -> tuple[Task, list[str]]:
+    """(the task without prompts of more than `limit` tokens, a warning if any)."""
+    if limit is None:
+        return task, []
+    task, left_out = within(task, limit)
+    if not any(left_out):
+        return task, []
+    return task, [
+        f"{left_out[0]} trained and {left_out[1]} held-out prompts have more "
+        f"than sampling.max_prompt_tokens={limit} tokens and are left out."
+    ]
+
+
+def model_stage(
+    config: TrainConfig,
+    task: Task,
+    directory: Path | None,
+    *,
+    with_weights: bool = True,
+    here: bool = True,
+) -> ModelStage:
+    """The shape of the model, checked against the tokenizer and the mesh.
+
+    Args:
+        directory: The pretrained model's; None: a new model.
+        with_weights, here: As `make_plan` (`here`: not `elsewhere`).
+
+    Raises:
+        ConfigError: the model cannot be read, does not go with the tokenizer, or cannot
+            be split over the mesh.
+    """
     model, base_bytes = config.model, 4
-    if config.pretrained:
+    if directory is not None:
         if with_weights:
-            check_weights(config.pretrained)
-        stored = read_config(config.pretrained)
+            check_weights(directory)
+        stored = read_config(directory)
         model = with_settings(stored, config.model)
         base_bytes = 2 if stored.compute_dtype == "bfloat16" else 4
-    vocab_size = model.vocab_size or len(tokenizer)
+    vocab_size = model.vocab_size or len(task.tokenizer)
     model = dataclasses.replace(model, vocab_size=vocab_size)
     check_language(task, model)
-    check_mesh(config.mesh, sampling, model, here=not elsewhere)
-    prompt_length = bucket(len(prompts[longest]))
-    p, g = sampling.prompts, sampling.group_size
-    refine, train_prompt_length = [], prompt_length
-    if objective.drafts:
-        template = sampling.refine_template or task.refine_template
-        refine = template_pieces(tokenizer, template)
-        trained = max(len(ids) for ids in prompts[: len(task.train)])
-        train_prompt_length = bucket(refined_length(refine, trained, max_new_tokens))
-    elif sampling.refine_template is not None:
-        raise ConfigError(
-            f"sampling.refine_template changes nothing: {config.objective.name} has no "
-            "drafts; set objective.drafts or leave it out."
-        )
-    if objective.refills and len(task.train) < 2 * p:
-        raise ConfigError(
-            f"objective.refills needs at least {2 * p} trained prompts, twice a "
-            f"step's, got {len(task.train)}; set it to 0."
-        )
-    weights = resolve_weights(config, objective, len(task.train))
-    seen = objective.history * p
-    micro = micro_batch(
-        seen,
-        g,
-        train_prompt_length,
-        max_new_tokens,
-        config.micro_batch_tokens,
-        batch_shards(seen, g, config.mesh),
-    )
+    check_mesh(config.mesh, config.sampling, model, here=here)
+    return ModelStage(model, base_bytes)
+
+
+def probe_stage(
+    config: TrainConfig, model: ModelConfig, train_prompts: int, lengths: Lengths
+) -> ProbeStage:
+    """The probe prompts; the default instrument is switched off, with a warning, where
+    it does not fit.
+
+    Raises:
+        ConfigError: the instrument was configured and does not fit.
+    """
+    wanted = config.instrument
     try:
         probe = plan_probe(
             config,
             parameters=num_factors(model) or num_parameters(model),
-            train_prompts=len(task.train),
-            prompt_tokens=prompt_length,
-            max_new_tokens=max_new_tokens,
+            train_prompts=train_prompts,
+            prompt_tokens=lengths.prompt_length,
+            max_new_tokens=lengths.max_new_tokens,
         )
     except ConfigError as error:
-        if config.instrument != InstrumentConfig():
+        if wanted != InstrumentConfig():
             raise
-        probe = None  # nobody asked for it
-        warnings.append(f"the instrument is off: {error}")
-    wanted = config.instrument
+        return ProbeStage(None, [f"the instrument is off: {error}"])
+    warnings = []
     if probe and wanted.prompts and probe.share > 1.1 * wanted.max_overhead:
         warnings.append(
             f"the instrument will take about {100 * probe.share:.0f} % of step time, "
             f"more than instrument.max_overhead; lower instrument.prompts or raise "
             "instrument.every."
         )
-    if warm_starts:  # its errors belong here, before anything is written
-        settings = warm_start_settings(config.warm_start, task)
-        length = needed if needed > 1 else max_new_tokens
-        Demonstrations(task, settings, prompt_length, length)
-    positions = train_prompt_length + max_new_tokens
-    if config.pretrained and positions > model.max_positions:
-        warnings.append(
-            f"prompts and completions have up to {positions} tokens, and the model was "
-            f"made for {model.max_positions} (max_position_embeddings)."
-        )
+    return ProbeStage(probe, warnings)
+
+
+def memory_stage(
+    config: TrainConfig,
+    objective: Objective,
+    model: ModelStage,
+    lengths: Lengths,
+    shapes: Shapes,
+    probe: ProbePlan | None,
+    *,
+    here: bool = True,
+) -> MemoryStage:
+    """What memory depends on, with warnings where the model or the device is too small.
+
+    Args:
+        here: The run is on this machine's devices.
+    """
     inputs = MemoryInputs(
-        model=model,
-        prompts=p,
-        group_size=g,
-        prompt_tokens=train_prompt_length,
-        max_new_tokens=max_new_tokens,
+        model=model.config,
+        prompts=config.sampling.prompts,
+        group_size=config.sampling.group_size,
+        prompt_tokens=shapes.train_prompt_length,
+        max_new_tokens=lengths.max_new_tokens,
         micro_batch_tokens=config.micro_batch_tokens,
         history=objective.history,
         parts=config.updates_per_rollout if objective.disjoint else 1,
@@ -221,76 +315,66 @@ def make_plan(
         probe_prompts=probe.prompts if probe else 0,
         probe_group=probe.group_size if probe else 0,
         probe_bytes=probe.vector_bytes if probe else 0,
-        weightings=_weightings(config),
+        weightings=WEIGHTINGS * (config.instrument.counterfactual_every > 0),
         evaluation_samples=config.evaluation.samples,
-        base_bytes=base_bytes,
-        widened=jax.default_backend() == "cpu" and not elsewhere,
+        base_bytes=model.base_bytes,
+        widened=jax.default_backend() == "cpu" and here,
         mesh=config.mesh,
     )
-    memory = inputs.estimate()
+    memory, warnings = inputs.estimate(), []
+    positions = inputs.prompt_tokens + inputs.max_new_tokens
+    if config.pretrained and positions > model.config.max_positions:
+        warnings.append(
+            f"prompts and completions have up to {positions} tokens, and the model was "
+            f"made for {model.config.max_positions} (max_position_embeddings)."
+        )
     available = device_memory()
-    if not elsewhere and available is not None and memory.peak > available:
+    if here and available is not None and memory.peak > available:
         warnings.append(
             f"about {readable(memory.peak, 'B')} are needed, and the device has "
             f"{readable(available, 'B')}: {memory.advice()}."
         )
-    mechanisms = "".join(f" | {text}" for text in objective.mechanisms())
-    devices = ""
+    return MemoryStage(inputs, memory.peak, warnings)
+
+
+def headline(
+    config: TrainConfig,
+    objective: Objective,
+    task_name: str,
+    model: ModelConfig,
+    lengths: Lengths,
+    shapes: Shapes,
+    *,
+    probe: ProbePlan | None,
+    peak: int,
+) -> str:
+    """The first lines of a run: its loss written out, shapes, size and memory.
+
+    Args:
+        peak: Bytes on one device.
+    """
+    micro = shapes.micro
+    parts = [
+        f"{config.objective.name} on {task_name}: {objective.formula()}"
+        f"{weights_text(config.weights)}",
+        *objective.mechanisms(),
+        f"{config.sampling.prompts} prompts x {config.sampling.group_size} samples, "
+        f"{shapes.train_prompt_length} + {lengths.max_new_tokens} tokens, "
+        f"micro-batch {micro.prompts} x {micro.samples}",
+        f"{_size(model)}, {model.compute_dtype}",
+    ]
     if config.mesh != MeshConfig():
         sizes = dataclasses.asdict(config.mesh).items()
-        devices = " | mesh " + " x ".join(f"{name} {size}" for name, size in sizes)
-    headline = (
-        f"{config.objective.name} on {task.name}: {objective.formula()}"
-        f"{weights_text(config.weights)}{mechanisms} | "
-        f"{p} prompts x {g} samples, {train_prompt_length} + {max_new_tokens} tokens, "
-        f"micro-batch {micro.prompts} x {micro.samples} | "
-        f"{_size(model)}, {model.compute_dtype}{devices} | "
-        f"about {readable(memory.peak, 'B')} on the device"
-    )
+        parts.append("mesh " + " x ".join(f"{name} {size}" for name, size in sizes))
+    parts.append(f"about {readable(peak, 'B')} on the device")
+    text = " | ".join(parts)
     if probe:
-        headline += f"\ninstrument: {probe.text(config.instrument.every)}"
-    return Plan(
-        task,
-        objective,
-        weights,
-        model,
-        prompts[: len(task.train)],
-        prompt_length,
-        refine,
-        train_prompt_length,
-        needed if needed > 1 else max_new_tokens,
-        max_new_tokens,
-        warm_starts,
-        # A history holds rollouts of many steps: one length for all.
-        [max_new_tokens] if seen > p else completion_buckets(max_new_tokens),
-        micro,
-        probe,
-        inputs,
-        headline,
-        warnings,
-    )
+        text += f"\ninstrument: {probe.text(config.instrument.every)}"
+    return text
 
 
-def _size(model):
+def _size(model: ModelConfig) -> str:
     text = f"{readable(num_parameters(model))} parameters"
     if model.lora_rank:
         text += f", {readable(num_factors(model))} of LoRA trained"
     return text
-
-
-def _spare(objective):
-    """Tokens beyond the longest answer, as a share of it: where length is punished, the
-    punished part should lie there."""
-    share = objective.overlong_share if objective.overlong == "punish" else 0.0
-    return 1.0 if share == 1 else share / (1 - share)
-
-
-def _weightings(config):
-    """Compared in a counterfactual step; 0: there is none."""
-    return WEIGHTINGS * (config.instrument.counterfactual_every > 0)
-
-
-def _without(record, name):
-    values = dataclasses.asdict(record)
-    del values[name]
-    return values
