@@ -11,7 +11,7 @@ from grpo_jax.rollouts.lengths import bucket, completion_buckets, completion_tok
 from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
 from grpo_jax.rollouts.refine import Piece, refined_length, template_pieces
 from grpo_jax.runs.config import TrainConfig
-from grpo_jax.tasks import Task
+from grpo_jax.tasks.types import Task
 
 
 class Lengths(NamedTuple):
