@@ -152,11 +152,11 @@ def measure(c: Config, text: str) -> dict:
         )
         update = text_of(step, state, batch, donate_argnums=0, **lies)
 
-    from grpo_jax.parallel.collectives import KINDS, bytes_sent, collectives
+    from grpo_jax.parallel.collectives import KINDS, bytes_sent, parse_collectives
 
     once, twice = (bytes_sent(sampling, trips=n) for n in (1, 2))
     by_kind = dict.fromkeys(KINDS, 0.0)
-    for one in collectives(update):
+    for one in parse_collectives(update):
         by_kind[one.kind] += one.sent
     own = dataclasses.replace(micro, prompts=share, shards=(1, 1))
     expected = traffic(

@@ -21,7 +21,7 @@ from grpo_jax.parallel.processes import Processes
 from grpo_jax.rewards.pool import verifier_pool
 from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
-from grpo_jax.rollouts.lengths import bucket, completion_tokens, within
+from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_prompts
 from grpo_jax.rollouts.sampling import sample
 from grpo_jax.runs.config import EvalConfig, TrainConfig
 from grpo_jax.runs.config_files import differences, from_dict, to_dict
@@ -116,7 +116,7 @@ def _opened(config, say) -> _Asked:
         task = task_of(config.task, config.pretrained)
     check_language(task)
     if config.max_prompt_tokens is not None:
-        task, left_out = within(task, config.max_prompt_tokens)
+        task, left_out = drop_long_prompts(task, config.max_prompt_tokens)
         say(f"left out for their length: {left_out[config.part == 'heldout']} prompts")
     examples = getattr(task, config.part)
     if not examples:

@@ -12,7 +12,7 @@ from grpo_jax.models.pretrained import read_config, save_pretrained
 from grpo_jax.parallel.processes import Processes
 from grpo_jax.planning.resolve import warm_start_settings
 from grpo_jax.rollouts.encoding import encode_prompts
-from grpo_jax.rollouts.lengths import bucket, completion_tokens, within
+from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_prompts
 from grpo_jax.runs.config import WarmupConfig
 from grpo_jax.runs.paths import cache_directory, use_compile_cache
 from grpo_jax.runs.policies import (
@@ -50,7 +50,7 @@ def warm_up(
         raise ConfigError("model.lora_rank is for train; warmup trains whole models.")
     check_language(task)
     if config.max_prompt_tokens is not None:
-        task, (left_out, _) = within(task, config.max_prompt_tokens)
+        task, (left_out, _) = drop_long_prompts(task, config.max_prompt_tokens)
         say(f"left out for their length: {left_out} prompts")
     if config.pretrained:
         model = with_settings(read_config(config.pretrained), config.model)

@@ -22,7 +22,7 @@ from grpo_jax.models.attention import (
 )
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.lora import LoRALinear
-from grpo_jax.parallel.sharding import constrain_params, rows
+from grpo_jax.parallel.sharding import constrain_params, flatten_rows
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -103,7 +103,7 @@ class Block(nnx.Module):
         layout first, which on a CPU costs as much as the product.
         """
         c = self.config
-        normed = rows(self.attention_norm(x))
+        normed = flatten_rows(self.attention_norm(x))
         q, k, v = (
             y.reshape(*x.shape[:-1], -1, c.head_dim) for y in self.project(normed)
         )
@@ -114,7 +114,7 @@ class Block(nnx.Module):
     def output(self, x, attended):
         """The rest of the layer: x [..., D] and what attention read [..., H, d]."""
         c = self.config
-        stream = rows(x)
+        stream = flatten_rows(x)
         read = self.o(attended.reshape(*stream.shape[:-1], -1))
         stream = stream + (self.attention_post_norm(read) if c.post_norms else read)
         gate, up = self.gate_and_up(self.mlp_norm(stream))

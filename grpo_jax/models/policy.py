@@ -31,7 +31,7 @@ class Policy:
     frozen: Any = None
 
     def module(self) -> Decoder:
-        params = merged(self.params, self.frozen)
+        params = combined_params(self.params, self.frozen)
         outer = {k: v for k, v in params.items() if k != "layers"}  # `scan` does those
         params = params | constrain_params(outer, gathered=True)
         return nnx.merge(self.graphdef, params)
@@ -47,13 +47,13 @@ class Policy:
         return dataclasses.replace(other, params=self.params, frozen=self.frozen)
 
 
-def merged(params: Any, frozen: Any) -> Any:
+def combined_params(params: Any, frozen: Any) -> Any:
     """One nested dict of two that share no leaf; `frozen` None: `params` itself."""
     if frozen is None:
         return params
     both = dict(frozen)
     for name, value in params.items():
-        both[name] = merged(value, frozen[name]) if name in frozen else value
+        both[name] = combined_params(value, frozen[name]) if name in frozen else value
     return both
 
 

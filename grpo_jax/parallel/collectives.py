@@ -40,7 +40,7 @@ class Collective(NamedTuple):
         return share * self.nbytes * self.times
 
 
-def collectives(text: str, *, trips: int = 1) -> list[Collective]:
+def parse_collectives(text: str, *, trips: int = 1) -> list[Collective]:
     """Of a program's text, `jitted.lower(...).compile().as_text()`.
 
     Args:
@@ -69,7 +69,7 @@ def collectives(text: str, *, trips: int = 1) -> list[Collective]:
 
 def bytes_sent(text: str, *, trips: int = 1) -> float:
     """What a device sends in one run of a program."""
-    return sum(x.sent for x in collectives(text, trips=trips))
+    return sum(x.sent for x in parse_collectives(text, trips=trips))
 
 
 def _computations(text):

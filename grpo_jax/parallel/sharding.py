@@ -218,7 +218,7 @@ def group_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, _spec(shape, _GROUP, dict(mesh.shape)))
 
 
-def placed(tree: Any, mesh: Mesh | None) -> Any:
+def put_on_mesh(tree: Any, mesh: Mesh | None) -> Any:
     """The tree on the mesh, as `tree_shardings` says; None: on the default device.
 
     Of an array on the host every process reads only what its own devices will hold.
@@ -234,7 +234,7 @@ def placed(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(leaf, tree, tree_shardings(tree, mesh))
 
 
-def one_device_of(mesh: Mesh | None) -> Mesh | None:
+def single_device_mesh(mesh: Mesh | None) -> Mesh | None:
     """A mesh of one of this process's devices, for what the others have no part in."""
     if mesh is None:
         return None
@@ -312,7 +312,7 @@ def _differs(x) -> frozenset[str]:
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
-def rows(x: jax.Array) -> jax.Array:
+def flatten_rows(x: jax.Array) -> jax.Array:
     """[..., D] -> [N, D]. On a mesh as it is: axes of which a later one is split
     cannot be joined without gathering it."""
     return x.reshape(-1, x.shape[-1]) if current_mesh() is None else x

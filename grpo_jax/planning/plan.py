@@ -28,7 +28,7 @@ from grpo_jax.planning.resolve import (
 from grpo_jax.planning.shapes import Lengths, Shapes, lengths_stage, shapes_stage
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.demonstrations import Demonstrations
-from grpo_jax.rollouts.lengths import within
+from grpo_jax.rollouts.lengths import drop_long_prompts
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.refine import Piece
 from grpo_jax.runs.config import InstrumentConfig, MeshConfig, TrainConfig
@@ -213,7 +213,7 @@ def _short_enough(task: Task, limit: int | None) -> tuple[Task, list[str]]:
     """(the task without prompts of more than `limit` tokens, a warning if any)."""
     if limit is None:
         return task, []
-    task, left_out = within(task, limit)
+    task, left_out = drop_long_prompts(task, limit)
     if not any(left_out):
         return task, []
     return task, [

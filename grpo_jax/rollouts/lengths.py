@@ -33,7 +33,7 @@ def completion_buckets(max_new_tokens: int) -> list[int]:
     )
 
 
-def within(task: Task, limit: int) -> tuple[Task, tuple[int, int]]:
+def drop_long_prompts(task: Task, limit: int) -> tuple[Task, tuple[int, int]]:
     """(the task without prompts of more tokens, how many of each part are left out)."""
     kept = []
     for name, part in (("trained", task.train), ("held-out", task.heldout)):

@@ -20,7 +20,12 @@ from grpo_jax.models.forward import split_prompts
 from grpo_jax.models.lora import LoRALinear
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.token_weights import is_eos
-from grpo_jax.parallel.sharding import constrain, constrain_params, rows, splits_tensor
+from grpo_jax.parallel.sharding import (
+    constrain,
+    constrain_params,
+    flatten_rows,
+    splits_tensor,
+)
 from grpo_jax.rollouts.draw import _draw
 from grpo_jax.rollouts.types import Rollouts
 
@@ -167,7 +172,7 @@ def _sample(
                 **model.scores,
             )[:, :, 0]
             x = constrain(block.output(x, attended), "prompts", "samples")
-        hidden = rows(model.final_norm(x))
+        hidden = flatten_rows(model.final_norm(x))
         logits = jnp.matmul(
             hidden, unembedding, preferred_element_type=jnp.float32
         ).reshape(*token.shape, -1)

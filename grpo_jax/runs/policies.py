@@ -14,7 +14,7 @@ from grpo_jax.models.hub import eos_ids, load_tokenizer, local_directory
 from grpo_jax.models.lora import without_lora
 from grpo_jax.models.policy import Policy, abstract_policy, add_lora
 from grpo_jax.models.pretrained import load_pretrained, read_config
-from grpo_jax.parallel.sharding import placed, tree_shardings
+from grpo_jax.parallel.sharding import put_on_mesh, tree_shardings
 from grpo_jax.runs.config import TaskConfig, TrainConfig
 from grpo_jax.runs.directory import read_facts
 from grpo_jax.runs.params import load_params
@@ -182,7 +182,7 @@ def load_base(
         return pretrained_policy(pretrained, model, mesh)
     policy = abstract_policy(without_lora(model))
     params, _ = load_params(run_dir / "initial.safetensors", policy.params)
-    return policy.replace(placed(params, mesh))
+    return policy.replace(put_on_mesh(params, mesh))
 
 
 def model_of_run(run_dir: Path, config: TrainConfig) -> ModelConfig:

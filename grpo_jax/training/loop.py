@@ -40,8 +40,8 @@ from grpo_jax.parallel.sharding import (
     group_sharding,
     make_mesh,
     on_mesh,
-    one_device_of,
-    placed,
+    put_on_mesh,
+    single_device_mesh,
     tree_shardings,
     with_shardings,
 )
@@ -359,11 +359,11 @@ class Run:
         policy = self._base_policy()
         if policy is None:
             return None
-        policy = placed(policy, self.mesh)
+        policy = put_on_mesh(policy, self.mesh)
         if not self.plan.model.lora_rank:
             return policy
         policy = with_factors(policy, self.plan.model, self.lora_key)
-        return placed(policy, self.mesh)
+        return put_on_mesh(policy, self.mesh)
 
     def _base_policy(self) -> Policy | None:
         """All parameters to start from, without LoRA's factors."""
@@ -481,7 +481,7 @@ class Run:
         shapes = self._rollout_shapes(self.plan.max_new_tokens)
         history = empty_history(self.plan.objective, shapes)
         state = init_state(policy.params, self.optimizer, self.weights, history)
-        return placed(state, self.mesh)
+        return put_on_mesh(state, self.mesh)
 
     def _starting_state(self, policy):
         state, start = self.first_state(policy), {"step": 0}
@@ -1032,7 +1032,7 @@ class Run:
         """(state, batch, metrics): the rollouts weighed, with what they need beside."""
         programs = self.programs[rollouts.completions.shape[-1]]
         policy = self.policy.replace(state.params)
-        rollouts = placed(rollouts, self.mesh)
+        rollouts = put_on_mesh(rollouts, self.mesh)
         old = programs["rescore"](policy, rollouts) if self.keeps_old else None
         reference = None
         if self.uses_reference:
@@ -1225,7 +1225,7 @@ class Run:
         from grpo_jax.report.page import write_report
 
         try:
-            with on_mesh(one_device_of(self.mesh)):
+            with on_mesh(single_device_mesh(self.mesh)):
                 path = write_report([self.directory], self.directory / "report.html")
         except (
             Exception

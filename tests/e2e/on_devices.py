@@ -21,13 +21,13 @@ import numpy as np  # noqa: E402
 import grpo_jax as gj  # noqa: E402
 from grpo_jax.commands.replay import replay  # noqa: E402
 from grpo_jax.objectives.loss import scale_weights  # noqa: E402
-from grpo_jax.parallel.collectives import collectives  # noqa: E402
+from grpo_jax.parallel.collectives import parse_collectives  # noqa: E402
 from grpo_jax.parallel.processes import LostProcess, exit_at_once, gather_to_host  # noqa: E402
 from grpo_jax.parallel.sharding import (  # noqa: E402
     AXES,
     make_mesh,
     on_mesh,
-    placed,
+    put_on_mesh,
     tree_shardings,
     with_shardings,
 )
@@ -69,9 +69,9 @@ def mesh_of(text):
 def one_step(mesh, p, g, budget, **changes):
     policy = tiny_policy(**changes)
     with on_mesh(mesh):
-        policy = placed(policy, mesh)
+        policy = put_on_mesh(policy, mesh)
         rollouts = random_rollouts(policy, p, g)
-        batch = weighed(gj.OBJECTIVES["grpo"], placed(rollouts, mesh))
+        batch = weighed(gj.OBJECTIVES["grpo"], put_on_mesh(rollouts, mesh))
         micro = micro_batch(p, g, 5, 7, budget)
         state, _ = one_update(policy, gj.OBJECTIVES["grpo"], batch, micro)
         return gather_to_host((rollouts.completions, state.params, state.opt_state))
@@ -99,10 +99,10 @@ def programs(text):
     found = {}
 
     def add(name, lowered):
-        found[name] = collectives(lowered.compile().as_text(), trips=1000)
+        found[name] = parse_collectives(lowered.compile().as_text(), trips=1000)
 
     with on_mesh(mesh):
-        policy = placed(policy, mesh)
+        policy = put_on_mesh(policy, mesh)
         prompts, mask = random_prompts(p, 5)
         sampled = partial(sample, group_size=g, max_new_tokens=7, eos_id=1, pad_id=0)
         key = jax.random.key(0)
@@ -122,7 +122,7 @@ def programs(text):
         batch = Batch(rollouts, None, None, shape((p,), jnp.float32))
         batch = with_shardings(batch, mesh)
         step, init = train_step(policy, OBJECTIVE, micro_batch(p, g, 5, 7, 10**6))
-        state = placed(init(policy.params), mesh)
+        state = put_on_mesh(init(policy.params), mesh)
         lies = tree_shardings(state, mesh), None
         add("update", jax.jit(step, out_shardings=lies).lower(state, batch))
     leaves = jax.tree.leaves(policy.params)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import grpo_jax as gj
-from grpo_jax.models.policy import add_lora, merge_lora, merged
+from grpo_jax.models.policy import add_lora, combined_params, merge_lora
 
 SHAPE = dict(
     vocab_size=13,
@@ -89,7 +89,7 @@ def test_sampling_is_its_teacher_forced_twin(base):
 def test_merging_two_dicts_keeps_every_leaf():
     params = {"layers": {"q": {"lora_a": 1}}}
     frozen = {"layers": {"q": {"kernel": 2}, "k": {"kernel": 3}}, "norm": 4}
-    assert merged(params, frozen) == {
+    assert combined_params(params, frozen) == {
         "layers": {"q": {"lora_a": 1, "kernel": 2}, "k": {"kernel": 3}},
         "norm": 4,
     }

@@ -15,8 +15,8 @@ from grpo_jax.parallel.sharding import (
     AXES,
     batch_shards,
     constrain,
+    flatten_rows,
     make_mesh,
-    rows,
     tree_shardings,
 )
 from grpo_jax.planning.devices import check_mesh
@@ -145,7 +145,7 @@ def test_tokens_of_a_micro_batch_are_those_of_one_device():
 def test_without_a_mesh_nothing_happens():
     assert make_mesh(MeshConfig()) is None
     x = jnp.zeros((2, 3, 4))
-    assert constrain(x, "prompts", "samples") is x and rows(x).shape == (6, 4)
+    assert constrain(x, "prompts", "samples") is x and flatten_rows(x).shape == (6, 4)
 
 
 # ---- what cannot run

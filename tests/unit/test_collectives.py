@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_jax.parallel.collectives import Collective, bytes_sent, collectives
+from grpo_jax.parallel.collectives import Collective, bytes_sent, parse_collectives
 
 TEXT = """HloModule step, num_partitions=8
 
@@ -31,7 +31,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 
 def test_kinds_sizes_groups_and_how_often():
-    assert collectives(TEXT, trips=5) == [
+    assert parse_collectives(TEXT, trips=5) == [
         Collective("all-gather", 128, 4, "body", 3),
         Collective("all-reduce", 1, 4, "condition", 15),
         Collective("collective-permute", 20, 2, "body", 15),
@@ -52,6 +52,6 @@ def test_what_is_started_stands_with_its_operands():
   %d = f32[4,8] all-gather-done(%g)
 }
 """
-    assert [(x.kind, x.nbytes) for x in collectives(text)] == [
+    assert [(x.kind, x.nbytes) for x in parse_collectives(text)] == [
         ("all-gather", 128), ("collective-permute", 20), ("all-reduce", 24),
     ]  # fmt: skip
