@@ -43,9 +43,9 @@ def cosines_by_phase(rows: Rows) -> Figure | None:
         axes[-1].set(xlabel="cosine of two prompts' gradients", xlim=(-reach, reach))
 
     caption = (
-        "Raw sampled cosines (filled) of the looks of each phase, exact ones (outline) "
-        "where there are. Dotted: what noise alone does, from differences of a group's "
-        "parts; filled ones that are no wider could be noise."
+        "Raw sampled cosines (filled) of the n measurements in each phase, and exact "
+        "ones (outline). Dotted: sampling noise alone, from differences between a "
+        "group's parts; sampled cosines no wider than that could be noise."
     )
     return svg_figure(
         "Cosines by phase",
@@ -75,8 +75,7 @@ def _histogram(axes: Any, label: str, rows: Rows, cosines: np.ndarray) -> float:
         grid = np.linspace(-1, 1, 401)
         bell = np.exp(-((grid / width) ** 2) / 2) / (width * np.sqrt(2 * np.pi))
         axes.plot(grid, bell, "k:", lw=1.2, label=f"noise, std {width:.3f}")
-    looks = f"{len(rows)} look" + "s" * (len(rows) > 1)
-    axes.set_ylabel(f"{label} ({looks})")
+    axes.set_ylabel(f"{label}, n = {len(rows)}")
     axes.set_yticks([])
     return float(reach)
 
@@ -111,8 +110,8 @@ def phase_shares(rows: Rows) -> Figure | None:
         )
 
     caption = (
-        "How often resampled probe prompts give each phase, the look's own label above "
-        f"(?: cannot be told); {_breaks_text(rows, breaks)}."
+        "Share of bootstrap samples of the probe prompts in each phase, and the label "
+        f"of all of them above (?: unknown); {_breaks_text(rows, breaks)}."
     )
     return svg_figure("Phases", caption, draw)
 
@@ -154,10 +153,10 @@ def _draw_breaks(axes: Any, breaks: list[float]) -> None:
 
 def _breaks_text(rows: Rows, breaks: list[float]) -> str:
     if breaks:
-        return "dashed: where cosines and sigma change level, without thresholds"
+        return "dashed: change points of cosines and sigma, which need no thresholds"
     labelled = sum(_label(row) in PHASES for row in rows)
     if labelled < 4:
-        return f"{labelled} labelled looks are too few to look for change points"
+        return f"{labelled} labelled measurements are too few for change points"
     return "no change points"
 
 
@@ -196,5 +195,5 @@ def phase_measures(rows: Rows) -> Figure | None:
         "Debiased sampled values with 95 % bootstrap intervals over prompts. Dotted: "
         "the thresholds; I above the upper one, else III above the lower one, else II."
     )
-    title = "What the phase is decided on"
+    title = "The statistics that decide the phase"
     return svg_figure(title, caption, draw, rows=2, height=3.6)

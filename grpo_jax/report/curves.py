@@ -192,8 +192,9 @@ def _predicted_changes(run: RunFiles, *, named: bool) -> Figure:
 
     title = "What other weightings would have done"
     caption = (
-        "Predicted change of a prompt's expected reward under the update that the "
-        "run's optimizer would have made of each weighting's gradient, by slope and "
-        f"curvature along it; mean over {len(run.counterfactuals)} steps, in five bins."
+        "Predicted change of a prompt's expected reward by the update that the run's "
+        "optimizer would have made of each weighting's gradient, from slope and "
+        f"curvature along it; means over {len(run.counterfactuals)} steps in {BINS} "
+        "bins."
     )
     return svg_figure(f"{title}: {run.name}" if named else title, caption, draw)

@@ -34,8 +34,8 @@ def pass_rates_by_difficulty(rows: Rows) -> Figure | None:
         return None
     what = "group mean" if rows[0]["pass_rate"] is None else "exact pass rate"
     caption = (
-        f"The {what} of every probe prompt at every look, in thirds of difficulty at "
-        "the first look, with their means."
+        f"The {what} of every probe prompt at every measurement, in thirds of "
+        "difficulty at the first one, with their means."
     )
     title = "Probe prompts' pass rates"
     return svg_figure(title, caption, _prompt_lines(rows, series, what))
@@ -50,7 +50,7 @@ def sigmas(rows: Rows) -> Figure | None:
         series = np.sqrt(np.clip(p * (1 - p), 0, None))
     if not np.isfinite(series).any():
         return None
-    what = "sqrt(p (1 - p)), exact" if exact else "of its group, unbiased variance"
+    what = "sqrt(p (1 - p)), exact" if exact else "of its group, ddof 1"
     caption = (
         f"Std of every probe prompt's reward ({what}), same colours: normalisation "
         "multiplies a prompt's gradient by its inverse."
@@ -124,8 +124,8 @@ def pass_rate_against_std(rows: Rows) -> Figure | None:
         axes.set_xlim(-0.03, 1.03)
 
     caption = (
-        "Each probe prompt at the first look (open) and at the last (full). Where a "
-        "group shows no spread it is tied: its weight is exactly 0."
+        "Each probe prompt at the first measurement (open) and the last (filled). A "
+        "group of std 0 is tied: its weight is exactly 0."
     )
     return svg_figure("Pass rate against std", caption, draw)
 
@@ -213,7 +213,7 @@ def _logarithmic(axes: Any, x: np.ndarray) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="sigma²", ylabel="|curvature| along own gradient")
+    axes.set(xlabel="sigma²", ylabel="|curvature| along its gradient")
     axes.legend(
         frameon=False,
         fontsize=7,
@@ -227,15 +227,18 @@ def _logarithmic(axes: Any, x: np.ndarray) -> None:
 def _curvature_caption(
     rows: Rows, kinds: list[_Points], zeros: int, spread: float | None
 ) -> str:
-    caption = f"All looks (small dots between first and last); {zeros} zeros left out"
-    caption += f". {_correlation_text(rows)}"
+    caption = (
+        "Each probe prompt at every measurement (small dots between the first and the "
+        f"last); {zeros} zeros left out. {_correlation_text(rows)}"
+    )
     if spread is None:
         if not is_binary(rows):
             caption += "Rewards are not 0 and 1, so there is no bound in sigma²."
         return caption
     caption += (
-        "The line is the bound for rewards 0 and 1 with the largest spread found "
-        "in the run, a lower estimate: a point above it refutes nothing"
+        "The line is the bound for rewards 0 and 1, sigma² times the largest spread "
+        "measured in the run; that is a lower estimate of the spread, so that points "
+        "may be above the line"
     )
     for kind in kinds:
         if kind.name == "exact":
@@ -253,4 +256,4 @@ def _correlation_text(rows: Sequence[Row]) -> str:
         for name, x in zip(("sampled", "exact"), series, strict=True)
         if np.isfinite(x).any()
     ]
-    return f"Rank correlation, median look: {', '.join(texts)}. " if texts else ""
+    return f"Median rank correlation: {', '.join(texts)}. " if texts else ""

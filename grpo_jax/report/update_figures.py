@@ -44,7 +44,7 @@ def predictions(rows: Rows) -> Figure | None:
     caption = (
         "Change of each probe prompt's "
         f"{'expected' if rows[0]['pass_rate'] is not None else 'sampled mean'} reward "
-        "by the update after each look, against slope + curvature / 2 along it"
+        "by the update after each measurement, against slope + curvature / 2 along it"
     )
     caption += f"; correlation {', '.join(texts)}." if texts else "."
     return svg_figure("Predicted and realised change", caption, draw)
@@ -88,7 +88,7 @@ def first_order_changes(rows: Rows) -> Figure | None:
 
     def draw(panels: list[Any]) -> None:
         for part, (axes, title) in enumerate(
-            zip(panels, ("its own", "the others'"), strict=True)
+            zip(panels, ("by its own gradient", "by the others'"), strict=True)
         ):
             _bars(axes, {name: changes[name][part] for name in names}, masks)
             axes.set_title(title, fontsize=9)
@@ -102,9 +102,10 @@ def first_order_changes(rows: Rows) -> Figure | None:
         f"{mask.sum()} {name}" for mask, (name, *_) in zip(masks, THIRDS, strict=True)
     )
     caption = (
-        "To first order, for a plain gradient step of length 1; others' share below 0 "
-        "is interference. Means over looks and prompts with signal, hard below a pass "
-        f"rate of 1/3, easy from 2/3 ({counts})."
+        "First-order change by a plain gradient step of length 1: the part of the "
+        "prompt's own gradient and of the others' (below 0: interference). Means over "
+        "measurements and prompts with signal, hard below a pass rate of 1/3, easy "
+        f"from 2/3 ({counts})."
     )
     title = "What each weighting would have done"
     return svg_figure(title, caption, draw, columns=2)

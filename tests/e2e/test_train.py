@@ -122,7 +122,7 @@ def test_report_is_one_file_that_fetches_nothing(finished):
     for section in ("Pass rate", "Within-prompt std", "Samples"):
         assert section in page
     main, curves = page.index("Why and when normalisation"), page.index("<h2>Curves")
-    assert main < page.index("Every look") < curves
+    assert main < page.index("Every measurement") < curves
 
 
 @pytest.mark.slow

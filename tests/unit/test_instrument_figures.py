@@ -24,7 +24,7 @@ def statistics(mean=0.05, std=0.12, small=0.8):
 
 
 def made_row(step, *, prompts=6, exact=True, binary=True, label="II", update=True):
-    """One look as instrument.jsonl has it, pass rates rising with the step."""
+    """One measurement as instrument.jsonl has it, pass rates rising with the step."""
     rng = np.random.default_rng(step)
     p = np.clip(np.linspace(0.02, 0.7, prompts) + step / 100, 0, 0.98)
     mean = np.round(p * 8) / 8
@@ -138,13 +138,13 @@ def test_without_exact_figures_only_what_needs_them_is_missing():
     assert "exact" not in " ".join(section["reading"])
 
 
-def test_one_look():
+def test_one_measurement():
     section = instrument_section("", [made_row(0, update=False)])
     assert "Predicted and realised change" not in titles(section)
-    assert "at 1 of 1 look" in section["reading"][0]
+    assert "at 1 of 1 measurement" in section["reading"][0]
 
 
-def test_two_prompts_and_looks_without_a_phase():
+def test_two_prompts_and_measurements_without_a_phase():
     rows = [made_row(0, prompts=2, label="unknown"), made_row(5, prompts=2)]
     section = instrument_section("", rows)
     assert "unknown at 1" in section["reading"][0]
@@ -157,10 +157,10 @@ def test_nothing_measured_is_said_to_be_nothing(exact):
     section = instrument_section("", [emptied(row) for row in rows])
     assert titles(section) == []
     phase, rate, interference, noise = section["reading"]
-    assert phase.startswith("No phase can be told at any of 4 looks")
-    assert rate.startswith("C cannot be told")
-    assert "nothing can be said" in interference
-    assert "hides the cosines at every look" in noise
+    assert phase.startswith("The phase is unknown at all of 4 measurements")
+    assert rate.startswith("C is unknown")
+    assert "Interference among prompts is unknown" in interference
+    assert "hides the cosines at every measurement" in noise
 
 
 def test_rows_of_an_older_version_are_left_out():
@@ -177,22 +177,22 @@ def test_no_bound_is_drawn_for_rewards_that_are_not_binary():
         f["caption"] for f in instrument_section("", rows)["figures"] if f
     )
     assert "no bound in sigma²" in captions
-    assert "no statement" in reading(usable(rows))[1]
+    assert "without meaning" in reading(usable(rows))[1]
 
 
 def test_what_is_said_follows_the_numbers():
     rows = usable(made_rows())
     phase, rate, interference, noise = reading(rows)
-    assert "sampled cosines: II at 5 of 5 looks" in phase
-    assert "0 hold one phase in 95 %" in phase
-    assert "5 leave the fraction of small cosines open by more than 0.5" in phase
+    assert "sampled cosines: II at 5 of 5 measurements" in phase
+    assert "0 have one phase in 95 %" in phase
+    assert "5 have an interval of the fraction of small cosines wider than 0.5" in phase
     # Exact std 0.12 with 80 % below 0.1 is III, so the two never agree.
-    assert "III at 5 of 5 looks; both agree at 0 of 5 looks" in phase
-    assert "0.80 at the last look: below 1" in rate and "no more" in rate
-    assert "of mixed sign at 5 of 5 looks" in interference
+    assert "III at 5 of 5 measurements; both agree at 0 of 5 measurements" in phase
+    assert "0.80 at the last measurement: below 1" in rate and "no more" in rate
+    assert "of mixed sign at 5 of 5 measurements" in interference
     assert "mean +0.05, std 0.12, 80 % of them below 0.1 in size" in interference
-    assert "above 0 at 0 of 5 looks, below 0 at 0" in interference
-    assert "leaves 40 % of a true cosine" in noise
+    assert "above 0 at 0 of 5 measurements, below 0 at 0" in interference
+    assert "shrinks raw cosines to 40 % of the true ones" in noise
 
 
 @pytest.mark.parametrize(
