@@ -1,8 +1,9 @@
-"""`grpo-jax eval`: a policy's answers to a task's prompts, on disk as they come."""
+"""`grpo-jax eval`: ask a model (--pretrained DIR) or a run (--run-dir DIR) a task's
+prompts: greedy, avg@k, pass@k. An interrupted evaluation is continued."""
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from grpo_jax.commands._arguments import named_run, parse, spelled_out
 from grpo_jax.errors import ConfigError
 from grpo_jax.evaluation.exact import exact_pass_rates
 from grpo_jax.evaluation.figures import summarise, table
@@ -25,7 +27,7 @@ from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_promp
 from grpo_jax.rollouts.sampling import sample
 from grpo_jax.runs.config import EvalConfig, TrainConfig
 from grpo_jax.runs.config_files import differences, from_dict, to_dict
-from grpo_jax.runs.directory import read_config_dict
+from grpo_jax.runs.directory import read_config_dict, read_facts
 from grpo_jax.runs.lines import JsonLines, read_lines, rewrite, write_json
 from grpo_jax.runs.params import params_digest
 from grpo_jax.runs.paths import use_compile_cache
@@ -263,3 +265,40 @@ def _claim(directory, config, task, policy, say):
         )
     directory.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(facts, indent=2))
+
+
+def main(argv: Sequence[str]) -> int:
+    """The subcommand; returns the exit code."""
+    argv = spelled_out(argv)
+    named = named_run(argv)
+    default = None
+    if named.run_dir is not None:
+        default = config_like_run(named.run_dir, named.task.name)
+    evaluate(parse(EvalConfig, argv, __doc__, default=default))
+    return 0
+
+
+def config_like_run(run_dir: str, task_name: str | None = None) -> EvalConfig:
+    """The settings that evaluate a run the way it evaluated itself.
+
+    Args:
+        task_name: None, or the run's own: its task with all held-out prompts. Another
+            one is asked with that task's own settings.
+    """
+    facts = read_facts(Path(run_dir))
+    run = from_dict(TrainConfig, facts["config"])
+    settings: dict[str, Any] = {}
+    if task_name in (None, run.task.name):
+        # All held-out prompts, where training evaluated some of a file's.
+        heldout = run.task.heldout_prompts or 0
+        settings = dict(
+            task=dataclasses.replace(run.task, heldout_prompts=heldout),
+            max_new_tokens=facts.get("max_new_tokens"),
+            max_prompt_tokens=run.sampling.max_prompt_tokens,
+        )
+    return EvalConfig(
+        run_dir=run_dir,
+        compute_dtype=run.model.compute_dtype,
+        temperature=run.sampling.temperature,
+        **settings,
+    )

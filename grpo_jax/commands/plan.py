@@ -1,249 +1,36 @@
-"""`grpo-jax plan`: what a run would hold and do, before it holds or does anything."""
+"""`grpo-jax plan [--json FILE] [--device-gib N] [--pass-rates FILE]`: with train's
+settings, the memory, the shapes and the informative groups of that run, before it
+starts."""
 
 import dataclasses
-import math
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
-import jax
-
-from grpo_jax.errors import ConfigError
-from grpo_jax.parallel.sharding import batch_shards
-from grpo_jax.planning.devices import device_memory
-from grpo_jax.planning.informative import (
-    GROUP_SIZES,
-    PASS_RATES,
-    Counted,
-    expected_informative,
-    informative_share,
-    read_pass_rates,
-)
-from grpo_jax.planning.memory import MemoryInputs, readable
-from grpo_jax.planning.plan import Plan, make_plan
-from grpo_jax.planning.remedies import remedies, too_long
-from grpo_jax.rollouts.micro_batches import micro_batch
+from grpo_jax.commands._arguments import parse_run
 from grpo_jax.runs.config import TrainConfig
-
-_GIB = 2**30
-
-
-def forecast(
-    config: TrainConfig,
-    *,
-    device_gib: float | None = None,
-    pass_rates: str | None = None,
-) -> dict[str, Any]:
-    """What `grpo-jax plan` prints, as JSON takes it: bytes, tokens and shares.
-
-    Args:
-        device_gib: Memory of the device planned for; None: of the one here, where
-            there are as many as the mesh needs.
-        pass_rates: As `read_pass_rates`; None: a table of examples.
-
-    Raises:
-        ConfigError: as `make_plan` and `read_pass_rates`.
-    """
-    if device_gib is not None and not 0 < device_gib < float("inf"):
-        raise ConfigError(f"--device-gib must be positive, got {device_gib:g}.")
-    counted = None if pass_rates is None else read_pass_rates(pass_rates)
-    devices = math.prod(dataclasses.astuple(config.mesh))
-    elsewhere = device_gib is not None or devices > len(jax.devices())
-    plan = make_plan(config, with_weights=False, elsewhere=elsewhere)
-    if device_gib is not None:
-        limit = round(device_gib * _GIB)
-    else:
-        limit = None if elsewhere else device_memory()
-    return {
-        "run": plan.headline,
-        "warnings": [w for w in plan.warnings if not w.startswith("about ")],
-        "memory": _memory(plan.memory, limit),
-        "step": _step(config, plan),
-        "informative": _informative(config, counted),
-    }
+from grpo_jax.runs.lines import write_json
 
 
-def _memory(inputs: MemoryInputs, limit: int | None):
-    memory = inputs.estimate()
-    fits = limit is None or memory.peak <= limit
-    return {
-        "bytes": memory._asdict(),
-        "held": memory.state,
-        "phases": memory.phases(),
-        "peak": memory.peak,
-        "peak_in": memory.largest(),
-        "device": limit,
-        "share_of_device": None if limit is None else memory.peak / limit,
-        "fits": fits,
-        "completion": None if limit is None or fits else too_long(inputs, limit),
-        "advice": [] if limit is None or fits else remedies(inputs, limit),
-    }
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions(TrainConfig):
+    """The settings of `train`, which is not started, and options of the plan."""
+
+    json: str | None = None  # also write the plan to this file
+    device_gib: float | None = None  # memory planned for; default: this device's
+    # A directory of `grpo-jax eval --samples K`, its samples.jsonl, or a JSON list of
+    # rates: how many groups will be informative; default: a table of examples
+    pass_rates: str | None = None
 
 
-def _step(config, plan: Plan):
-    p, g = config.sampling.prompts, config.sampling.group_size
-    length, drafts = plan.train_prompt_length, plan.objective.drafts
-    tokens = p * (length + g * plan.max_new_tokens)
-    updated, splits = plan.memory.updated, {}
-    shards = batch_shards(updated, g, config.mesh)
-    for t in plan.buckets:
-        split = micro_batch(updated, g, length, t, config.micro_batch_tokens, shards)
-        splits[str(t)] = [split.prompts, split.samples]
-    return {
-        "prompts": p,
-        "group_size": g,
-        "completions": p * g + p * drafts,
-        "prompt_bucket": plan.prompt_length,
-        "trained_prompt_bucket": length,
-        "max_new_tokens": plan.max_new_tokens,
-        "completion_buckets": plan.buckets,
-        "micro_batches": splits,  # completion bucket -> prompts x samples
-        "tokens": tokens,  # of one update, at most
-        "steps": config.steps,
-        "updates": config.steps * config.updates_per_rollout,
-    }
+def main(argv: Sequence[str]) -> int:
+    """The subcommand; returns the exit code."""
+    options = parse_run(PlanOptions, argv, __doc__)
+    from grpo_jax.planning.forecast import forecast, forecast_text
 
-
-def _informative(config, counted: list[Counted] | None):
-    p, g = config.sampling.prompts, config.sampling.group_size
-    sizes = sorted({g, *GROUP_SIZES})
-    if counted is None:
-        rows = {
-            str(rate): {str(n): informative_share(rate, n) for n in sizes}
-            for rate in PASS_RATES
-        }
-        return {"group_size": g, "examples": rows}
-    shares = {str(n): expected_informative(counted, n) for n in sizes}
-    fewest = min(c.asked for c in counted)
-    return {
-        "group_size": g,
-        "prompts_measured": len(counted),
-        "samples_each": fewest,  # 0: rates that were given
-        "mean_pass_rate": sum(c.rate for c in counted) / len(counted),
-        "never_solved": sum(c.rate == 0 for c in counted),
-        "always_solved": sum(c.rate == 1 for c in counted),
-        "shares": shares,
-        "informative_prompts": p * shares[str(g)],
-        "wasted_prompts": p * (1 - shares[str(g)]),
-    }
-
-
-_ROWS = (
-    ("parameters", "parameters, float32"),
-    ("optimizer", "optimizer state"),
-    ("reference", "reference policy"),
-    ("frozen", "frozen base"),
-)
-_PHASES = {
-    "sampling": (
-        ("sampler_weights", "sampler's copy of the weights"),
-        ("cache", "keys and values"),
-        ("sampler_logits", "logits and one layer's work"),
-    ),
-    "evaluation": (),
-    "update": (
-        ("update_copies", "copies of the parameters"),
-        ("gradients", "gradients"),
-        ("activations", "activations of a micro-batch"),
-        ("logits", "or logits of a chunk and the table's gradient"),
-        ("optimizing", "or gradient, moments and change, in the optimizer"),
-    ),
-    "look": (),
-    "counterfactual": (),
-}
-_PHASE_NAMES = {
-    "evaluation": "evaluation, as many prompts as a step has completions",
-    "update": "update",
-    "look": "the instrument's look",
-    "counterfactual": "counterfactual step",
-}
-
-
-def forecast_text(found: dict[str, Any]) -> str:
-    """`forecast` as a person reads it."""
-    parts = [found["run"], *(f"warning: {w}" for w in found["warnings"])]
-    parts += ["", *_memory_lines(found["memory"])]
-    parts += ["", *_step_lines(found["step"])]
-    parts += ["", *_informative_lines(found["informative"], found["step"]["prompts"])]
-    return "\n".join(parts)
-
-
-def _line(text, count, indent=2):
-    return f"{' ' * indent}{text:<{58 - indent}}{readable(count, 'B'):>8}"
-
-
-def _memory_lines(memory):
-    sizes = memory["bytes"]
-    lines = ["memory of one device"]
-    lines += [_line(text, sizes[name]) for name, text in _ROWS if sizes[name]]
-    lines.append(_line("held all the time", memory["held"]))
-    for phase, count in memory["phases"].items():
-        if count:
-            lines.append(_line(f"+ {_PHASE_NAMES.get(phase, phase)}", count))
-            lines += [
-                _line(text, sizes[name], 6)
-                for name, text in _PHASES[phase]
-                if sizes[name]
-            ]
-    peak = f"peak, in {_article(memory['peak_in'])}"
-    lines.append(_line(peak, memory["peak"]))
-    if memory["device"] is None:
-        lines.append("  the device's memory is not known; give --device-gib N")
-    else:
-        share = f"{100 * memory['share_of_device']:.0f} % of the device's"
-        lines.append(f"  {share} {readable(memory['device'], 'B')}")
-    if not memory["fits"]:
-        lines += [f"  {memory['completion']}"] if memory["completion"] else []
-        lines.append("  it does not fit; what would make it fit, each alone:")
-        lines += [f"    {text}" for text in memory["advice"]]
-    return lines
-
-
-def _article(phase):
-    return phase if phase in ("sampling", "evaluation") else f"a {phase}"
-
-
-def _step_lines(step):
-    sizes = ", ".join(
-        f"{p} x {g} at {t}" for t, (p, g) in step["micro_batches"].items()
+    result = forecast(
+        options, device_gib=options.device_gib, pass_rates=options.pass_rates
     )
-    return [
-        "a step",
-        f"  {step['prompts']} prompts x {step['group_size']} samples: "
-        f"{step['completions']} completions, at most {step['tokens']:,} tokens",
-        f"  prompts padded to {step['trained_prompt_bucket']} tokens, completions to "
-        f"{' or '.join(map(str, step['completion_buckets']))}",
-        f"  micro-batches of prompts x samples: {sizes}",
-        f"  {step['steps']:,} steps, {step['updates']:,} optimizer updates",
-    ]
-
-
-def _informative_lines(found, prompts):
-    g = found["group_size"]
-    if "examples" in found:
-        rows = found["examples"]
-        sizes = list(next(iter(rows.values())))
-        lines = [
-            "informative groups, 1 - p^G - (1 - p)^G (--pass-rates FILE for yours)",
-            "  p      " + "".join(f"{f'G {n}':>8}" for n in sizes),
-        ]
-        for rate, shares in rows.items():
-            cells = "".join(f"{100 * shares[n]:>6.0f} %" for n in sizes)
-            lines.append(f"  {rate:<7}{cells}")
-        return lines
-    shares = ", ".join(f"{100 * x:.0f} % at {n}" for n, x in found["shares"].items())
-    few = 0 < found["samples_each"] < g
-    lines = [
-        f"informative groups, over {found['prompts_measured']} prompts of mean pass "
-        f"rate {found['mean_pass_rate']:.3f}",
-        f"  by group size: {shares}",
-        f"  of {prompts} prompts a step, {found['informative_prompts']:.1f} tell "
-        f"something and {found['wasted_prompts']:.1f} are sampled for nothing"
-        + ("; at least, with fewer samples each than a group has" if few else ""),
-    ]
-    dead = found["never_solved"] + found["always_solved"]
-    if dead:
-        lines.append(
-            f"  {found['never_solved']} prompts were never solved and "
-            f"{found['always_solved']} always; without them the rest would be "
-            "informative more often"
-        )
-    return lines
+    print(forecast_text(result))
+    if options.json is not None:
+        write_json(Path(options.json), result)
+    return 0

@@ -1,4 +1,5 @@
-"""Recomputes a step of a run: what it sampled, scored and updated, number by number.
+"""`grpo-jax replay RUN_DIR STEP [--output FILE.npz]`: compute a step of a run again,
+compare it with what metrics.jsonl has, and keep its rollouts and gradient norms.
 
 Sampling is a function of the run's key, the step, the prompt and the sample, and an
 update is one of the state and the rollouts. So the checkpoint before a step, or the
@@ -8,7 +9,9 @@ service.
 """
 
 import dataclasses
+import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.commands._arguments import parse
 from grpo_jax.errors import ConfigError
 from grpo_jax.parallel.sharding import make_mesh, on_mesh
 from grpo_jax.planning.plan import make_plan
@@ -226,3 +230,27 @@ def _arrays(run, state, scored):
             [int((~jnp.isfinite(x)).sum()) for x in named.values()]
         ),
     }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    """Which step is computed again."""
+
+    run_dir: str  # the run
+    step: int  # from 1, as metrics.jsonl counts
+    output: str | None = None  # also write rollouts, weights and norms to this .npz
+
+
+def main(argv: Sequence[str]) -> int:
+    """The subcommand; returns the exit code."""
+    options = parse(ReplayOptions, argv, __doc__, positional=True)
+    # orbax warns about directories that are opened read-only.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    replayed = replay(options.run_dir, options.step)
+    print(replayed.text())
+    if options.output is not None:
+        arrays: dict[str, Any] = dict(replayed.arrays)
+        with Path(options.output).open("wb") as file:
+            np.savez(file, **arrays)
+        print(f"rollouts, weights and gradient norms: {options.output}")
+    return 0

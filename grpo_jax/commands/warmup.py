@@ -1,11 +1,13 @@
-"""`grpo-jax warmup`: a model that was taught a task's solutions, on disk."""
+"""`grpo-jax warmup`: teach a new model, or a pretrained one, a task's worked solutions,
+and save it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
+from grpo_jax.commands._arguments import parse, spelled_out
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.policy import init_policy
 from grpo_jax.models.pretrained import read_config, save_pretrained
@@ -88,3 +90,9 @@ def warm_up(
     asked = "" if task.template == usual else f" --task.template {task.template}"
     say(f"written to {output}; train it with --pretrained {output}{asked}")
     return output
+
+
+def main(argv: Sequence[str]) -> int:
+    """The subcommand; returns the exit code."""
+    warm_up(parse(WarmupConfig, spelled_out(argv), __doc__))
+    return 0

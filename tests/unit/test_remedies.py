@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from grpo_jax import ModelConfig
-from grpo_jax.commands.plan import forecast_text
+from grpo_jax.planning.forecast import forecast_text
 from grpo_jax.planning.memory import MemoryInputs
 from grpo_jax.planning.remedies import remedies, too_long
 from grpo_jax.runs.config import MeshConfig

@@ -1,0 +1,24 @@
+"""`grpo-jax train`: train a policy, from prompts to a finished report."""
+
+import sys
+from collections.abc import Sequence
+
+from grpo_jax.commands._arguments import parse_run
+from grpo_jax.runs.config import TrainConfig
+
+
+def main(argv: Sequence[str]) -> int:
+    """The subcommand; returns the exit code."""
+    config = parse_run(TrainConfig, argv, __doc__)
+    # jax is imported once the settings are known to be right.
+    from grpo_jax.parallel.processes import LostProcess, exit_at_once
+    from grpo_jax.training.loop import NonFiniteGradients, train
+
+    try:
+        train(config)
+    except NonFiniteGradients as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except LostProcess as error:
+        exit_at_once(str(error))
+    return 0
