@@ -68,8 +68,9 @@ def weighed(objective, rollouts, old=None, reference=None):
     rule = scale_weights(objective)
     ids = np.arange(len(rollouts.rewards))
     call = jax.jit(partial(weigh, objective, rule, max_length=7))
-    trained, weights, _, _ = call(rollouts, reference, ids, rule.init())
-    return Batch(trained, old, reference, weights)
+    weighed = call(rollouts, reference, ids, rule.init())
+    shaped, weights = weighed.shaped_rewards, weighed.weights
+    return Batch(weighed.rollouts, shaped, weights, old, reference)
 
 
 def train_step(policy, objective, micro, optimizer=None, max_length=7):

@@ -137,9 +137,9 @@ def main(c: Config):
         # The ratio is against the sampler's own log-probs.
         batch = Batch(
             rollouts._replace(rewards=rewards),
-            rollouts.behaviour_logprobs,
-            None,
+            rewards,
             rule.weights(rewards, ())[0],
+            old_logprobs=rollouts.behaviour_logprobs,
         )
         state, _ = update(state, batch)
         jax.block_until_ready(state)

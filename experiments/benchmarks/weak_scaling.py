@@ -144,7 +144,7 @@ def measure(c: Config, text: str) -> dict:
             lambda params: init_state(params, optimizer, rule), policy.params
         )
         state = with_shardings(state, mesh)
-        batch = with_shardings(Batch(rollouts, None, None, floats((p,))), mesh)
+        batch = with_shardings(Batch(rollouts, rollouts.rewards, floats((p,))), mesh)
         lies = (
             {}
             if mesh is None

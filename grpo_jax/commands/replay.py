@@ -11,7 +11,7 @@ service.
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,37 +21,43 @@ import numpy as np
 
 from grpo_jax.commands._arguments import parse
 from grpo_jax.errors import ConfigError
+from grpo_jax.parallel.processes import Processes
 from grpo_jax.parallel.sharding import make_mesh, on_mesh
 from grpo_jax.planning.plan import make_plan
 from grpo_jax.rewards.pool import verifier_pool
-from grpo_jax.rollouts.judging import HostRollouts
-from grpo_jax.rollouts.micro_batches import micro_batch
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import MeshConfig, TrainConfig
 from grpo_jax.runs.config_files import from_dict
 from grpo_jax.runs.directory import read_config_dict, read_facts
 from grpo_jax.runs.lines import read_lines, without_nan
 from grpo_jax.runs.params import named_arrays
-from grpo_jax.runs.paths import use_compile_cache
+from grpo_jax.runs.paths import count_compiles, use_compile_cache
 from grpo_jax.tasks.types import Task
-from grpo_jax.training.loop import Run, facts_of
-from grpo_jax.training.state import part_of, with_history
+from grpo_jax.training.collector import Collected
+from grpo_jax.training.console import Console
+from grpo_jax.training.context import RunContext
+from grpo_jax.training.journal import RowMaker
+from grpo_jax.training.learner import WeighedBatch
+from grpo_jax.training.parts import Parts, make_instrument, make_parts
+from grpo_jax.training.start import facts_of, starting_policy
+from grpo_jax.training.state import Batch, TrainState, part_of, push_history
 from grpo_jax.training.step import make_gradients
 
 
 class Replayed(NamedTuple):
-    """A step computed again.
+    """A recomputed step.
 
     Attributes:
-        step: Which, as metrics.jsonl counts.
-        start: Of the checkpoint it was recomputed from; 0: the start of the run.
-        row: Its line of metrics.jsonl, as recomputed.
-        recorded: As the run wrote it; None where it has no such line.
-        differing: Fields that are not the same in both, time and compiles left out.
+        step: As metrics.jsonl counts steps.
+        start: Step of the checkpoint it was recomputed from; 0: the start of the run.
+        row: Recomputed row of metrics.jsonl.
+        recorded: The row that the run wrote; None where there is none.
+        differing: Fields that differ between the two, but for times and compiles.
         first_differing: The first step since `start` that differs, or None.
-        unstable: Samples whose reward is another when the same completions are scored
+        unstable: Samples whose reward changes when the same completions are scored
             twice.
-        arrays: Rollouts, rewards, weights and gradient norms, as an .npz has them.
+        arrays: By name, for an .npz file: rollouts [P, G, T], rewards [P, G], weights
+            [P], gradient norms by parameter.
     """
 
     step: int
@@ -64,6 +70,7 @@ class Replayed(NamedTuple):
     arrays: dict[str, np.ndarray]
 
     def text(self) -> str:
+        """A table of both rows, and what they say."""
         recorded = self.recorded or {}
         names = [name for name in {**self.row, **recorded} if not _left_out(name)]
         width = max(map(len, names))
@@ -74,7 +81,7 @@ class Replayed(NamedTuple):
             lines.append(f"{name:{width}}  {pair[0]:>22}  {pair[1]:>22}{mark}")
         return "\n".join([*lines, *self._verdict()])
 
-    def _verdict(self):
+    def _verdict(self) -> Iterator[str]:
         if self.recorded is None:
             yield f"step {self.step}: replayed; metrics.jsonl has no line of it."
         elif not self.differing:
@@ -94,14 +101,15 @@ class Replayed(NamedTuple):
 def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Replayed:
     """Recomputes a step of a run from the checkpoint before it; writes nothing.
 
-    On the mesh that the run had, where this process has as many devices; else on one.
+    On the run's mesh, where this process has as many devices; else on one.
 
     Args:
-        step: 1 or later: the line of metrics.jsonl to make again.
-        task: The run's, where it was given one of its own.
+        run_dir: The run's directory.
+        step: 1 or later: the row of metrics.jsonl to make again.
+        task: The run's, where it was given one made in code.
 
     Raises:
-        ConfigError: no such step, or not the data or the model that the run had.
+        ConfigError: no such step, or other data or another model than the run had.
     """
     run_dir = Path(run_dir)
     config = from_dict(TrainConfig, read_config_dict(run_dir))
@@ -118,73 +126,117 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
         if facts.get(name, now[name]) != now[name]:
             raise ConfigError(f"cannot replay {run_dir}: {what} changed since it ran.")
     use_compile_cache()
-    mesh = make_mesh(config.mesh)
+    mesh, console = make_mesh(config.mesh), Console(config.log.lines_every)
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
-        run = Run(config, plan, run_dir, pool=pool, mesh=mesh)
         if moved:
-            run.console.say(
+            console.say(
                 "the run was on more devices than there are here and is replayed on "
                 "one: numbers differ by rounding, which may change a sample."
             )
-        return _replayed(run, step)
+        context = RunContext(config, plan, run_dir, Processes(), pool, mesh, console)
+        return _replay(context, step)
 
 
-def _replayed(run: Run, step: int) -> Replayed:
-    policy = run.starting_policy()
-    run.build(policy)
-    state, start = run.first_state(policy), 0
-    if (run.directory / "checkpoints").is_dir():
-        with Checkpoints(
-            run.directory / "checkpoints", warn=run.console.warn, read_only=True
-        ) as checkpoints:
-            restored = checkpoints.restore(state, before=step)
-        if restored is not None:
-            state, start = restored[0], restored[1]["step"]
-    run.console.say(f"replaying from step {start}")
-    del policy
-    run.compile_updates(state)
-    lines = {line["step"]: line for line in read_lines(run.directory / "metrics.jsonl")}
-    first = None
-    for now in range(start, step):
-        indices, sampled = run.sampled(state.params, now)
-        scored = run.scored(state, now, indices, run.fetch(sampled))
-        unstable, arrays = 0, {}
-        if now + 1 == step:
-            unstable = _unstable(run, scored)
-            arrays = _arrays(run, state, scored)
-        state, metrics = run.update(scored.state, scored.batch)
-        row = run.row(now + 1, scored.metrics | metrics, scored.host)
-        recorded = lines.get(now + 1)
-        if recorded is not None:
-            if now + 1 == step:
-                row |= _looked(run, state.params, step, recorded)
-            else:  # evaluations on the way are not made again
-                recorded = {name: recorded[name] for name in row if name in recorded}
-        row = without_nan(row)
-        differing = _differing(row, recorded)
-        if differing and first is None:
-            first = now + 1
-    return Replayed(step, start, row, recorded, differing, first, unstable, arrays)
+def _replay(context: RunContext, step: int) -> Replayed:
+    """Every step from the checkpoint before `step` to `step`."""
+    policy = starting_policy(context)
+    assert policy is not None  # nothing asks a replay to stop
+    parts = make_parts(context, policy)
+    state, start = _checkpoint_before(context, parts.learner.init(policy), step)
+    del policy  # its parameters are the state's now, to be donated
+    context.console.say(f"replaying from step {start}")
+    parts.learner.compile(state, lambda: False)
+    make_row = RowMaker(parts.schedule, count_compiles())
+    rows = {row["step"]: row for row in read_lines(context.directory / "metrics.jsonl")}
+    first_differing = None
+    for now in range(start, step - 1):
+        collected, weighed = _collect(parts, state, now)
+        state, row = _update(parts, make_row, collected, weighed, now + 1)
+        recorded = rows.get(now + 1)
+        if recorded is not None:  # evaluations on the way are not made again
+            recorded = {name: recorded[name] for name in row if name in recorded}
+        if _differing(row, recorded) and first_differing is None:
+            first_differing = now + 1
+    collected, weighed = _collect(parts, state, step - 1)
+    unstable = _count_unstable(parts, collected)
+    arrays = _arrays(parts, state, collected, weighed.batch)
+    state, row = _update(parts, make_row, collected, weighed, step)
+    recorded = rows.get(step)
+    if recorded is not None:
+        row |= without_nan(_observed(context, parts, state.params, step, recorded))
+    differing = _differing(row, recorded)
+    if differing and first_differing is None:
+        first_differing = step
+    return Replayed(
+        step, start, row, recorded, differing, first_differing, unstable, arrays
+    )
 
 
-def _looked(run, params, step, recorded):
-    """Evaluation and look, where the recorded step had them."""
-    row = {}
+def _checkpoint_before(
+    context: RunContext, state: TrainState, step: int
+) -> tuple[TrainState, int]:
+    """(state, its step) of the newest checkpoint before `step`, or of the start."""
+    directory = context.directory / "checkpoints"
+    if not directory.is_dir():
+        return state, 0
+    with Checkpoints(
+        directory, warn=context.console.warn, read_only=True
+    ) as checkpoints:
+        restored = checkpoints.restore(state, before=step)
+    return (state, 0) if restored is None else (restored[0], restored[1]["step"])
+
+
+def _collect(
+    parts: Parts, state: TrainState, step: int
+) -> tuple[Collected, WeighedBatch]:
+    """The rollouts after `step` steps, scored and weighed."""
+    collector = parts.collector
+    sampling = collector.sample(state.params, step)
+    sampled = collector.fetch(sampling)
+    collected = collector.score(state.params, step, sampling, sampled)
+    indices = collected.indices
+    return collected, parts.learner.weigh(state, collected.rollouts, indices)
+
+
+def _update(
+    parts: Parts,
+    make_row: RowMaker,
+    collected: Collected,
+    weighed: WeighedBatch,
+    step: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """(state, row) of the step; the state before it is donated."""
+    state, metrics = parts.learner.update(weighed.state, weighed.batch)
+    row = make_row(step, weighed.metrics | metrics, collected.metrics)
+    return state, without_nan(row)
+
+
+def _observed(
+    context: RunContext,
+    parts: Parts,
+    params: Any,
+    step: int,
+    recorded: dict[str, Any],
+) -> dict[str, Any]:
+    """Evaluation and probe measurement, where the recorded step had them."""
+    row: dict[str, Any] = {}
     if "eval/heldout_pass_rate" in recorded:
-        row |= run.evaluate(params, step)
+        row |= parts.pass_rates.measure(params, step)
     if "phase/label" in recorded:
-        looks = read_lines(run.directory / "instrument.jsonl")
-        instrument = run.make_instrument([r for r in looks if r["step"] < step])
-        row |= instrument.measure(params, step)
+        rows = read_lines(context.directory / "instrument.jsonl")
+        earlier = [row for row in rows if row["step"] < step]
+        instrument = make_instrument(context, parts, earlier)
+        if instrument is not None:
+            row |= instrument.measure(params, step)
     return row
 
 
-def _left_out(name):
+def _left_out(name: str) -> bool:
     return name.startswith("time/") or name == "compiles"
 
 
-def _differing(row, recorded):
-    """Names of the fields that the replayed line has otherwise; NaN is equal to NaN."""
+def _differing(row: dict[str, Any], recorded: dict[str, Any] | None) -> list[str]:
+    """Fields that differ; NaN, written as null, equals NaN."""
     if recorded is None:
         return []
     return [
@@ -195,35 +247,46 @@ def _differing(row, recorded):
     ]
 
 
-def _unstable(run, scored):
-    before = scored.judged.rollouts
-    again = run.judge(HostRollouts(before, scored.mine), scored.indices).rollouts
-    same = np.equal(again.rewards, before.rewards)
-    same |= np.isnan(again.rewards) & np.isnan(before.rewards)
+def _count_unstable(parts: Parts, collected: Collected) -> int:
+    """Samples whose reward is another when the same completions are scored again."""
+    before, again = collected.rollouts.rewards, parts.collector.rescore(collected)
+    same = np.equal(again, before) | (np.isnan(again) & np.isnan(before))
     return int((~same).sum())
 
 
-def _arrays(run, state, scored):
-    """What went into the step's first update, and the gradient it had, by parameter."""
-    config, batch = run.config, scored.batch
-    if run.objective.history > 1:
-        _, batch = with_history(state.history, batch)
-    batch = part_of(batch, 0, run.parts)
-    p, g, t = batch.rollouts.completions.shape
-    length = batch.rollouts.prompts.shape[1]
+def _arrays(
+    parts: Parts,
+    state: TrainState,
+    collected: Collected,
+    batch: Batch,
+) -> dict[str, np.ndarray]:
+    """What went into the step's first update, and its gradient's norm by parameter.
+
+    Args:
+        parts: Of the run.
+        state: Before the update.
+        collected: The step's rollouts.
+        batch: The same, weighed.
+    """
+    settings, first = parts.learner.settings, batch
+    if settings.objective.history > 1:
+        _, first = push_history(settings.objective, state.history, batch)
+    first = part_of(first, 0, settings.parts)
+    prompts, _, tokens = first.rollouts.completions.shape
     gradients = make_gradients(
-        run.objective,
-        micro=micro_batch(p, g, length, t, config.micro_batch_tokens),
-        temperature=run.temperature,
-        max_length=run.plan.max_new_tokens,
+        settings.objective,
+        micro=settings.micro(prompts, tokens),
+        temperature=settings.temperature,
+        max_length=settings.max_new_tokens,
     )
-    grads, _ = jax.jit(gradients)(run.policy.replace(state.params), batch)
+    grads, _ = jax.jit(gradients)(settings.policy.replace(state.params), first)
     named = named_arrays(grads)
+    rollouts = collected.rollouts._asdict()
     return {
-        **{name: np.asarray(x) for name, x in scored.judged.rollouts._asdict().items()},
-        "prompt_indices": np.asarray(scored.indices),
-        "trained_rewards": np.asarray(scored.batch.rollouts.rewards),
-        "weights": np.asarray(scored.batch.weights),
+        **{name: np.asarray(x) for name, x in rollouts.items()},
+        "prompt_indices": np.asarray(collected.indices),
+        "trained_rewards": np.asarray(batch.rollouts.rewards),
+        "weights": np.asarray(batch.weights),
         "parameters": np.array(list(named)),
         "gradient_norms": np.array([float(jnp.linalg.norm(x)) for x in named.values()]),
         "gradient_not_finite": np.array(

@@ -1,8 +1,8 @@
-"""The processes of one run: how they find each other, and what they tell each other.
+"""The processes of one run: how they find each other, and what they exchange.
 
-Every process runs the same program on one mesh. What lies on the devices of one of them
-only is read by that one; what all have to know, or to decide alike, is exchanged. A
-run of one process is the case in which there is nobody to tell.
+Every process runs the same program on one mesh. Arrays on the devices of one process
+are read by that process; what all must know, or decide alike, is exchanged. A run of
+one process is the case without an exchange.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from grpo_jax.errors import ConfigError
 
 Value = TypeVar("Value")
 
-_LEAST = 2**12  # bytes of a message; longer ones need a second round, once
+_SMALLEST = 2**12  # bytes of a message; a longer one takes a second round, once
 
 
 class Rendezvous(Protocol):
@@ -45,13 +45,12 @@ class LostProcess(RuntimeError):
 
 
 class SharedFailure(OSError):
-    """One of the processes is in trouble, and all of them know: they raise this at the
-    same exchange."""
+    """One process cannot go on; all processes raise this at the same exchange."""
 
 
-def _several() -> bool:
-    """Whether something started this process as one of several that belong together,
-    in a way that `jax.distributed.initialize` finds the others by."""
+def _is_one_of_several() -> bool:
+    """Whether the environment names further processes, in a way by which
+    `jax.distributed.initialize` finds them."""
     given = os.environ.get
     counts = given("SLURM_STEP_NUM_TASKS"), given("OMPI_COMM_WORLD_SIZE")
     if any(n is not None and n.isdigit() and int(n) > 1 for n in counts):
@@ -59,7 +58,7 @@ def _several() -> bool:
     return "JAX_COORDINATOR_ADDRESS" in os.environ
 
 
-def _on_tpu() -> bool:
+def _is_on_tpu() -> bool:
     """Whether this host has TPU chips, which may be part of a pod's."""
     if importlib.util.find_spec("libtpu") is None:
         return False
@@ -67,15 +66,15 @@ def _on_tpu() -> bool:
 
 
 def join(config: Rendezvous) -> None:
-    """Joins the run's other processes, if there are any; before any device is used.
+    """Connects to the run's other processes, if any; call before a device is used.
 
     Raises:
-        ConfigError: they did not all come.
+        ConfigError: some of them did not connect in time.
     """
     if jax.distributed.is_initialized():
-        return  # the caller has done it
-    certain = config.coordinator is not None or _several()
-    if not certain and not _on_tpu():
+        return  # by the caller
+    certain = config.coordinator is not None or _is_one_of_several()
+    if not certain and not _is_on_tpu():
         return
     try:
         jax.distributed.initialize(
@@ -88,7 +87,7 @@ def join(config: Rendezvous) -> None:
         )
     except (RuntimeError, ValueError) as error:
         if not certain:
-            return  # a TPU host of its own
+            return  # a single TPU host
         where = config.coordinator or "the environment"
         lines = str(error).strip().splitlines() or [""]
         raise ConfigError(
@@ -99,7 +98,7 @@ def join(config: Rendezvous) -> None:
 
 
 def exit_at_once(message: str) -> None:
-    """Ends this process at once: the others can no longer be waited for."""
+    """Ends this process without waiting for the others."""
     print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -110,51 +109,75 @@ class Processes:
     """This process among those of the run.
 
     Args:
-        asked: Whether a signal asks this process to stop.
+        stop_requested: Whether a signal asks this process to stop.
         limit: Seconds to wait for the others at most; then this process ends.
 
     Attributes:
-        index, count: Of this process, and how many there are.
-        is_writer: Whether this is the one that writes files and talks.
-        failure: What keeps this process from going on; all end at the next exchange.
+        index, count: Index of this process, and number of processes.
+        is_writer: Whether this is the process that writes files and prints.
+        failure: Why this process cannot go on; all end at the next exchange.
     """
 
     def __init__(
-        self, asked: Callable[[], bool] = lambda: False, limit: float | None = None
+        self,
+        stop_requested: Callable[[], bool] = lambda: False,
+        limit: float | None = None,
     ):
         self.index, self.count = jax.process_index(), jax.process_count()
         self.is_writer = self.index == 0
         self.failure: str | None = None
-        self._asked, self._stop, self._size = asked, False, _LEAST
-        self._limit = limit
+        self._stop_requested, self._stop = stop_requested, False
+        self._limit, self._message_bytes = limit, _SMALLEST
 
     @property
     def stopping(self) -> bool:
-        """Whether one was asked to stop; of several, as of their last exchange, so that
-        they all stop at the same place."""
-        return self._asked() if self.count == 1 else self._stop
+        """Whether a process was asked to stop. With several processes, as of the last
+        exchange, so that all stop at the same place."""
+        return self._stop_requested() if self.count == 1 else self._stop
+
+    @property
+    def phase_limit(self) -> float | None:
+        """Seconds that a phase may take where other processes wait for it."""
+        return self._limit if self.count > 1 else None
+
+    @property
+    def file_suffix(self) -> str:
+        """What tells this process's files from the others'; "" for a single one."""
+        return "" if self.count == 1 else f"-process-{self.index}"
 
     def exchange(self, value: Value) -> list[Value]:
-        """What each process gave, in their order; all must come here.
+        """The values of all processes, in their order; a call of all of them together.
 
         Raises:
-            SharedFailure: one of them is in `failure`.
+            SharedFailure: a process has a `failure`.
         """
         if self.count == 1:
             return [value]
         with self._in_time():
-            found = self._gathered((value, self._asked(), self.failure))
-        self._stop = any(asked for _, asked, _ in found)
-        troubles = [trouble for _, _, trouble in found if trouble is not None]
-        if troubles:
+            rows = self._gather((value, self._stop_requested(), self.failure))
+        self._stop = any(requested for _, requested, _ in rows)
+        failures = [failure for _, _, failure in rows if failure is not None]
+        if failures:
             self.failure = None
-            raise SharedFailure(troubles[0])
-        return [value for value, _, _ in found]
+            raise SharedFailure(failures[0])
+        return [value for value, _, _ in rows]
+
+    def synchronise(self) -> None:
+        """Waits for all processes, and fails on all where one has a `failure`.
+
+        Raises:
+            SharedFailure: a process has a `failure`.
+        """
+        self.exchange(None)
+
+    def knows(self, error: OSError) -> bool:
+        """Whether every process is handling this error now."""
+        return self.count == 1 or isinstance(error, SharedFailure)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """What the process that writes does alone; of several, all end where that
-        fails, at their next exchange."""
+        """Turns an OSError inside into a `failure`, which ends all processes at their
+        next exchange. A single process raises it at once."""
         try:
             yield
         except OSError as error:
@@ -162,31 +185,36 @@ class Processes:
                 raise
             self.failure = str(error)
 
+    def on_writer(self, write: Callable[[], object]) -> None:
+        """Calls `write` in the process that writes; an OSError is a `failure`."""
+        if self.is_writer:
+            with self.writing():
+                write()
+
     def first(self, value: Value) -> Value:
-        """What the process that writes gave."""
-        return self.exchange(value if self.is_writer else None)[0]  # type: ignore
+        """The value of the process that writes; a call of all of them together."""
+        return self.exchange(value if self.is_writer else cast(Value, None))[0]
 
     def together(self, function: Callable[[], Value]) -> Value:
-        """function() here; where it raises ConfigError in one process, in all."""
-        error = result = None
+        """function(); a ConfigError in one process is raised in all."""
+        if self.count == 1:
+            return function()
+        result, error = None, None
         try:
             result = function()
-        except ConfigError as found:
-            error = found
-        if self.count == 1:
-            if error is not None:
-                raise error
-            return result  # type: ignore
-        told = self.exchange(None if error is None else str(error))
+        except ConfigError as raised:
+            error = raised
+        texts = self.exchange(None if error is None else str(error))
         if error is not None:
             raise error
-        for index, text in enumerate(told):
+        for index, text in enumerate(texts):
             if text is not None:
                 raise ConfigError(f"process {index}: {text}")
-        return result  # type: ignore
+        return cast(Value, result)  # it returned
 
     @contextlib.contextmanager
-    def _in_time(self):
+    def _in_time(self) -> Iterator[None]:
+        """Ends this process if the others do not answer within the limit."""
         if self._limit is None:
             yield
             return
@@ -202,73 +230,74 @@ class Processes:
         finally:
             timer.cancel()
 
-    def _gathered(self, value):
+    def _gather(self, value: Any) -> list[Any]:
+        """The values of all processes, pickled."""
         from jax.experimental import multihost_utils
 
         data = pickle.dumps(value)
         while True:
             # Of a fixed size, so that nothing is compiled again: length, bytes.
-            message = np.zeros(8 + self._size, np.uint8)
+            message = np.zeros(8 + self._message_bytes, np.uint8)
             message[:8] = np.frombuffer(len(data).to_bytes(8, "little"), np.uint8)
-            part = data[: self._size]
+            part = data[: self._message_bytes]
             message[8 : 8 + len(part)] = np.frombuffer(part, np.uint8)
-            found = np.asarray(multihost_utils.process_allgather(message))
-            lengths = [int.from_bytes(row[:8].tobytes(), "little") for row in found]
-            if max(lengths) <= self._size:
+            rows = np.asarray(multihost_utils.process_allgather(message))
+            lengths = [int.from_bytes(row[:8].tobytes(), "little") for row in rows]
+            if max(lengths) <= self._message_bytes:
                 break
-            self._size = 2 ** (max(lengths) - 1).bit_length()
+            self._message_bytes = 2 ** (max(lengths) - 1).bit_length()
         return [
             pickle.loads(row[8 : 8 + n].tobytes())
-            for row, n in zip(found, lengths, strict=True)
+            for row, n in zip(rows, lengths, strict=True)
         ]
 
 
 def gather_to_host(tree: Any) -> Any:
-    """The tree on the host, gathered from the processes where its parts lie."""
+    """The tree's arrays on the host, gathered from all processes."""
 
-    def gathered(x):
+    def gather(x: jax.Array) -> np.ndarray:
         from jax.experimental import multihost_utils
 
         return multihost_utils.process_allgather(x, tiled=True)
 
-    return _on_host(tree, gathered)
+    return _to_host(tree, gather)
 
 
 def local_shards_to_host(tree: Any) -> Any:
-    """The tree on the host, 0 where its parts lie on other processes only."""
+    """The tree's arrays on the host, 0 where a shard is on other processes only."""
 
-    def filled(x):
+    def fill(x: jax.Array) -> np.ndarray:
         host = np.zeros(x.shape, x.dtype)
         for shard in x.addressable_shards:
             host[shard.index] = shard.data
         return host
 
-    return _on_host(tree, filled)
+    return _to_host(tree, fill)
 
 
-def _on_host(tree, elsewhere):
-    """`elsewhere` is called with arrays of which other processes hold parts."""
+def _to_host(tree: Any, read_distributed: Callable[[jax.Array], np.ndarray]) -> Any:
+    """`read_distributed` reads arrays with shards on other processes only."""
 
-    def leaf(x):
+    def leaf(x: Any) -> Any:
         if not isinstance(x, jax.Array):
             return x
         if x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
-        return elsewhere(x)
+        return read_distributed(x)
 
     return jax.tree.map(leaf, tree)
 
 
-def owned_samples(x: jax.Array) -> np.ndarray:
-    """[P, G] bool: which samples of x [P, G, ...] this process answers for. It holds
-    them all, and each sample has one process that does."""
-    mine = np.ones(x.shape[:2], bool)
+def owned_samples(x: jax.Array | np.ndarray) -> np.ndarray:
+    """[P, G] bool: the samples of x [P, G, ...] that this process scores. Every sample
+    is owned by exactly one process, which has all of it."""
+    owned = np.ones(x.shape[:2], bool)
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
-        return mine
-    keepers = {}
+        return owned
+    owners: dict[tuple, int] = {}
     for device, index in x.sharding.devices_indices_map(x.shape).items():
-        place = tuple(s.indices(n) for s, n in zip(index[:2], x.shape, strict=False))
-        keepers[place] = min(device.process_index, keepers.get(place, 2**31))
-    for place, keeper in keepers.items():
-        mine[tuple(slice(*s) for s in place)] = keeper == jax.process_index()
-    return mine
+        block = tuple(s.indices(n) for s, n in zip(index[:2], x.shape, strict=False))
+        owners[block] = min(device.process_index, owners.get(block, 2**31))
+    for block, owner in owners.items():
+        owned[tuple(slice(*s) for s in block)] = owner == jax.process_index()
+    return owned

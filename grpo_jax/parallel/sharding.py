@@ -45,6 +45,7 @@ _FIELDS = {
     "prompts": _PROMPT,
     "prompt_mask": _PROMPT,
     "weights": _PROMPT,
+    "shaped_rewards": _GROUP,
     "completions": _GROUP,
     "completion_mask": _GROUP,
     "behaviour_logprobs": _GROUP,

@@ -2,13 +2,13 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
 from grpo_jax.diagnostics.counterfactual import Counterfactual, counterfactual_updates
 from grpo_jax.instrument.weightings import RULES
 from grpo_jax.models.policy import Policy
-from grpo_jax.objectives.loss import present_mask, shaped_rewards
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.rollouts.judging import group_means
 from grpo_jax.rollouts.logprobs import batch_logprobs
@@ -18,7 +18,7 @@ from grpo_jax.training.state import Batch, TrainState
 from grpo_jax.training.step import make_gradients
 
 
-def look(
+def compare_weights(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     policy: Policy,
@@ -29,27 +29,27 @@ def look(
     temperature: float,
     max_length: int,
 ) -> Counterfactual:
-    """The run's own weights, then `RULES`: one batch, one optimizer state; pure.
+    """The run's weights and those of `RULES`, on one batch and optimizer state; pure.
 
-    `policy` has no parameters but frozen ones; the others are the state's.
+    Args:
+        objective: Of the run.
+        optimizer: Of the run.
+        policy: Without trained parameters: those are the state's.
+        state: Before the update.
+        batch: [P, G, T] rollouts with their weights [P].
+        micro: Prompts and samples per backward pass.
+        temperature: Of sampling.
+        max_length: Tokens that a completion may have.
     """
-    params = state.params
-    rollouts = batch.rollouts
-    rewards = shaped_rewards(
-        objective,
-        rollouts.rewards,
-        rollouts.behaviour_logprobs,
-        batch.reference_logprobs,
-        present_mask(rollouts.completion_mask, rollouts.rewards),
-    )
+    params, rollouts = state.params, batch.rollouts
     weights = {"this run": batch.weights}
     for name, rule in RULES.items():
-        weights[name], _ = rule.weights(rewards, rule.init())
+        weights[name], _ = rule.weights(batch.shaped_rewards, rule.init())
     gradients = make_gradients(
         objective, micro=micro, temperature=temperature, max_length=max_length
     )
 
-    def sequence_logprobs(params):
+    def sequence_logprobs(params: Any) -> jax.Array:  # [P, G]
         current = policy.replace(params)
         return batch_logprobs(current, rollouts, temperature, micro).sum(-1)
 
@@ -63,23 +63,26 @@ def look(
     )
 
 
-def record(step: int, found: Counterfactual, rewards: Any) -> dict[str, Any]:
-    """One line of counterfactual.jsonl: rows and columns are `weightings`.
+def counterfactual_row(
+    step: int, result: Counterfactual, rewards: Any
+) -> dict[str, Any]:
+    """A row of counterfactual.jsonl; rows and columns of tables are `weightings`.
 
     Args:
-        found: On the host.
-        rewards: [P, G] as scored; `group_mean` is null for a group without any.
+        step: The update that was made.
+        result: On the host.
+        rewards: [P, G] as scored; `group_mean` is null for a group without rewards.
     """
-    norms = np.asarray(found.norms, float)
+    norms = np.asarray(result.norms, float)
     return {
         "step": step,
         "weightings": ["this run", *RULES],
         "group_mean": rounded(group_means(rewards)),
         "norm_ratio": rounded(norms / norms[1] if norms[1] > 0 else norms * 0),
-        "cosines": rounded(found.cosines),
-        "update_norm": rounded(found.update_norms),
-        "update_cosines": rounded(found.update_cosines),
-        "slope": rounded(found.slopes),
-        "curvature": rounded(found.curvatures),
-        "predicted_change": rounded(found.predicted_change()),
+        "cosines": rounded(result.cosines),
+        "update_norm": rounded(result.update_norms),
+        "update_cosines": rounded(result.update_cosines),
+        "slope": rounded(result.slopes),
+        "curvature": rounded(result.curvatures),
+        "predicted_change": rounded(result.predicted_change()),
     }

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from grpo_jax.objectives.loss import present_mask, shaped_rewards
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.types import Rollouts
 
 
 class TrainState(NamedTuple):
-    """All that an update changes; checkpointed whole."""
+    """Everything that an update changes, and everything that a checkpoint saves."""
 
     params: Any  # float32
     opt_state: Any
@@ -24,12 +25,15 @@ class TrainState(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Scored rollouts, and what the objective needs beside them."""
+    """Scored and weighed rollouts, with what the objective needs beside them."""
 
     rollouts: Rollouts
-    old_logprobs: jax.Array | None  # [P, G, T] before the first of several updates
-    reference_logprobs: jax.Array | None  # [P, G, T] of the starting policy
+    shaped_rewards: jax.Array  # [P, G], what the advantages and the weights are made of
     weights: jax.Array  # [P], of the prompts
+    old_logprobs: jax.Array | None = (
+        None  # [P, G, T] before the first of several updates
+    )
+    reference_logprobs: jax.Array | None = None  # [P, G, T] of the starting policy
     token_weights: jax.Array | None = None  # [P, G, T]
 
 
@@ -41,11 +45,25 @@ class History(NamedTuple):
     valid: jax.Array  # [n] bool: the iterate exists
 
 
+def init_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    weights: PromptWeights,
+    history: Any = (),
+) -> TrainState:
+    """The state before any update."""
+    # Three separate arrays: a donated buffer may be given away only once.
+    zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+    opt_state = optimizer.init(params)
+    return TrainState(params, opt_state, weights.init(), history, *zeros)
+
+
 def empty_history(objective: Objective, rollouts: Rollouts) -> Any:
-    """A `History` of the iterates that an objective looks back on, none there yet.
+    """A `History` without valid iterates; () for an objective that keeps none.
 
     Args:
-        rollouts: Of the shapes to come; only shapes and dtypes are read.
+        objective: `history` counts the iterates of an update, the newest included.
+        rollouts: [P, G, T], of the shapes to come; only shapes and dtypes are read.
     """
     n = objective.history - 1
     if not n:
@@ -55,27 +73,49 @@ def empty_history(objective: Objective, rollouts: Rollouts) -> Any:
     return History(stacked, weights, jnp.zeros(n, bool))
 
 
-def with_history(history: History, batch: Batch) -> tuple[History, Batch]:
+def push_history(
+    objective: Objective, history: History, batch: Batch
+) -> tuple[History, Batch]:
     """(history with the batch in it, batch of all iterates' rollouts, newest first).
 
     Each sample keeps the log-probs of the policy that sampled it. Until enough iterates
-    exist, the newest stands in the empty places.
+    exist, the newest one fills the empty places.
     """
     newest = (batch.rollouts, batch.weights)
 
-    def place(old, new):
+    def join(old: jax.Array, new: jax.Array) -> jax.Array:
         valid = history.valid.reshape(-1, *[1] * new.ndim)
         filled = jnp.where(valid, old, new[None])
         return jnp.concatenate([new[None], filled]).reshape(-1, *new.shape[1:])
 
-    def shift(old, new):
+    def shift(old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.concatenate([new[None], old])[:-1]
 
     past = (history.rollouts, history.weights)
-    rollouts, weights = jax.tree.map(place, past, newest)
+    rollouts, weights = jax.tree.map(join, past, newest)
     past = jax.tree.map(shift, past, newest)
     history = History(*past, shift(history.valid, jnp.asarray(True)))
-    return history, Batch(rollouts, rollouts.behaviour_logprobs, None, weights)
+    joined = Batch(
+        rollouts,
+        shape_rewards(objective, rollouts, None),
+        weights,
+        old_logprobs=rollouts.behaviour_logprobs,
+    )
+    return history, joined
+
+
+def shape_rewards(
+    objective: Objective, rollouts: Rollouts, reference_logprobs: jax.Array | None
+) -> jax.Array:
+    """[P, G] `shaped_rewards` of rollouts [P, G, T]: less KL in the reward, and divided
+    by length, where the objective says so."""
+    return shaped_rewards(
+        objective,
+        rollouts.rewards,
+        rollouts.behaviour_logprobs,
+        reference_logprobs,
+        present_mask(rollouts.completion_mask, rollouts.rewards),
+    )
 
 
 def part_of(batch: Batch, index: jax.Array | int, parts: int) -> Batch:
@@ -84,15 +124,3 @@ def part_of(batch: Batch, index: jax.Array | int, parts: int) -> Batch:
     return jax.tree.map(
         lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), batch
     )
-
-
-def init_state(
-    params: Any,
-    optimizer: optax.GradientTransformation,
-    weights: PromptWeights,
-    history: Any = (),
-) -> TrainState:
-    # Three arrays, not one thrice: a donated buffer may be given away only once.
-    zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
-    opt_state = optimizer.init(params)
-    return TrainState(params, opt_state, weights.init(), history, *zeros)

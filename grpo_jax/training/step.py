@@ -1,12 +1,13 @@
-"""The update: a pure function of state and rollouts, jitted once.
+"""The update: a pure function of state and batch, jitted once.
 
 One `jax.vjp` of the [P] losses per micro-batch, pulled back through the prompt weights:
 the cotangent form of the preconditioner. Group statistics, denominators and weights are
-those of the whole batch, so how it is split changes no gradient.
+those of the full batch, so how it is split changes no gradient.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +21,122 @@ from grpo_jax.objectives.loss import (
     needs_entropy,
     present_mask,
     prompt_terms,
-    shaped_rewards,
 )
 from grpo_jax.objectives.presets import Objective
-from grpo_jax.objectives.token_weights import (
-    truncated_importance_weights,
-)
+from grpo_jax.objectives.token_weights import truncated_importance_weights
 from grpo_jax.parallel.sharding import constrain_params
 from grpo_jax.rollouts.micro_batches import MicroBatch, repeat_parts, split_batch
 from grpo_jax.training.state import Batch, TrainState
+
+Metrics = dict[str, jax.Array]  # scalars
+Gradients = Callable[[Policy, Batch], tuple[Any, Metrics]]
+
+
+class PromptTerms(NamedTuple):
+    """A batch's arrays with one row per prompt."""
+
+    prompts: jax.Array  # [P, L]
+    prompt_mask: jax.Array  # [P, L]
+    surrogate_cotangent: jax.Array  # [P], prompt weights / P
+    penalty_cotangent: jax.Array  # [P], 1 / P
+
+
+class SampleTerms(NamedTuple):
+    """A batch's arrays with one entry per completion, constants of the loss."""
+
+    completions: jax.Array  # [P, G, T]
+    sampled_logprobs: jax.Array  # [P, G, T], the sampler's
+    old_logprobs: jax.Array | None  # [P, G, T]; None: on policy
+    reference_logprobs: jax.Array | None  # [P, G, T]
+    token_weights: jax.Array | None  # [P, G, T]
+    advantages: jax.Array  # [P, G], not yet scaled by the prompt weights
+    coefficients: jax.Array  # [P, G, T], the aggregation's
+    token_shares: jax.Array  # [P, G, T], 1 / all tokens of the batch
+    newest: jax.Array  # [P, G, T], 1 on tokens whose sampler still exists
+
+
+class Part(NamedTuple):
+    """One micro-batch."""
+
+    prompt: PromptTerms
+    sample: SampleTerms
+
+
+def batch_terms(objective: Objective, batch: Batch, max_length: int) -> Part:
+    """The whole batch as one `Part`: what the loss needs, computed over all of it."""
+    rollouts, weights = batch.rollouts, batch.weights
+    mask = present_mask(rollouts.completion_mask, rollouts.rewards)
+    prompts = len(weights)
+    # Sampler/trainer mismatch cannot be measured on older rollouts of a history: the
+    # parameters that sampled them are gone.
+    newest = jnp.arange(prompts) < prompts // objective.history
+    return Part(
+        PromptTerms(
+            rollouts.prompts,
+            rollouts.prompt_mask,
+            weights / weights.size,
+            jnp.full_like(weights, 1 / weights.size),
+        ),
+        SampleTerms(
+            completions=rollouts.completions,
+            sampled_logprobs=rollouts.behaviour_logprobs,
+            old_logprobs=batch.old_logprobs,
+            reference_logprobs=batch.reference_logprobs,
+            token_weights=batch.token_weights,
+            advantages=baselined(objective, batch.shaped_rewards),
+            coefficients=token_coefficients(
+                objective.aggregation, mask, max_length, objective.first_token_weight
+            ),
+            token_shares=mask / jnp.maximum(mask.sum(), 1),
+            newest=rollouts.completion_mask.astype(bool) & newest[:, None, None],
+        ),
+    )
+
+
+def part_losses(
+    objective: Objective, policy: Policy, part: Part, temperature: float
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Metrics, jax.Array]]:
+    """((surrogate [P], penalty [P]), (metrics, largest mismatch)) of one micro-batch.
+
+    Metrics of all parts of a batch add up to the batch's.
+    """
+    prompt, sample = part
+    wants_entropy = needs_entropy(objective)
+    scored = teacher_forced(
+        policy,
+        prompt.prompts,
+        prompt.prompt_mask,
+        sample.completions,
+        temperature,
+        entropy=wants_entropy,
+    )
+    logprobs, entropy = scored if wants_entropy else (scored, None)
+    old = logprobs if sample.old_logprobs is None else sample.old_logprobs
+    factors = [] if sample.token_weights is None else [sample.token_weights]
+    if objective.tis_cap is not None:
+        factors.append(
+            truncated_importance_weights(
+                old, sample.sampled_logprobs, objective.tis_cap
+            )
+        )
+    surrogate, penalty, metrics = prompt_terms(
+        objective,
+        logprobs=logprobs,
+        behaviour_logprobs=old,
+        advantages=sample.advantages,
+        coefficients=sample.coefficients,
+        token_shares=sample.token_shares,
+        reference_logprobs=sample.reference_logprobs,
+        entropy=entropy,
+        token_weights=factors,
+    )
+    shares = sample.token_shares
+    metrics["entropy/sampled"] = -(shares * jnp.where(shares > 0, logprobs, 0)).sum()
+    metrics["loss/policy"] = prompt.surrogate_cotangent @ surrogate
+    metrics["loss/penalty"] = prompt.penalty_cotangent @ penalty
+    trainers = logprobs if objective.history > 1 else old
+    gap = jnp.where(sample.newest, trainers - sample.sampled_logprobs, 0)
+    return (surrogate, penalty), (metrics, jnp.abs(gap).max())
 
 
 def make_gradients(
@@ -37,120 +145,57 @@ def make_gradients(
     micro: MicroBatch,
     temperature: float,
     max_length: int,
-):
-    """gradients(policy, batch) -> (grads, metrics): the loss's, under batch.weights,
-    by policy.params.
+) -> Gradients:
+    """gradients(policy, batch) -> (gradient of the loss by policy.params, metrics).
 
     On policy (batch.old_logprobs is None) the behaviour policy is the current one:
-    `stop_gradient(logprobs)` stands for it and the ratio is exactly 1. The sampler's
-    own log-probs serve the mismatch metric, and KL where it is in the reward.
+    `stop_gradient(logprobs)` replaces its log-probs and the ratio is exactly 1. The
+    sampler's log-probs serve the mismatch metric, and KL in the reward.
+
+    Args:
+        objective: Whose loss, under the batch's prompt weights.
+        micro: Prompts and samples per backward pass.
+        temperature: Of sampling.
+        max_length: Tokens that a completion may have.
     """
-    wants_entropy = needs_entropy(objective)
 
-    def gradients(policy, batch):
-        params = policy.params
-        rollouts, weights = batch.rollouts, batch.weights
-        mask = present_mask(rollouts.completion_mask, rollouts.rewards)
-        rewards = shaped_rewards(
-            objective,
-            rollouts.rewards,
-            rollouts.behaviour_logprobs,
-            batch.reference_logprobs,
-            mask,
-        )
-        per_sample = {
-            "completions": rollouts.completions,
-            "sampled_logprobs": rollouts.behaviour_logprobs,
-            "old_logprobs": batch.old_logprobs,
-            "reference_logprobs": batch.reference_logprobs,
-            "token_weights": batch.token_weights,
-            "advantages": baselined(objective, rewards),
-            "coefficients": token_coefficients(
-                objective.aggregation, mask, max_length, objective.first_token_weight
-            ),
-            "token_shares": mask / jnp.maximum(mask.sum(), 1),
-            # The first iterate's; of older ones the policy that sampled is gone.
-            "newest": rollouts.completion_mask.astype(bool)
-            & (jnp.arange(len(weights)) < len(weights) // objective.history)[
-                :, None, None
-            ],
-        }
-        per_prompt = {
-            "prompts": rollouts.prompts,
-            "prompt_mask": rollouts.prompt_mask,
-            "cotangent": (
-                weights / weights.size,
-                jnp.full_like(weights, 1 / weights.size),
-            ),
-        }
-        parts = repeat_parts(
-            split_batch(per_prompt, micro, False),
-            rollouts.completions.shape[1] // micro.samples,
-        ) | split_batch(per_sample, micro, True)
+    def part_gradients(policy: Policy, part: Part) -> tuple[Any, Metrics, jax.Array]:
+        def losses(params: Any):
+            current = policy.replace(params)
+            return part_losses(objective, current, part, temperature)
 
-        def add_part(total, part):
-            result = _part_gradients(params, part)
-            return jax.tree.map(jnp.add, total, result[:2]), result[2]
+        _, pull_back, (metrics, gap) = jax.vjp(losses, policy.params, has_aux=True)
+        prompt = part.prompt
+        (grads,) = pull_back((prompt.surrogate_cotangent, prompt.penalty_cotangent))
+        return constrain_params(grads), jax.lax.stop_gradient(metrics), gap
 
-        def _part_gradients(params, part):
-            def losses(params):
-                logprobs = teacher_forced(
-                    policy.replace(params),
-                    part["prompts"],
-                    part["prompt_mask"],
-                    part["completions"],
-                    temperature,
-                    entropy=wants_entropy,
-                )
-                logprobs, entropy = logprobs if wants_entropy else (logprobs, None)
-                old, sampled = part["old_logprobs"], part["sampled_logprobs"]
-                before = logprobs if old is None else old
-                factors = (
-                    [part["token_weights"]] if batch.token_weights is not None else []
-                )
-                if objective.tis_cap is not None:
-                    factors.append(
-                        truncated_importance_weights(before, sampled, objective.tis_cap)
-                    )
-                surrogate, penalty, metrics = prompt_terms(
-                    objective,
-                    logprobs=logprobs,
-                    behaviour_logprobs=before,
-                    advantages=part["advantages"],
-                    coefficients=part["coefficients"],
-                    token_shares=part["token_shares"],
-                    reference_logprobs=part["reference_logprobs"],
-                    entropy=entropy,
-                    token_weights=factors,
-                )
-                shares, live = part["token_shares"], part["token_shares"] > 0
-                metrics["entropy/sampled"] = -(
-                    shares * jnp.where(live, logprobs, 0)
-                ).sum()
-                now = logprobs if objective.history > 1 else before
-                gap = jnp.where(part["newest"], now - sampled, 0)
-                metrics["loss/policy"] = part["cotangent"][0] @ surrogate
-                metrics["loss/penalty"] = part["cotangent"][1] @ penalty
-                return (surrogate, penalty), (metrics, jnp.abs(gap).max())
-
-            _, pull_back, (metrics, gap) = jax.vjp(losses, params, has_aux=True)
-            (grads,) = pull_back(part["cotangent"])
-            grads = constrain_params(grads)
-            return grads, jax.lax.stop_gradient(metrics), gap
-
+    def gradients(policy: Policy, batch: Batch) -> tuple[Any, Metrics]:
+        parts = _split(batch_terms(objective, batch, max_length), micro)
         first = jax.tree.map(lambda x: x[0], parts)
-        if micro.prompts == rollouts.prompts.shape[0] and (
-            micro.samples == rollouts.completions.shape[1]
-        ):
-            grads, metrics, gaps = _part_gradients(params, first)
+        if batch.rollouts.completions.shape[:2] == (micro.prompts, micro.samples):
+            grads, metrics, gaps = part_gradients(policy, first)
         else:
-            shapes = jax.eval_shape(_part_gradients, params, first)[:2]
+
+            def add_part(total: Any, part: Part):
+                result = part_gradients(policy, part)
+                return jax.tree.map(jnp.add, total, result[:2]), result[2]
+
+            shapes = jax.eval_shape(part_gradients, policy, first)[:2]
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (grads, metrics), gaps = jax.lax.scan(add_part, zeros, parts)
         metrics["mismatch/max_abs"] = gaps.max()
         return grads, metrics
 
     return gradients
+
+
+def _split(batch: Part, micro: MicroBatch) -> Part:
+    """The batch's micro-batches, stacked along a new first axis."""
+    splits_of_group = batch.sample.completions.shape[1] // micro.samples
+    prompts = split_batch(batch.prompt, micro, False)
+    return Part(
+        repeat_parts(prompts, splits_of_group), split_batch(batch.sample, micro, True)
+    )
 
 
 def make_train_step(
@@ -161,23 +206,33 @@ def make_train_step(
     micro: MicroBatch,
     temperature: float,
     max_length: int,
-):
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """train_step(state, batch, at=None, frozen=None) -> (state, metrics), pure; jit it
     with donated state.
 
-    `policy` is a template without parameters. `frozen` ones are an argument of the
-    step: closed over, they would be constants of the program. The gradient is taken at
-    the parameters `at`, by default the state's own: without an importance ratio, all
-    updates of one rollout take it where that was sampled.
-
     An update that is not finite changes nothing but the counts of skipped ones; nor
     does one after the objective's `stop_deviation` was passed.
+
+    Args:
+        policy: A template without parameters. `frozen` ones are an argument of the
+            step: closed over, they would be constants of the program.
+        objective: Whose loss.
+        optimizer: What turns gradients into updates.
+        micro: Prompts and samples per backward pass.
+        temperature: Of sampling.
+        max_length: Tokens that a completion may have.
+
+    The step's `at` is where the gradient is taken, by default at the state's
+    parameters: without an importance ratio, all updates of one rollout take it at the
+    parameters that sampled.
     """
     gradients = make_gradients(
         objective, micro=micro, temperature=temperature, max_length=max_length
     )
 
-    def train_step(state: TrainState, batch: Batch, at: Any = None, frozen: Any = None):
+    def train_step(
+        state: TrainState, batch: Batch, at: Any = None, frozen: Any = None
+    ) -> tuple[TrainState, Metrics]:
         params = state.params if at is None else at
         current = dataclasses.replace(policy, params=params, frozen=frozen)
         grads, metrics = gradients(current, batch)
@@ -190,10 +245,9 @@ def make_train_step(
             stopped = metrics["ratio/deviation"] > objective.stop_deviation
             applied = finite & ~stopped
             metrics["update/stopped"] = stopped.astype(jnp.int32)
-        params = optax.apply_updates(state.params, changes)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(applied, new, old),
-            (params, opt_state),
+            (optax.apply_updates(state.params, changes), opt_state),
             (state.params, state.opt_state),
         )
         params, opt_state = constrain_params((params, opt_state))

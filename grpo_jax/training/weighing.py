@@ -1,7 +1,7 @@
 """From rewards to prompt weights, token weights and group metrics."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from grpo_jax.advantages import group_statistics, group_std, overlong_punishment
 from grpo_jax.models.forward import completion_hidden
 from grpo_jax.models.policy import Policy
-from grpo_jax.objectives.loss import baselined, present_mask, shaped_rewards
+from grpo_jax.objectives.loss import baselined, present_mask
 from grpo_jax.objectives.presets import Objective
 from grpo_jax.objectives.token_weights import (
     conflict_weights,
@@ -18,10 +18,11 @@ from grpo_jax.objectives.token_weights import (
 )
 from grpo_jax.preconditioner import PromptWeights, apply_weights
 from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.training.state import shape_rewards
 
 
 def has_token_weights(objective: Objective) -> bool:
-    """Whether `token_weights` makes any for the objective."""
+    """Whether the objective weighs tokens once per rollout, by `token_weights`."""
     return objective.token_weight != "none" or objective.overlong == "mask"
 
 
@@ -33,39 +34,59 @@ def token_weights(
     temperature: float,
     eos_id: int | Sequence[int],
 ) -> jax.Array:
-    """[P, G, T]: the product of the factors that the objective asks for."""
+    """[P, G, T] float32: the product of the factors that the objective asks for.
+
+    Args:
+        objective: Its `token_weight` and `overlong` choose the factors.
+        policy: The policy that sampled, for NTHR's hidden states.
+        rollouts: [P, G, T] completions with rewards [P, G].
+        temperature: Of sampling.
+        eos_id: Tokens that end a completion.
+    """
     mask = present_mask(rollouts.completion_mask, rollouts.rewards)
     weights = jnp.ones_like(mask)
     if objective.token_weight == "conflict":
         signs = baselined(objective, rollouts.rewards)
         weights *= conflict_weights(rollouts.completions, signs, mask)
     if objective.token_weight == "nthr":
-
-        def one_prompt(x):
-            prompt, prompt_mask, completions, rewards, mask = (y[None] for y in x)
-            model = policy.module()
-            hidden = completion_hidden(model, prompt, prompt_mask, completions)
-            return nthr_weights(
-                hidden,
-                model.unembedding_matrix(),
-                completions,
-                rewards,
-                mask,
-                temperature=temperature,
-                softcap=policy.config.logit_softcap,
-            )[0]
-
-        groups = (
-            rollouts.prompts,
-            rollouts.prompt_mask,
-            rollouts.completions,
-            rollouts.rewards,
-            mask,
-        )
-        weights *= jax.lax.map(one_prompt, groups)
+        weights *= _nthr_weights(policy, rollouts, mask, temperature)
     if objective.overlong == "mask":
         weights *= overlong_weights(rollouts.completions, mask, eos_id)
     return weights
+
+
+def _nthr_weights(
+    policy: Policy, rollouts: Rollouts, mask: jax.Array, temperature: float
+) -> jax.Array:
+    """[P, G, T] `nthr_weights`, one prompt at a time: influences are [G T, G T]."""
+
+    def one_prompt(group: tuple[jax.Array, ...]) -> jax.Array:
+        prompt, prompt_mask, completions, rewards, mask = (x[None] for x in group)
+        model = policy.module()
+        hidden = completion_hidden(model, prompt, prompt_mask, completions)
+        return nthr_weights(
+            hidden,
+            model.unembedding_matrix(),
+            completions,
+            rewards,
+            mask,
+            temperature=temperature,
+            softcap=policy.config.logit_softcap,
+        )[0]
+
+    r = rollouts
+    groups = (r.prompts, r.prompt_mask, r.completions, r.rewards, mask)
+    return jax.lax.map(one_prompt, groups)
+
+
+class Weighed(NamedTuple):
+    """Rollouts to train on, weighed."""
+
+    rollouts: Rollouts  # [P, G, T]
+    shaped_rewards: jax.Array  # [P, G]
+    weights: jax.Array  # [P]
+    weights_state: Any  # the rule's, with these rewards in it
+    metrics: dict[str, jax.Array]  # scalars
 
 
 def weigh(
@@ -74,14 +95,23 @@ def weigh(
     rollouts: Rollouts,
     reference_logprobs: jax.Array | None,
     prompt_ids: jax.Array,
-    state: Any,
+    weights_state: Any,
     *,
     max_length: int,
-) -> tuple[Rollouts, jax.Array, Any, dict[str, jax.Array]]:
-    """(rollouts to train on, weights [P], the rule's new state, metrics).
+) -> Weighed:
+    """Prompt weights of scored rollouts; once per rollout, before its updates.
 
-    Once per rollouts, however many updates are made from them. The metrics are of the
-    rewards as scored; what is trained on may have been punished for its length.
+    Metrics are those of the rewards as scored; the rollouts to train on may have been
+    punished for their length.
+
+    Args:
+        objective: What shapes the rewards.
+        rule: What turns them into weights.
+        rollouts: [P, G, T] completions with rewards [P, G].
+        reference_logprobs: [P, G, T], needed by KL in the reward.
+        prompt_ids: [P] int32, for rules that remember prompts.
+        weights_state: The rule's.
+        max_length: Tokens that a completion may have.
     """
     trained = rollouts
     if objective.overlong == "punish":
@@ -89,19 +119,14 @@ def weigh(
         lengths = rollouts.completion_mask.sum(-1)
         punished = rollouts.rewards + overlong_punishment(lengths, max_length, cache)
         trained = rollouts._replace(rewards=punished.astype(rollouts.rewards.dtype))
-    rewards = shaped_rewards(
-        objective,
-        trained.rewards,
-        rollouts.behaviour_logprobs,
-        reference_logprobs,
-        present_mask(rollouts.completion_mask, rollouts.rewards),
-    )
-    weights, state = apply_weights(rule, rewards, state, prompt_ids)
-    return trained, weights, state, group_metrics(rollouts, weights)
+    rewards = shape_rewards(objective, trained, reference_logprobs)
+    weights, weights_state = apply_weights(rule, rewards, weights_state, prompt_ids)
+    metrics = group_metrics(rollouts, weights)
+    return Weighed(trained, rewards, weights, weights_state, metrics)
 
 
 def group_metrics(rollouts: Rollouts, weights: jax.Array) -> dict[str, jax.Array]:
-    """What the rewards of a batch look like, group by group."""
+    """Scalar metrics of rewards [P, G], their groups, weights [P] and lengths."""
     statistics = group_statistics(rollouts.rewards)
     std, tied = group_std(rollouts.rewards)
     present = statistics.present.sum()

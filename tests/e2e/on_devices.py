@@ -119,7 +119,7 @@ def programs(text):
         rollouts = with_shardings(rollouts, mesh)
         weights = jax.jit(partial(weigh, OBJECTIVE, rule, max_length=7))
         add("weigh", weights.lower(rollouts, None, shape((p,), ids), rule.init()))
-        batch = Batch(rollouts, None, None, shape((p,), jnp.float32))
+        batch = Batch(rollouts, rollouts.rewards, shape((p,), jnp.float32))
         batch = with_shardings(batch, mesh)
         step, init = train_step(policy, OBJECTIVE, micro_batch(p, g, 5, 7, 10**6))
         state = put_on_mesh(init(policy.params), mesh)

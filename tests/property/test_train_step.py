@@ -194,7 +194,7 @@ def test_doubling_the_vocabulary_costs_no_more_than_its_weights():
         ids, floats = (shape((4, 8, 128), x) for x in (jnp.int32, jnp.float32))
         prompts, rewards = shape((4, 16), jnp.int32), shape((4, 8), jnp.float32)
         rollouts = gj.Rollouts(prompts, prompts, ids, ids, floats, rewards)
-        batch = Batch(rollouts, None, None, shape((4,), jnp.float32))
+        batch = Batch(rollouts, rollouts.rewards, shape((4,), jnp.float32))
         step, init = train_step(policy, objective, MicroBatch(4, 8), max_length=128)
         state = jax.eval_shape(init, policy.params)
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()

@@ -46,7 +46,9 @@ def update_program(c, micro, reference, p, g, length, t, mesh=None):
     state = with_shardings(state, mesh)
     rollouts, weights = rollout_shapes(p, g, length, t), Shape((p,), jnp.float32)
     behind = rollouts.behaviour_logprobs if reference else None
-    batch = with_shardings(Batch(rollouts, None, behind, weights), mesh)
+    batch = with_shardings(
+        Batch(rollouts, rollouts.rewards, weights, None, behind), mesh
+    )
     step = make_train_step(
         dataclasses.replace(policy, params=None, frozen=None),
         OBJECTIVES["grpo" if reference else "dr_grpo"],
@@ -214,13 +216,13 @@ def test_the_instrument():
     key = jax.eval_shape(lambda: jax.random.key(0))
     look = memory(probe=(MicroBatch(1, 8), one), probe_bytes=vectors).look
     compared = memory(weightings=5).counterfactual
-    batch = Batch(rollouts, None, None, Shape((8,), jnp.float32))
+    batch = Batch(rollouts, rollouts.rewards, Shape((8,), jnp.float32))
     programs = {
         "look": (partial(measure, width=width, exact=False), look),
         "follow": (partial(update_effect, micro=micro), follow),
         "counterfactual": (
             partial(
-                counterfactual.look,
+                counterfactual.compare_weights,
                 OBJECTIVES["dr_grpo"],
                 optimizer,
                 micro=micro,

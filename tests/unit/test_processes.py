@@ -1,4 +1,4 @@
-"""What processes tell each other, without any: one alone, and two that are played."""
+"""What processes exchange: a single one, and two of which the second is simulated."""
 
 import dataclasses
 
@@ -22,18 +22,18 @@ from grpo_jax.runs.config import DistributedConfig, TrainConfig
 from grpo_jax.tasks.registry import load_task
 
 
-class Played(Processes):
-    """The first of two; `others` is what the second one gives, in its order."""
+class SimulatedPair(Processes):
+    """The first of two processes; `others` are the second one's messages, in order."""
 
     def __init__(self, *others):
         super().__init__()
         self.count, self._others = 2, list(others)
 
-    def _gathered(self, value):
+    def _gather(self, value):
         return [value, self._others.pop(0)]
 
 
-def test_one_alone_hears_itself():
+def test_a_single_process_exchanges_with_itself():
     asked = []
     processes = Processes(lambda: bool(asked))
     assert (processes.count, processes.index, processes.is_writer) == (1, 0, True)
@@ -46,36 +46,36 @@ def test_one_alone_hears_itself():
         raise OSError("full")
 
 
-def test_a_wish_to_stop_counts_from_the_next_exchange():
-    processes = Played(("b", True, None), ("b", False, None))
+def test_a_stop_request_counts_from_the_next_exchange():
+    processes = SimulatedPair(("b", True, None), ("b", False, None))
     assert not processes.stopping
     assert processes.exchange("a") == ["a", "b"]
     assert processes.stopping
     processes.exchange("a")
-    assert not processes.stopping  # nobody asks any more
+    assert not processes.stopping  # no process asks any more
 
 
-def test_trouble_ends_all_and_is_told_once():
-    processes = Played((None, False, None), (None, False, None))
+def test_a_failure_ends_all_and_is_raised_once():
+    processes = SimulatedPair((None, False, None), (None, False, None))
     with processes.writing():
         raise OSError("no room")
     with pytest.raises(SharedFailure, match="no room"):
         processes.exchange(None)
     processes.exchange(None)
-    other = Played((None, False, "their disk"))
+    other = SimulatedPair((None, False, "their disk"))
     with pytest.raises(SharedFailure, match="their disk"):
         other.exchange(None)
 
 
 def test_a_bad_config_of_one_is_an_error_of_all():
     with pytest.raises(ConfigError, match="process 1: no such file"):
-        Played(("no such file", False, None)).together(lambda: 1)
+        SimulatedPair(("no such file", False, None)).together(lambda: 1)
 
     def bad():
         raise ConfigError("mine")
 
     with pytest.raises(ConfigError, match="^mine"):
-        Played((None, False, None)).together(bad)
+        SimulatedPair((None, False, None)).together(bad)
 
 
 def test_arrays_of_one_process_are_its_own():

@@ -26,7 +26,7 @@ from grpo_jax.rollouts.micro_batches import (
 from grpo_jax.runs.config import OptimizerConfig
 from grpo_jax.runs.fields import FIELDS
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
-from grpo_jax.training.state import Batch, empty_history, part_of, with_history
+from grpo_jax.training.state import Batch, empty_history, part_of, push_history
 from grpo_jax.training.weighing import group_metrics, weigh
 from tests.helpers import random_rollouts, tiny_policy, train_step, weighed
 
@@ -244,21 +244,21 @@ def test_weighing_moves_the_weights_state_and_updates_do_not(stepper):
     rule, ids = posterior_weights(9), np.int32([2, 4, 6, 8])
     batch = rollouts()._replace(rewards=np.eye(P, G, dtype=np.float32))
     call = jax.jit(partial(weigh, REINFORCE, rule, max_length=T))
-    _, weights, rule_state, metrics = call(batch, None, ids, rule.init())
+    _, shaped, weights, rule_state, metrics = call(batch, None, ids, rule.init())
     np.testing.assert_allclose(weights, [7 / 8.25**0.5] * P, rtol=1e-6)
     np.testing.assert_array_equal(rule_state.successes, [0, 0, 1, 0, 1, 0, 1, 0, 1])
     assert rule_state.count == 1
     np.testing.assert_allclose(metrics["weights/mean"], weights.mean(), rtol=1e-6)
     state = state._replace(weights_state=rule_state)
     for _ in range(2):
-        state, _ = step(state, Batch(batch, None, None, weights))
+        state, _ = step(state, Batch(batch, shaped, weights))
     jax.tree.map(np.testing.assert_array_equal, state.weights_state, rule_state)
 
 
 def marked(value):
     """(rollouts, weights) that hold one number."""
     marks = jax.tree.map(lambda x: np.full_like(x, value), rollouts())
-    return Batch(marks, None, None, np.full(P, value, np.float32))
+    return Batch(marks, marks.rewards, np.full(P, value, np.float32))
 
 
 # Of three iterates: first alone, then the newest in the place that is still empty.
@@ -266,7 +266,7 @@ def test_a_history_is_newest_first_and_shifts():
     objective = dataclasses.replace(OBJECTIVES["rt_pg"], history=3)
     history = empty_history(objective, rollouts())
     assert not history.valid.any()
-    call = jax.jit(with_history)
+    call = jax.jit(partial(push_history, objective))
     for value, expected in (
         (1, [1, 1, 1]),
         (2, [2, 1, 2]),
@@ -274,7 +274,7 @@ def test_a_history_is_newest_first_and_shifts():
         (4, [4, 3, 2]),
     ):
         history, batch = call(history, marked(value))
-        for x in jax.tree.leaves((batch.rollouts, batch.weights)):
+        for x in jax.tree.leaves((batch.rollouts, batch.shaped_rewards, batch.weights)):
             assert x.shape[0] == 3 * P
             rows = np.asarray(x).reshape(3, -1)
             np.testing.assert_array_equal(rows, np.full_like(rows, 1) * np.c_[expected])
@@ -287,8 +287,9 @@ def test_a_history_is_newest_first_and_shifts():
 
 
 def test_a_history_keeps_shapes_and_dtypes():
-    history = empty_history(OBJECTIVES["rt_pg"], rollouts())
-    after, batch = jax.jit(with_history)(history, marked(1))
+    objective = OBJECTIVES["rt_pg"]
+    history = empty_history(objective, rollouts())
+    after, batch = jax.jit(partial(push_history, objective))(history, marked(1))
 
     def kinds(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
@@ -306,7 +307,8 @@ def test_one_iterate_needs_no_history():
 def test_part_of_a_batch_is_some_of_its_prompts(index, parts, rows):
     numbers = np.arange(P, dtype=np.float32)
     per_token = numbers[:, None, None] * np.ones((1, G, T))
-    batch = Batch(rollouts(), per_token, None, numbers, per_token)
+    rewards = rollouts().rewards
+    batch = Batch(rollouts(), rewards, numbers, per_token, None, per_token)
     part = jax.jit(part_of, static_argnums=(1, 2))(batch, index, parts)
     kept = numbers[index * rows : (index + 1) * rows]
     np.testing.assert_array_equal(part.weights, kept)
@@ -314,6 +316,7 @@ def test_part_of_a_batch_is_some_of_its_prompts(index, parts, rows):
     np.testing.assert_array_equal(part.token_weights[:, 0, 0], kept)
     expected = rollouts().rewards[index * rows : (index + 1) * rows]
     np.testing.assert_array_equal(part.rollouts.rewards, expected)
+    np.testing.assert_array_equal(part.shaped_rewards, expected)
     assert part.reference_logprobs is None
 
 

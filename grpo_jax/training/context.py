@@ -1,0 +1,41 @@
+"""What every part of a run refers to."""
+
+import dataclasses
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from grpo_jax.parallel.processes import Processes
+from grpo_jax.planning.plan import Plan
+from grpo_jax.rewards.pool import VerifierPool
+from grpo_jax.runs.config import TrainConfig
+from grpo_jax.streams import RunKeys, run_keys
+from grpo_jax.training.console import Console
+
+
+@dataclasses.dataclass(frozen=True)
+class RunContext:
+    """A run before its first step: what was asked for, and where it runs.
+
+    Attributes:
+        config: As given.
+        plan: What was resolved of it, every shape included.
+        directory: Where the run writes.
+        processes: Of the run.
+        pool: Worker processes for rewards; None where a Python function scores.
+        mesh: None for a single device.
+        console: What prints.
+    """
+
+    config: TrainConfig
+    plan: Plan
+    directory: Path
+    processes: Processes
+    pool: VerifierPool | None
+    mesh: Mesh | None
+    console: Console
+
+    @property
+    def keys(self) -> RunKeys:
+        """PRNG keys of the run's seed."""
+        return run_keys(self.config.seed)

@@ -1,0 +1,45 @@
+"""Which steps are followed by what: evaluation, measurement, comparison, saving."""
+
+import dataclasses
+
+from grpo_jax.runs.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """What is due after a number of steps; step 0 is the start of the run.
+
+    Attributes:
+        with_instrument: Whether the run has probe prompts.
+    """
+
+    config: TrainConfig
+    with_instrument: bool
+
+    def evaluation(self, step: int) -> bool:
+        """At the start, at the end, and every so many steps between."""
+        return self._ends(step) or _every(self.config.evaluation.every, step)
+
+    def measurement(self, step: int) -> bool:
+        """Of the probe prompts: at the start, at the end, and between."""
+        every = self.config.instrument.every
+        return self.with_instrument and (self._ends(step) or _every(every, step))
+
+    def comparison(self, step: int) -> bool:
+        """Of prompt weights, by a counterfactual update."""
+        return _every(self.config.instrument.counterfactual_every, step)
+
+    def samples(self, step: int) -> bool:
+        """An entry of samples.jsonl."""
+        return _every(self.config.log.samples_every, step)
+
+    def checkpoint(self, step: int) -> bool:
+        """A checkpoint in the middle of the run."""
+        return _every(self.config.checkpoint.every, step)
+
+    def _ends(self, step: int) -> bool:
+        return step in (0, self.config.steps)
+
+
+def _every(period: int, step: int) -> bool:
+    return period > 0 and step % period == 0

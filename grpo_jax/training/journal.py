@@ -1,0 +1,204 @@
+"""The jsonl files of a run: written as it goes, complete again after a resume."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+from grpo_jax.parallel.processes import Processes
+from grpo_jax.rewards.types import Example
+from grpo_jax.runs.lines import (
+    JsonLines,
+    NoLines,
+    keep_until,
+    read_lines,
+    rewrite,
+    to_numbers,
+)
+from grpo_jax.training.collector import Collected
+from grpo_jax.training.console import Console
+
+FILES = ("metrics", "samples", "counterfactual", "instrument")
+
+
+class RowMaker(NamedTuple):
+    """Makes the rows of metrics.jsonl."""
+
+    schedule: optax.Schedule
+    compiles: Callable[[], int]  # programs compiled so far
+
+    def __call__(
+        self, step: int, metrics: dict[str, Any], host: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The row of a step, of metrics on the device and on the host."""
+        row = {"step": step} | to_numbers(metrics) | host
+        if step:
+            applied = row["update/applied"]
+            row["learning_rate"] = float(self.schedule(max(0, applied - 1)))
+        return row | {"compiles": self.compiles()}
+
+
+class Journal:
+    """Writes a run's jsonl files; one process writes, the others pass through.
+
+    A step's row of metrics.jsonl is recorded when its update is made and written while
+    the device samples the next step. Opening the files drops the rows after the step of
+    the checkpoint, which the resumed run writes again, and adds the rows that could not
+    be written when the checkpoint was saved.
+
+    Args:
+        directory: Of the run.
+        processes: Of the run.
+        console: Shows the rows.
+        make_row: Makes the rows of metrics.jsonl.
+        step: Of the checkpoint; 0 at the start.
+        unwritten: By file, rows that the checkpoint kept.
+
+    Attributes:
+        last_row: The newest row of metrics.jsonl that was written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        processes: Processes,
+        console: Console,
+        make_row: RowMaker,
+        *,
+        step: int,
+        unwritten: dict[str, list[dict]],
+    ):
+        self._directory, self._processes = directory, processes
+        self._console, self._make_row = console, make_row
+        self._pending: tuple[int, dict, dict] | None = None
+        self.last_row: dict[str, Any] = {}
+        self._files: dict[str, JsonLines | NoLines] = {}
+        for name in FILES:
+            # At step 0 every file starts anew. instrument.jsonl drops the checkpoint's
+            # step too: its row is written only after the following update, so the
+            # probe prompts are measured again.
+            last = step - 1 if name == "instrument" else step or -1
+            self._files[name] = self._open(name, last, unwritten.get(name, []))
+
+    def _open(self, name: str, last: int, unwritten: Sequence[dict]) -> Any:
+        if not self._processes.is_writer:
+            return NoLines()
+        path, file = self._path(name), None
+        with self._processes.writing():
+            if path.exists():
+                keep_until(path, last)
+            file = JsonLines(path)
+            # An earlier resume from the same checkpoint may have written them.
+            present = read_lines(path) if unwritten else []
+            for row in unwritten:
+                if row not in present:
+                    file.write(row)
+        return NoLines() if file is None else file  # all end at the next exchange
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.jsonl"
+
+    def record(self, step: int, metrics: dict[str, Any], host: dict[str, Any]) -> None:
+        """Keeps a step's row for `flush`, in place of one that was kept before.
+
+        Args:
+            step: Updates made, in rollouts.
+            metrics: Scalars on the device; reading them would wait for the update.
+            host: Numbers on the host.
+        """
+        self._pending = step, metrics, host
+
+    def flush(self) -> None:
+        """Writes the recorded row of metrics.jsonl, if there is one."""
+        if self._pending is None:
+            return
+        (step, metrics, host), self._pending = self._pending, None
+        row = self._make_row(step, metrics, host)
+        self._line("metrics", row)
+        self.last_row = row
+        if step:
+            self._console.step(step, row)
+        if "eval/heldout_pass_rate" in row:
+            self._console.say(
+                f"step {step}: pass rate {row['eval/train_pass_rate']:.3f} on trained "
+                f"prompts, {row['eval/heldout_pass_rate']:.3f} on held-out ones"
+            )
+
+    def complete(self, step: int, late: dict[str, Any]) -> None:
+        """Adds to the newest row what a stop left out of it.
+
+        Args:
+            step: The row's; nothing happens if the newest row is of another step.
+            late: Numbers that were due at that step.
+        """
+        if not self._processes.is_writer:
+            return
+        rows = read_lines(self._path("metrics"))
+        if not rows or rows[-1]["step"] != step:
+            return
+        missing = {name: x for name, x in late.items() if name not in rows[-1]}
+        if not missing:
+            return
+        rows[-1] |= missing
+        with self._processes.writing():
+            rewrite(self._path("metrics"), rows)
+        self._files["metrics"].close()
+        self._files["metrics"] = JsonLines(self._path("metrics"))
+
+    def samples(
+        self,
+        step: int,
+        collected: Collected,
+        examples: Sequence[Example],
+        max_prompts: int,
+    ) -> None:
+        """Entries of samples.jsonl: completions that this process scored.
+
+        Args:
+            step: Updates made, the one with these completions included.
+            collected: [P, G] completions with texts and rewards.
+            examples: The trained examples.
+            max_prompts: Entries at most.
+        """
+        rewards, texts = collected.rollouts.rewards, collected.scored.texts
+        for p in np.flatnonzero(collected.owned.any(1))[:max_prompts]:
+            example = examples[collected.indices[p]]
+            owned = np.flatnonzero(collected.owned[p])
+            values = [float(r) for r in rewards[p, owned]]
+            row = {
+                "step": step,
+                "prompt": example.prompt,
+                "answer": example.answer,
+                "completions": [texts[p][g] for g in owned],
+                "rewards": [None if np.isnan(r) else r for r in values],
+            }
+            self._line("samples", row)
+
+    def counterfactual(self, row: dict[str, Any]) -> None:
+        """A row of counterfactual.jsonl."""
+        self._line("counterfactual", row)
+
+    def measurement(self, row: dict[str, Any]) -> None:
+        """A row of instrument.jsonl."""
+        self._line("instrument", row)
+
+    def unwritten(self) -> dict[str, list[dict]]:
+        """By file, the rows that the writing process could not write; on all."""
+        return self._processes.first(
+            {name: file.unwritten for name, file in self._files.items()}
+        )
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The last row of metrics.jsonl as it is on disk, on all processes."""
+        rows = read_lines(self._path("metrics"))
+        return self._processes.first((rows or [{}])[-1])
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _line(self, name: str, row: dict[str, Any]) -> None:
+        with self._processes.writing():
+            self._files[name].write(row)

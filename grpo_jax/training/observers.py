@@ -1,0 +1,118 @@
+"""What watches a run: pass rates, probe measurements, counterfactual updates."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.diagnostics.counterfactual import Counterfactual
+from grpo_jax.instrument.live import Instrument
+from grpo_jax.parallel.processes import Processes
+from grpo_jax.training.counterfactual import counterfactual_row
+from grpo_jax.training.due import Due
+from grpo_jax.training.journal import Journal
+from grpo_jax.training.learner import Learner, WeighedBatch
+from grpo_jax.training.pass_rates import PassRates
+from grpo_jax.training.watchdog import Watchdog
+
+
+class BeforeUpdate(NamedTuple):
+    """What is kept from before an update, to be compared with after it."""
+
+    counterfactual: Counterfactual | None
+    params: Any  # a copy; None where no measurement waits for the update
+
+
+class Observers:
+    """Evaluates, measures and compares where it is due, and writes the rows.
+
+    Args:
+        due: What is due when.
+        pass_rates: Evaluation.
+        instrument: None where it is off.
+        learner: Makes the counterfactual updates.
+        journal: Where the rows go.
+        watchdog: Names the phases.
+        processes: Of the run. Asked to stop, nothing new is started: the resumed run
+            makes up for it.
+    """
+
+    def __init__(
+        self,
+        due: Due,
+        pass_rates: PassRates,
+        instrument: Instrument | None,
+        learner: Learner,
+        journal: Journal,
+        watchdog: Watchdog,
+        processes: Processes,
+    ):
+        self._due, self._pass_rates, self._instrument = due, pass_rates, instrument
+        self._learner, self._journal = learner, journal
+        self._watchdog, self._processes = watchdog, processes
+
+    def prepare(self, params: Any, step: int, keep_measurement: bool) -> dict[str, Any]:
+        """Evaluates and measures before the first step, due or not: what these need is
+        compiled here, and no step waits for it.
+
+        Args:
+            params: After `step` steps.
+            step: Where the run starts or resumes.
+            keep_measurement: Whether the measurement belongs into instrument.jsonl.
+        """
+        metrics = self._evaluate(params, step)
+        if self._instrument is None or self._processes.stopping:
+            return metrics
+        with self._watchdog.phase("measurement"):
+            metrics |= self._instrument.measure(params, step)
+            self._instrument.compile(params)
+            if not keep_measurement:
+                self._instrument.discard()
+        return metrics
+
+    def before_update(
+        self, weighed: WeighedBatch, params: Any, step: int
+    ) -> BeforeUpdate:
+        """What the update of `step` is compared with; it donates `params`."""
+        compared = None
+        if self._due.comparison(step):
+            compared = self._learner.compare_weights(weighed.state, weighed.batch)
+        waiting = self._instrument is not None and self._instrument.pending
+        return BeforeUpdate(
+            compared, jax.tree.map(jnp.copy, params) if waiting else None
+        )
+
+    def after_update(
+        self, before: BeforeUpdate, params: Any, rewards: Any, step: int
+    ) -> dict[str, float]:
+        """Metrics of the update that was made; writes what waited for it."""
+        metrics: dict[str, float] = {}
+        if before.params is not None and self._instrument is not None:
+            with self._watchdog.phase("measurement"):
+                metrics = self._instrument.compare_update(before.params, params)
+            self.write_measurement()
+        if before.counterfactual is not None:
+            row = counterfactual_row(step, before.counterfactual, rewards)
+            self._journal.counterfactual(row)
+        return metrics
+
+    def observe(self, params: Any, step: int) -> dict[str, Any]:
+        """Metrics of the policy after `step` steps, where they are due."""
+        metrics: dict[str, Any] = {}
+        if self._due.evaluation(step) and not self._processes.stopping:
+            metrics |= self._evaluate(params, step)
+        measures = self._due.measurement(step) and not self._processes.stopping
+        if measures and self._instrument is not None:
+            with self._watchdog.phase("measurement"):
+                metrics |= self._instrument.measure(params, step)
+        return metrics
+
+    def write_measurement(self) -> None:
+        """Writes the measurement in progress, with or without the update after it."""
+        row = None if self._instrument is None else self._instrument.take_row()
+        if row is not None:
+            self._journal.measurement(row)
+
+    def _evaluate(self, params: Any, step: int) -> dict[str, Any]:
+        with self._watchdog.phase("evaluation"):
+            return dict(self._pass_rates.measure(params, step))

@@ -1,0 +1,215 @@
+"""The parts of a run, made from its context and the policy that it starts from."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from grpo_jax.instrument.live import Instrument
+from grpo_jax.instrument.prompts import ProbePrompts
+from grpo_jax.models.policy import Policy
+from grpo_jax.objectives.loss import needs_entropy
+from grpo_jax.objectives.presets import Objective
+from grpo_jax.parallel.processes import gather_to_host
+from grpo_jax.rollouts.encoding import answer_rollouts
+from grpo_jax.rollouts.logprobs import batch_logprobs
+from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.rollouts.sampling import sample
+from grpo_jax.streams import Stream, host_rng
+from grpo_jax.training.collector import Collector
+from grpo_jax.training.context import RunContext
+from grpo_jax.training.learner import Learner
+from grpo_jax.training.optimizer import make_optimizer, make_schedule
+from grpo_jax.training.pass_rates import PassRates
+from grpo_jax.training.programs import UpdateSettings
+from grpo_jax.training.prompts import SampleFn, TrainedPrompts
+
+
+class Parts(NamedTuple):
+    """What a run, or the replay of a step, works with."""
+
+    prompts: TrainedPrompts
+    collector: Collector
+    learner: Learner
+    pass_rates: PassRates
+    schedule: optax.Schedule
+    picked: np.ndarray  # all trained prompts in the order that fixed sets take
+
+
+def make_parts(context: RunContext, start: Policy) -> Parts:
+    """The parts of a run that starts from `start`; they keep none of its parameters,
+    but for a copy where the objective has a reference policy."""
+    config, plan, task = context.config, context.plan, context.plan.task
+    policy = start.replace(None)  # parameters are in the train state alone
+    sampler = partial(
+        sample,
+        max_new_tokens=plan.max_new_tokens,
+        temperature=config.sampling.temperature,
+        eos_id=task.ends,
+        pad_id=task.tokenizer.pad_token_id,
+    )
+    prompts = TrainedPrompts(
+        task,
+        plan.prompts,
+        plan.prompt_length,
+        sampler,
+        policy,
+        context.pool,
+        context.processes,
+    )
+    rng = host_rng(config.seed, Stream.EVALUATED_PROMPTS)
+    picked = rng.permutation(len(task.train))
+    objective = _settled_objective(context, start, prompts, picked)
+    updates = config.steps * config.updates_per_rollout
+    schedule = make_schedule(config.optimizer, updates)
+    return Parts(
+        prompts,
+        _make_collector(context, prompts, objective),
+        _make_learner(context, start, objective, schedule),
+        _make_pass_rates(context, policy, sampler, picked),
+        schedule,
+        picked,
+    )
+
+
+def _make_collector(
+    context: RunContext, prompts: TrainedPrompts, objective: Objective
+) -> Collector:
+    config, plan = context.config, context.plan
+    return Collector(
+        prompts,
+        objective,
+        num_prompts=config.sampling.prompts,
+        group_size=config.sampling.group_size,
+        draft_template=plan.refine,
+        train_prompt_tokens=plan.train_prompt_length,
+        buckets=plan.buckets,
+        seed=config.seed,
+        keys=context.keys,
+        counts_failures=context.pool is not None,
+    )
+
+
+def _make_learner(
+    context: RunContext, start: Policy, objective: Objective, schedule: optax.Schedule
+) -> Learner:
+    config, plan = context.config, context.plan
+    reference = None
+    if objective.kl_coef:
+        # A copy: the start's buffers are donated to the first update.
+        reference = start.replace(jax.tree.map(jnp.copy, start.params))
+    settings = UpdateSettings(
+        objective=objective,
+        rule=plan.weights,
+        optimizer=make_optimizer(config.optimizer, schedule),
+        policy=start.replace(None),
+        reference=reference,
+        prompts=config.sampling.prompts,
+        group_size=config.sampling.group_size,
+        prompt_tokens=plan.train_prompt_length,
+        max_new_tokens=plan.max_new_tokens,
+        temperature=config.sampling.temperature,
+        stop_ids=tuple(plan.task.ends),
+        updates=config.updates_per_rollout,
+        micro_batch_tokens=config.micro_batch_tokens,
+        with_counterfactual=config.instrument.counterfactual_every > 0,
+        mesh=context.mesh,
+    )
+    return Learner(settings, plan.buckets)
+
+
+def _make_pass_rates(
+    context: RunContext, policy: Policy, sampler: SampleFn, picked: np.ndarray
+) -> PassRates:
+    config, plan, sampling = context.config, context.plan, context.config.sampling
+    train = plan.task.train
+    return PassRates(
+        plan.task,
+        [train[i] for i in picked[: config.evaluation.prompts]],
+        policy,
+        sampler,
+        context.keys.evaluation,
+        samples=config.evaluation.samples,
+        rows=sampling.prompts * sampling.group_size,  # as many as a step samples
+        prompt_tokens=plan.prompt_length,
+        max_new_tokens=plan.max_new_tokens,
+        temperature=sampling.temperature,
+        micro_batch_tokens=config.micro_batch_tokens,
+        pool=context.pool,
+        processes=context.processes,
+        warn=context.console.warn,
+    )
+
+
+def make_instrument(
+    context: RunContext, parts: Parts, earlier: Sequence[dict[str, Any]]
+) -> Instrument | None:
+    """The run's instrument; None where it is off.
+
+    Args:
+        context: The run.
+        parts: Its parts.
+        earlier: Rows of instrument.jsonl before this start.
+    """
+    config, plan, probe = context.config, context.plan, context.plan.probe
+    if probe is None:
+        return None
+    indices = parts.picked[: probe.prompts]
+    answers = None
+    if plan.task.single_answer:
+        examples = [plan.task.train[i] for i in indices]
+        answers = answer_rollouts(
+            plan.task, examples, plan.prompt_length, plan.max_new_tokens
+        )
+    sampling = config.sampling
+    probe_prompts = ProbePrompts(
+        parts.prompts,
+        indices,
+        group_size=probe.group_size,
+        step_samples=sampling.prompts * sampling.group_size,
+        warn=context.console.warn,
+    )
+    sigmas = [row["phase"]["mean_sigma"] for row in earlier]
+    return Instrument(
+        probe,
+        parts.learner.settings.policy,
+        probe_prompts,
+        answers,
+        prompts=indices,
+        temperature=sampling.temperature,
+        prompt_tokens=plan.prompt_length,
+        max_new_tokens=plan.max_new_tokens,
+        micro_batch_tokens=config.micro_batch_tokens,
+        key=context.keys.probe,
+        sigma_history=[float("nan") if x is None else x for x in sigmas],
+    )
+
+
+def _settled_objective(
+    context: RunContext, start: Policy, prompts: TrainedPrompts, picked: np.ndarray
+) -> Objective:
+    """The plan's objective, without an entropy limit that the start already exceeds."""
+    objective = context.plan.objective
+    if not needs_entropy(objective) or objective.entropy_limit is None:
+        return objective
+    sampling = context.config.sampling
+    group = prompts.sample(
+        start.params, picked[: sampling.prompts], context.keys.evaluation, 1
+    )
+    _, entropy = batch_logprobs(
+        start, group, sampling.temperature, MicroBatch(1, 1), with_entropy=True
+    )
+    entropy, mask = gather_to_host((entropy, group.completion_mask))
+    mean = float(entropy[mask > 0].mean())
+    if mean <= objective.entropy_limit:
+        return objective
+    context.console.say(
+        f"the mean entropy at the start is {mean:.3f} nats, above the limit of "
+        f"{objective.entropy_limit:.3f}: completions are not filtered by entropy"
+    )
+    return dataclasses.replace(objective, entropy_limit=None)

@@ -1,0 +1,133 @@
+"""Pass rates of the policy on trained and held-out prompts, with intervals."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from grpo_jax.evaluation.exact import exact_pass_rates
+from grpo_jax.evaluation.figures import pass_rate_interval
+from grpo_jax.evaluation.sampled import answer_prompts
+from grpo_jax.intervals import mean_interval
+from grpo_jax.models.policy import Policy
+from grpo_jax.parallel.processes import Processes
+from grpo_jax.rewards.pool import VerifierPool
+from grpo_jax.rewards.types import Example
+from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
+from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.tasks.types import Task
+from grpo_jax.training.prompts import SampleFn
+
+PARTS = ("train", "heldout")
+
+
+class _Part(NamedTuple):
+    """One part of a task, encoded."""
+
+    examples: Sequence[Example]  # N
+    prompts: tuple[Any, Any]  # token ids and mask [N, L]
+    answers: Rollouts | None  # [N, 1, T], where exactly one completion is right
+
+
+class PassRates:
+    """Exact pass rates where exactly one completion is right, sampled ones elsewhere.
+
+    Args:
+        task: Whose prompts.
+        trained: Trained examples to evaluate; held-out ones are all evaluated.
+        policy: Without trained parameters.
+        sample: `gj.sample` with everything but prompts, group size and key.
+        key: Folded with the step.
+        samples: Completions of each prompt, where they are sampled.
+        rows: Completions sampled at a time.
+        prompt_tokens, max_new_tokens: L and T.
+        temperature: Of the policy.
+        micro_batch_tokens: Tokens per forward pass, on each device.
+        pool: Worker processes for rewards; None where a Python function scores.
+        processes: Of the run; `measure` is a call of all of them together.
+        warn: Called with a sentence about missing rewards.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        trained: Sequence[Example],
+        policy: Policy,
+        sample: SampleFn,
+        key: jax.Array,
+        *,
+        samples: int,
+        rows: int,
+        prompt_tokens: int,
+        max_new_tokens: int,
+        temperature: float,
+        micro_batch_tokens: int,
+        pool: VerifierPool | None,
+        processes: Processes,
+        warn: Callable[[str], None],
+    ):
+        self._task, self._policy, self._sample, self._key = task, policy, sample, key
+        self._samples, self._rows = samples, rows
+        self._temperature, self._tokens = temperature, micro_batch_tokens
+        self._pool, self._processes, self._warn = pool, processes, warn
+
+        def encoded(examples: Sequence[Example]) -> _Part:
+            pad_id = task.tokenizer.pad_token_id
+            prompts = pad_left(encode_prompts(task, examples), prompt_tokens, pad_id)
+            answers = None
+            if task.single_answer:
+                answers = answer_rollouts(task, examples, prompt_tokens, max_new_tokens)
+            return _Part(examples, prompts, answers)
+
+        self._parts = {"train": encoded(trained), "heldout": encoded(task.heldout)}
+
+    def measure(self, params: Any, step: int) -> dict[str, float]:
+        """`eval/...` metrics of the parameters after `step` steps."""
+        metrics: dict[str, float] = {}
+        key = jax.random.fold_in(self._key, step)
+        for name in PARTS:
+            part = self._parts[name]
+            if part.answers is None:
+                interval = self._sampled(params, part, key)
+            else:
+                interval = self._exact(params, part.answers)
+            metrics |= _with_interval(
+                f"eval/{name}_pass_rate", f"eval/{name}", interval
+            )
+        heldout = self._parts["heldout"]
+        if heldout.answers is not None:
+            name = "eval/heldout_sampled"
+            interval = self._sampled(params, heldout, key)
+            metrics |= _with_interval(name, name, interval)
+        return metrics
+
+    def _exact(self, params: Any, answers: Rollouts) -> tuple[float, float, float]:
+        policy = self._policy.replace(params)
+        return mean_interval(
+            exact_pass_rates(policy, answers, self._temperature, self._tokens)
+        )
+
+    def _sampled(
+        self, params: Any, part: _Part, key: jax.Array
+    ) -> tuple[float, float, float]:
+        """(share of prompts solved by samples, low, high)."""
+        batches = answer_prompts(
+            self._sample,
+            self._policy.replace(params),
+            self._task,
+            part.examples,
+            part.prompts,
+            samples=self._samples,
+            rows=self._rows,
+            key=key,
+            pool=self._pool,
+            processes=self._processes,
+            warn=self._warn,
+        )
+        return pass_rate_interval([row for rows in batches for row in rows])
+
+
+def _with_interval(
+    name: str, stem: str, interval: tuple[float, float, float]
+) -> dict[str, float]:
+    return dict(zip((name, f"{stem}_low", f"{stem}_high"), interval, strict=True))

@@ -1,0 +1,251 @@
+"""The compiled programs of an update, for completions of one padded length."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from grpo_jax.models.policy import Policy
+from grpo_jax.objectives.presets import Objective
+from grpo_jax.parallel.sharding import group_sharding, tree_shardings, with_shardings
+from grpo_jax.preconditioner import PromptWeights
+from grpo_jax.rollouts.logprobs import batch_logprobs
+from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
+from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.training import counterfactual
+from grpo_jax.training.state import Batch, TrainState, part_of, push_history
+from grpo_jax.training.step import make_train_step
+from grpo_jax.training.weighing import has_token_weights, token_weights, weigh
+
+Program = Callable[..., Any]  # compiled ahead of time, for fixed shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSettings:
+    """What the programs of an update are made from.
+
+    Attributes:
+        rule: From rewards to prompt weights.
+        policy: Config and graph, with frozen parameters but without trained ones.
+        reference: The policy at step 0, where the objective has a KL term.
+        prompts, group_size, prompt_tokens, max_new_tokens: P, G, L and the largest T.
+        stop_ids: Tokens that end a completion.
+        updates: Of one rollout.
+        micro_batch_tokens: Tokens per backward pass, on each device.
+        with_counterfactual: Also compile the comparison with other prompt weights.
+        mesh: None for a single device.
+    """
+
+    objective: Objective
+    rule: PromptWeights
+    optimizer: optax.GradientTransformation
+    policy: Policy
+    reference: Policy | None
+    prompts: int
+    group_size: int
+    prompt_tokens: int
+    max_new_tokens: int
+    temperature: float
+    stop_ids: tuple[int, ...]
+    updates: int
+    micro_batch_tokens: int
+    with_counterfactual: bool
+    mesh: Mesh | None
+
+    @property
+    def parts(self) -> int:
+        """Equal parts of a batch's prompts, one for each update of a rollout."""
+        return self.updates if self.objective.disjoint else 1
+
+    @property
+    def freeze_gradient_point(self) -> bool:
+        """Whether all updates of a rollout take the gradient at the sampling
+        parameters, because the objective has no importance ratio."""
+        return self.updates > 1 and not self.objective.has_ratio()
+
+    @property
+    def rescore_old(self) -> bool:
+        """Whether old log-probs are recomputed once per rollout. Rollouts of a history
+        keep their samplers' log-probs instead."""
+        several = self.updates > 1 and not self.freeze_gradient_point
+        return several and self.objective.history == 1
+
+    def micro(self, prompts: int, tokens: int) -> MicroBatch:
+        """The split of `prompts` groups of completions of `tokens` tokens."""
+        return micro_batch(
+            prompts,
+            self.group_size,
+            self.prompt_tokens,
+            tokens,
+            self.micro_batch_tokens,
+        )
+
+    def rollout_shapes(self, tokens: int) -> Rollouts:
+        """Abstract `Rollouts` [P, G, tokens], with shardings on a mesh."""
+        p, g, shape = self.prompts, self.group_size, jax.ShapeDtypeStruct
+        prompt = shape((p, self.prompt_tokens), jnp.int32)
+        ids = shape((p, g, tokens), jnp.int32)
+        logprobs = shape((p, g, tokens), jnp.float32)
+        rewards = shape((p, g), jnp.float32)
+        rollouts = Rollouts(prompt, prompt, ids, ids, logprobs, rewards)
+        return with_shardings(rollouts, self.mesh)
+
+
+class Programs(NamedTuple):
+    """Compiled programs; None where the objective needs none.
+
+    Attributes:
+        weigh: (rollouts, reference_logprobs, prompt_ids, weights_state) -> `Weighed`.
+        update: (state, batch, index of the part, where the gradient is taken, frozen
+            parameters) -> (state, metrics); the state is donated.
+        rescore: (policy, rollouts) -> log-probs [P, G, T].
+        token_weights: (policy, rollouts) -> [P, G, T].
+        push_history: (history, batch) -> (history, batch of all iterates).
+        counterfactual: (policy, state, batch) -> `Counterfactual`.
+    """
+
+    weigh: Program
+    update: Program
+    rescore: Program | None
+    token_weights: Program | None
+    push_history: Program | None
+    counterfactual: Program | None
+
+
+def compile_programs(
+    settings: UpdateSettings, state: TrainState, tokens: int
+) -> Programs:
+    """Compiles the programs for completions [P, G, tokens]."""
+    s, objective = settings, settings.objective
+    rollouts = s.rollout_shapes(tokens)
+    logprobs = rollouts.behaviour_logprobs
+    policy = s.policy.replace(state.params)
+    micro = s.micro(s.prompts, tokens)
+    compile_ = partial(_compile, mesh=s.mesh)
+    by_name = partial(tree_shardings, mesh=s.mesh)
+    by_group = partial(jax.tree.map, lambda x: group_sharding(x.shape, s.mesh))
+
+    rescore = weights_of_tokens = compare = push = token_shapes = None
+    if s.rescore_old or s.reference is not None:
+        score = partial(batch_logprobs, temperature=s.temperature, micro=micro)
+        rescore, _ = compile_(score, policy, rollouts, out_shardings=by_group)
+    reference = None if s.reference is None else logprobs
+    weigh_program, weighed = compile_(
+        partial(weigh, objective, s.rule, max_length=s.max_new_tokens),
+        rollouts,
+        reference,
+        jax.ShapeDtypeStruct((s.prompts,), jnp.int32),
+        state.weights_state,
+        out_shardings=by_name,
+    )
+    if has_token_weights(objective):
+        factors = partial(
+            token_weights, objective, temperature=s.temperature, eos_id=s.stop_ids
+        )
+        weights_of_tokens, token_shapes = compile_(
+            factors, policy, rollouts, out_shardings=by_group
+        )
+    batch = Batch(
+        weighed.rollouts,
+        weighed.shaped_rewards,
+        weighed.weights,
+        logprobs if s.rescore_old else None,
+        reference,
+        token_shapes,
+    )
+    if s.with_counterfactual:
+        compare_weights = partial(
+            counterfactual.compare_weights,
+            objective,
+            s.optimizer,
+            micro=micro,
+            temperature=s.temperature,
+            max_length=s.max_new_tokens,
+        )
+        compare, _ = compile_(compare_weights, s.policy, state, batch)
+    if objective.history > 1:
+        push, (_, batch) = compile_(
+            partial(push_history, objective),
+            state.history,
+            batch,
+            out_shardings=_history_shardings(by_name),
+        )
+    update = _compile_update(settings, state, batch, tokens)
+    return Programs(weigh_program, update, rescore, weights_of_tokens, push, compare)
+
+
+def _compile_update(
+    s: UpdateSettings, state: TrainState, batch: Batch, tokens: int
+) -> Program:
+    prompts = batch.weights.shape[0] // s.parts
+    step = make_train_step(
+        dataclasses.replace(s.policy, frozen=None),
+        s.objective,
+        s.optimizer,
+        micro=s.micro(prompts, tokens),
+        temperature=s.temperature,
+        max_length=s.max_new_tokens,
+    )
+
+    def update(state: TrainState, batch: Batch, index: Any, at: Any, frozen: Any):
+        return step(state, part_of(batch, index, s.parts), at, frozen)
+
+    at = state.params if s.freeze_gradient_point else None
+    program, _ = _compile(
+        update,
+        state,
+        batch,
+        np.int32(0),
+        at,
+        s.policy.frozen,
+        mesh=s.mesh,
+        donate=(0,),
+        out_shardings=partial(tree_shardings, mesh=s.mesh),
+    )
+    return program
+
+
+def _history_shardings(by_name: Callable) -> Callable:
+    """Shardings of (history, batch): rules go by the name of the outermost field."""
+
+    def shardings(shapes: tuple) -> tuple:
+        history, batch = shapes
+        return by_name({"history": history})["history"], by_name(batch)
+
+    return shardings
+
+
+def _compile(
+    function: Callable,
+    *arguments: Any,
+    mesh: Mesh | None,
+    donate: tuple[int, ...] = (),
+    out_shardings: Callable[[Any], Any] | None = None,
+) -> tuple[Program, Any]:
+    """(compiled program, its abstract outputs).
+
+    Args:
+        function: What to compile.
+        arguments: Arrays or their abstract forms.
+        mesh: None for a single device, where nothing is sharded.
+        donate: Arguments whose buffers the program may overwrite.
+        out_shardings: Maps the outputs' shapes to shardings; None lets XLA choose.
+    """
+    if mesh is None or out_shardings is None:
+        lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
+        return lowered.compile(), lowered.out_info
+    shapes = jax.eval_shape(function, *arguments)
+    shardings = out_shardings(shapes)
+    jitted = jax.jit(function, donate_argnums=donate, out_shardings=shardings)
+    outputs = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
+    return jitted.lower(*arguments).compile(), outputs

@@ -1,0 +1,42 @@
+"""SIGTERM and SIGINT as a request to save and end."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopSignals:
+    """Handlers of SIGTERM and SIGINT while the context is open.
+
+    The first signal asks the run to save and end, which it does when the phase in
+    progress is over; the second one kills it.
+
+    Attributes:
+        received: Whether a signal came.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread: the caller keeps its handlers
+                break
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        for other in self._previous:
+            signal.signal(other, signal.SIG_DFL)  # the next one ends the process
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
