@@ -1,4 +1,8 @@
-"""What a run will hold in memory, estimated before anything is allocated."""
+"""What a run will hold in memory, estimated from shapes before anything is allocated.
+
+The formulas count the arrays that are alive at a program's peak, as XLA on a CPU keeps
+them. L prompt tokens and T completion tokens are padded lengths.
+"""
 
 import dataclasses
 import math
@@ -13,44 +17,51 @@ from grpo_jax.runs.config import MeshConfig
 
 
 class Memory(NamedTuple):
-    """Bytes on one device: what is always held, then what each phase adds to it.
+    """Bytes on one device: the persistent state, and what each phase adds to it.
 
-    A phase's peak is what `memory_analysis` of its program says, argument + output -
-    alias + temp, and what is held without being an argument of it.
+        peak      = state + max(phases)
+        state     = parameters + optimizer + reference + frozen
+        sampling  = cache + sampler_weights + sampler_logits
+        update    = update_copies
+                    + max(optimizing, gradients + max(activations, logits))
+
+    A phase's peak is what `memory_analysis` of its program says (argument + output -
+    alias + temp) plus the part of the state that is no argument of it. Field names are
+    those of `grpo-jax plan --json`.
     """
 
-    # Held from the first step to the last.
+    # State: allocated from the first step to the last.
     parameters: int  # trained ones, float32
     optimizer: int  # Adam's two moments
     reference: int  # the reference policy
-    frozen: int  # the base that LoRA leaves as it is
+    frozen: int  # LoRA's base
     # Sampling.
     cache: int  # keys and values of prompts and completions
-    sampler_weights: int  # laid out for a loop over tokens, in the compute dtype
-    sampler_logits: int  # of one token of every completion, and what a layer makes
-    evaluation: int  # all three, of as many prompts as a step has completions
-    # An update: the larger of the last two is held with neither of the two before.
-    update_copies: int  # of parameters: where the gradient is taken, before a look
-    gradients: int  # summed, and of one micro-batch
-    activations: int  # kept by the layers of a micro-batch, and those of one layer
+    sampler_weights: int  # copied into the layout and dtype of the token loop
+    sampler_logits: int  # of one token of every completion, and one layer's arrays
+    evaluation: int  # the three above, for as many prompts as a step has completions
+    # Update.
+    update_copies: int  # of parameters: gradient point, or before a probe measurement
+    gradients: int  # the sum, and one micro-batch's
+    activations: int  # saved by all layers for one micro-batch, and one layer's arrays
     logits: int  # of one chunk, and the unembedding's copy and gradient
     optimizing: int  # gradient, both new moments and the change
-    # The instrument.
-    look: int = 0  # gradients, directions, sums of gradients, activations
+    # Instrument.
+    look: int = 0  # a probe measurement: gradients, directions, sums, activations
     counterfactual: int = 0  # gradient and change under every weighting
 
     @property
     def state(self) -> int:
-        """Held from the first step to the last."""
+        """Bytes allocated from the first step to the last."""
         return self.parameters + self.optimizer + self.reference + self.frozen
 
     def phases(self) -> dict[str, int]:
-        """Name -> bytes beside `state`; phases do not overlap."""
-        layers = self.gradients + max(self.activations, self.logits)
+        """Name -> bytes on top of `state`; phases do not overlap in time."""
+        backward = self.gradients + max(self.activations, self.logits)
         return {
             "sampling": self.cache + self.sampler_weights + self.sampler_logits,
             "evaluation": self.evaluation,
-            "update": self.update_copies + max(self.optimizing, layers),
+            "update": self.update_copies + max(self.optimizing, backward),
             "look": self.look,
             "counterfactual": self.counterfactual,
         }
@@ -62,6 +73,7 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
+        """Bytes at the peak of the largest phase."""
         return self.state + max(self.phases().values())
 
     def advice(self) -> str:
@@ -69,47 +81,22 @@ class Memory(NamedTuple):
         phase = self.largest()
         work = self.phases()[phase]
         if phase == "update" and self.optimizing + self.update_copies == work:
-            work, phase = 0, "state"  # made of the same parameters
+            work, phase = 0, "state"  # as large as the parameters, like the state
         if self.state >= work:
             phase = "state"
-        return {
-            "state": "model.lora_rank trains factors of a frozen base",
-            "sampling": "lower sampling.prompts, sampling.group_size or "
-            "sampling.max_new_tokens",
-            "evaluation": "lower sampling.prompts or sampling.group_size, whose "
-            "product is evaluated at a time",
-            "update": "lower micro_batch_tokens",
-            "look": "lower instrument.prompts, or switch it off with "
-            "instrument.every 0",
-            "counterfactual": "switch it off with instrument.counterfactual_every 0",
-        }[phase]
+        return _ADVICE[phase]
 
 
-class _Shape(NamedTuple):
-    """A model's sizes on one of the devices that it is cut over."""
-
-    layers: int
-    width: int
-    mlp: float
-    heads: float  # x head_dim
-    kv: float  # x head_dim
-    num_heads: float
-    vocab: float
-    size: int  # bytes of the compute dtype
-
-    @staticmethod
-    def of(c: ModelConfig, tensor_ways: int, widened: bool) -> "_Shape":
-        n = tensor_ways
-        return _Shape(
-            c.num_layers,
-            c.width,
-            c.mlp_width / n,
-            c.num_heads * c.head_dim / n,
-            c.num_kv_heads * c.head_dim / max(1, min(n, c.num_kv_heads)),
-            c.num_heads / n,
-            c.vocab_size / n,
-            4 if widened or c.compute_dtype == "float32" else 2,
-        )
+_ADVICE = {
+    "state": "model.lora_rank trains factors of a frozen base",
+    "sampling": "lower sampling.prompts, sampling.group_size or "
+    "sampling.max_new_tokens",
+    "evaluation": "lower sampling.prompts or sampling.group_size, whose "
+    "product is evaluated at a time",
+    "update": "lower micro_batch_tokens",
+    "look": "lower instrument.prompts, or switch it off with instrument.every 0",
+    "counterfactual": "switch it off with instrument.counterfactual_every 0",
+}
 
 
 def estimate_memory(
@@ -131,99 +118,223 @@ def estimate_memory(
     widened: bool = False,
     mesh: MeshShape = MeshConfig(),  # noqa: B008  (frozen)
 ) -> Memory:
-    """Bytes on each device, from shapes alone.
-
-    The counts of arrays are those that XLA holds at its peak on a CPU; a test compares
-    the sums with `memory_analysis`, within 15 %.
+    """Bytes on each device, from shapes alone; within 15 % of `memory_analysis` on the
+    shapes that a test compares.
 
     Args:
-        micro: The split of an update, over all devices together, with their shards.
+        micro: The split of an update over all devices together, with its shards.
         reference: A reference policy is kept.
-        copies: Of the trained parameters that an update holds besides.
-        probe: Micro-batches of one probe prompt's half, and of all of them along an
-            update; None: no instrument.
-        probe_bytes: Sums of gradients that a look holds.
-        weightings: That a counterfactual step compares; 0: none.
+        copies: Further copies of the trained parameters during an update.
+        probe: Micro-batches of a probe measurement: of half a group of one prompt, and
+            of all probe prompts along an update; None: no instrument.
+        probe_bytes: Of the sums of gradients in a probe measurement.
+        weightings: Compared in a counterfactual step; 0: none.
         evaluated: (prompts, samples of each) evaluated at a time; None: none.
-        updated: Prompts of one update, where they are not `prompts`.
+        updated: Prompts of one update, if not `prompts`.
         base_bytes: Of each frozen parameter, with LoRA.
         widened: bfloat16 is computed in float32, as XLA does on a CPU.
-        mesh: Parameters, moments and gradients are cut over fsdp, gathered layer by
-            layer; prompts, or the samples of each, over data and fsdp; heads, the MLP
-            and the vocabulary over tensor.
+        mesh: Parameters, moments and gradients are split over fsdp and gathered layer
+            by layer; prompts, or the samples of each, over data and fsdp; heads, the
+            MLP and the vocabulary over tensor.
     """
-    s = _Shape.of(c, mesh.tensor, widened)
-    cut = mesh.fsdp * mesh.tensor
-    parameters = num_parameters(c)
-    trained = (num_factors(c) if c.lora_rank else parameters) * 4 / cut
-    table = s.vocab * c.width  # a whole [V, D] on one device
-    embedded = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
-    layer = (parameters - embedded - c.width) / c.num_layers / mesh.tensor  # one's
-    # Two layers, and the table of the embedding.
-    gathered = (2 * layer + table) * s.size if mesh.fsdp > 1 else 0
-    copied = c.tie_embeddings or s.size == 2 or mesh.fsdp > 1
-    both = s.size == 4 and c.compute_dtype == "bfloat16"  # and its float32 twin
-    unembedding = table * (6 if both else s.size * copied)
-    own_micro = MicroBatch(*micro.on_device)
-    length, t = prompt_tokens, max_new_tokens
-
-    def sampling(p, g):
-        """(cache, logits and a layer's) of p prompts, g samples each."""
-        shards = batch_shards(p, g, mesh)
-        p, g = p // shards[0], g // shards[1]
-        cache = 2 * s.layers * s.kv * p * (length + g * t) * s.size
-        rows = p * g
-        decoding = 4 * rows * (2 * s.vocab + 2 * s.mlp + s.num_heads * (length + t))
-        made = 3 * s.mlp + 3 * c.width + 2 * s.heads
-        prefill = p * length * made * s.size + 8 * p * s.num_heads * length**2
-        prefill += 2 * s.layers * s.kv * p * length * s.size  # before it is unstacked
-        return cache, max(decoding, prefill - cache)
-
-    cache, sampler_logits = sampling(prompts, group_size)
-    weights = s.layers * layer * s.size + unembedding
-    evaluation = 0
-    if evaluated:
-        evaluation = weights + sum(sampling(*evaluated))
-
-    activations = _activations(c, s, own_micro, length, t)
-    stack = _kept(c, s, own_micro, length, t)
-    rows = own_micro.prompts * own_micro.samples
-    chunk = min(max(rows, min(512, MAX_LOGITS // c.vocab_size)), rows * t)
-    head = unembedding + 2 * 4 * chunk * s.vocab
-    head += 2 * 4 * table * (not c.lora_rank)  # its gradient, and one chunk's
-    split = (micro.prompts, micro.samples) != (updated or prompts, group_size)
-    gradients = trained * (1 + split)
+    s = _Sizes.of(c, mesh.tensor, widened)
+    w = _Weights.of(c, s, mesh)
+    lengths = prompt_tokens, max_new_tokens
+    local = MicroBatch(*micro.on_device)
+    cache, sampler_logits = _sampling(s, prompts, group_size, lengths, mesh)
+    sampler_weights = s.layers * w.layer * s.size + w.unembedding
+    evaluation = 0.0
+    if evaluated is not None:
+        evaluation = sampler_weights + sum(_sampling(s, *evaluated, lengths, mesh))
+    activations = _activations(c, s, local, lengths)
+    is_split = (micro.prompts, micro.samples) != (updated or prompts, group_size)
     look = counterfactual = 0.0
     if probe is not None:
-        work = (_activations(c, s, probe[0], length, t), _along(s, probe[0], length, t))
-        look = 6 * trained + probe_bytes + max(work)
-        look = gathered + max(look, 2 * trained + _along(s, probe[1], length, t))
+        look = w.gathered + max(
+            6 * w.trained + probe_bytes + _probe_half(c, s, probe[0], lengths),
+            2 * w.trained + _derivatives(s, probe[1], lengths),
+        )
     if weightings:
-        beside = 2 * trained + activations, trained + _along(s, own_micro, length, t)
-        counterfactual = 2 * weightings * trained + max(beside) + gathered
+        # Per weighting its gradient and its change; then one of them is followed.
+        beside = (
+            2 * w.trained + activations,
+            w.trained + _derivatives(s, local, lengths),
+        )
+        counterfactual = 2 * weightings * w.trained + max(beside) + w.gathered
     return Memory(
-        parameters=round(trained),
-        optimizer=round(2 * trained),
-        reference=round(trained * reference),
-        frozen=round(parameters * base_bytes / cut if c.lora_rank else 0),
+        parameters=round(w.trained),
+        optimizer=round(2 * w.trained),
+        reference=round(w.trained * reference),
+        frozen=round(w.base * base_bytes if c.lora_rank else 0),
         cache=round(cache),
-        sampler_weights=round(weights),
+        sampler_weights=round(sampler_weights),
         sampler_logits=round(sampler_logits),
         evaluation=round(evaluation),
-        update_copies=round(trained * copies),
-        gradients=round(gradients),
-        activations=round(activations + gathered + unembedding * both),
-        # The gradients of layers do not exist yet, that of the table is in `head`.
-        logits=round(max(0, stack + head - trained)),
-        optimizing=round(4 * trained),
+        update_copies=round(w.trained * copies),
+        gradients=round(w.trained * (1 + is_split)),
+        activations=round(activations + w.gathered + w.unembedding * w.is_cast_back),
+        logits=round(_logits(c, s, w, local, lengths)),
+        optimizing=round(4 * w.trained),
         look=round(look),
         counterfactual=round(counterfactual),
     )
 
 
+class _Sizes(NamedTuple):
+    """A model's sizes on one device, of those that `tensor` splits its share."""
+
+    layers: int
+    width: int
+    mlp: float
+    heads: float  # x head_dim
+    kv: float  # x head_dim
+    num_heads: float
+    vocab: float
+    size: int  # bytes of a number in the layers
+
+    @staticmethod
+    def of(c: ModelConfig, tensor: int, widened: bool) -> "_Sizes":
+        return _Sizes(
+            layers=c.num_layers,
+            width=c.width,
+            mlp=c.mlp_width / tensor,
+            heads=c.num_heads * c.head_dim / tensor,
+            kv=c.num_kv_heads * c.head_dim / max(1, min(tensor, c.num_kv_heads)),
+            num_heads=c.num_heads / tensor,
+            vocab=c.vocab_size / tensor,
+            size=4 if widened or c.compute_dtype == "float32" else 2,
+        )
+
+
+class _Weights(NamedTuple):
+    """What a device holds of the parameters, and copies of them in a program."""
+
+    trained: float  # bytes, float32
+    base: float  # parameters (not bytes) without LoRA's factors
+    layer: float  # parameters of one layer, gathered over fsdp
+    table: float  # entries of [V, D], gathered over fsdp
+    unembedding: float  # bytes of the copy that logits are computed with
+    gathered: float  # bytes of two layers and the embedding table under fsdp
+    is_cast_back: bool  # bfloat16 computed in float32: both copies exist
+
+    @staticmethod
+    def of(c: ModelConfig, s: _Sizes, mesh: MeshShape) -> "_Weights":
+        shards = mesh.fsdp * mesh.tensor
+        parameters = num_parameters(c)
+        table = s.vocab * c.width
+        embeddings = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
+        layer = (parameters - embeddings - c.width) / c.num_layers / mesh.tensor
+        is_cast_back = s.size == 4 and c.compute_dtype == "bfloat16"
+        is_copied = c.tie_embeddings or s.size == 2 or mesh.fsdp > 1
+        return _Weights(
+            trained=(num_factors(c) if c.lora_rank else parameters) * 4 / shards,
+            base=parameters / shards,
+            layer=layer,
+            table=table,
+            unembedding=table * (6 if is_cast_back else s.size * is_copied),
+            gathered=(2 * layer + table) * s.size if mesh.fsdp > 1 else 0,
+            is_cast_back=is_cast_back,
+        )
+
+
+Lengths = tuple[int, int]  # (L, T)
+
+
+def _sampling(
+    s: _Sizes, prompts: int, group_size: int, lengths: Lengths, mesh: MeshShape
+) -> tuple[float, float]:
+    """(cache, work) bytes of p prompts and g samples of each on a device.
+
+    cache  = 2 layers kv p (L + g T)
+    work   = max(decode, prefill - cache)
+    decode = p g (2 V + 2 mlp + heads (L + T)) in float32, of one token
+    """
+    shards = batch_shards(prompts, group_size, mesh)
+    p, g = prompts // shards[0], group_size // shards[1]
+    length, t = lengths
+    cache = 2 * s.layers * s.kv * p * (length + g * t) * s.size
+    decode = 4 * p * g * (2 * s.vocab + 2 * s.mlp + s.num_heads * (length + t))
+    one_layer = 3 * s.mlp + 3 * s.width + 2 * s.heads
+    prefill = p * length * one_layer * s.size + 8 * p * s.num_heads * length**2
+    # All layers' keys and values of the prompts, before they are split by layer.
+    prefill += 2 * s.layers * s.kv * p * length * s.size
+    return cache, max(decode, prefill - cache)
+
+
+def _tokens(micro: MicroBatch, lengths: Lengths) -> int:
+    """Tokens of a micro-batch: p (L + g T)."""
+    return micro.prompts * (lengths[0] + micro.samples * lengths[1])
+
+
+def _scores(s: _Sizes, micro: MicroBatch, lengths: Lengths) -> tuple[float, float]:
+    """float32 bytes of one layer's attention scores of completion tokens: (on their own
+    completion, on their prompt)."""
+    length, t = lengths
+    rows = 4 * micro.prompts * micro.samples * s.num_heads * t
+    return rows * t, rows * length
+
+
+def _saved(c: ModelConfig, s: _Sizes, micro: MicroBatch, lengths: Lengths) -> float:
+    """Bytes that all layers save for a micro-batch's backward pass, by `c.remat`."""
+    per_token = {
+        "full": s.width,
+        "dots": 2 * s.mlp + s.width + 2 * s.heads + 2 * s.kv,
+        "none": 6 * s.mlp + 7 * s.width + 5 * s.heads + 2 * s.kv,
+    }[c.remat]
+    layer = _tokens(micro, lengths) * per_token * s.size
+    if c.remat == "none":
+        layer += sum(_scores(s, micro, lengths))
+        layer += 8 * micro.prompts * s.num_heads * lengths[0] ** 2  # among prompts
+    return s.layers * layer
+
+
+def _activations(
+    c: ModelConfig, s: _Sizes, micro: MicroBatch, lengths: Lengths
+) -> float:
+    """Bytes at the peak of a micro-batch's backward pass through the layers: what all
+    of them save, and one layer's arrays, in its MLP or in its attention."""
+    tokens = _tokens(micro, lengths)
+    own, prompt = _scores(s, micro, lengths)
+    wide = (6 + (c.lora_rank > 0)) * s.mlp + 7 * s.width + 6 * s.heads + 2 * s.kv
+    mlp = own + prompt + tokens * wide * s.size
+    attention = 3.25 * own + 2.25 * prompt
+    attention += tokens * (6 * s.width + 4 * s.heads) * s.size
+    layer = attention if c.remat == "none" else max(mlp, attention)
+    return _saved(c, s, micro, lengths) + layer
+
+
+def _logits(
+    c: ModelConfig, s: _Sizes, w: _Weights, micro: MicroBatch, lengths: Lengths
+) -> float:
+    """Bytes at the peak of the loss, beyond the gradients: what the layers save, one
+    chunk's logits and their gradient, and of the unembedding its copy, its gradient and
+    one chunk's."""
+    rows = micro.prompts * micro.samples
+    chunk = min(max(rows, min(512, MAX_LOGITS // c.vocab_size)), rows * lengths[1])
+    head = w.unembedding + 2 * 4 * chunk * s.vocab
+    head += 2 * 4 * w.table * (not c.lora_rank)
+    # The layers' gradients do not exist yet, and the table's is counted above.
+    return max(0, _saved(c, s, micro, lengths) + head - w.trained)
+
+
+def _probe_half(
+    c: ModelConfig, s: _Sizes, micro: MicroBatch, lengths: Lengths
+) -> float:
+    """Bytes of a backward pass, or of derivatives along it, of half a probe group."""
+    return max(_activations(c, s, micro, lengths), _derivatives(s, micro, lengths))
+
+
+def _derivatives(s: _Sizes, micro: MicroBatch, lengths: Lengths) -> float:
+    """Bytes of one layer run forward with first and second directional derivatives:
+    four of each array."""
+    per_token = 3 * s.mlp + 2 * s.width + 2 * s.heads
+    layer = _tokens(micro, lengths) * per_token * s.size
+    return 4 * (layer + sum(_scores(s, micro, lengths)))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryInputs:
-    """All that a run's memory depends on, the micro-batch not yet derived."""
+    """Everything that a run's memory depends on, before micro-batches are derived."""
 
     model: ModelConfig
     prompts: int
@@ -231,8 +342,8 @@ class MemoryInputs:
     prompt_tokens: int
     max_new_tokens: int
     micro_batch_tokens: int
-    history: int = 1  # iterates in an update
-    parts: int = 1  # that a rollout is cut in, an update each
+    history: int = 1  # rollouts in an update
+    parts: int = 1  # updates of a rollout with prompts of their own
     reference: bool = False
     copies: int = 0  # as `estimate_memory`
     probe_prompts: int = 0  # 0: no instrument
@@ -251,92 +362,40 @@ class MemoryInputs:
 
     def estimate(self) -> Memory:
         """`estimate_memory`, with the micro-batches that the run will derive."""
-        c, g, t = self.model, self.group_size, self.max_new_tokens
-        budget = self.micro_batch_tokens
-        shards = batch_shards(self.updated, g, self.mesh)
-        micro = micro_batch(self.updated, g, self.prompt_tokens, t, budget, shards)
+        split = partial(
+            micro_batch,
+            prompt_tokens=self.prompt_tokens,
+            max_tokens=self.max_new_tokens,
+            budget=self.micro_batch_tokens,
+        )
+        shards = batch_shards(self.updated, self.group_size, self.mesh)
         probe = None
         if self.probe_prompts:
-            size = partial(
-                micro_batch,
-                prompt_tokens=self.prompt_tokens,
-                max_tokens=t,
-                budget=budget,
+            # One more sample of each prompt: the right answer, where there is one.
+            probe = (
+                split(1, self.probe_group // 2 + 1),
+                split(self.probe_prompts, self.probe_group + 1),
             )
-            # One more sample of each: the answer, where it is known.
-            group = self.probe_group
-            probe = size(1, group // 2 + 1), size(self.probe_prompts, group + 1)
+        completions = self.prompts * self.group_size
+        samples = self.evaluation_samples
         return estimate_memory(
-            c,
+            self.model,
             prompts=self.prompts,
-            group_size=g,
+            group_size=self.group_size,
             prompt_tokens=self.prompt_tokens,
-            max_new_tokens=t,
-            micro=micro,
+            max_new_tokens=self.max_new_tokens,
+            micro=split(self.updated, self.group_size, shards=shards),
             reference=self.reference,
             copies=self.copies + (probe is not None),
             probe=probe,
             probe_bytes=self.probe_bytes if probe else 0,
             weightings=self.weightings,
-            evaluated=(
-                max(1, self.prompts * g // self.evaluation_samples),
-                self.evaluation_samples,
-            ),
+            evaluated=(max(1, completions // samples), samples),
             updated=self.updated,
             base_bytes=self.base_bytes,
             widened=self.widened,
             mesh=self.mesh,
         )
-
-
-def _tokens(micro, length, t):
-    """(of completions, of prompts) in a micro-batch."""
-    return micro.prompts * micro.samples * t, micro.prompts * length
-
-
-def _scores(s, micro, length, t):
-    """float32 bytes of attention scores: (completions' own, to prompts)."""
-    rows = 4 * micro.prompts * micro.samples * s.num_heads * t
-    return rows * t, rows * length
-
-
-def _kept(c: ModelConfig, s: _Shape, micro: MicroBatch, length: int, t: int) -> float:
-    """Bytes that a micro-batch's layers keep for their backward passes."""
-    own, prompt = _tokens(micro, length, t)
-    wide = {
-        "full": s.width,
-        "dots": 2 * s.mlp + s.width + 2 * s.heads + 2 * s.kv,
-        "none": 6 * s.mlp + 7 * s.width + 5 * s.heads + 2 * s.kv,
-    }[c.remat]
-    kept = (own + prompt) * wide * s.size
-    if c.remat == "none":
-        kept += sum(_scores(s, micro, length, t))
-        kept += 8 * micro.prompts * s.num_heads * length**2
-    return s.layers * kept
-
-
-def _activations(
-    c: ModelConfig, s: _Shape, micro: MicroBatch, length: int, t: int
-) -> float:
-    """Bytes at the peak of a micro-batch's backward pass through the layers: what they
-    keep, and one layer's, in its MLP or in its attention."""
-    own, prompt = _tokens(micro, length, t)
-    own_scores, prompt_scores = _scores(s, micro, length, t)
-    wide = (6 + (c.lora_rank > 0)) * s.mlp + 7 * s.width + 6 * s.heads + 2 * s.kv
-    mlp = own_scores + prompt_scores + (own + prompt) * wide * s.size
-    narrow = 6 * s.width + 4 * s.heads
-    attention = 3.25 * own_scores + 2.25 * prompt_scores
-    attention += (own + prompt) * narrow * s.size
-    work = attention if c.remat == "none" else max(mlp, attention)
-    return _kept(c, s, micro, length, t) + work
-
-
-def _along(s: _Shape, micro: MicroBatch, length: int, t: int) -> float:
-    """Bytes of one layer with first and second derivatives, run forward: four of each
-    array."""
-    tokens = sum(_tokens(micro, length, t))
-    wide = tokens * (3 * s.mlp + 2 * s.width + 2 * s.heads) * s.size
-    return 4 * (wide + sum(_scores(s, micro, length, t)))
 
 
 def readable(count: float, unit: str = "") -> str:

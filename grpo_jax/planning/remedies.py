@@ -2,27 +2,125 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from grpo_jax.parallel.sharding import batch_shards
 from grpo_jax.planning.memory import MemoryInputs, readable
 
 
+class Change(NamedTuple):
+    """A run with one setting changed; its text is the setting as it is given."""
+
+    setting: str
+    value: Any
+    inputs: MemoryInputs
+
+    def __str__(self) -> str:
+        return f"{self.setting} {self.value}"
+
+
+def changes(x: MemoryInputs) -> dict[str, list[Change]]:
+    """The settings that shrink a run -> their values, the smallest change first.
+
+    Settings that change no result come first. Empty lists are settings that cannot be
+    lowered further.
+    """
+    return {
+        "micro_batch_tokens": _inputs(
+            x, "micro_batch_tokens", "micro_batch_tokens", _halves(x.micro_batch_tokens)
+        ),
+        "model.remat": _model(x, "remat", ["full"] * (x.model.remat != "full")),
+        "instrument.every": _off(x, "instrument.every", "probe_prompts"),
+        "instrument.counterfactual_every": _off(
+            x, "instrument.counterfactual_every", "weightings"
+        ),
+        "model.compute_dtype": _model(
+            x, "compute_dtype", ["bfloat16"] * (x.model.compute_dtype == "float32")
+        ),
+        "sampling.prompts": _sampling(x, "prompts", least=1),
+        "sampling.group_size": _sampling(x, "group_size", least=2),
+        "sampling.max_new_tokens": _inputs(
+            x,
+            "sampling.max_new_tokens",
+            "max_new_tokens",
+            _halves(x.max_new_tokens, least=16),
+        ),
+        "objective.kl_coef": _off(x, "objective.kl_coef", "reference"),
+        "model.lora_rank": _model(
+            x, "lora_rank", [] if x.model.lora_rank else [64, 16, 4]
+        ),
+    }
+
+
+def tensor_changes(x: MemoryInputs) -> list[Change]:
+    """Wider meshes along `tensor`, the one axis that splits a completion."""
+    heads, kv_heads = x.model.num_heads, x.model.num_kv_heads
+    return [
+        Change(
+            "mesh.tensor",
+            n,
+            dataclasses.replace(x, mesh=dataclasses.replace(x.mesh, tensor=n)),
+        )
+        for n in range(x.mesh.tensor + 1, kv_heads + 1)
+        if kv_heads % n == 0 and heads % n == 0
+    ]
+
+
+def _halves(value: int, least: int = 1) -> list[int]:
+    halves = [value // 2**i for i in range(1, 20)]
+    return [half for half in halves if half >= least]
+
+
+def _inputs(
+    x: MemoryInputs, setting: str, field: str, values: Iterable[Any]
+) -> list[Change]:
+    return [
+        Change(setting, value, dataclasses.replace(x, **{field: value}))
+        for value in values
+    ]
+
+
+def _model(x: MemoryInputs, field: str, values: Sequence[Any]) -> list[Change]:
+    models = [dataclasses.replace(x.model, **{field: value}) for value in values]
+    return [
+        Change(f"model.{field}", value, dataclasses.replace(x, model=model))
+        for value, model in zip(values, models, strict=True)
+    ]
+
+
+def _off(x: MemoryInputs, setting: str, field: str) -> list[Change]:
+    return _inputs(x, setting, field, [0] if getattr(x, field) else [])
+
+
+def _sampling(x: MemoryInputs, field: str, least: int) -> list[Change]:
+    values = _halves(getattr(x, field), least)
+    rows = _inputs(x, f"sampling.{field}", field, values)
+    return [row for row in rows if _is_accepted(row.inputs)]
+
+
+def _is_accepted(x: MemoryInputs) -> bool:
+    """`train` would accept it: all devices have work, and all updates of a rollout the
+    same number of prompts."""
+    shards = batch_shards(x.prompts, x.group_size, x.mesh)
+    devices = x.mesh.data * x.mesh.fsdp
+    return math.prod(shards) == devices and x.prompts % x.parts == 0
+
+
 def remedies(inputs: MemoryInputs, limit: int) -> list[str]:
     """Settings that would make the run fit in `limit` bytes, each alone; or, where none
     does, what makes the largest part smaller."""
-    found = []
-    for text, changes in _changes(inputs):
-        changed = next((c for c in changes if c.estimate().peak <= limit), None)
-        if changed is not None:
-            found.append(text(changed))
+    options = changes(inputs).values()
+    peaks = [[change.inputs.estimate().peak for change in rows] for rows in options]
+    fitting = [
+        next((c for c, peak in zip(rows, row, strict=True) if peak <= limit), None)
+        for rows, row in zip(options, peaks, strict=True)
+    ]
+    texts = [str(change) for change in fitting if change is not None]
+    if texts:
+        return texts
     memory = inputs.estimate()
-    if found:
-        return found
-    least = min(
-        (c.estimate().peak for _, changes in _changes(inputs) for c in changes),
-        default=memory.peak,
-    )
+    least = min((peak for row in peaks for peak in row), default=memory.peak)
     return [
         f"no one setting is enough (the best leaves {readable(least, 'B')}); first, "
         f"{memory.advice()}"
@@ -31,113 +129,27 @@ def remedies(inputs: MemoryInputs, limit: int) -> list[str]:
 
 def too_long(inputs: MemoryInputs, limit: int) -> str | None:
     """What to say where an update does not fit even with one completion at a time on a
-    device; None where it does, or where already the parameters do not."""
+    device; None where it fits, or where the parameters alone do not."""
     alone = dataclasses.replace(
         inputs, micro_batch_tokens=1, probe_prompts=0, weightings=0
     )
-
-    def needed(x):
-        memory = x.estimate()
-        return memory.state + memory.phases()["update"]
-
-    memory, t, model = alone.estimate(), alone.max_new_tokens, alone.model
-    bare = memory.state + memory.update_copies + memory.optimizing
-    if needed(alone) <= limit or bare > limit:
+    memory = alone.estimate()
+    without_completion = memory.state + memory.update_copies + memory.optimizing
+    if _update_peak(alone) <= limit or without_completion > limit:
         return None
-    shorter = [t // 2**i for i in range(1, 20) if t // 2**i >= 16]
-    wider = [
-        n
-        for n in range(alone.mesh.tensor + 1, model.num_kv_heads + 1)
-        if model.num_kv_heads % n == 0 and model.num_heads % n == 0
-    ]
-
-    def lengthened(n):
-        return dataclasses.replace(alone, max_new_tokens=n)
-
-    def split(n):
-        mesh = dataclasses.replace(alone.mesh, tensor=n)
-        return dataclasses.replace(alone, mesh=mesh)
-
+    shrunk = changes(alone)
     helps = []
-    for name, values, change in (
-        ("mesh.tensor", wider, split),
-        ("sampling.max_new_tokens", shorter, lengthened),
-    ):
-        found = next((n for n in values if needed(change(n)) <= limit), None)
-        helps += [] if found is None else [f"{name} {found}"]
-    if model.remat != "full":
-        helps.append("model.remat full")
-    helps = " or ".join(helps) or "a larger device"
+    for options in (tensor_changes(alone), shrunk["sampling.max_new_tokens"]):
+        fitting = (c for c in options if _update_peak(c.inputs) <= limit)
+        helps += [str(change) for change in list(fitting)[:1]]
+    helps += [str(change) for change in shrunk["model.remat"]]
     return (
-        f"an update of one completion of {t:,} tokens needs "
-        f"{readable(needed(alone), 'B')}, and no mesh.data or mesh.fsdp splits a "
-        f"completion; what helps is {helps}"
+        f"an update of one completion of {alone.max_new_tokens:,} tokens needs "
+        f"{readable(_update_peak(alone), 'B')}, and no mesh.data or mesh.fsdp splits a "
+        f"completion; what helps is {' or '.join(helps) or 'a larger device'}"
     )
 
 
-Change = tuple[Callable[[MemoryInputs], str], list[MemoryInputs]]
-
-
-def _changes(x: MemoryInputs) -> list[Change]:
-    """Per setting: its name with the value, and the runs with it changed, the least
-    change first. Those that change no result come first."""
-    replace = dataclasses.replace
-    halves = [x.micro_batch_tokens // 2**i for i in range(1, 20)]
-    rows: list[Change] = [
-        (
-            lambda y: f"micro_batch_tokens {y.micro_batch_tokens}",
-            [replace(x, micro_batch_tokens=n) for n in halves if n > 0],
-        )
-    ]
-
-    def model(name, values):
-        rows.append(
-            (
-                lambda y: f"model.{name} {getattr(y.model, name)}",
-                [replace(x, model=replace(x.model, **{name: v})) for v in values],
-            )
-        )
-
-    if x.model.remat != "full":
-        model("remat", ["full"])
-    if x.probe_prompts:
-        rows.append(
-            (lambda y: "instrument.every 0", [replace(x, probe_prompts=0)]),
-        )
-    if x.weightings:
-        rows.append(
-            (
-                lambda y: "instrument.counterfactual_every 0",
-                [replace(x, weightings=0)],
-            )
-        )
-    if x.model.compute_dtype == "float32":
-        model("compute_dtype", ["bfloat16"])
-    for name, least, spelling in (
-        ("prompts", 1, "sampling.prompts"),
-        ("group_size", 2, "sampling.group_size"),
-        ("max_new_tokens", 16, "sampling.max_new_tokens"),
-    ):
-        values = [getattr(x, name) // 2**i for i in range(1, 20)]
-        smaller = [replace(x, **{name: v}) for v in values if v >= least]
-        rows.append(
-            (
-                lambda y, n=name, s=spelling: f"{s} {getattr(y, n)}",
-                [y for y in smaller if _possible(y)],
-            )
-        )
-    if x.reference:
-        rows.append(
-            (lambda y: "objective.kl_coef 0", [replace(x, reference=False)]),
-        )
-    if not x.model.lora_rank:
-        model("lora_rank", [64, 16, 4])
-    return rows
-
-
-def _possible(x: MemoryInputs) -> bool:
-    """Whether all devices have work, and all updates as many prompts: or `train` would
-    refuse it."""
-    shards = batch_shards(x.prompts, x.group_size, x.mesh)
-    devices = x.mesh.data * x.mesh.fsdp
-    return math.prod(shards) == devices and x.prompts % x.parts == 0
+def _update_peak(x: MemoryInputs) -> int:
+    memory = x.estimate()
+    return memory.state + memory.phases()["update"]
