@@ -28,15 +28,16 @@ import grpo_jax as gj
 from grpo_jax.models.config import num_parameters
 from grpo_jax.planning.memory import readable
 from grpo_jax.planning.traffic import (
-    Layout,
     Step,
     memory_per_device,
     micro_batches,
+    num_devices,
     sampling_seconds,
     traffic,
     update_seconds,
 )
 from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.runs.config import MeshConfig
 
 _LLAMA = dict(
     vocab_size=128256, head_dim=128, num_kv_heads=8, tie_embeddings=False,
@@ -86,7 +87,7 @@ def plan(c: Config) -> dict:
     model = gj.ModelConfig(**_LLAMA, **shape)
     given = c.data, c.fsdp, c.tensor
     sizes = [x or y for x, y in zip(given, sizes, strict=True)]
-    layout = Layout(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     options = [n for n in range(c.group_size, 0, -1) if c.group_size % n == 0]
     for samples in [c.micro_samples] if c.micro_samples else options:
         step = Step(
@@ -96,23 +97,23 @@ def plan(c: Config) -> dict:
             max_new_tokens=c.new_tokens,
             micro=MicroBatch(c.micro_prompts, samples),
         )
-        memory = memory_per_device(model, step, layout)
+        memory = memory_per_device(model, step, mesh)
         if memory.peak <= 0.9 * c.memory:
             break
-    sent = traffic(model, step, layout)
+    sent = traffic(model, step, mesh)
 
     def link(inner, ways):
         within = inner * ways <= c.node
         return c.link_use * (c.node_bandwidth if within else c.network_bandwidth)
 
-    tensor = link(1, layout.tensor)
-    fsdp = link(layout.tensor, layout.fsdp)
-    data = link(layout.tensor * layout.fsdp, layout.data)
+    tensor = link(1, mesh.tensor)
+    fsdp = link(mesh.tensor, mesh.fsdp)
+    data = link(mesh.tensor * mesh.fsdp, mesh.data)
     # Weights are gathered over fsdp once to sample; the rest of it is tensor's.
-    once = sent.gathers / (2 * micro_batches(step, layout))
-    update = update_seconds(model, step, layout, flops=c.flops * c.mfu)
+    once = sent.gathers / (2 * micro_batches(step, mesh))
+    update = update_seconds(model, step, mesh, flops=c.flops * c.mfu)
     sampling = sampling_seconds(
-        model, step, layout, bytes_a_second=c.memory_bandwidth * c.memory_use
+        model, step, mesh, bytes_a_second=c.memory_bandwidth * c.memory_use
     )
     wires = {
         "fsdp": (sent.gathers + sent.scatters) / fsdp,
@@ -124,12 +125,12 @@ def plan(c: Config) -> dict:
     return {
         "plan": c.plan,
         "parameters": num_parameters(model),
-        "devices": layout.devices,
+        "devices": num_devices(mesh),
         "mesh": "x".join(map(str, sizes)),
         "prompts": step.prompts,
         "tokens": step.tokens,
         "micro": [step.micro.prompts, step.micro.samples],
-        "micro_batches": micro_batches(step, layout),
+        "micro_batches": micro_batches(step, mesh),
         "held": memory.state,
         "phases": memory.phases(),
         "peak": memory.peak,

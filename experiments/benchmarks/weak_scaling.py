@@ -79,7 +79,7 @@ def measure(c: Config, text: str) -> dict:
         tree_shardings,
         with_shardings,
     )
-    from grpo_jax.planning.traffic import Layout, Step, traffic
+    from grpo_jax.planning.traffic import Step, num_devices, prompt_shards, traffic
     from grpo_jax.rollouts.micro_batches import micro_batch
     from grpo_jax.runs.config import MeshConfig, OptimizerConfig
     from grpo_jax.training.optimizer import make_optimizer, make_schedule
@@ -88,9 +88,10 @@ def measure(c: Config, text: str) -> dict:
     from grpo_jax.training.weighing import weigh
 
     sizes = dict(zip(AXES, map(int, text.split("x")), strict=True))
-    layout, mesh = Layout(**sizes), make_mesh(MeshConfig(**sizes))
+    layout = MeshConfig(**sizes)
+    mesh = make_mesh(layout)
     p, g, length, t = (
-        c.prompts * layout.devices,
+        c.prompts * num_devices(layout),
         c.group_size,
         c.prompt_tokens,
         c.new_tokens,
@@ -130,7 +131,7 @@ def measure(c: Config, text: str) -> dict:
             partial(weigh, objective, rule, max_length=t),
             rollouts, None, ids((p,)), jax.eval_shape(rule.init),
         )  # fmt: skip
-        share = p // layout.prompt_ways // c.micro_batches
+        share = p // prompt_shards(layout) // c.micro_batches
         micro = micro_batch(p, g, length, t, share * (length + g * t))
         step = make_train_step(
             policy.replace(None),
@@ -168,7 +169,7 @@ def measure(c: Config, text: str) -> dict:
     )
     return {
         "mesh": text,
-        "devices": layout.devices,
+        "devices": num_devices(layout),
         "prompts": p,
         "tokens": p * (length + g * t),
         "parameters": 4 * num_parameters(model),

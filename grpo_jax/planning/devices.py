@@ -1,4 +1,4 @@
-"""Whether the devices are there, and how much memory they have."""
+"""Whether this machine has the devices of a mesh, and how much memory they have."""
 
 import dataclasses
 import math
@@ -9,10 +9,7 @@ import jax
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel.sharding import batch_shards
-from grpo_jax.runs.config import (
-    MeshConfig,
-    SamplingConfig,
-)
+from grpo_jax.runs.config import MeshConfig, SamplingConfig
 
 
 def check_mesh(
@@ -22,24 +19,22 @@ def check_mesh(
     *,
     here: bool = True,
 ) -> None:
-    """ConfigError where the devices are not there (if they should be `here`), or would
-    not all have work."""
+    """Refuses a mesh that has no devices, or whose devices would not all have work.
+
+    Args:
+        here: The run is on this machine's devices; else they are not looked for.
+
+    Raises:
+        ConfigError: devices are missing, or left out by one of several processes; or
+            the mesh does not divide prompts and samples, or heads.
+    """
     sizes = dataclasses.asdict(mesh)
     count = math.prod(sizes.values())
-    processes, devices = jax.process_count(), jax.devices()
-    if count == 1 and (processes == 1 or not here):
+    if count == 1 and (jax.process_count() == 1 or not here):
         return
     text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-    if here and processes > 1 and count != len(devices):
-        raise ConfigError(
-            f"{text} must have all {len(devices)} devices of the {processes} "
-            f"processes, got {count}; change one of them."
-        )
-    if here and count > len(devices):
-        raise ConfigError(
-            f"{text} needs {count} devices, and there are {len(devices)} "
-            f"({devices[0].device_kind}); lower one of them."
-        )
+    if here:
+        _check_devices(count, text)
     p, g = sampling.prompts, sampling.group_size
     shards = batch_shards(p, g, mesh)
     if math.prod(shards) != mesh.data * mesh.fsdp:
@@ -57,11 +52,26 @@ def check_mesh(
             )
 
 
+def _check_devices(count: int, text: str) -> None:
+    processes, devices = jax.process_count(), jax.devices()
+    if processes > 1 and count != len(devices):
+        raise ConfigError(
+            f"{text} must have all {len(devices)} devices of the {processes} "
+            f"processes, got {count}; change one of them."
+        )
+    if count > len(devices):
+        raise ConfigError(
+            f"{text} needs {count} devices, and there are {len(devices)} "
+            f"({devices[0].device_kind}); lower one of them."
+        )
+
+
 def device_memory() -> int | None:
-    """Bytes of one device; on a CPU the machine's; None where it is not known."""
+    """Bytes of one device (of a CPU: of the machine); None if that is not known."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
-        known = hasattr(os, "sysconf") and all(n in os.sysconf_names for n in names)
-        return math.prod(map(os.sysconf, names)) if known else None
+        if hasattr(os, "sysconf") and all(n in os.sysconf_names for n in names):
+            return math.prod(map(os.sysconf, names))
+        return None
     return (device.memory_stats() or {}).get("bytes_limit")
