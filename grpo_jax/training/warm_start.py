@@ -1,11 +1,11 @@
-"""Supervised learning before reinforcement learning, stopped by what it can do.
+"""Supervised learning before reinforcement learning, stopped by a measured figure.
 
 Where one completion is right, the clean stage ends when the measured pass rate reaches
 its target, not at a fixed step (the jump from a plateau comes at a different step for
 every seed); a second stage on spoiled answers then gives a policy with room to improve.
 Where many are right, worked solutions are imitated for a fixed number of steps, and
-what is measured is the loss on demonstrations that are set aside. The result is cached
-by a hash of everything it depends on.
+the figure is the loss on demonstrations that are set aside. The result is cached by a
+hash of everything it depends on.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +34,20 @@ from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.params import load_params, params_digest, save_params
+from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.types import Task, WarmStart
 
-_VERSION = 5  # of this procedure: a change to it must not find old results
-_CHECK_EVERY = 25  # steps between two looks at the pass rate
-_PROBE = 256  # prompts looked at
+_VERSION = 5  # of this procedure: results of another one are not reused
+_CHECK_EVERY = 25  # steps between two measurements
+_MEASURED_PROMPTS = 256
+# The peak rate over the second stage's rate, which is steady wherever the first stage's
+# schedule was stopped.
+_PEAK_OVER_STEADY = 5
 
 
 class WarmStarted(NamedTuple):
+    """The policy after the warm start, and how it came about."""
+
     policy: Policy
     pass_rate: float | None  # on trained prompts, exact; None: no target
     loss: float | None  # nats a token of demonstrations set aside; None: a target
@@ -50,7 +56,7 @@ class WarmStarted(NamedTuple):
     reached: bool  # the clean stage's target, before its step limit
     cached: bool
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.loss is None:
             return f"pass rate {self.pass_rate:.3f} on trained prompts"
         left_out = f", {self.left_out} too long to be shown" if self.left_out else ""
@@ -71,115 +77,218 @@ def warm_start(
     warn: Callable[[str], None],
     processes: Processes,
 ) -> WarmStarted | None:
-    """A policy that answers some of the task's prompts, from cache where there is one.
+    """A policy that answers some of the task's prompts, from the cache if it is there.
 
     Args:
-        policy: What to start from.
+        policy: What to start from; it keeps its parameters.
+        task: Whose prompts.
+        settings: How to learn.
+        seed: Of the order of demonstrations.
         prompt_length, length: Padded tokens of prompts and of answers with EOS; longer
             demonstrations are left out.
+        temperature: At which pass rates are measured.
         cache: Directory of earlier results.
         report: Called with (stage, step, "pass rate 0.250") at every measurement.
         warn: Called with a sentence where the cache cannot be used.
-        processes: The run's processes; where they are asked to stop, nothing is kept.
+        processes: Of the run; where they are asked to stop, nothing is kept.
 
     Returns:
-        None if stopped.
+        None if asked to stop.
 
     Raises:
-        ConfigError: every demonstration is too long.
+        ConfigError: every demonstration is too long, or the learning diverged.
     """
     sizes = prompt_length, length
     name = _fingerprint(policy, task, settings, seed, temperature, sizes)
     file = cache / f"{name}.safetensors"
-    found = None
-    if file.exists():
-        try:
-            params, facts = load_params(file, policy.params)
-            found = params, json.loads(facts["facts"])
-        except (ConfigError, KeyError, ValueError) as error:
-            warn(f"the cached warm start is of no use ({error}); learning anew.")
-    if all(processes.exchange(found is not None)):
-        params, facts = found
-        params = jax.tree.map(jnp.asarray, params)
-        return WarmStarted(policy.replace(params), **facts, cached=True)
-    by_rate = settings.target_pass_rate is not None
-    shown = Demonstrations(task, settings, *sizes)
-    if by_rate:
-        count = min(_PROBE, len(task.train))
-        spread = np.linspace(0, len(task.train) - 1, count).astype(int)
-        probe = answer_rollouts(task, [task.train[i] for i in spread], *sizes)
+    cached = _cached(file, policy, warn)
+    if all(processes.exchange(cached is not None)):
+        return cached
+    demonstrations = Demonstrations(task, settings, *sizes)
+    if settings.target_pass_rate is None:
+        rng = host_rng(seed, Stream.WARM_START_SET_ASIDE)
+        measured = demonstrations.set_aside(rng)
     else:
-        probe = shown.set_aside(np.random.default_rng([seed, 6]))
+        count = min(_MEASURED_PROMPTS, len(task.train))
+        spread = np.linspace(0, len(task.train) - 1, count).astype(int)
+        measured = answer_rollouts(task, [task.train[i] for i in spread], *sizes)
+    student = _Student(
+        policy,
+        demonstrations,
+        measured,
+        temperature=temperature,
+        by_pass_rate=settings.target_pass_rate is not None,
+        rng=host_rng(seed, Stream.WARM_START_BATCHES),
+        report=report,
+        processes=processes,
+    )
+    facts = _both_stages(student, settings)
+    if facts is None:
+        return None
+    facts["left_out"] = demonstrations.left_out
+    params = gather_to_host(student.params)
+    try:
+        save_params(file, params, {"facts": json.dumps(facts)})
+    except OSError as error:
+        warn(f"the warm start could not be cached ({error}).")
+    return WarmStarted(policy.replace(student.params), **facts, cached=False)
 
-    def measure():
-        """The pass rate, or the loss where there is no target."""
-        now = policy.replace(params)
-        if by_rate:
-            return float(exact_pass_rates(now, probe, temperature).mean())
-        return token_loss(now, probe)
 
-    rng = np.random.default_rng([seed, 2])
-    schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.max_steps)
-    optimizer = optax.adamw(schedule, weight_decay=0.0)
-    step = jax.jit(partial(_supervised_step, policy, optimizer), donate_argnums=(0, 1))
-    params = jax.tree.map(jnp.copy, policy.params)  # the caller keeps its own
-    opt_state = optimizer.init(params)
+def _cached(
+    file: Path, policy: Policy, warn: Callable[[str], None]
+) -> WarmStarted | None:
+    """An earlier result; None if there is none that can be read."""
+    if not file.exists():
+        return None
+    try:
+        params, metadata = load_params(file, policy.params)
+        facts = json.loads(metadata["facts"])
+    except (ConfigError, KeyError, ValueError) as error:
+        warn(f"the cached warm start is of no use ({error}); learning anew.")
+        return None
+    params = jax.tree.map(jnp.asarray, params)
+    return WarmStarted(policy.replace(params), **facts, cached=True)
 
-    def learn(stage, steps, spoiled, target, done):
-        """(steps taken, target reached), or None if stopped."""
-        nonlocal params, opt_state
-        for i in range(1, steps + 1):
-            if processes.stopping:
-                return None
-            params, opt_state = step(params, opt_state, shown.batch(rng, spoiled))
-            if i % _CHECK_EVERY == 0 or i == steps:
-                figure = measure()
-                processes.exchange(None)  # whether one was asked to stop
-                what = "pass rate" if by_rate else "nats a token"
-                report(stage, done + i, f"{what} {figure:.3f}")
-                if not np.isfinite(figure):
-                    raise ConfigError(
-                        f"the warm start diverged by step {done + i}, {what} {figure}; "
-                        "lower warm_start.learning_rate."
-                    )
-                if target is not None and figure >= target:
-                    return i, True
-        return steps, False
 
-    clean = learn(
-        "clean answers", settings.max_steps, False, settings.target_pass_rate, 0
+def _both_stages(student: "_Student", settings: WarmStart) -> dict[str, Any] | None:
+    """Learns clean, then spoiled answers; what there is to say of it, or None if asked
+    to stop."""
+    rate, target = settings.learning_rate, settings.target_pass_rate
+    decaying = optax.cosine_decay_schedule(rate, settings.max_steps)
+    clean = student.learn(
+        "clean answers",
+        optax.adamw(decaying, weight_decay=0.0),
+        settings.max_steps,
+        target=target,
     )
     if clean is None:
         return None
-    steps, reached = clean
-    # The second stage goes on at a steady fifth of the peak rate, wherever the first
-    # one's schedule was stopped.
-    steady = optax.adamw(settings.learning_rate / 5, weight_decay=0.0)
-    step = jax.jit(partial(_supervised_step, policy, steady), donate_argnums=(0, 1))
-    opt_state = steady.init(params)
-    noisy = learn("spoiled answers", settings.noisy_steps, True, None, steps)
-    if noisy is None:
+    spoiled = student.learn(
+        "spoiled answers",
+        optax.adamw(rate / _PEAK_OVER_STEADY, weight_decay=0.0),
+        settings.noisy_steps,
+        spoiled=True,
+        done=clean.steps,
+    )
+    if spoiled is None:
         return None
-    figure = measure()
-    facts = {
-        "pass_rate": figure if by_rate else None,
-        "loss": None if by_rate else figure,
-        "left_out": shown.left_out,
-        "steps": steps + noisy[0],
-        "reached": reached or not by_rate,
+    figure = student.measure()
+    return {
+        "pass_rate": None if target is None else figure,
+        "loss": figure if target is None else None,
+        "steps": clean.steps + spoiled.steps,
+        "reached": clean.reached or target is None,
     }
-    kept = gather_to_host(params)
-    try:
-        save_params(file, kept, {"facts": json.dumps(facts)})
-    except OSError as error:
-        warn(f"the warm start could not be cached ({error}).")
-    return WarmStarted(policy.replace(params), **facts, cached=False)
 
 
-def _supervised_step(policy, optimizer, params, opt_state, answers: Rollouts):
+class _Stage(NamedTuple):
+    """How a stage of learning ended."""
+
+    steps: int
+    reached: bool  # its target
+
+
+class _Student:
+    """Parameters that learn from demonstrations, and are measured as they do.
+
+    Args:
+        policy: What to start from; it keeps its parameters.
+        demonstrations: What to imitate.
+        measured: [N, 1, T] answers whose pass rate, or loss, is the figure.
+        temperature: Of the pass rate.
+        by_pass_rate: Whether the figure is the pass rate.
+        rng: Draws the batches.
+        report: Called with (stage, step, figure as text).
+        processes: Of the run.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        demonstrations: Demonstrations,
+        measured: Rollouts,
+        *,
+        temperature: float,
+        by_pass_rate: bool,
+        rng: np.random.Generator,
+        report: Callable[[str, int, str], None],
+        processes: Processes,
+    ):
+        self.params = jax.tree.map(jnp.copy, policy.params)
+        self._policy, self._demonstrations = policy, demonstrations
+        self._measured, self._temperature = measured, temperature
+        self._by_pass_rate, self._rng = by_pass_rate, rng
+        self._report, self._processes = report, processes
+
+    def measure(self) -> float:
+        """The pass rate, or the loss in nats a token."""
+        policy = self._policy.replace(self.params)
+        if not self._by_pass_rate:
+            return token_loss(policy, self._measured)
+        return float(exact_pass_rates(policy, self._measured, self._temperature).mean())
+
+    def learn(
+        self,
+        stage: str,
+        optimizer: optax.GradientTransformation,
+        steps: int,
+        *,
+        spoiled: bool = False,
+        target: float | None = None,
+        done: int = 0,
+    ) -> _Stage | None:
+        """Makes supervised steps until the figure reaches the target.
+
+        Args:
+            stage: As reported.
+            optimizer: Of this stage, from its initial state.
+            steps: At most.
+            spoiled: Whether answers are spoiled on purpose.
+            target: Of the figure; None: all steps are made.
+            done: Steps of earlier stages, for the report.
+
+        Returns:
+            None if asked to stop.
+
+        Raises:
+            ConfigError: the figure is not finite.
+        """
+        step = jax.jit(
+            partial(_supervised_step, self._policy, optimizer), donate_argnums=(0, 1)
+        )
+        opt_state = optimizer.init(self.params)
+        what = "pass rate" if self._by_pass_rate else "nats a token"
+        for i in range(1, steps + 1):
+            if self._processes.stopping:
+                return None
+            batch = self._demonstrations.batch(self._rng, spoiled)
+            self.params, opt_state = step(self.params, opt_state, batch)
+            if i % _CHECK_EVERY and i != steps:
+                continue
+            figure = self.measure()
+            self._processes.synchronise()
+            self._report(stage, done + i, f"{what} {figure:.3f}")
+            if not np.isfinite(figure):
+                raise ConfigError(
+                    f"the warm start diverged by step {done + i}, {what} {figure}; "
+                    "lower warm_start.learning_rate."
+                )
+            if target is not None and figure >= target:
+                return _Stage(i, True)
+        return _Stage(steps, False)
+
+
+def _supervised_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    opt_state: Any,
+    answers: Rollouts,
+) -> tuple[Any, Any]:
+    """(params, opt_state) after a step on the loss per token of answers [N, 1, T]."""
     micro = MicroBatch(answers.prompts.shape[0], 1)
 
-    def loss(params):
+    def loss(params: Any) -> jax.Array:
         logprobs = batch_logprobs(policy.replace(params), answers, 1.0, micro)
         return -logprobs.sum() / answers.completion_mask.sum()
 
@@ -187,13 +296,20 @@ def _supervised_step(policy, optimizer, params, opt_state, answers: Rollouts):
     return optax.apply_updates(params, updates), opt_state
 
 
-def _fingerprint(policy, task, settings, seed, temperature, sizes):
-    """Hash of all that the result depends on, the data included."""
+def _fingerprint(
+    policy: Policy,
+    task: Task,
+    settings: WarmStart,
+    seed: int,
+    temperature: float,
+    sizes: tuple[int, int],
+) -> str:
+    """Hash of everything that the result depends on, the data included."""
     rng = np.random.default_rng(0)
     shown = [
         [settings.demonstrations(rng, 64, spoiled) for spoiled in (False, True)],
         [task.train, task.heldout, sorted(task.tokenizer.get_vocab().items())],
-        # One prompt shows what the template makes of all.
+        # One prompt shows what the template makes of every prompt.
         [encode_prompts(task, task.train[:1]), sorted(task.stop_ids), task.end_id],
     ]
     facts = dataclasses.asdict(settings)
