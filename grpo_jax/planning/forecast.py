@@ -1,4 +1,4 @@
-"""`grpo-jax plan`: what a run would hold and do, before it holds or does anything."""
+"""What `grpo-jax plan` says of a run: memory, shapes and informative groups."""
 
 import dataclasses
 import math
@@ -32,11 +32,11 @@ def forecast(
     device_gib: float | None = None,
     pass_rates: str | None = None,
 ) -> dict[str, Any]:
-    """What `grpo-jax plan` prints, as JSON takes it: bytes, tokens and shares.
+    """What `grpo-jax plan` prints, as JSON types: bytes, tokens and shares.
 
     Args:
-        device_gib: Memory of the device planned for; None: of the one here, where
-            there are as many as the mesh needs.
+        device_gib: Memory of the device planned for; None: of this machine's, if it has
+            as many as the mesh needs.
         pass_rates: As `read_pass_rates`; None: a table of examples.
 
     Raises:
@@ -54,6 +54,7 @@ def forecast(
         limit = None if elsewhere else device_memory()
     return {
         "run": plan.headline,
+        # Memory has a section of its own.
         "warnings": [w for w in plan.warnings if not w.startswith("about ")],
         "memory": _memory(plan.memory, limit),
         "step": _step(config, plan),
@@ -61,7 +62,7 @@ def forecast(
     }
 
 
-def _memory(inputs: MemoryInputs, limit: int | None):
+def _memory(inputs: MemoryInputs, limit: int | None) -> dict[str, Any]:
     memory = inputs.estimate()
     fits = limit is None or memory.peak <= limit
     return {
@@ -78,10 +79,9 @@ def _memory(inputs: MemoryInputs, limit: int | None):
     }
 
 
-def _step(config, plan: Plan):
+def _step(config: TrainConfig, plan: Plan) -> dict[str, Any]:
     p, g = config.sampling.prompts, config.sampling.group_size
-    length, drafts = plan.train_prompt_length, plan.objective.drafts
-    tokens = p * (length + g * plan.max_new_tokens)
+    length = plan.train_prompt_length
     updated, splits = plan.memory.updated, {}
     shards = batch_shards(updated, g, config.mesh)
     for t in plan.buckets:
@@ -90,19 +90,19 @@ def _step(config, plan: Plan):
     return {
         "prompts": p,
         "group_size": g,
-        "completions": p * g + p * drafts,
+        "completions": p * g + p * plan.objective.drafts,
         "prompt_bucket": plan.prompt_length,
         "trained_prompt_bucket": length,
         "max_new_tokens": plan.max_new_tokens,
         "completion_buckets": plan.buckets,
         "micro_batches": splits,  # completion bucket -> prompts x samples
-        "tokens": tokens,  # of one update, at most
+        "tokens": p * (length + g * plan.max_new_tokens),  # of one update, at most
         "steps": config.steps,
         "updates": config.steps * config.updates_per_rollout,
     }
 
 
-def _informative(config, counted: list[Counted] | None):
+def _informative(config: TrainConfig, counted: list[Counted] | None) -> dict[str, Any]:
     p, g = config.sampling.prompts, config.sampling.group_size
     sizes = sorted({g, *GROUP_SIZES})
     if counted is None:
@@ -112,11 +112,10 @@ def _informative(config, counted: list[Counted] | None):
         }
         return {"group_size": g, "examples": rows}
     shares = {str(n): expected_informative(counted, n) for n in sizes}
-    fewest = min(c.asked for c in counted)
     return {
         "group_size": g,
         "prompts_measured": len(counted),
-        "samples_each": fewest,  # 0: rates that were given
+        "samples_each": min(c.asked for c in counted),  # 0: rates that were given
         "mean_pass_rate": sum(c.rate for c in counted) / len(counted),
         "never_solved": sum(c.rate == 0 for c in counted),
         "always_solved": sum(c.rate == 1 for c in counted),
@@ -126,64 +125,74 @@ def _informative(config, counted: list[Counted] | None):
     }
 
 
-_ROWS = (
-    ("parameters", "parameters, float32"),
-    ("optimizer", "optimizer state"),
-    ("reference", "reference policy"),
-    ("frozen", "frozen base"),
-)
+# Fields of `Memory` -> their lines.
+_STATE = {
+    "parameters": "parameters, float32",
+    "optimizer": "optimizer state",
+    "reference": "reference policy",
+    "frozen": "frozen base",
+}
 _PHASES = {
-    "sampling": (
-        ("sampler_weights", "sampler's copy of the weights"),
-        ("cache", "keys and values"),
-        ("sampler_logits", "logits and one layer's work"),
-    ),
-    "evaluation": (),
-    "update": (
-        ("update_copies", "copies of the parameters"),
-        ("gradients", "gradients"),
-        ("activations", "activations of a micro-batch"),
-        ("logits", "or logits of a chunk and the table's gradient"),
-        ("optimizing", "or gradient, moments and change, in the optimizer"),
-    ),
-    "look": (),
-    "counterfactual": (),
+    "sampling": {
+        "sampler_weights": "sampler's copy of the weights",
+        "cache": "keys and values",
+        "sampler_logits": "logits and one layer's arrays",
+    },
+    "evaluation": {},
+    "update": {
+        "update_copies": "copies of the parameters",
+        "gradients": "gradients",
+        "activations": "activations of a micro-batch",
+        "logits": "or logits of a chunk and the table's gradient",
+        "optimizing": "or gradient, moments and change, in the optimizer",
+    },
+    "look": {},
+    "counterfactual": {},
 }
+# Phase -> (its line, where the peak is).
 _PHASE_NAMES = {
-    "evaluation": "evaluation, as many prompts as a step has completions",
-    "update": "update",
-    "look": "the instrument's look",
-    "counterfactual": "counterfactual step",
+    "sampling": ("sampling", "sampling"),
+    "evaluation": (
+        "evaluation, as many prompts as a step has completions",
+        "evaluation",
+    ),
+    "update": ("update", "an update"),
+    "look": ("probe measurement of the instrument", "a probe measurement"),
+    "counterfactual": ("counterfactual step", "a counterfactual step"),
 }
 
 
-def forecast_text(found: dict[str, Any]) -> str:
+def forecast_text(result: dict[str, Any]) -> str:
     """`forecast` as a person reads it."""
-    parts = [found["run"], *(f"warning: {w}" for w in found["warnings"])]
-    parts += ["", *_memory_lines(found["memory"])]
-    parts += ["", *_step_lines(found["step"])]
-    parts += ["", *_informative_lines(found["informative"], found["step"]["prompts"])]
+    parts = [result["run"], *(f"warning: {w}" for w in result["warnings"])]
+    parts += ["", *_memory_lines(result["memory"])]
+    parts += ["", *_step_lines(result["step"])]
+    informative = result["informative"]
+    if "examples" in informative:
+        parts += ["", *_example_lines(informative["examples"])]
+    else:
+        parts += ["", *_measured_lines(informative, result["step"]["prompts"])]
     return "\n".join(parts)
 
 
-def _line(text, count, indent=2):
+def _line(text: str, count: int, indent: int = 2) -> str:
     return f"{' ' * indent}{text:<{58 - indent}}{readable(count, 'B'):>8}"
 
 
-def _memory_lines(memory):
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
     sizes = memory["bytes"]
     lines = ["memory of one device"]
-    lines += [_line(text, sizes[name]) for name, text in _ROWS if sizes[name]]
-    lines.append(_line("held all the time", memory["held"]))
+    lines += [_line(text, sizes[name]) for name, text in _STATE.items() if sizes[name]]
+    lines.append(_line("state, allocated throughout the run", memory["held"]))
     for phase, count in memory["phases"].items():
         if count:
-            lines.append(_line(f"+ {_PHASE_NAMES.get(phase, phase)}", count))
+            lines.append(_line(f"+ {_PHASE_NAMES[phase][0]}", count))
             lines += [
                 _line(text, sizes[name], 6)
-                for name, text in _PHASES[phase]
+                for name, text in _PHASES[phase].items()
                 if sizes[name]
             ]
-    peak = f"peak, in {_article(memory['peak_in'])}"
+    peak = f"peak, in {_PHASE_NAMES[memory['peak_in']][1]}"
     lines.append(_line(peak, memory["peak"]))
     if memory["device"] is None:
         lines.append("  the device's memory is not known; give --device-gib N")
@@ -197,11 +206,7 @@ def _memory_lines(memory):
     return lines
 
 
-def _article(phase):
-    return phase if phase in ("sampling", "evaluation") else f"a {phase}"
-
-
-def _step_lines(step):
+def _step_lines(step: dict[str, Any]) -> list[str]:
     sizes = ", ".join(
         f"{p} x {g} at {t}" for t, (p, g) in step["micro_batches"].items()
     )
@@ -216,34 +221,34 @@ def _step_lines(step):
     ]
 
 
-def _informative_lines(found, prompts):
-    g = found["group_size"]
-    if "examples" in found:
-        rows = found["examples"]
-        sizes = list(next(iter(rows.values())))
-        lines = [
-            "informative groups, 1 - p^G - (1 - p)^G (--pass-rates FILE for yours)",
-            "  p      " + "".join(f"{f'G {n}':>8}" for n in sizes),
-        ]
-        for rate, shares in rows.items():
-            cells = "".join(f"{100 * shares[n]:>6.0f} %" for n in sizes)
-            lines.append(f"  {rate:<7}{cells}")
-        return lines
-    shares = ", ".join(f"{100 * x:.0f} % at {n}" for n, x in found["shares"].items())
-    few = 0 < found["samples_each"] < g
+def _example_lines(rows: dict[str, dict[str, float]]) -> list[str]:
+    sizes = list(next(iter(rows.values())))
     lines = [
-        f"informative groups, over {found['prompts_measured']} prompts of mean pass "
-        f"rate {found['mean_pass_rate']:.3f}",
+        "informative groups, 1 - p^G - (1 - p)^G (--pass-rates FILE for yours)",
+        "  p      " + "".join(f"{f'G {n}':>8}" for n in sizes),
+    ]
+    for rate, shares in rows.items():
+        cells = "".join(f"{100 * shares[n]:>6.0f} %" for n in sizes)
+        lines.append(f"  {rate:<7}{cells}")
+    return lines
+
+
+def _measured_lines(informative: dict[str, Any], prompts: int) -> list[str]:
+    sizes = informative["shares"].items()
+    shares = ", ".join(f"{100 * share:.0f} % at {n}" for n, share in sizes)
+    few = 0 < informative["samples_each"] < informative["group_size"]
+    lines = [
+        f"informative groups, over {informative['prompts_measured']} prompts of mean "
+        f"pass rate {informative['mean_pass_rate']:.3f}",
         f"  by group size: {shares}",
-        f"  of {prompts} prompts a step, {found['informative_prompts']:.1f} tell "
-        f"something and {found['wasted_prompts']:.1f} are sampled for nothing"
+        f"  of {prompts} prompts a step, {informative['informative_prompts']:.1f} are "
+        f"informative and {informative['wasted_prompts']:.1f} have no gradient"
         + ("; at least, with fewer samples each than a group has" if few else ""),
     ]
-    dead = found["never_solved"] + found["always_solved"]
-    if dead:
+    never, always = informative["never_solved"], informative["always_solved"]
+    if never + always:
         lines.append(
-            f"  {found['never_solved']} prompts were never solved and "
-            f"{found['always_solved']} always; without them the rest would be "
-            "informative more often"
+            f"  {never} prompts were never solved and {always} always; without them "
+            "the rest would be informative more often"
         )
     return lines
