@@ -1,15 +1,17 @@
-"""From rows of text to a task: what every task on files has in common.
+"""From examples to a task: what the makers of all tasks share.
 
-Held-out prompts are never trained on: a prompt that both parts hold is evaluated only.
+Held-out prompts are never trained on: a prompt in both parts is evaluated only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.spec import parse_reward
 from grpo_jax.rewards.types import Example, Reward
-from grpo_jax.rewards.verifiers import VERIFIERS, check_gold
+from grpo_jax.rewards.verifiers import VERIFIERS, check_gold, exact
 from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.templates import check_template
 from grpo_jax.tasks.tokenizers import (
@@ -22,9 +24,16 @@ from grpo_jax.tasks.types import Task, WarmStart
 HELDOUT = 512  # prompts evaluated, where there are that many
 
 
-class Language(NamedTuple):
-    """How a task's text becomes tokens; None and () take the task's own."""
+class TaskRequest(NamedTuple):
+    """Options of `load_task` that several tasks share; None and () take the task's
+    defaults."""
 
+    seed: int = 0
+    path: str | None = None
+    heldout_path: str | None = None
+    train_prompts: int | None = None
+    heldout_prompts: int | None = None
+    rewards: tuple[str, ...] = ()
     tokenizer: Any = None
     eos_ids: tuple[int, ...] = ()
     template: str | None = None
@@ -32,26 +41,19 @@ class Language(NamedTuple):
     vocab_size: int | None = None
 
 
-OWN = Language()
-
-
-class Sourced(NamedTuple):
+class SourcedExample(NamedTuple):
     """An example and the row it was read from."""
 
-    where: str
+    where: str  # "rows.jsonl, line 3"
     example: Example
 
 
 def text_task(
+    request: TaskRequest,
     *,
     name: str,
-    train: Sequence[Sourced],
-    heldout: Sequence[Sourced] | None,
-    train_prompts: int | None,
-    heldout_prompts: int | None,
-    seed: int,
-    language: Language,
-    rewards: Sequence[str],
+    train: Sequence[SourcedExample],
+    heldout: Sequence[SourcedExample] | None,
     default_reward: str,
     warm_start_steps: int = 600,
     batch_size: int = 32,
@@ -63,78 +65,94 @@ def text_task(
     Args:
         train, heldout: Rows; where `heldout` is None, a tenth of the train rows, 512 at
             most, is held out by seed.
-        rewards: As `parse_reward` reads them; empty: `default_reward`.
+        default_reward: Used where the request has no rewards; both as `parse_reward`
+            reads them.
+        warm_start_steps, batch_size, learning_rate: Of supervised learning.
+        note: For the report; what was split off or left out is added.
 
     Raises:
         ConfigError: a gold answer that no completion could match, more prompts asked
             for than there are, or options that do not go together.
     """
-    parsed = tuple(parse_reward(r) for r in rewards or [default_reward])
-    check_golds(parsed, [*train, *(heldout or [])])
-    rng = host_rng(seed, Stream.DATA_PARTS)
-    if heldout is None:
-        train, heldout, held = _split(rng, train, heldout_prompts)
-        note += f" {held} held-out prompts were split off by task.seed {seed}."
-    seen = {_key(row.example) for row in heldout}
-    pool = [row.example for row in train if _key(row.example) not in seen]
-    if dropped := len(train) - len(pool):
-        note += f" {dropped} training rows are held-out prompts and were left out."
-    unseen = list({_key(row.example): row.example for row in heldout}.values())
-    trained = pick(rng, pool, train_prompts, "train_prompts")
-    if heldout_prompts is None:
-        heldout_prompts = min(HELDOUT, len(unseen))
-    evaluated = pick(rng, unseen, heldout_prompts or None, "heldout_prompts")
-    texts = (t for e in pool for t in (e.prompt, e.solution or e.answer))
-    tokenizer, eos_ids, template, system = _speak(language, texts)
+    rewards = tuple(parse_reward(r) for r in request.rewards or [default_reward])
+    check_golds(rewards, [*train, *(heldout or [])])
+    parts = _pick_parts(request, train, heldout)
+    texts = (t for e in parts.pool for t in (e.prompt, e.solution or e.answer))
+    language = _make_language(
+        request, lambda: train_tokenizer(texts, request.vocab_size)
+    )
 
-    def demonstrations(rng, count, spoiled):
+    def demonstrations(
+        rng: np.random.Generator, count: int, spoiled: bool
+    ) -> list[Example]:
         del spoiled  # there is no second stage
-        return [trained[i] for i in rng.integers(len(trained), size=count)]
+        return [parts.train[i] for i in rng.integers(len(parts.train), size=count)]
 
     return Task(
         name=name,
-        train=trained,
-        heldout=evaluated,
-        tokenizer=tokenizer,
-        reward=parsed,
-        eos_ids=eos_ids,
-        template=template,
-        system=system,
+        train=parts.train,
+        heldout=parts.heldout,
+        reward=rewards,
         warm_start=WarmStart(
             demonstrations=demonstrations,
             max_steps=warm_start_steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
         ),
-        note=note.strip(),
+        note=f"{note} {parts.note}".strip(),
+        **language._asdict(),
     )
 
 
-def single_answer_language(
-    language: Language, *, task: str, alphabet: str, answers: Sequence[str]
-) -> dict[str, Any]:
-    """Fields of a Task of which exactly one completion is right.
+def single_answer_task(
+    request: TaskRequest,
+    *,
+    name: str,
+    train: list[Example],
+    heldout: list[Example],
+    alphabet: str,
+    warm_start: WarmStart,
+    refine_template: str,
+    note: str,
+) -> Task:
+    """A task of which exactly one completion is right.
 
-    The tokenizer's own EOS alone ends a completion: with another one, two completions
+    Only the tokenizer's own EOS ends a completion: with a second one, two completions
     would be right.
+
+    Args:
+        alphabet: Characters of the tokenizer that is made where none is given.
 
     Raises:
         ConfigError: the tokenizer has several token sequences for an answer.
     """
-    tokenizer, eos_ids, template, system = _speak(
-        language, (), lambda: character_tokenizer(alphabet)
+    language = _make_language(request, lambda: character_tokenizer(alphabet))
+    tokenizer = language.tokenizer
+    if request.tokenizer is not None:
+        answers = [example.answer for example in train + heldout]
+        check_single_spelling(tokenizer, answers, name)
+    eos_ids = language.eos_ids[:1] if tokenizer.eos_token_id is None else ()
+    return Task(
+        name=name,
+        train=train,
+        heldout=heldout,
+        reward=exact,
+        single_answer=True,
+        warm_start=warm_start,
+        refine_template=refine_template,
+        note=note,
+        **language._replace(eos_ids=eos_ids)._asdict(),
     )
-    if language.tokenizer is not None:
-        check_single_spelling(tokenizer, answers, task)
-    if tokenizer.eos_token_id is None:
-        eos_ids = eos_ids[:1]
-    else:
-        eos_ids = ()
-    return dict(tokenizer=tokenizer, eos_ids=eos_ids, template=template, system=system)
 
 
-def pick(rng, examples: list, count: int | None, name: str) -> list:
-    """`count` of the examples by `rng`; None: all, in their own order."""
+def pick(
+    rng: np.random.Generator, examples: list[Example], count: int | None, name: str
+) -> list[Example]:
+    """`count` of the examples by `rng`; all, in their order, where it is None.
+
+    Raises:
+        ConfigError: there are fewer than `count`; names the option task.`name`.
+    """
     if count is None:
         return list(examples)
     if count > len(examples):
@@ -147,8 +165,9 @@ def pick(rng, examples: list, count: int | None, name: str) -> list:
     return [examples[i] for i in rng.permutation(len(examples))[:count]]
 
 
-def check_golds(rewards: Sequence[Reward], rows: Sequence[Sourced]) -> None:
-    """ConfigError, naming the row, where a reward could never accept its gold."""
+def check_golds(rewards: Sequence[Reward], rows: Sequence[SourcedExample]) -> None:
+    """Raises ConfigError, naming the row, where a reward could never accept its
+    gold answer."""
     for row in rows:
         for reward in rewards:
             if reward.name not in VERIFIERS:
@@ -161,44 +180,96 @@ def check_golds(rewards: Sequence[Reward], rows: Sequence[Sourced]) -> None:
                 )
 
 
-def _speak(language, texts, make=None):
-    """(tokenizer, eos_ids, template, system), the task's own where none is given.
+class _Language(NamedTuple):
+    """Fields of a Task that say how its text becomes tokens."""
 
-    The template of a tokenizer made here is what another task would choose for it: a
-    model is asked later as it was taught.
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    template: str
+    system: str | None
+
+
+def _make_language(
+    request: TaskRequest, make_tokenizer: Callable[[], Any]
+) -> _Language:
+    """The language requested; `make_tokenizer` where there is no tokenizer.
+
+    The template of a tokenizer made here is the one that another task would choose for
+    it, so that a model is evaluated later on prompts of the form it was taught.
     """
-    tokenizer, eos_ids, template, system, vocab_size = language
+    tokenizer, eos_ids = request.tokenizer, request.eos_ids
     if tokenizer is None:
         if eos_ids:
             raise ConfigError(
                 f"task.eos_ids go with a tokenizer, got {eos_ids} and none; leave them "
                 "out."
             )
-        tokenizer = make() if make else train_tokenizer(texts, vocab_size)
-    elif vocab_size is not None:
+        tokenizer = make_tokenizer()
+    elif request.vocab_size is not None:
         raise ConfigError(
-            f"task.vocab_size is of a tokenizer trained here, got {vocab_size} and a "
-            "tokenizer; leave one of them out."
+            f"task.vocab_size is of a tokenizer trained here, got {request.vocab_size} "
+            "and a tokenizer; leave one of them out."
         )
-    template = template or ("chat" if tokenizer.chat_template else "none")
-    check_template(tokenizer, template, system)
-    return tokenizer, tuple(eos_ids), template, system
+    default = "chat" if tokenizer.chat_template else "none"
+    template = request.template or default
+    check_template(tokenizer, template, request.system)
+    return _Language(tokenizer, eos_ids, template, request.system)
 
 
-def _split(rng, rows, heldout_prompts):
-    """(train, held-out, how many held out), by distinct prompt."""
-    keys = list({_key(row.example): None for row in rows})
-    count = heldout_prompts or min(HELDOUT, max(1, len(keys) // 10))
-    if count >= len(keys):
+class _Parts(NamedTuple):
+    """Examples of a task's parts."""
+
+    pool: list[Example]  # all that may be trained on
+    train: list[Example]  # the requested number of the pool
+    heldout: list[Example]
+    note: str  # what was split off or left out
+
+
+def _pick_parts(
+    request: TaskRequest,
+    train: Sequence[SourcedExample],
+    heldout: Sequence[SourcedExample] | None,
+) -> _Parts:
+    """The requested numbers of training and held-out examples, with no prompt in
+    both."""
+    rng, notes = host_rng(request.seed, Stream.DATA_PARTS), []
+    if heldout is None:
+        train, heldout, count = _split(rng, train, request.heldout_prompts)
+        seed = request.seed
+        notes.append(f"{count} held-out prompts were split off by task.seed {seed}.")
+    evaluated = {_words(row.example.prompt): row.example for row in heldout}
+    pool = [r.example for r in train if _words(r.example.prompt) not in evaluated]
+    if dropped := len(train) - len(pool):
+        notes.append(f"{dropped} training rows are held-out prompts and were left out.")
+    trained = pick(rng, pool, request.train_prompts, "train_prompts")
+    count = request.heldout_prompts
+    if count is None:
+        count = min(HELDOUT, len(evaluated))
+    picked = pick(rng, list(evaluated.values()), count or None, "heldout_prompts")
+    return _Parts(pool, trained, picked, " ".join(notes))
+
+
+def _split(
+    rng: np.random.Generator,
+    rows: Sequence[SourcedExample],
+    heldout_prompts: int | None,
+) -> tuple[list[SourcedExample], list[SourcedExample], int]:
+    """(training rows, held-out rows, number of held-out prompts)."""
+    prompts = list(dict.fromkeys(_words(row.example.prompt) for row in rows))
+    count = heldout_prompts or min(HELDOUT, max(1, len(prompts) // 10))
+    if count >= len(prompts):
         raise ConfigError(
-            f"task.heldout_prompts must be below {len(keys)}, the prompts in the one "
-            f"file there is, got {count}; give more rows or task.heldout_path."
+            f"task.heldout_prompts must be below {len(prompts)}, the prompts in the "
+            f"one file there is, got {count}; give more rows or task.heldout_path."
         )
-    held = {keys[i] for i in rng.permutation(len(keys))[:count]}
-    train = [row for row in rows if _key(row.example) not in held]
-    return train, [row for row in rows if _key(row.example) in held], count
+    chosen = {prompts[i] for i in rng.permutation(len(prompts))[:count]}
+    train, heldout = [], []
+    for row in rows:
+        part = heldout if _words(row.example.prompt) in chosen else train
+        part.append(row)
+    return train, heldout, count
 
 
-def _key(example):
-    """What makes two prompts the same: their words."""
-    return " ".join(example.prompt.split())
+def _words(prompt: str) -> str:
+    """The prompt with single spaces: prompts of the same words are the same."""
+    return " ".join(prompt.split())

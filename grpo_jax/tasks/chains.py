@@ -7,11 +7,13 @@ most: a policy with very different pass rates from prompt to prompt.
 """
 
 import itertools
+from collections.abc import Callable, Mapping
+
+import numpy as np
 
 from grpo_jax.rewards.types import Example
-from grpo_jax.rewards.verifiers import exact
 from grpo_jax.streams import Stream, host_rng
-from grpo_jax.tasks.build import OWN, Language, single_answer_language
+from grpo_jax.tasks.build import TaskRequest, single_answer_task
 from grpo_jax.tasks.types import Task, WarmStart
 
 OPERATIONS = "+-*"
@@ -21,57 +23,35 @@ SPOILED = {"+": 0.1, "-": 0.4, "*": 0.7}
 ALPHABET = "0123456789" + OPERATIONS + "=,"
 
 
-def make_chains(
-    *,
-    train_prompts: int | None = None,
-    heldout_prompts: int | None = None,
-    seed: int,
-    language: Language = OWN,
-) -> Task:
+def make_chains(request: TaskRequest) -> Task:
     """Trained and held-out prompts, equally many of each length as far as they go.
 
     Held-out prompts are in neither stage of the warm start.
     """
-    train_prompts, heldout_prompts = train_prompts or 2048, heldout_prompts or 512
-    rng = host_rng(seed, Stream.PUZZLES)
-    train, heldout = [], []
-    for i, operations in enumerate(LENGTHS):
-        held, trained = (
-            n // len(LENGTHS) + (i < n % len(LENGTHS))
-            for n in (heldout_prompts, train_prompts)
-        )
-        prompts = _distinct_prompts(rng, operations, held + trained)
-        if len(prompts) < held + trained:  # few there are: a tenth of them is held out
-            held = min(held, len(prompts) // 10)
-        heldout += prompts[:held]
-        train += prompts[held : held + trained]
+    train, heldout = _pick_prompts(
+        host_rng(request.seed, Stream.PUZZLES),
+        request.train_prompts or 2048,
+        request.heldout_prompts or 512,
+    )
     excluded = frozenset(heldout)
 
-    def demonstrations(rng, count, spoiled):
+    def demonstrations(
+        rng: np.random.Generator, count: int, spoiled: bool
+    ) -> list[Example]:
         examples = []
         while len(examples) < count:
             prompt = _random_prompt(rng, int(rng.choice(LENGTHS)))
             if prompt not in excluded:
                 rates = SPOILED if spoiled else dict.fromkeys(OPERATIONS, 0.0)
-                examples.append(Example(prompt, _answer(prompt, rng, rates)))
+                examples.append(Example(prompt, _spoiled_answer(prompt, rng, rates)))
         return examples
 
-    train, heldout = (
-        [Example(prompt, _answer(prompt)) for prompt in part]
-        for part in (train, heldout)
-    )
-    return Task(
+    return single_answer_task(
+        request,
         name="chains",
-        train=train,
-        heldout=heldout,
-        **single_answer_language(
-            language,
-            task="chains",
-            alphabet=ALPHABET,
-            answers=[e.answer for e in train + heldout],
-        ),
-        reward=exact,
-        single_answer=True,
+        train=[Example(prompt, _answer(prompt)) for prompt in train],
+        heldout=[Example(prompt, _answer(prompt)) for prompt in heldout],
+        alphabet=ALPHABET,
         warm_start=WarmStart(
             demonstrations=demonstrations,
             longest=Example("0+0+0+0+0=", "0,0,0,0"),
@@ -85,14 +65,34 @@ def make_chains(
     )
 
 
-def _random_prompt(rng, operations):
+def _pick_prompts(
+    rng: np.random.Generator, train_prompts: int, heldout_prompts: int
+) -> tuple[list[str], list[str]]:
+    """(training, held-out) prompts, all different."""
+    train, heldout = [], []
+    for i, operations in enumerate(LENGTHS):
+        held, trained = (
+            n // len(LENGTHS) + (i < n % len(LENGTHS))
+            for n in (heldout_prompts, train_prompts)
+        )
+        prompts = _distinct_prompts(rng, operations, held + trained)
+        if len(prompts) < held + trained:  # too few: a tenth of them is held out
+            held = min(held, len(prompts) // 10)
+        heldout += prompts[:held]
+        train += prompts[held : held + trained]
+    return train, heldout
+
+
+def _random_prompt(rng: np.random.Generator, operations: int) -> str:
     digits = rng.integers(10, size=operations + 1)
     signs = rng.choice(list(OPERATIONS), size=operations)
     return "".join(f"{d}{s}" for d, s in zip(digits, [*signs, "="], strict=True))
 
 
-def _distinct_prompts(rng, operations, count):
-    """`count` different prompts in random order, or all there are."""
+def _distinct_prompts(
+    rng: np.random.Generator, operations: int, count: int
+) -> list[str]:
+    """`count` different prompts in random order; all that exist, if they are fewer."""
     total = 10 * 30**operations
     if count * 2 > total:
         every = [
@@ -108,13 +108,29 @@ def _distinct_prompts(rng, operations, count):
     return list(prompts)
 
 
-def _answer(prompt, rng=None, spoiled=None):
-    """The scratchpad; a spoiled step's digit is what the next step goes on from."""
+def _answer(prompt: str) -> str:
+    """The right scratchpad."""
+    return _scratchpad(prompt, lambda value, sign: value)
+
+
+def _spoiled_answer(
+    prompt: str, rng: np.random.Generator, rates: Mapping[str, float]
+) -> str:
+    """A scratchpad of which steps are replaced by a random digit at `rates`, by
+    operation; the next step goes on from that digit."""
+
+    def spoil(value: int, sign: str) -> int:
+        return int(rng.integers(10)) if rng.random() < rates[sign] else value
+
+    return _scratchpad(prompt, spoil)
+
+
+def _scratchpad(prompt: str, change: Callable[[int, str], int]) -> str:
+    """The running values, each after `change(value, operation)`."""
     value, results = int(prompt[0]), []
     for sign, digit in zip(prompt[1:-1:2], prompt[2:-1:2], strict=True):
         b = int(digit)
         value = {"+": value + b, "-": value - b, "*": value * b}[sign] % 10
-        if spoiled and rng.random() < spoiled[sign]:
-            value = int(rng.integers(10))
+        value = change(value, sign)
         results.append(str(value))
     return ",".join(results)

@@ -11,20 +11,14 @@ from collections.abc import Sequence
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.answers import last_boxed
 from grpo_jax.rewards.types import Example
-from grpo_jax.tasks.build import OWN, Language, Sourced, text_task
+from grpo_jax.tasks.build import SourcedExample, TaskRequest, text_task
 from grpo_jax.tasks.files import Row, read_parts
 from grpo_jax.tasks.types import Task
 
 
 def make_math(
+    request: TaskRequest,
     *,
-    path: str | None = None,
-    heldout_path: str | None = None,
-    train_prompts: int | None = None,
-    heldout_prompts: int | None = None,
-    seed: int = 0,
-    language: Language = OWN,
-    rewards: Sequence[str] = (),
     levels: Sequence[str | int] = (),
     subjects: Sequence[str] = (),
 ) -> Task:
@@ -35,39 +29,38 @@ def make_math(
             empty: all. Held-out problems are chosen alike, but for those of a
             `heldout_path`, which are all kept.
     """
-    if path is None:
+    if request.path is None:
         raise ConfigError(
             "task.path must be a directory with MATH's train.jsonl and test.jsonl, or "
             "a data set's name for `datasets`."
         )
-    rows, test_rows = read_parts(path, heldout_path, None, ["problem", "solution"])
+    rows, test_rows = read_parts(
+        request.path, request.heldout_path, fields=["problem", "solution"]
+    )
     train, heldout = _examples(rows), _examples(test_rows or [])
     lost = len(rows) + len(test_rows or []) - len(train) - len(heldout)
-    train = _chosen(train, levels, subjects)
-    if heldout and heldout_path is None:
-        heldout = _chosen(heldout, levels, subjects, "held-out ")
+    note = f"{lost} rows have an empty \\boxed{{}} and were left out."
+    train = _select(train, levels, subjects)
+    if heldout and request.heldout_path is None:
+        heldout = _select(heldout, levels, subjects, part="held-out ")
     return text_task(
+        request,
         name="math",
         train=train,
         heldout=None if test_rows is None else heldout,
-        train_prompts=train_prompts,
-        heldout_prompts=heldout_prompts,
-        seed=seed,
-        language=language,
-        rewards=rewards,
         default_reward="math",
-        note=f"{lost} rows have an empty \\boxed{{}} and were left out."
-        if lost
-        else "",
+        note=note if lost else "",
     )
 
 
-def _examples(rows):
+def _examples(rows: Sequence[Row]) -> list[SourcedExample]:
+    """The rows that have an answer."""
     examples = [_example(row) for row in rows]
     return [example for example in examples if example is not None]
 
 
-def _example(row: Row) -> Sourced | None:
+def _example(row: Row) -> SourcedExample | None:
+    """None where the solution's last box is empty."""
     values = row.values
     answer = values.get("answer")
     if answer is None:
@@ -82,23 +75,29 @@ def _example(row: Row) -> Sourced | None:
     level = str(values.get("level", "?")).removeprefix("Level").strip()
     subject = str(values.get("subject", values.get("type", "?")))
     tags = (("level", level), ("subject", subject))
-    return Sourced(
+    return SourcedExample(
         row.where, Example(values["problem"], answer, values["solution"], tags)
     )
 
 
-def _chosen(rows, levels, subjects, part=""):
+def _select(
+    rows: list[SourcedExample],
+    levels: Sequence[str | int],
+    subjects: Sequence[str],
+    part: str = "",
+) -> list[SourcedExample]:
+    """The rows of those levels and subjects; `part` names held-out rows in errors."""
     for name, wanted in (("level", levels), ("subject", subjects)):
         if not wanted:
             continue
-        wanted = {str(value) for value in wanted}
-        found = {dict(row.example.tags)[name] for row in rows}
-        if (absent := wanted - found) and not part:
+        chosen = {str(value) for value in wanted}
+        present = {dict(row.example.tags)[name] for row in rows}
+        if (absent := chosen - present) and not part:
             raise ConfigError(
-                f"task.{name}s must be among {', '.join(sorted(found))}, "
+                f"task.{name}s must be among {', '.join(sorted(present))}, "
                 f"got {', '.join(sorted(absent))}."
             )
-        rows = [row for row in rows if dict(row.example.tags)[name] in wanted]
+        rows = [row for row in rows if dict(row.example.tags)[name] in chosen]
     if not rows:
         raise ConfigError(
             f"no {part}problem has the levels and subjects asked for; ask for more."

@@ -5,46 +5,35 @@ worked solutions, without their calculator annotations, are what a warm start im
 """
 
 import re
-from collections.abc import Sequence
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example
-from grpo_jax.tasks.build import OWN, Language, Sourced, text_task
+from grpo_jax.tasks.build import SourcedExample, TaskRequest, text_task
 from grpo_jax.tasks.files import Row, read_parts
 from grpo_jax.tasks.types import Task
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
-def make_gsm8k(
-    *,
-    path: str | None = None,
-    heldout_path: str | None = None,
-    train_prompts: int | None = None,
-    heldout_prompts: int | None = None,
-    seed: int = 0,
-    language: Language = OWN,
-    rewards: Sequence[str] = (),
-) -> Task:
+def make_gsm8k(request: TaskRequest) -> Task:
     """All training questions, and 512 of the test file's by seed, unless sizes are
     given."""
     train, heldout = read_parts(
-        path, heldout_path, ("openai/gsm8k", "main"), ["question", "answer"]
+        request.path,
+        request.heldout_path,
+        hub_name=("openai/gsm8k", "main"),
+        fields=["question", "answer"],
     )
     return text_task(
+        request,
         name="gsm8k",
         train=[_example(row) for row in train],
         heldout=None if heldout is None else [_example(row) for row in heldout],
-        train_prompts=train_prompts,
-        heldout_prompts=heldout_prompts,
-        seed=seed,
-        language=language,
-        rewards=rewards,
         default_reward="gsm8k",
     )
 
 
-def _example(row: Row) -> Sourced:
+def _example(row: Row) -> SourcedExample:
     question, text = row.values["question"], row.values["answer"]
     worked, marker, number = text.rpartition("####")
     if not marker:
@@ -55,4 +44,4 @@ def _example(row: Row) -> Sourced:
     number = number.strip().replace(",", "")
     worked = _ANNOTATION.sub("", worked).rstrip()
     solution = f"{worked}\n#### {number}".lstrip()
-    return Sourced(row.where, Example(question, number, solution))
+    return SourcedExample(row.where, Example(question, number, solution))

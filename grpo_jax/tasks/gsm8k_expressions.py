@@ -6,14 +6,16 @@ prompts to be memorised and held-out ones to stay where they are.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example
-from grpo_jax.rewards.verifiers import exact
 from grpo_jax.streams import Stream, host_rng
-from grpo_jax.tasks.build import OWN, Language, single_answer_language
-from grpo_jax.tasks.files import read_parts
+from grpo_jax.tasks.build import TaskRequest, single_answer_task
+from grpo_jax.tasks.files import Row, read_parts
 from grpo_jax.tasks.types import Task, WarmStart
 
 ALPHABET = "0123456789+-*/().="
@@ -21,16 +23,10 @@ MAX_PROMPT, MAX_ANSWER = 12, 6  # characters, without the prompt's "="
 _ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
 
 
-def make_gsm8k_expressions(
-    *,
-    path: str | None = None,
-    train_prompts: int | None = None,
-    heldout_prompts: int | None = None,
-    seed: int,
-    language: Language = OWN,
-) -> Task:
-    """A pool of training expressions; held-out ones are of the test file only."""
-    train_prompts, heldout_prompts = train_prompts or 256, heldout_prompts or 512
+def make_gsm8k_expressions(request: TaskRequest) -> Task:
+    """A sample of the training file's expressions; the held-out ones are only in the
+    test file."""
+    path = request.path
     if path is not None and not Path(path).is_dir():
         raise ConfigError(
             f"task.path must be a directory with train.jsonl and test.jsonl, "
@@ -39,38 +35,30 @@ def make_gsm8k_expressions(
     train_rows, test_rows = read_parts(
         path, hub_name=("openai/gsm8k", "main"), fields=["answer"]
     )
-    known, unseen = _expressions(train_rows), _expressions(test_rows)
-    seen = {example.prompt for example in known}
-    unseen = [example for example in unseen if example.prompt not in seen]
-    for name, wanted, available in (
-        ("train_prompts", train_prompts, len(known)),
-        ("heldout_prompts", heldout_prompts, len(unseen)),
-    ):
-        if available < wanted:
-            raise ConfigError(
-                f"task.{name} must be at most {available}, the expressions found, "
-                f"got {wanted}."
-            )
-    rng = host_rng(seed, Stream.DATA_PARTS)
-    pool = [known[i] for i in rng.permutation(len(known))[:train_prompts]]
+    known, unseen = _expressions(train_rows), _expressions(test_rows or [])
+    known_prompts = {example.prompt for example in known}
+    unseen = [example for example in unseen if example.prompt not in known_prompts]
+    train_prompts = request.train_prompts or 256
+    heldout_prompts = request.heldout_prompts or 512
+    _check_count("train_prompts", train_prompts, len(known))
+    _check_count("heldout_prompts", heldout_prompts, len(unseen))
+    rng = host_rng(request.seed, Stream.DATA_PARTS)
+    # `pick` draws nothing where all are taken; here every order is the seed's.
+    train = [known[i] for i in rng.permutation(len(known))[:train_prompts]]
     heldout = [unseen[i] for i in rng.permutation(len(unseen))[:heldout_prompts]]
 
-    def demonstrations(rng, count, spoiled):
+    def demonstrations(
+        rng: np.random.Generator, count: int, spoiled: bool
+    ) -> list[Example]:
         del spoiled  # every demonstration is right: facts half learned are noisy enough
         return [known[i] for i in rng.integers(len(known), size=count)]
 
-    return Task(
+    return single_answer_task(
+        request,
         name="gsm8k-expressions",
-        train=pool,
+        train=train,
         heldout=heldout,
-        **single_answer_language(
-            language,
-            task="gsm8k-expressions",
-            alphabet=ALPHABET,
-            answers=[e.answer for e in pool + heldout],
-        ),
-        reward=exact,
-        single_answer=True,
+        alphabet=ALPHABET,
         warm_start=WarmStart(
             demonstrations=demonstrations,
             longest=Example(
@@ -87,9 +75,18 @@ def make_gsm8k_expressions(
     )
 
 
-def _expressions(rows):
-    """Distinct short expressions in order of appearance; those with two answers go."""
-    answers = {}
+def _check_count(name: str, wanted: int, available: int) -> None:
+    if available < wanted:
+        raise ConfigError(
+            f"task.{name} must be at most {available}, the expressions found, "
+            f"got {wanted}."
+        )
+
+
+def _expressions(rows: Sequence[Row]) -> list[Example]:
+    """Distinct short expressions in order of appearance, without those that have two
+    answers."""
+    answers: dict[str, set[str]] = {}
     for row in rows:
         for left, right in _ANNOTATION.findall(row.values["answer"]):
             short = len(left) <= MAX_PROMPT and len(right) <= MAX_ANSWER

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo_jax.errors import ConfigError, unknown_name
-from grpo_jax.tasks.build import Language
+from grpo_jax.tasks.build import TaskRequest
 from grpo_jax.tasks.chains import make_chains
 from grpo_jax.tasks.competition_math import make_math
 from grpo_jax.tasks.countdown import make_countdown
@@ -15,19 +15,28 @@ from grpo_jax.tasks.jsonl import make_jsonl
 from grpo_jax.tasks.types import Task
 
 _FILES = ("path", "heldout_path", "rewards", "vocab_size")
-# name -> how it is made, and which options of `load_task` it honours besides sizes,
-# seed, tokenizer, eos_ids, template and system, which all do.
-_MAKERS: Mapping[str, tuple[Callable[..., Task], tuple[str, ...]]] = MappingProxyType(
+
+
+class _Maker(NamedTuple):
+    """How a task is made, and which of `load_task`'s options it honours besides seed,
+    train_prompts, heldout_prompts, tokenizer, eos_ids, template and system, which all
+    tasks do."""
+
+    make: Callable[..., Task]  # (TaskRequest, **options of this task alone)
+    honours: tuple[str, ...] = ()
+
+
+_MAKERS: Mapping[str, _Maker] = MappingProxyType(
     {
-        "chains": (make_chains, ()),
-        "countdown": (make_countdown, ("rewards", "vocab_size")),
-        "gsm8k": (make_gsm8k, _FILES),
-        "gsm8k-expressions": (make_gsm8k_expressions, ("path",)),
-        "jsonl": (
+        "chains": _Maker(make_chains),
+        "countdown": _Maker(make_countdown, ("rewards", "vocab_size")),
+        "gsm8k": _Maker(make_gsm8k, _FILES),
+        "gsm8k-expressions": _Maker(make_gsm8k_expressions, ("path",)),
+        "jsonl": _Maker(
             make_jsonl,
             (*_FILES, "prompt_field", "answer_field", "solution_field", "tag_fields"),
         ),
-        "math": (make_math, (*_FILES, "levels", "subjects")),
+        "math": _Maker(make_math, (*_FILES, "levels", "subjects")),
     }
 )
 TASKS = tuple(_MAKERS)
@@ -54,33 +63,34 @@ def load_task(
     tag_fields: Sequence[str] = (),
     vocab_size: int | None = None,
 ) -> Task:
-    """The task of that name.
+    """Makes a task by its name.
 
     Args:
-        path: The data: a directory with train and test files, for most tasks also one
-            file or a data set's name for `datasets`.
+        name: One of `TASKS`.
+        path: The data: a directory with train and test files; for most tasks also a
+            single file or a data set's name for `datasets`.
         heldout_path: A file to evaluate on in place of the test part.
-        train_prompts, heldout_prompts: How many; default: the task's. 0 held-out ones:
-            all that a file holds.
-        seed: Of which they are, and of what is generated.
-        tokenizer: A pretrained model's; None: one made for the task.
+        train_prompts, heldout_prompts: Their numbers; default: the task's. 0 held-out
+            prompts: all that a file has.
+        seed: Decides which prompts these are, and what is generated.
+        tokenizer: A pretrained model's; None: one is made for the task.
         eos_ids: Tokens that end a completion; default: the tokenizer's EOS.
         template: One of `templates.TEMPLATES`; default: chat where the tokenizer has a
             chat template, as one made for a task of texts has, else none.
-        system: What a chat template is told first.
+        system: The system turn of a chat template.
         rewards: Such as "math", "r1_format=0.2" or "module:function=0.5", added up; the
-            first says what is solved. Default: the task's own.
-        levels, subjects: Of MATH.
-        prompt_field, answer_field, solution_field, tag_fields: Of a jsonl task's rows.
-        vocab_size: Of a tokenizer trained for the task.
+            first decides what is solved. Default: the task's own.
+        levels, subjects: MATH problems to keep.
+        prompt_field, answer_field, solution_field, tag_fields: Fields of a jsonl
+            task's rows.
+        vocab_size: Size of a tokenizer trained for the task.
 
     Raises:
-        ConfigError: no such task, an option that it does not honour, or data that does
-            not fit.
+        ConfigError: an unknown task, an option that it does not honour, or data that
+            does not fit.
     """
     if name not in _MAKERS:
         raise unknown_name("task", name, TASKS)
-    make, honoured = _MAKERS[name]
     options: dict[str, Any] = dict(
         path=path, heldout_path=heldout_path, rewards=tuple(rewards),
         levels=tuple(levels), subjects=tuple(subjects), prompt_field=prompt_field,
@@ -88,19 +98,28 @@ def load_task(
         tag_fields=tuple(tag_fields), vocab_size=vocab_size,
     )  # fmt: skip
     given = {key: value for key, value in options.items() if value not in (None, ())}
-    for key, value in given.items():
-        if key not in honoured:
+    _check_honoured(name, given)
+    shared = {key: given.pop(key) for key in [*given] if key in TaskRequest._fields}
+    request = TaskRequest(
+        seed=seed,
+        train_prompts=train_prompts,
+        heldout_prompts=heldout_prompts,
+        tokenizer=tokenizer,
+        eos_ids=tuple(eos_ids),
+        template=template,
+        system=system,
+        **shared,
+    )
+    return _MAKERS[name].make(request, **given)
+
+
+def _check_honoured(name: str, options: Mapping[str, Any]) -> None:
+    """ConfigError for an option that would change nothing for the task."""
+    for key, value in options.items():
+        if key not in _MAKERS[name].honours:
             why = "changes nothing for"
             if key == "path":
                 why = "names data, but nothing is read by"
             raise ConfigError(
                 f"task.{key} {why} task {name}, got {value!r}; leave it out."
             )
-    given.pop("vocab_size", None)
-    return make(
-        train_prompts=train_prompts,
-        heldout_prompts=heldout_prompts,
-        seed=seed,
-        language=Language(tokenizer, tuple(eos_ids), template, system, vocab_size),
-        **given,
-    )
