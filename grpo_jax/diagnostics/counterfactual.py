@@ -1,8 +1,8 @@
-"""What other prompt weights would have done with the same rollouts.
+"""Comparison of several prompt weights on the same rollouts.
 
-Per-prompt gradients are the same under every weighting; only their sum turns. Compared
-are the sums (angles and lengths), the updates that an optimizer makes of them, and what
-each update would do to every prompt: its slope and curvature along it.
+The per-prompt gradients are the same under all of them; their weighted sum differs.
+Compared are the sums (angles and norms), the updates that an optimizer makes of them,
+and slope and curvature of every prompt's expected reward along each update.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,18 +19,18 @@ from grpo_jax.diagnostics.curvature import (
 
 
 class Counterfactual(NamedTuple):
-    """K weightings in the order given, P prompts."""
+    """Gradients and updates of K prompt weights, in the order given, for P prompts."""
 
     norms: jax.Array  # [K] of the gradients
-    cosines: jax.Array  # [K, K] between the gradients
+    cosines: jax.Array  # [K, K] between the gradients; 0 where one of them is 0
     update_norms: jax.Array  # [K]
     update_cosines: jax.Array  # [K, K]
-    slopes: jax.Array  # [K, P] reward units per update made
-    curvatures: jax.Array  # [K, P] and per its square
+    slopes: jax.Array  # [K, P] reward units per update
+    curvatures: jax.Array  # [K, P] reward units per update squared
 
     def predicted_change(self, length: jax.Array | float = 1.0) -> jax.Array:
-        """[K, P] change of each prompt's expected reward, to second order, after
-        `length` times the update."""
+        """[K, P] change of each prompt's expected reward, in reward units, to second
+        order, by `length` (scalar) times the update."""
         return length * self.slopes + length**2 / 2 * self.curvatures
 
 
@@ -43,30 +43,32 @@ def counterfactual_updates(
     *,
     update_fn: Callable[[Any], Any] | None = None,
 ) -> Counterfactual:
-    """Several weightings of one batch, compared.
+    """Compares the gradients and updates of K prompt weights on one batch.
 
-    The slopes are measured on the rollouts that made the gradients. Between different
-    prompts they are unbiased; a prompt's own share counts its sampling noise as gain,
-    w_x tr Cov(g_x) / P under plain gradient steps, alike in kind for every weighting.
+    Slopes are measured on the rollouts that the gradients are estimated from. What one
+    prompt's gradient does to another prompt is unbiased; what it does to its own prompt
+    counts sampling noise as gain, w_x tr Cov(g_x) / P under plain gradient steps, under
+    all weights alike.
 
     Args:
         gradient_fn: weights [P] -> the loss's gradient, a pytree like params. From
             losses [P] of centred advantages: `pull_back = jax.vjp(losses, params)[1]`
             and `lambda w: pull_back(w / P)[0]`.
-        log_prob_fn: params -> [P, G] log-probs of whole completions.
-        params: Where all is taken. Holds 2 K pytrees of its size at once.
-        rewards: [P, G], NaN where missing.
-        weights: Name -> [P].
-        update_fn: gradient -> the change of params that would be made of it, such as
+        log_prob_fn: params -> [P, G] sequence log-probs, in nats.
+        params: Pytree at which gradients and derivatives are taken. 2 K pytrees of its
+            size are in memory at once.
+        rewards: [P, G] float, NaN where missing.
+        weights: name -> [P]; K of them.
+        update_fn: gradient -> the change of params that is made of it, such as
             `lambda g: optimizer.update(g, opt_state, params)[0]`; default: minus the
             gradient.
     """
 
-    def effect(update):
+    def effect(update: Any) -> tuple[jax.Array, jax.Array]:
         _, first, second = directional_derivatives(log_prob_fn, params, update)
         return prompt_slope(rewards, first), prompt_curvature(rewards, first, second)
 
-    # One after the other, each compiled once.
+    # lax.map: one at a time, compiled once for all K.
     gradients = jax.lax.map(gradient_fn, jnp.stack(list(weights.values())))
     if update_fn is None:
         updates = jax.tree.map(jnp.negative, gradients)
@@ -81,8 +83,8 @@ def counterfactual_updates(
     )
 
 
-def _norms_and_cosines(trees):
-    """Of K trees, stacked: (norms [K], cosines [K, K])."""
+def _norms_and_cosines(trees: Any) -> tuple[jax.Array, jax.Array]:
+    """(norms [K], cosines [K, K]) of K pytrees, stacked on the leaves' first axis."""
     rows = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(trees)]
     parts = [x @ x.T for x in rows]
     products = sum(parts[1:], parts[0])

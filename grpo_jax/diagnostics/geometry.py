@@ -1,10 +1,10 @@
-"""The geometry of per-prompt gradients: how far prompts can be scaled independently.
+"""Geometry of per-prompt gradients: how far prompts can be scaled independently.
 
 Normalisation scales each prompt's gradient by a positive number, so it changes none of
-the cosines measured here. What a group of samples inflates (norms, and so it shrinks
-cosines) is debiased; the raw figures stand beside. From the Gram matrix of sequences'
-scores (`prompt_geometry`), or from gradients of independent parts of every group
-(`parts_geometry`), which is what a model of any size can afford.
+the cosines measured here. Sampling inflates squared norms by tr Cov / G and so shrinks
+cosines; debiased figures are given beside the raw ones. They are computed from the Gram
+matrix of the sequences' scores (`prompt_geometry`), or from gradients of independent
+parts of every group (`parts_geometry`), which a model of any size can afford.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 
 from grpo_jax.advantages import group_statistics, group_std, leave_one_out_advantages
 
-SMALL = 0.1  # the |cos| below which two prompts count as orthogonal
-LEAST_SIGNAL = 0.1  # share of squared norms below which nothing is said of cosines
+SMALL = 0.1  # |cos| below which two prompts count as orthogonal
+LEAST_SIGNAL = 0.1  # attenuation below which cosines are not debiased
 
 
 class CosineStatistics(NamedTuple):
-    """Over the pairs i < j of P prompts; each a scalar."""
+    """Statistics of cosines over the pairs i < j of P prompts; each a scalar."""
 
     mean: jax.Array
     std: jax.Array
@@ -29,55 +29,58 @@ class CosineStatistics(NamedTuple):
 
 
 class PromptGeometry(NamedTuple):
-    """Of P prompts' gradients; the matrices' diagonals are not pairs.
+    """Inner products, cosines and norms of P prompts' gradients.
 
-    A prompt without signal (tied, or too few rewards for what is debiased) is NaN in
-    the cosines and left out of the scalars.
+    Statistics are over pairs of two prompts: the matrices' diagonals are left out. A
+    prompt without signal (tied, or too few rewards for a debiased figure) is NaN in the
+    cosines and left out of the scalars. Inner products are in reward^2 / parameter^2.
     """
 
     inner: jax.Array  # [P, P], unbiased off the diagonal
     squared_norms: jax.Array  # [P] debiased |grad J_x|^2; may be negative
-    raw_squared_norms: jax.Array  # [P] |estimated gradient|^2, inflated by noise / G
-    squared_inner: jax.Array  # [P, P] unbiased <g_x, g_y>^2 off the diagonal
-    cosines: jax.Array  # [P, P] raw, attenuated by the inflated norms
-    debiased_cosines: jax.Array  # [P, P]; NaN where a debiased norm is not positive
-    mean_cosine: jax.Array  # debiased: mean raw cosine / attenuation
-    std_cosine: jax.Array  # debiased: see `debiased_statistics`
-    attenuation: jax.Array  # sum of debiased / sum of raw squared norms, in [0, 1]
+    raw_squared_norms: jax.Array  # [P] |estimated gradient|^2, inflated by tr Cov / G
+    squared_inner: jax.Array  # [P, P] <g_x, g_y>^2, unbiased off the diagonal
+    cosines: jax.Array  # [P, P] raw, shrunk by the inflated norms
+    mean_cosine: jax.Array  # scalar, debiased: mean raw cosine / attenuation
+    std_cosine: jax.Array  # scalar, debiased: see `debiased_statistics`
+    attenuation: jax.Array  # scalar, sum of debiased / sum of raw squared norms, <= 1
     statistics: CosineStatistics  # of the raw cosines moved to the debiased mean and
-    # std: what the true ones look like if sampling noise kept their shape
+    # std: those of the true cosines if sampling noise keeps the distribution's shape
     raw_statistics: CosineStatistics  # of `cosines`
-    chi: jax.Array  # largest eigenvalue of `cosines`, in [1, P]
-    noise_floor: jax.Array  # mean |cos| that K directions show of orthogonal vectors
-    violating_fraction: jax.Array  # of pairs with a negative inner product
+    chi: jax.Array  # scalar, largest eigenvalue of `cosines`, in [1, P]
+    noise_floor: jax.Array  # scalar, mean |cos| of orthogonal vectors in a K-sketch
+    violating_fraction: jax.Array  # scalar, of pairs with a negative inner product
     m_bound: jax.Array  # [P, P] M of each ordered pair; NaN where inner is negative
-    m_median: jax.Array
-    m_p99: jax.Array
-    norm_ratio: jax.Array  # R1: 95th over 5th percentile of the norms
-    sigma_ratio: jax.Array  # R2: the same of the groups' std, ties left out
+    m_median: jax.Array  # scalar, over `m_bound`
+    m_p99: jax.Array  # scalar
+    norm_ratio: jax.Array  # scalar R1: 95th over 5th percentile of the debiased norms
+    sigma_ratio: jax.Array  # scalar R2: the same of the groups' std, without ties
 
     @property
     def norms(self) -> jax.Array:
-        """[P] debiased |grad J_x|, 0 where its square came out negative."""
+        """[P] debiased |grad J_x|, 0 where the estimate of its square is negative."""
         return jnp.sqrt(jnp.maximum(self.squared_norms, 0))
 
 
 def prompt_geometry(
     rewards: jax.Array, gram: jax.Array, *, num_directions: int | None = None
 ) -> PromptGeometry:
-    """What the Gram matrix of scores and the rewards say about prompts' gradients.
+    """Geometry of the prompts' gradients from the Gram matrix of the scores.
 
     Norms are debiased over distinct quadruples of samples. M is |X_i g_j|^2 /
     (|X_i|^2 <g_i, g_j>), X_i the matrix of prompt i's sampled scores.
 
     Args:
-        rewards: [P, G], NaN where missing.
+        rewards: [P, G] float, NaN where missing.
         gram: [P, G, P, G] inner products of sequences' scores, exact or sketched.
         num_directions: K of the sketch; None: exact.
 
+    Raises:
+        ValueError: `gram` does not fit `rewards`.
+
     References:
-        Ge et al. 2026, arXiv:2601.23135, Assumptions 4 and 5 (M, R1, R2; there, M > 0
-        asks for no negative pair at all: see `violating_fraction` first).
+        Ge et al. 2026, arXiv:2601.23135, Assumptions 4 and 5 (M, R1, R2). M > 0 assumes
+        that no pair is negative: see `violating_fraction` first.
     """
     p, g = rewards.shape
     if gram.shape != (p, g, p, g):
@@ -87,19 +90,20 @@ def prompt_geometry(
     pulled = jnp.einsum("pgqh,qh->pgq", gram, weights)  # X_p g_q
     pulled = jnp.where(statistics.present[..., None], pulled, 0.0)
     inner = jnp.einsum("pg,pgq->pq", weights, pulled)
-    own = jnp.einsum("pgph->pgh", gram)
+    within = jnp.einsum("pgph->pgh", gram)  # [P, G, G] one block a prompt
 
     halves = part_weights(rewards, 2)  # [P, 2, G // 2]
-    cut = gram[:, : g // 2 * 2, :, : g // 2 * 2].reshape(p, 2, g // 2, p, 2, g // 2)
-    parts = jnp.einsum("phg,phgqkl,qkl->phqk", halves, cut, halves)
+    even = gram[:, : g // 2 * 2, :, : g // 2 * 2].reshape(p, 2, g // 2, p, 2, g // 2)
+    parts = jnp.einsum("phg,phgqkl,qkl->phqk", halves, even, halves)
 
-    spread = jnp.linalg.eigvalsh(own * _pairs_present(statistics.present))[:, -1]
+    # |X_i|^2, the largest eigenvalue of the block.
+    largest = jnp.linalg.eigvalsh(within * _pairs_present(statistics.present))[:, -1]
     positive = inner > 0
-    m_bound = (pulled**2).sum(1) / (spread[:, None] * jnp.where(positive, inner, 1.0))
+    m_bound = (pulled**2).sum(1) / (largest[:, None] * jnp.where(positive, inner, 1.0))
     return _summary(
         rewards,
         inner=inner,
-        squared=_debiased_squared_norms(rewards, own),
+        squared_norms=_debiased_squared_norms(rewards, within),
         squared_inner=_squared_inner(parts),
         m_bound=jnp.where(positive, m_bound, jnp.nan),
         num_directions=num_directions,
@@ -109,17 +113,21 @@ def prompt_geometry(
 def parts_geometry(
     rewards: jax.Array, vectors: jax.Array, *, num_directions: int | None = None
 ) -> PromptGeometry:
-    """The same from H estimated gradients per prompt, of disjoint parts of its group.
+    """Geometry of the prompts' gradients from estimates of H disjoint parts each.
 
-    Products of different parts are of independent noise: norms and squares from them
-    are unbiased. M is <g_i, g_j> / |g_i|^2, with the prompt's own gradient as X_i. A
-    prompt with a part of fewer than two rewards is left out.
+    Different parts have independent noise, so that norms and squares from products of
+    two parts are unbiased. M is <g_i, g_j> / |g_i|^2: as in `prompt_geometry`, but X_i
+    is the gradient of prompt i. A prompt with a part of fewer than two rewards is left
+    out.
 
     Args:
-        rewards: [P, G], NaN where missing.
-        vectors: [P, H, K], H at least 2: of each part, the sum of `part_weights` times
-            scores, whole or hashed.
-        num_directions: K where the vectors are hashed; None: they are whole.
+        rewards: [P, G] float, NaN where missing.
+        vectors: [P, H, K], H at least 2: for each part the sum of `part_weights` times
+            scores, all coordinates or hashed to K.
+        num_directions: K where the vectors are hashed; None where they are exact.
+
+    Raises:
+        ValueError: `vectors` does not fit, or has fewer than two parts.
     """
     p, h = vectors.shape[:2]
     if rewards.shape[0] != p or vectors.ndim != 3 or h < 2:
@@ -128,17 +136,17 @@ def parts_geometry(
         )
     parts = jnp.einsum("phd,qkd->phqk", vectors, vectors)
     inner = parts.mean((1, 3))
-    own = jnp.einsum("phpk->phk", parts)
-    between = (own.sum((1, 2)) - jnp.einsum("phh->p", own)) / (h * (h - 1))
+    within = jnp.einsum("phpk->phk", parts)  # [P, H, H] one block a prompt
+    between = (within.sum((1, 2)) - jnp.einsum("phh->p", within)) / (h * (h - 1))
     raw = jnp.diagonal(inner)
     positive = inner > 0
     m_bound = jnp.where(positive, inner, jnp.nan) / raw[:, None]
-    whole = (jnp.isfinite(_by_parts(rewards, h)).sum(2) >= 2).all(1)
-    both = whole[:, None] & whole[None]
+    complete = (jnp.isfinite(_by_parts(rewards, h)).sum(2) >= 2).all(1)
+    both = complete[:, None] & complete[None]
     return _summary(
         rewards,
         inner=jnp.where(both, inner, jnp.nan),
-        squared=jnp.where(whole, between, jnp.nan),
+        squared_norms=jnp.where(complete, between, jnp.nan),
         squared_inner=jnp.where(both, _squared_inner(parts), jnp.nan),
         m_bound=m_bound,
         num_directions=num_directions,
@@ -148,14 +156,15 @@ def parts_geometry(
 def first_order_changes(
     inner: jax.Array, squared_norms: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What a gradient step of length 1 under prompt weights does to every prompt.
+    """First-order change of every prompt by a gradient step of length 1.
 
     The step is along g = sum_y w_y g_y; prompt x's expected reward changes by
-    <g_x, g> / |g|: w_x |g_x|^2 / |g| of its own doing, and the rest by the others'.
+    <g_x, g> / |g|: w_x |g_x|^2 / |g| by its own gradient, the rest by the others'.
 
     Args:
-        inner, squared_norms: Of a `PromptGeometry`, so unbiased.
-        weights: [P]; a prompt of NaN norm takes no part.
+        inner: [P, P] of a `PromptGeometry`, so unbiased.
+        squared_norms: [P] of the same, debiased.
+        weights: [P] prompt weights; a prompt of NaN norm is left out.
 
     Returns:
         (own [P], others [P]) in reward units; all NaN where |g|^2 is not positive.
@@ -172,13 +181,20 @@ def first_order_changes(
 
 
 def part_weights(rewards: jax.Array, parts: int) -> jax.Array:
-    """[P, H, G // H]: sum over a part of weight * score is its unbiased gradient."""
+    """[P, H, G // H] weights of rewards [P, G] cut into H parts, the rest left out.
+
+    The sum over a part of weight * score is an unbiased estimate of the gradient.
+    """
     split = _by_parts(rewards, parts)
     return _gradient_weights(split.reshape(-1, split.shape[-1])).reshape(split.shape)
 
 
 def cosine_statistics(cosines: jax.Array) -> CosineStatistics:
-    """Summary of the off-diagonal of cosines [P, P], P at least 2; NaN ones are out."""
+    """Statistics of the finite cosines above the diagonal of [P, P].
+
+    Raises:
+        ValueError: `cosines` is not square, or of fewer than two prompts.
+    """
     if cosines.ndim != 2 or cosines.shape[0] != cosines.shape[1] or len(cosines) < 2:
         raise ValueError(f"cosines must be [P >= 2, P], got {cosines.shape}.")
     pairs = jnp.isfinite(cosines) & jnp.triu(jnp.ones(cosines.shape, bool), 1)
@@ -186,114 +202,151 @@ def cosine_statistics(cosines: jax.Array) -> CosineStatistics:
 
 
 def weighted_statistics(cosines: jax.Array, weights: jax.Array) -> CosineStatistics:
-    """Of cosines, each counted `weights` times; NaN where nothing counts."""
+    """Statistics of cosines [P, P], counted `weights` [P, P] times; NaN of none."""
     total = weights.sum()
 
-    def mean(values):
+    def mean(values: jax.Array) -> jax.Array:
         return (weights * values).sum() / total
 
     centre = mean(cosines)
-    known = jnp.where(jnp.isfinite(centre), 1.0, jnp.nan)
+    any_counted = jnp.where(jnp.isfinite(centre), 1.0, jnp.nan)  # 1 or NaN
     return CosineStatistics(
         centre,
         jnp.sqrt(mean((cosines - centre) ** 2)),
         mean(jnp.abs(cosines)),
-        mean(cosines > 0) * known,
-        mean(jnp.abs(cosines) < SMALL) * known,
+        mean(cosines > 0) * any_counted,
+        mean(jnp.abs(cosines) < SMALL) * any_counted,
     )
 
 
 class Debiased(NamedTuple):
-    """`debiased_statistics`: the names of `PromptGeometry`."""
+    """Result of `debiased_statistics`, fields as in `PromptGeometry`."""
 
-    mean_cosine: jax.Array
-    std_cosine: jax.Array
-    attenuation: jax.Array
+    mean_cosine: jax.Array  # scalar
+    std_cosine: jax.Array  # scalar
+    attenuation: jax.Array  # scalar
     statistics: CosineStatistics
     raw_statistics: CosineStatistics
 
 
 def debiased_statistics(
     cosines: jax.Array,
-    squared: jax.Array,
-    raw: jax.Array,
+    squared_norms: jax.Array,
+    raw_squared_norms: jax.Array,
     squared_inner: jax.Array,
     sigma: jax.Array,
     counts: jax.Array,
     num_directions: int | None,
 ) -> Debiased:
-    """Cosines without what sampling does to them, averaged before dividing.
+    """Mean, std and statistics of the true cosines, sampling noise removed.
 
     The mean is that of the raw cosines over the pooled attenuation. The mean square is
-    a ratio of averages: of squared inner products, and of products of debiased squared
-    norms, of gradients divided by their prompt's std; so pairs count as they do in a
-    std-normalised update. (A mean of ratios does not do: a pair's inner product and
-    its raw norms share their noise.) NaN where less than a tenth of the squared norms
-    is signal, or what is divided by comes out negative.
+    a ratio of averages, of squared inner products and of products of debiased squared
+    norms, for gradients divided by their prompt's std: pairs count as they do in a
+    std-normalised update. A mean of per-pair ratios would be biased, because a pair's
+    inner product and its raw norms share their noise. NaN where the attenuation is
+    below LEAST_SIGNAL, or a denominator is negative.
 
     Args:
         cosines: [P, P] raw; NaN where there is no signal.
-        squared, raw: [P] squared norms, debiased and not.
+        squared_norms: [P] debiased.
+        raw_squared_norms: [P].
         squared_inner: [P, P] unbiased squares of inner products.
         sigma: [P] std of rewards.
-        counts: [P] how often each prompt counts (1; a bootstrap draws others).
+        counts: [P] times that each prompt counts: 1, or its draws in a bootstrap.
         num_directions: K of a sketch; None: exact.
     """
     signal = jnp.isfinite(cosines)
     both = signal & jnp.isfinite(squared_inner)
-    both &= jnp.isfinite(squared)[:, None] & jnp.isfinite(squared)[None]
+    both &= jnp.isfinite(squared_norms)[:, None] & jnp.isfinite(squared_norms)[None]
     upper = jnp.triu(counts[:, None] * counts[None], 1)
     pairs = upper * both
-    counted = counts * (both & ~jnp.eye(len(raw), dtype=bool)).any(1)
+    paired = (both & ~jnp.eye(len(counts), dtype=bool)).any(1)
+    counted = counts * paired  # [P] of the prompts in at least one pair
 
-    def kept(values, where):
-        return jnp.where(where > 0, values, 0.0)
-
-    shrink = (counted * kept(squared, counted)).sum()
-    shrink /= (counted * kept(raw, counted)).sum()
-    shrink = jnp.where(shrink < LEAST_SIGNAL, jnp.nan, jnp.minimum(shrink, 1.0))
+    attenuation = (counted * _zero_unless(counted, squared_norms)).sum()
+    attenuation /= (counted * _zero_unless(counted, raw_squared_norms)).sum()
+    attenuation = jnp.where(
+        attenuation < LEAST_SIGNAL, jnp.nan, jnp.minimum(attenuation, 1.0)
+    )
     filled = jnp.where(signal, cosines, 0.0)
-    found = weighted_statistics(filled, upper * signal)
-    mean = jnp.clip((pairs * filled).sum() / pairs.sum() / shrink, -1.0, 1.0)
+    raw = weighted_statistics(filled, upper * signal)
+    mean = jnp.clip((pairs * filled).sum() / pairs.sum() / attenuation, -1.0, 1.0)
 
     variance = jnp.where(counted > 0, sigma**2, 1.0)
-    norms = kept(squared, counted) / variance
-    above = pairs * kept(squared_inner, pairs) / (variance[:, None] * variance[None])
-    below = (pairs * norms[:, None] * norms[None]).sum()
-    square = jnp.where(below > 0, above.sum() / jnp.where(below > 0, below, 1), jnp.nan)
+    square = _mean_square(
+        pairs, squared_inner, _zero_unless(counted, squared_norms), variance
+    )
     if num_directions is not None:  # a sketch adds (1 + cos^2) / K to a squared cosine
         square = (square - 1 / num_directions) / (1 + 1 / num_directions)
-    square = jnp.minimum(square, 1.0) + 0 * shrink
+    square = jnp.minimum(square, 1.0) + 0 * attenuation  # NaN with it
     std = jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
-    wide = found.std > 0
-    moved = mean + (filled - found.mean) * std / jnp.where(wide, found.std, 1.0)
+    moved = mean + (filled - raw.mean) * std / jnp.where(raw.std > 0, raw.std, 1.0)
     moved = weighted_statistics(jnp.clip(moved, -1.0, 1.0), pairs)
-    return Debiased(mean, std, shrink, moved, found)
+    return Debiased(mean, std, attenuation, moved, raw)
 
 
-def _summary(rewards, *, inner, squared, squared_inner, m_bound, num_directions):
+def _zero_unless(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Values where their weight is positive, else 0, also in place of NaN."""
+    return jnp.where(weights > 0, values, 0.0)
+
+
+def _mean_square(
+    pairs: jax.Array,
+    squared_inner: jax.Array,
+    squared_norms: jax.Array,
+    variance: jax.Array,
+) -> jax.Array:
+    """Mean squared cosine, a ratio of averages over pairs [P, P]; NaN if undefined.
+
+    Gradients are divided by their prompt's std: norms and variance are [P].
+    """
+    norms = squared_norms / variance
+    scale = variance[:, None] * variance[None]
+    above = pairs * _zero_unless(pairs, squared_inner) / scale
+    below = (pairs * norms[:, None] * norms[None]).sum()
+    return jnp.where(below > 0, above.sum() / jnp.where(below > 0, below, 1), jnp.nan)
+
+
+def _summary(
+    rewards: jax.Array,
+    *,
+    inner: jax.Array,
+    squared_norms: jax.Array,
+    squared_inner: jax.Array,
+    m_bound: jax.Array,
+    num_directions: int | None,
+) -> PromptGeometry:
+    """All fields of the geometry from inner products [P, P] and debiased norms [P]."""
     statistics = group_statistics(rewards)
     raw = jnp.diagonal(inner)
     signal = ~statistics.tied & (raw > 0)
     unit = jnp.where(signal, jax.lax.rsqrt(jnp.where(signal, raw, 1.0)), jnp.nan)
     cosines = inner * unit[:, None] * unit[None]
-    known = signal & (squared > 0)
-    norms = jnp.where(known, jnp.sqrt(jnp.where(known, squared, 1.0)), jnp.nan)
+    positive = signal & (squared_norms > 0)
+    norms = jnp.where(
+        positive, jnp.sqrt(jnp.where(positive, squared_norms, 1.0)), jnp.nan
+    )
     off_diagonal = ~jnp.eye(len(raw), dtype=bool)
     both = signal[:, None] & signal[None] & off_diagonal
     sigma, _ = group_std(rewards, ddof=1)
     debiased = debiased_statistics(
-        cosines, squared, raw, squared_inner, sigma, jnp.ones_like(raw), num_directions
+        cosines,
+        squared_norms,
+        raw,
+        squared_inner,
+        sigma,
+        jnp.ones_like(raw),
+        num_directions,
     )
     floor = 0.0 if num_directions is None else (2 / (jnp.pi * num_directions)) ** 0.5
     m_bound = jnp.where(both, m_bound, jnp.nan)
     return PromptGeometry(
         inner=inner,
-        squared_norms=squared,
+        squared_norms=squared_norms,
         raw_squared_norms=raw,
         squared_inner=squared_inner,
         cosines=cosines,
-        debiased_cosines=inner / (norms[:, None] * norms[None]),
         **debiased._asdict(),
         chi=jnp.linalg.eigvalsh(jnp.where(jnp.isfinite(cosines), cosines, 0.0))[-1],
         noise_floor=jnp.asarray(floor, inner.dtype),
@@ -306,20 +359,23 @@ def _summary(rewards, *, inner, squared, squared_inner, m_bound, num_directions)
     )
 
 
-def _gradient_weights(rewards):
-    """[P, G] leave-one-out advantages over the rewards that are there."""
+def _gradient_weights(rewards: jax.Array) -> jax.Array:
+    """[P, G] leave-one-out advantages divided by the number of present rewards."""
     count = jnp.maximum(group_statistics(rewards).count, 1)
     return leave_one_out_advantages(rewards) / count[:, None]
 
 
-def _by_parts(rewards, parts):
+def _by_parts(rewards: jax.Array, parts: int) -> jax.Array:
+    """[P, H, G // H] rewards of H parts, those beyond them left out."""
     p, g = rewards.shape
     return rewards[:, : g // parts * parts].reshape(p, parts, g // parts)
 
 
-def _squared_inner(parts):
-    """[P, P] unbiased <g_i, g_j>^2 from parts [P, H, P, H] of inner products: over all
-    products of two that share no part of either group."""
+def _squared_inner(parts: jax.Array) -> jax.Array:
+    """[P, P] unbiased <g_i, g_j>^2 from inner products of parts [P, H, P, H].
+
+    Mean over products of two inner products that share no part of either group.
+    """
     h = parts.shape[1]
     total = parts.sum((1, 3)) ** 2
     same_left = (parts.sum(3) ** 2).sum(1)
@@ -328,10 +384,11 @@ def _squared_inner(parts):
     return (total - same_left - same_right + both) / (h * (h - 1)) ** 2
 
 
-def _debiased_squared_norms(rewards, own):
+def _debiased_squared_norms(rewards: jax.Array, within: jax.Array) -> jax.Array:
     """[P] mean over distinct (i, j, k, l) of (r_i - r_j) (r_k - r_l) <s_i, s_k>.
 
-    The sums over j and l are done in closed form, over the n rewards that are there.
+    `within` [P, G, G] holds the inner products <s_i, s_k> of one prompt's scores. The
+    sums over j and l are in closed form, over the n present rewards; NaN for n < 4.
     """
     present = group_statistics(rewards).present
     r = jnp.where(present, rewards, 0.0)
@@ -344,14 +401,16 @@ def _debiased_squared_norms(rewards, own):
     mean_product = (rest**2 - (squares - ri**2 - rk**2)) / (m * (m - 1))
     w = ri * rk - (ri + rk) * mean + mean_product
     pairs = _pairs_present(present) & ~jnp.eye(r.shape[1], dtype=bool)[None]
-    total = jnp.where(pairs, w * own, 0).sum((1, 2))
+    total = jnp.where(pairs, w * within, 0).sum((1, 2))
     n = n[:, 0, 0]
     return jnp.where(n >= 4, total / jnp.maximum(n * (n - 1), 1), jnp.nan)
 
 
-def _pairs_present(present):
+def _pairs_present(present: jax.Array) -> jax.Array:
+    """[P, G, G] whether both samples of a pair are present, from [P, G]."""
     return present[:, :, None] & present[:, None, :]
 
 
-def _percentile_ratio(values):
+def _percentile_ratio(values: jax.Array) -> jax.Array:
+    """Scalar 95th over 5th percentile of the finite of [P]."""
     return jnp.nanpercentile(values, 95) / jnp.nanpercentile(values, 5)

@@ -1,9 +1,9 @@
-"""Gradients too large to keep, as a few coordinates that preserve inner products.
+"""Random projections of gradients to K coordinates that preserve inner products.
 
-Two ways. `gradient_sketch` sees the score of every sequence through K random jvps: no
-gradient is ever formed, and each direction costs a jvp. `gradient_hash` folds one
-gradient that is there into K sums: all coordinates for the price of reading it once,
-so K can be in the thousands. Both are unbiased, with the same error of order 1 / K.
+`gradient_sketch` projects the score of every sequence by K random jvps: it forms no
+gradient, and each coordinate costs a jvp. `gradient_hash` folds a gradient in memory
+into K sums: all K for one pass over it, so K can be in the thousands. Inner products
+are unbiased with both, with the same variance of order 1 / K.
 """
 
 from collections.abc import Callable
@@ -19,23 +19,29 @@ def gradient_sketch(
     key: jax.Array,
     num_directions: int,
 ) -> jax.Array:
-    """[P, G, K] sketch S of per-sequence scores: E[S S^T / K] is their Gram matrix.
+    """Sketch S of per-sequence scores: E[S S^T / K] is their Gram matrix.
 
-    One jvp per direction, entries +-1 (Rademacher: never a larger variance than a
-    normal's). Nothing of size P x params is formed. The error of an inner product has
+    One jvp per direction, entries +-1 (Rademacher, whose variance is at most that of
+    normal ones). Nothing of size P x params is formed. An inner product <a, b> has
     variance at most (|a|^2 |b|^2 + <a, b>^2) / K.
 
     Args:
-        log_prob_fn: params -> [P, G] log-probs of whole completions.
+        log_prob_fn: params -> [P, G] sequence log-probs, in nats.
         params: Pytree of float arrays.
         key: PRNG key; direction k is drawn from fold_in(key, k).
         num_directions: K, at least 1.
+
+    Returns:
+        [P, G, K] derivatives of the log-probs along the directions, in nats.
+
+    Raises:
+        ValueError: `num_directions` is less than 1.
     """
     if num_directions < 1:
         raise ValueError(f"num_directions must be at least 1, got {num_directions}.")
     leaves, structure = jax.tree.flatten(params)
 
-    def column(k):
+    def column(k: jax.Array) -> jax.Array:  # [P, G]
         keys = jax.random.split(jax.random.fold_in(key, k), len(leaves))
         direction = [
             jax.random.rademacher(key, x.shape, x.dtype)
@@ -49,14 +55,14 @@ def gradient_sketch(
 
 
 def sketch_gram(sketch: jax.Array) -> jax.Array:
-    """[P, G, P, G] inner products of the scores that a sketch [P, G, K] estimates."""
+    """[P, G, P, G] estimated inner products of the scores, from a sketch [P, G, K]."""
     return jnp.einsum("pgk,qhk->pgqh", sketch, sketch) / sketch.shape[-1]
 
 
 def exact_gram(log_prob_fn: Callable[[Any], jax.Array], params: Any) -> jax.Array:
-    """[P, G, P, G] inner products of all scores, from the scores themselves.
+    """[P, G, P, G] inner products of the scores of `log_prob_fn` (params -> [P, G]).
 
-    Holds P * G gradients: the oracle for small models.
+    P * G gradients are in memory at once: a reference for small models.
     """
     scores = jax.jacrev(log_prob_fn)(params)  # leaves [P, G, *shape]
     parts = [
@@ -67,18 +73,24 @@ def exact_gram(log_prob_fn: Callable[[Any], jax.Array], params: Any) -> jax.Arra
 
 
 def gradient_hash(gradient: Any, key: jax.Array, width: int) -> jax.Array:
-    """[width] vector h with E[h(a) . h(b)] = <a, b> over keys.
+    """Random sums h of a gradient's coordinates: E[h(a) . h(b)] = <a, b> over keys.
 
-    Every coordinate gets a random sign and is added to one of `width` sums; those of a
-    row of `width` neighbours are rotated together, so that none of them meet and no
-    column of a matrix falls into one sum. The error of an inner product has variance at
-    most (|a|^2 |b|^2 + <a, b>^2) / width. A gradient of at most `width` coordinates is
-    returned as it is, filled with zeros: exact.
+    Every coordinate gets a random sign and is added to one of K sums. Rows of K
+    neighbours are rotated as one, so that no two of them share a sum, and a column of a
+    matrix is spread over the sums. An inner product has variance at most
+    (|a|^2 |b|^2 + <a, b>^2) / K, and is exact for at most K coordinates, which are
+    returned unchanged, padded with zeros.
 
     Args:
         gradient: Pytree of float arrays.
-        key: The same for all that are to be compared.
+        key: PRNG key, the same for all gradients that are compared.
         width: K, at least 1.
+
+    Returns:
+        [K], float32 or the widest dtype of the leaves.
+
+    Raises:
+        ValueError: `width` is less than 1.
 
     References:
         Charikar et al. 2002 (the count sketch).
@@ -96,7 +108,8 @@ def gradient_hash(gradient: Any, key: jax.Array, width: int) -> jax.Array:
     return total
 
 
-def _hashed(flat, key, width):
+def _hashed(flat: jax.Array, key: jax.Array, width: int) -> jax.Array:
+    """[width] signed sums of a vector [N]."""
     rows = -(-flat.size // width)
     signs, shifts = jax.random.split(key)
     words = jax.random.bits(signs, (-(-rows * width // 32),), jnp.uint32)
@@ -105,5 +118,5 @@ def _hashed(flat, key, width):
     table = jnp.pad(flat, (0, rows * width - flat.size)).reshape(rows, width)
     table = jnp.where(bits.astype(bool), table, -table)
     shift = jax.random.randint(shifts, (rows, 1), 0, width)
-    place = (jnp.arange(width)[None] + shift) % width
-    return jnp.take_along_axis(table, place, axis=1).sum(0)
+    rotated = (jnp.arange(width)[None] + shift) % width
+    return jnp.take_along_axis(table, rotated, axis=1).sum(0)

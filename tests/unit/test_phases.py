@@ -9,8 +9,18 @@ import numpy as np
 import pytest
 
 import grpo_jax as gj
-from grpo_jax.diagnostics.geometry import debiased_statistics, parts_geometry
-from grpo_jax.diagnostics.phases import Thresholds, change_points, mean_sigma, phase
+from grpo_jax.diagnostics.geometry import (
+    debiased_statistics,
+    first_order_changes,
+    parts_geometry,
+)
+from grpo_jax.diagnostics.phases import (
+    PHASES,
+    Thresholds,
+    change_points,
+    mean_sigma,
+    phase,
+)
 
 jitted = jax.jit(parts_geometry)
 
@@ -41,7 +51,7 @@ def test_the_label_of_cosines_of_known_size(x64, cosine, label):
     geometry, rewards = geometry_of(spread(24, cosine))
     found = phase(geometry, rewards)
     np.testing.assert_allclose(found.std_cosine, cosine, rtol=0.02)
-    assert found.label == label and found.shares["I II III".split().index(label)] > 0.9
+    assert found.label == label and found.shares[PHASES.index(label)] > 0.9
     assert found.small_fraction == (1 if cosine < 0.1 else 0)
     assert found.prompts == 24
 
@@ -107,7 +117,7 @@ def test_three_prompts_are_too_few_for_a_phase(x64):
     assert np.isfinite(found.std_cosine) and np.isnan(found.std_cosine_interval).all()
 
 
-# sigma of (1, 0, 1, 0) with ddof 1: sqrt(1/3); C = 8/3 of the mean over looks.
+# sigma of (1, 0, 1, 0) with ddof 1: sqrt(1/3); C = 8/3 of the mean over measurements.
 def test_the_rate_factor(x64):
     geometry, _ = geometry_of(spread(24, 0.05))
     rewards = np.tile([1.0, 0, 1, 0], (24, 1))
@@ -146,7 +156,7 @@ def test_change_points():
     assert change_points(series, most=1) == [15]
     assert change_points(0.1 * rng.normal(size=(22, 2))) == []
     assert change_points(np.zeros((3, 2))) == [] == change_points(np.ones((9, 1)))
-    with pytest.raises(ValueError, match="looks, measures"):
+    with pytest.raises(ValueError, match="measurements, statistics"):
         change_points(np.array([[np.nan], [1.0], [2.0], [3.0]]))
 
 
@@ -192,9 +202,7 @@ def test_parts_debias_norms_and_squares(x64):
 def test_first_order_changes(x64):
     g = np.array([[1.0, 0.0], [0.6, 0.8], [5.0, 5.0]])
     inner, squares = g @ g.T, np.array([1.0, 1.0, np.nan])
-    own, others = gj.gradient_geometry.first_order_changes(
-        inner, squares, jnp.array([1.0, 2.0, 7.0])
-    )
+    own, others = first_order_changes(inner, squares, jnp.array([1.0, 2.0, 7.0]))
     step = g[0] + 2 * g[1]
     step /= np.linalg.norm(step)
     np.testing.assert_allclose((own + others)[:2], g[:2] @ step)
