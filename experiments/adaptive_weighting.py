@@ -73,24 +73,30 @@ orthogonal gradients and hard prompts; it was not run.
 import dataclasses
 import functools
 import itertools
-import json
-import subprocess
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 import tyro
+from adaptive_rules import OURS, RULES, Horizon, train
+from common import (
+    append_row,
+    interval_text,
+    once_by_settings,
+    temporary_run,
+    write_config,
+    write_rows,
+    write_table,
+)
+from loglinear_prompts import make_prompts, stacked
 
-import grpo_jax as gj
 from grpo_jax.intervals import t_interval
 from grpo_jax.loglinear import LogLinear
-from grpo_jax.planning import resolve as weighting
-from grpo_jax.runs.config_files import from_dict
+from grpo_jax.planning.resolve import WEIGHTS
 from grpo_jax.runs.lines import read_lines
 
 BASES = ("unit", "std 1")  # the better one, on tuning seeds, is what a rule must beat
@@ -109,7 +115,7 @@ class Config:
     num_prompts: int = 32  # at the start their pass rates are log-spaced between
     pass_rates: tuple[float, float] = (0.01, 0.5)
     responses: int = 8  # per prompt, the first is right
-    block: int = 4  # parameters of a prompt's own (orthogonal, aligned)
+    block: int = 4  # parameters that a prompt does not share (orthogonal, aligned)
     batch: int = 8  # prompts per step
     steps: int = 150
     log2_sgd: tuple[float, float] = (3.0, 12.0)  # ends of the grid of learning rates
@@ -138,208 +144,23 @@ class Config:
     warm_start_steps: int | None = None  # None: the task's own
 
 
-def append(path: Path, row: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-# ---- rules: what is remembered, and the weight that each reads off it
-
-
-class Memory(NamedTuple):
-    successes: jax.Array  # [n] discounted counts
-    failures: jax.Array
-    sums: jax.Array  # [6] running sums over batches, see `observe`
-
-
-class Seen(NamedTuple):
-    """A batch as a rule sees it. All weights are 1 at pass rate 1/2, where known."""
-
-    mean: jax.Array  # [B] of the group
-    a: jax.Array  # [B] posterior Beta(a, b) of the pass rate
-    b: jax.Array
-    interference: jax.Array  # (n - 1) x variance of the cosines between prompts
-    noise: jax.Array  # the sigma^2 at which noise equals signal in a gradient
-
-    @property
-    def p(self):
-        return self.a / (self.a + self.b)
-
-    @property
-    def variance(self):
-        return self.p * (1 - self.p)
-
-    @property
-    def push(self):
-        """Others' push at mixed signs, over a prompt's own; in [0, 1]."""
-        return jnp.sqrt(jnp.clip(self.interference, 0, 1))
-
-
-def std(power):
-    return lambda x: (4 * x.mean * (1 - x.mean)) ** (-power / 2)
-
-
-def posterior(power):
-    return lambda x: (4 * x.variance) ** (-power / 2)
-
-
-def skewed(p, u, v):
-    """More weight on the hard side than on the solved one, for u > v."""
-    return (2 * p) ** -u * (2 * (1 - p)) ** -v
-
-
-def expected(x):
-    """E[1 / sigma^2] of the posterior: generous to what is not known."""
-    s = x.a + x.b
-    return (s - 1) * (s - 2) / (4 * (x.a - 1) * (x.b - 1))
-
-
-def cautious(x):
-    """1 / (E[sigma^2] + its posterior sd): mean where it is not known."""
-    a, b, s = x.a, x.b, x.a + x.b
-    mean = a * b / (s * (s + 1))
-    square = a * (a + 1) * b * (b + 1) / (s * (s + 1) * (s + 2) * (s + 3))
-    return 1 / (4 * (mean + jnp.sqrt(square - mean**2)))
-
-
-def noise_aware(x):
-    """The step that raises log-odds most, |E g|^2 / E|g|^2 / sigma^2, is proportional
-    to 1 / (sigma^2 + noise): REINFORCE where noise dominates, else 1 / sigma^2."""
-    return (0.25 + x.noise) / (x.variance + x.noise)
-
-
-RULES = {
-    "unit": lambda x: jnp.ones_like(x.mean),
-    "std 1": std(1),
-    "std 1.5": std(1.5),
-    "std 2": std(2),
-    "posterior 1": posterior(1),
-    "posterior 1.5": posterior(1.5),
-    "posterior 2": posterior(2),
-    "expected 2": expected,
-    "cautious 2": cautious,
-    "noise-aware": noise_aware,
-    "interference": lambda x: (4 * x.variance) ** (-(1 + x.push) / 2),
-    "group mean": lambda x: skewed(x.mean, 1.0, 0.0),
-    "hard": lambda x: skewed(x.mean, 1.0, 0.5),
-    "hard posterior": lambda x: skewed(x.p, 1.0, 0.5),
-    "hard interference": lambda x: skewed(x.p, jnp.minimum(0.5 + x.push, 1), 0.5),
-}
-
-
-def observe(c: Config, memory: Memory, rewards, ids, halves, gradient):
-    """(memory, Seen) after rewards [B, G], with gradients of two halves of each group
-    [B, 2, D]: products of different halves are free of their noise's squares."""
-    group = rewards.shape[1]
-    wins = rewards.sum(1) + c.discount * memory.successes[ids]
-    losses = group - rewards.sum(1) + c.discount * memory.failures[ids]
-    seen = Seen(rewards.mean(1), wins + c.prior, losses + c.prior, 0.0, 0.0)
-    products = jnp.einsum("ihd,jkd->hkij", halves, halves)
-    signal = jnp.diagonal(products[0, 1])  # of |g_x|^2
-    noise = (gradient**2).sum(1) - signal
-    off = 1 - jnp.eye(len(ids))
-    squares = products[0, 0] * products[1, 1] + products[0, 1] * products[1, 0]
-    new = (
-        (off * squares).sum() / 2,  # of <g_x, g_y>^2
-        (off * products.mean((0, 1))).sum(),  # of <g_x, g_y>
-        (off * signal[:, None] * signal).sum(),
-        (noise * seen.variance).sum(),
-        signal.sum(),
-        1.0,  # how much has been summed
-    )
-    sums = c.decay * memory.sums + jnp.stack(new)
-    square, inner, norms, noisy, signals, total = sums
-    pairs = len(ids) * (len(ids) - 1) * total
-    spread = (square - inner**2 / pairs) / jnp.maximum(norms, 1e-30)
-    seen = seen._replace(
-        interference=(c.num_prompts - 1) * jnp.where(norms > 0, spread, 0.0),
-        noise=jnp.clip(noisy / jnp.maximum(signals, 1e-30), 0.0, 10.0),
-    )
-    memory = Memory(
-        memory.successes.at[ids].set(wins), memory.failures.at[ids].set(losses), sums
-    )
-    return memory, seen
-
-
 # ---- log-linear policies, sampled gradients
 
 
-def make_policy(c: Config, kind: str, seed: int) -> LogLinear:
-    """Unit features; the offset of response 0, the right one, sets the pass rate."""
-    rng = np.random.default_rng(seed)
-    n, k = c.num_prompts, c.responses
-    own = int(kind.removeprefix("mixed")) if kind.startswith("mixed") else c.block
-    x = rng.normal(size=(n, k, own))
-    x /= np.linalg.norm(x, axis=-1, keepdims=True)
-    if not kind.startswith("mixed"):
-        x = np.einsum("pkd,pq->pkqd", x, np.eye(n)).reshape(n, k, n * own)
-    if kind == "aligned":  # half of the squared norm on one direction, + for right
-        shared = np.where(np.arange(k) == 0, 1.0, -1.0)[None, :, None].repeat(n, 0)
-        x = np.concatenate([x, shared], -1) / np.sqrt(2)
-    width = n * c.block + 1  # one shape for all: compiled once
+def padded_prompts(c: Config, kind: str, seed: int) -> LogLinear:
+    """Prompts with features padded to one width, so that all kinds compile once."""
+    sizes = dict(num_prompts=c.num_prompts, responses=c.responses, block=c.block)
+    policy = make_prompts(kind, c.pass_rates, seed, **sizes)
+    x = policy.features
+    width = c.num_prompts * c.block + 1
     x = np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1])))
-    p = np.geomspace(*c.pass_rates, n)
-    offsets = np.zeros((n, k))
-    offsets[:, 0] = np.log(p / (1 - p)) + np.log(k - 1)
-    return LogLinear(x, np.eye(k)[0] * np.ones((n, 1)), offsets)
+    return policy._replace(features=x)
 
 
-def leave_one_out(rewards):
-    group = rewards.shape[-1]
-    return (rewards - rewards.mean(-1, keepdims=True)) * (group / (group - 1))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def train(c: Config, optimizer, group, policies, keys, rule, rates):
-    """[S, E, 4]: mean pass rate over the run, the last one, mean `push` and `noise` of
-    S policies at E learning rates. Prompts and uniforms depend on the key alone."""
-    tx = {"sgd": optax.identity, "adam": optax.scale_by_adam}[optimizer]()
-
-    def run(policy, key, rate):
-        def one(state, key):
-            theta, opt, memory = state
-            probabilities = jax.nn.softmax(policy.features @ theta + policy.offsets)
-            key_x, key_y = jax.random.split(key)
-            ids = jax.random.permutation(key_x, c.num_prompts)[: c.batch]
-            features, cdf = policy.features[ids], jnp.cumsum(probabilities[ids], -1)
-            u = jax.random.uniform(key_y, (c.batch, group))
-            y = (u[..., None] > cdf[:, None, :-1]).sum(-1)  # [B, G]
-            rewards, chosen = (y == 0) * 1.0, jax.nn.one_hot(y, c.responses)
-            # Advantages sum to 0 over a group or a half: the mean score drops out.
-            a = leave_one_out(rewards) / group
-            gradient = jnp.einsum("bg,bgk,bkd->bd", a, chosen, features)
-            parts = leave_one_out(rewards.reshape(c.batch, 2, -1)) / (group // 2)
-            parts = jnp.einsum("bhg,bhgk->bhk", parts, chosen.reshape(*parts.shape, -1))
-            halves = jnp.einsum("bhk,bkd->bhd", parts, features)
-            memory, seen = observe(c, memory, rewards, ids, halves, gradient)
-            tied = (seen.mean == 0) | (seen.mean == 1)
-            seen = seen._replace(mean=jnp.where(tied, 0.5, seen.mean))
-            weights = jax.lax.switch(rule, list(RULES.values()), seen)
-            weights = jnp.where(tied, 0.0, weights)
-            update, opt = tx.update(weights @ gradient / c.batch, opt)
-            out = probabilities[:, 0].mean(), seen.push, seen.noise
-            return (theta + rate * update, opt, memory), jnp.stack(out)
-
-        theta, none = jnp.zeros(policy.features.shape[-1]), jnp.zeros(c.num_prompts)
-        state = theta, tx.init(theta), Memory(none, none, jnp.zeros(6))
-        state, out = jax.lax.scan(one, state, jax.random.split(key, c.steps))
-        last = jax.nn.softmax(policy.features @ state[0] + policy.offsets)[:, 0].mean()
-        mean = jnp.append(out[1:, 0], last).mean()
-        return jnp.stack([mean, last, *out[:, 1:].mean(0)])
-
-    return jax.vmap(jax.vmap(run, (None, None, 0)), (0, 0, None))(policies, keys, rates)
-
-
-def loglinear_rows(c: Config):
+def loglinear_rows(c: Config) -> Iterator[dict]:
     seeds = c.first_seed + np.arange(c.tuning_seeds + c.test_seeds)
     for kind in c.features:
-        policies = [make_policy(c, kind, seed) for seed in seeds]
-        policies = LogLinear(
-            *(
-                jnp.asarray(np.stack(a), jnp.float32)
-                for a in zip(*policies, strict=True)
-            )
-        )
+        policies = stacked([padded_prompts(c, kind, seed) for seed in seeds])
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
         tuning, test = (
             jax.tree.map(lambda x, part=part: x[part], (policies, keys))
@@ -348,11 +169,17 @@ def loglinear_rows(c: Config):
         for group, optimizer in itertools.product(c.group_sizes, c.optimizers):
             ends = c.log2_sgd if optimizer == "sgd" else c.log2_adam
             log2 = np.arange(ends[0], ends[1] + 1e-9, c.log2_spacing)
-            go = functools.partial(train, c, optimizer, group)
+            shape = dict(group=group, batch=c.batch, steps=c.steps)
+            horizon = Horizon(c.prior, c.discount, c.decay)
+            results = functools.partial(
+                train, optimizer=optimizer, horizon=horizon, **shape
+            )
             for i, rule in enumerate(RULES):
-                swept = np.asarray(go(*tuning, i, jnp.asarray(2.0**log2)))[..., 0]
+                swept = results(*tuning, i, jnp.asarray(2.0**log2))
+                swept = np.asarray(swept)[..., 0]
                 best = int(swept.mean(0).argmax())
-                found = np.asarray(go(*test, i, jnp.asarray(2.0 ** log2[[best]])))[:, 0]
+                tested = results(*test, i, jnp.asarray(2.0 ** log2[[best]]))
+                tested = np.asarray(tested)[:, 0]
                 yield {
                     "kind": "loglinear",
                     "features": kind,
@@ -362,48 +189,14 @@ def loglinear_rows(c: Config):
                     "log2_rate": float(log2[best]),
                     "edge": best in (0, len(log2) - 1),
                     "tuning": swept.mean(0).tolist(),
-                    "mean": found[:, 0].tolist(),
-                    "final": found[:, 1].tolist(),
-                    "push": float(found[:, 2].mean()),
-                    "noise": float(found[:, 3].mean()),
+                    "mean": tested[:, 0].tolist(),
+                    "final": tested[:, 1].tolist(),
+                    "push": float(tested[:, 2].mean()),
+                    "noise": float(tested[:, 3].mean()),
                 }
 
 
 # ---- the trainer's tasks
-
-
-def hard_weights() -> gj.PromptWeights:
-    """w_p = 1 / (m sqrt(1 - m)), m the group's mean; 0 for a tied group."""
-
-    def weights(rewards, state):
-        mean = rewards.mean(1)
-        tied = (mean <= 0) | (mean >= 1)
-        w = skewed(jnp.where(tied, 0.5, mean), 1.0, 0.5)
-        return jnp.where(tied, 0.0, w), state
-
-    return gj.PromptWeights(init=lambda: (), weights=weights)
-
-
-def hard_posterior_weights(
-    num_prompts: int, *, prior: float = 0.5, discount: float = 0.8
-) -> gj.PromptWeights:
-    """The same of the posterior mean over a prompt's visits."""
-    rule = gj.posterior_weights(num_prompts, prior=prior, discount=discount)
-
-    def weights(rewards, state, prompt_ids):
-        w, state = rule.weights(rewards, state, prompt_ids)
-        a, b = state.successes[prompt_ids] + prior, state.failures[prompt_ids] + prior
-        return jnp.where(w > 0, skewed(a / (a + b), 1.0, 0.5), 0.0), state
-
-    return gj.PromptWeights(rule.init, weights, by_prompt=True)
-
-
-OURS = {
-    "hard": weighting.Rule((), lambda s, n: hard_weights(), "1 / (p sqrt(1 - p))"),
-    "hard_posterior": weighting.Rule(
-        (), lambda s, n: hard_posterior_weights(n), "the same over visits"
-    ),
-}
 
 
 def task_settings(c: Config, rule: str, rate: float, seed: int) -> dict:
@@ -417,7 +210,7 @@ def task_settings(c: Config, rule: str, rate: float, seed: int) -> dict:
         "objective": {"kl_coef": 0.0},
         "weights": weights,
         "warm_start": warm if c.warm_start_steps else {},
-        # No clip: it sees the rules' different norms, to which Adam is blind.
+        # No clip: it would act on the rules' different norms, which Adam ignores.
         "optimizer": {"learning_rate": rate, "clip_norm": 0.0},
         "steps": c.task_steps,
         "seed": seed,
@@ -428,52 +221,47 @@ def task_settings(c: Config, rule: str, rate: float, seed: int) -> dict:
     }
 
 
-def task_run(c: Config, rule: str, rate: float, seed: int) -> dict:
-    """The run's row; one that metrics.jsonl has already is read there."""
-    path = c.results / "metrics.jsonl"
-    settings = task_settings(c, rule, rate, seed)
-    key = settings | {"task": settings["task"] | {"path": None}}  # no machine's path
-    for row in read_lines(path):
-        if row["kind"] == "task" and row["settings"] == key:
-            return row
-    weighting.WEIGHTS.update(OURS)
-    with tempfile.TemporaryDirectory() as directory:
-        config = from_dict(gj.TrainConfig, settings | {"run_dir": f"{directory}/run"})
-        result = gj.train(config)
-        if not result.finished:  # stopped by a signal
-            raise SystemExit("stopped; start again to go on from the last whole run")
-        rows = read_lines(result.run_dir / "metrics.jsonl")
+def one_run(settings: dict) -> dict:
+    with temporary_run(settings) as directory:
+        rows = read_lines(directory / "metrics.jsonl")
     rows = [r for r in rows if "eval/train_pass_rate" in r]
     curve = [r["eval/train_pass_rate"] for r in rows]
-    row = {
-        "kind": "task",
-        "rule": rule,
-        "rate": rate,
-        "seed": seed,
+    return {
         "mean": float(np.mean(curve[1:])),
         "final": curve[-1],
         "heldout": rows[-1]["eval/heldout_pass_rate"],
         "curve": curve,
-        "settings": key,
     }
-    append(path, row)
-    return row
+
+
+def task_run(c: Config, rule: str, rate: float, seed: int) -> dict:
+    """The run's row of metrics.jsonl; the run is made where it is missing."""
+    settings = task_settings(c, rule, rate, seed)
+    # The rows name no path of this machine.
+    kept = settings | {"task": settings["task"] | {"path": None}}
+    labels = {"kind": "task", "rule": rule, "rate": rate, "seed": seed}
+    train = functools.partial(one_run, settings)
+    return once_by_settings(c.results / "metrics.jsonl", labels, kept, train)
 
 
 def task_sweep(c: Config, rule: str) -> dict[float, float]:
-    """Mean pass rate over the tuning seeds' runs, by learning rate."""
-    rates, found = c.task_rates, {}
-    ask = {(len(rates) - 1) // 2, len(rates) // 2}
-    while ask:
-        for i in ask:
+    """Mean pass rate over the tuning seeds' runs, by learning rate.
+
+    Starts in the middle and goes on until the best rate has a worse one on either side.
+    """
+    rates, means = c.task_rates, {}
+    missing = {(len(rates) - 1) // 2, len(rates) // 2}
+    while missing:
+        for i in missing:
             runs = [task_run(c, rule, rates[i], s)["mean"] for s in c.task_tuning_seeds]
-            found[i] = float(np.mean(runs))
-        best = max(found, key=found.get)
-        ask = {i for i in (best - 1, best + 1) if 0 <= i < len(rates)} - {*found}
-    return {rates[i]: found[i] for i in sorted(found)}
+            means[i] = float(np.mean(runs))
+        best = max(means, key=means.get)
+        missing = {i for i in (best - 1, best + 1) if 0 <= i < len(rates)} - {*means}
+    return {rates[i]: means[i] for i in sorted(means)}
 
 
-def run_task(c: Config):
+def run_task(c: Config) -> None:
+    WEIGHTS.update(OURS)
     best = {}
     for rule in c.task_rules:
         sweep = task_sweep(c, rule)
@@ -487,53 +275,56 @@ def run_task(c: Config):
 
 
 def gains(values: dict, tuned: dict) -> dict[str, np.ndarray]:
-    """rule -> [seeds] less the base that is better on the tuning seeds."""
+    """rule -> gains [seeds] over the base that is better on the tuning seeds."""
     base = max(BASES, key=tuned.get)
     return {rule: np.array(x) - values[base] for rule, x in values.items()}
 
 
-def loglinear_gains(rows) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """features -> "G = 4, sgd" -> rule -> [seeds]."""
+def loglinear_gains(rows: list[dict]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """features -> "G = 4, sgd" -> rule -> gains [seeds]."""
     cells, out = {}, {}
     for row in rows:
         if row["kind"] == "loglinear":
             cell = row["features"], f"G = {row['group_size']}, {row['optimizer']}"
             cells.setdefault(cell, {})[row["rule"]] = row
-    for (kind, rest), found in cells.items():
-        values = {rule: np.array(row["mean"]) for rule, row in found.items()}
-        tuned = {rule: max(row["tuning"]) for rule, row in found.items()}
+    for (kind, rest), by_rule in cells.items():
+        values = {rule: np.array(row["mean"]) for rule, row in by_rule.items()}
+        tuned = {rule: max(row["tuning"]) for rule, row in by_rule.items()}
         out.setdefault(kind, {})[rest] = gains(values, tuned)
     return out
 
 
-def task_summary(c: Config, rows) -> dict[str, dict]:
-    """rule -> what its runs at the best rate came to; {} before both bases are done."""
+def task_summary(c: Config, rows: list[dict]) -> dict[str, dict]:
+    """rule -> results of its runs at the best rate; {} before both bases are done."""
     runs, out = {}, {}
     for row in rows:
         if row["kind"] == "task" and row["settings"]["task"]["name"] == c.task:
             runs[row["rule"], row["rate"], row["seed"]] = row
 
-    def of(rule, rate, seeds, field):
-        if all((rule, rate, seed) in runs for seed in seeds):
-            return np.array([runs[rule, rate, seed][field] for seed in seeds])
+    def over_seeds(rule, rate, seeds, field):
+        if any((rule, rate, seed) not in runs for seed in seeds):
+            return None
+        return np.array([runs[rule, rate, seed][field] for seed in seeds])
 
     for rule in c.task_rules:
-        sweep = {x: of(rule, x, c.task_tuning_seeds, "mean") for x in c.task_rates}
-        sweep = {
-            x: float(found.mean()) for x, found in sweep.items() if found is not None
-        }
+        sweep = {}
+        for rate in c.task_rates:
+            means = over_seeds(rule, rate, c.task_tuning_seeds, "mean")
+            if means is not None:
+                sweep[rate] = float(means.mean())
         best = max(sweep, key=sweep.get, default=None)
-        if best and of(rule, best, c.task_seeds, "mean") is not None:
+        if best and over_seeds(rule, best, c.task_seeds, "mean") is not None:
             fields = ("mean", "final", "heldout", "curve")
-            out[rule] = {x: of(rule, best, c.task_seeds, x) for x in fields}
+            out[rule] = {x: over_seeds(rule, best, c.task_seeds, x) for x in fields}
             out[rule] |= {"sweep": sweep, "tuned": sweep[best]}
             for field in ("mean", "final"):
-                common = of(rule, c.task_common_rate, c.task_seeds, field)
+                common = over_seeds(rule, c.task_common_rate, c.task_seeds, field)
                 out[rule][f"{field} at {c.task_common_rate:g}"] = common
     return out if {*BASES} <= {*out} else {}
 
 
-def task_gains(c: Config, summary) -> dict[str, dict[str, np.ndarray]]:
+def task_gains(c: Config, summary: dict) -> dict[str, dict[str, np.ndarray]]:
+    """field of the runs -> rule -> gains [seeds]."""
     tuned = {rule: x["tuned"] for rule, x in summary.items()}
     out = {}
     for field in ("mean", "final"):
@@ -546,7 +337,7 @@ def task_gains(c: Config, summary) -> dict[str, dict[str, np.ndarray]]:
 
 
 def markdown(columns: dict[str, dict[str, np.ndarray]]) -> list[str]:
-    """Rules by columns, t intervals."""
+    """Table of t intervals, a line per rule."""
     lines = [
         "",
         "| rule | " + " | ".join(columns) + " |",
@@ -554,22 +345,22 @@ def markdown(columns: dict[str, dict[str, np.ndarray]]) -> list[str]:
     ]
     for rule in dict.fromkeys(rule for column in columns.values() for rule in column):
         shown = [
-            "{:+.4f} ± {:.4f}".format(*t_interval(x[rule])) if rule in x else ""
+            interval_text(x[rule], 4, "+") if rule in x else ""
             for x in columns.values()
         ]
         lines.append(f"| {rule} | " + " | ".join(shown) + " |")
     return lines if columns else []
 
 
-def table(c: Config, rows) -> str:
-    found, summary = loglinear_gains(rows), task_summary(c, rows)
+def table(c: Config, rows: list[dict]) -> str:
+    by_features, summary = loglinear_gains(rows), task_summary(c, rows)
     columns = {
         kind: {rule: np.mean([x[rule] for x in cells.values()], 0) for rule in RULES}
-        for kind, cells in found.items()
+        for kind, cells in by_features.items()
     }
     lines = ["Mean pass rate over the run, less the better of unit and std 1."]
     lines += markdown(columns)
-    for kind, cells in found.items():
+    for kind, cells in by_features.items():
         lines += markdown({f"{kind}, {cell}": x for cell, x in cells.items()})
     edges = [
         f"{r['features']} {r['group_size']} {r['optimizer']} {r['rule']}"
@@ -592,10 +383,12 @@ def table(c: Config, rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(c: Config, rows) -> None:
+def plot(c: Config, rows: list[dict]) -> None:
     plt.switch_backend("Agg")
-    found, summary = loglinear_gains(rows), task_summary(c, rows)
-    panels = found | ({c.task: task_gains(c, summary)} if summary else {})
+    summary = task_summary(c, rows)
+    panels = loglinear_gains(rows) | (
+        {c.task: task_gains(c, summary)} if summary else {}
+    )
     count = len(panels) + bool(summary)
     width, height = min(3, count), -(-count // 3)
     figure, axes = plt.subplots(
@@ -633,22 +426,16 @@ def main(c: Config) -> None:
         c = dataclasses.replace(c, **few, task_tuning_seeds=(0,))
     path = c.results / "metrics.jsonl"
     if not c.plot_only:
-        c.results.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config = dataclasses.asdict(c) | {"git": commit or "unknown", "task_path": None}
-        (c.results / "config.json").write_text(json.dumps(config, default=str))
+        write_config(c.results, c, task_path=None)
     if c.part != "task" and not c.plot_only:
         kept = [row for row in read_lines(path) if row["kind"] != "loglinear"]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_rows(path, kept)
         for row in loglinear_rows(c):
-            append(path, row)
+            append_row(path, row)
     if c.part != "loglinear" and not c.plot_only:
         run_task(c)
     rows = read_lines(path)
-    text = table(c, rows)
-    (c.results / "table.md").write_text(text)
-    print(text)
+    write_table(c.results, table(c, rows))
     plot(c, rows)
 
 

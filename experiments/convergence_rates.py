@@ -55,8 +55,7 @@ normalisation matters more, not less.
 import dataclasses
 import functools
 import itertools
-import json
-import subprocess
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -64,15 +63,16 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from scipy import optimize, stats
+from common import paired_gain, tune_then_test, write_config, write_rows
+from convergence_bounds import METHODS, bound_rows, counterexample, random_prompts
+from loglinear_prompts import make_prompts, stacked
+from scipy import optimize
 
 import grpo_jax as gj
 from grpo_jax import loglinear
 from grpo_jax.intervals import t_interval
 from grpo_jax.loglinear import LogLinear
 from grpo_jax.runs.lines import read_lines
-
-METHODS = ("reinforce", "std", "log-odds")  # weights sigma^-0, sigma^-1, sigma^-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Config:
     )
     num_prompts: int = 24  # at the start their pass rates are log-spaced between two
     responses: int = 6  # per prompt, one of them right
-    block: int = 4  # parameters of a prompt's own
+    block: int = 4  # parameters of each prompt, where they are not shared
     target: float = 0.9  # pass rate to reach, by the mean and by the worst prompt
     limit: int = 20_000  # steps, at the safe step
     best_limit: int = 1500  # steps, in the search for the best constant step
@@ -113,249 +113,126 @@ class Config:
     test_seeds: int = 24  # others, at the chosen one
 
 
-def make_policy(c: Config, kind: str, pass_rates, seed: int) -> LogLinear:
-    """Unit features; response 0 is right, and its offset sets the pass rate at 0."""
-    rng = np.random.default_rng(seed)
-    n, k = c.num_prompts, c.responses
-    width = int(kind.removeprefix("mixed")) if kind.startswith("mixed") else c.block
-    x = rng.normal(size=(n, k, width))
-    x /= np.linalg.norm(x, axis=-1, keepdims=True)
-    if not kind.startswith("mixed"):
-        x = np.einsum("pkd,pq->pkqd", x, np.eye(n)).reshape(n, k, n * width)
-    if kind == "aligned":
-        shared = np.where(np.arange(k) == 0, 1.0, -1.0)[None, :, None].repeat(n, 0)
-        x = np.concatenate([x, shared], -1) / np.sqrt(2)
-    elif kind != "orthogonal" and not kind.startswith("mixed"):
-        raise ValueError(
-            f"features must be orthogonal, aligned or mixed<dimensions>, got {kind}."
-        )
-    p = np.geomspace(*pass_rates, n)
-    offsets = np.zeros((n, k))
-    offsets[:, 0] = np.log(p / (1 - p)) + np.log(k - 1)
-    return LogLinear(x, np.eye(k)[0] * np.ones((n, 1)), offsets)
-
-
-def stacked(c: Config, kind, pass_rates, seeds) -> LogLinear:
-    policies = [make_policy(c, kind, pass_rates, seed) for seed in seeds]
-    return LogLinear(*map(jnp.asarray, map(np.stack, zip(*policies, strict=True))))
+def policies_of(
+    c: Config, kind: str, pass_rates: tuple[float, float], seeds: Iterable[int]
+) -> LogLinear:
+    """Policies of all seeds, stacked; each has prompts of its own features."""
+    sizes = dict(num_prompts=c.num_prompts, responses=c.responses, block=c.block)
+    return stacked([make_prompts(kind, pass_rates, seed, **sizes) for seed in seeds])
 
 
 # ---- steps to the target, exact gradients
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def steps_to_target(policies, power, steps, target, limit):
-    """[S, E, 2] steps until the mean and the worst pass rate reach the target.
+def steps_to_target(
+    policies: LogLinear, power: int, steps: jax.Array, target: float, limit: int
+) -> jax.Array:
+    """Steps [S, E, 2] until the mean and the worst pass rate reach the target.
 
-    S policies, `steps` [S, E]; limit + 1 if not reached by then. A policy's search ends
-    when one of its step sizes has brought the worst prompt there.
+    S policies at step sizes `steps` [S, E]; limit + 1 if not reached by then. The
+    search ends when every policy has a step size that brought its worst prompt there.
     """
 
-    def one(policy, theta, step, found, t):
+    def one(policy, theta, step, reached_at, t):
         now = loglinear.exact(policy, theta)
         p = now.pass_rates
         reached = jnp.stack([p.mean(), p.min()]) >= target
-        found = jnp.where(reached, jnp.minimum(found, t), found)
+        reached_at = jnp.where(reached, jnp.minimum(reached_at, t), reached_at)
         weights = jnp.maximum(now.sigma, 1e-30) ** -power
-        return theta + step * weights @ now.gradients, found
+        return theta + step * weights @ now.gradients, reached_at
 
     every = jax.vmap(jax.vmap(one, (None, 0, 0, 0, None)), (0, 0, 0, 0, None))
 
     def advance(state):
-        theta, found, t = state
-        return *every(policies, theta, steps, found, t), t + 1
+        theta, reached_at, t = state
+        return *every(policies, theta, steps, reached_at, t), t + 1
 
     def searching(state):
-        _, found, t = state
-        return (t <= limit) & ~(found[..., 1] <= limit).any(1).all()
+        _, reached_at, t = state
+        return (t <= limit) & ~(reached_at[..., 1] <= limit).any(1).all()
 
     theta = jnp.zeros((*steps.shape, policies.features.shape[-1]))
-    found = jnp.full((*steps.shape, 2), limit + 1)
-    return jax.lax.while_loop(searching, advance, (theta, found, jnp.array(0)))[1]
+    never = jnp.full((*steps.shape, 2), limit + 1)
+    return jax.lax.while_loop(searching, advance, (theta, never, jnp.array(0)))[1]
 
 
-def separable(features) -> bool:
-    """Whether some theta prefers the right response of every prompt."""
+def separable(features: jax.Array) -> bool:
+    """Whether some theta prefers the right response of every prompt; [P, K, D]."""
     x = np.asarray(features)
     gaps = (x[:, :1] - x[:, 1:]).reshape(-1, x.shape[-1])
     zero, one = np.zeros(gaps.shape[1]), np.ones(len(gaps))
     return optimize.linprog(zero, -gaps, -one, bounds=(None, None)).status == 0
 
 
-def log_ratio(above, below):
-    """Geometric mean of the ratio over seeds: [mean, low, high], or None."""
+def log_ratio(
+    above: Sequence[int | None], below: Sequence[int | None]
+) -> list[float] | None:
+    """[mean, low, high] of the ratio over seeds, geometric; None if a seed has none."""
     if None in above or None in below:
         return None
     mean, half = t_interval(np.log(np.maximum(above, 1)) - np.log(np.maximum(below, 1)))
     return np.exp([mean, mean - half, mean + half]).tolist()
 
 
-def exact_rows(c: Config):
+def mean_abs_cosine(policies: LogLinear) -> float:
+    """Mean over seeds and pairs of prompts of |cos| between gradients at the start."""
+    seeds, num_prompts, _, dim = policies.features.shape
+    g = jax.vmap(loglinear.exact)(policies, jnp.zeros((seeds, dim))).gradients
+    g /= jnp.linalg.norm(g, axis=-1, keepdims=True)
+    cosines = jnp.einsum("spd,sqd->spq", g, g)[:, *np.triu_indices(num_prompts, 1)]
+    return float(jnp.abs(cosines).mean())
+
+
+def steps_row(c: Config, policies: LogLinear, chi: jax.Array, rule: str) -> dict:
+    """Steps to the target at the safe step, or at the best of a grid around it.
+
+    chi: [S] interference, which the safe step is divided by.
+    """
     log2 = np.arange(c.best_log2[0], c.best_log2[1] + 1)
-    for kind, pass_rates in itertools.product(c.features, c.pass_rates):
-        policies = stacked(c, kind, pass_rates, c.seeds)
-        chi = jax.vmap(loglinear.interference)(policies)
-        diameter = jax.vmap(loglinear.diameters)(policies).max(1)
-        theta = jnp.zeros((len(c.seeds), policies.features.shape[-1]))
-        g = jax.vmap(loglinear.exact)(policies, theta).gradients
-        g /= jnp.linalg.norm(g, axis=-1, keepdims=True)
-        cosines = jnp.einsum("spd,sqd->spq", g, g)[
-            :, *np.triu_indices(c.num_prompts, 1)
+    limit = c.best_limit if rule == "best" else c.limit
+    grid = 2.0**log2 if rule == "best" else np.ones(1)
+    diameter = jax.vmap(loglinear.diameters)(policies).max(1)
+    row = {"step": rule, "limit": limit, "mean": {}, "min": {}}
+    row["best_log2"] = {}  # for the mean
+    for power, method in enumerate(METHODS):
+        steps = (loglinear.safe_step(power, diameter) / chi)[:, None] * grid
+        counts = steps_to_target(policies, power, steps, c.target, limit)
+        least = np.asarray(counts.min(1))  # [S, 2]
+        for i, name in enumerate(("mean", "min")):
+            row[name][method] = [int(x) if x <= limit else None for x in least[:, i]]
+        if rule == "best":
+            best = log2[np.asarray(counts)[..., 0].argmin(1)]
+            row["best_log2"][method] = best.tolist()
+    for name in ("mean", "min"):  # reinforce / std, std / log-odds
+        row[f"{name}_ratios"] = [
+            log_ratio(row[name][a], row[name][b])
+            for a, b in itertools.pairwise(METHODS)
         ]
+    return row
+
+
+def exact_rows(c: Config) -> Iterator[dict]:
+    for kind, pass_rates in itertools.product(c.features, c.pass_rates):
+        policies = policies_of(c, kind, pass_rates, c.seeds)
+        chi = jax.vmap(loglinear.interference)(policies)
         setting = {
             "kind": "steps",
             "features": kind,
             "pass_rates": pass_rates,
             "chi": chi.tolist(),
-            "cosine": float(jnp.abs(cosines).mean()),
+            "cosine": mean_abs_cosine(policies),
             "separable": [separable(x) for x in policies.features],
         }
-        for rule, limit in (("safe", c.limit), ("best", c.best_limit)):
-            grid = 2.0**log2 if rule == "best" else np.ones(1)
-            row = setting | {"step": rule, "limit": limit, "mean": {}, "min": {}}
-            row["best_log2"] = {}  # for the mean
-            for power, method in enumerate(METHODS):
-                steps = (loglinear.safe_step(power, diameter) / chi)[:, None] * grid
-                counts = steps_to_target(policies, power, steps, c.target, limit)
-                least = np.asarray(counts.min(1))  # [S, 2]
-                for i, name in enumerate(("mean", "min")):
-                    found = [int(x) if x <= limit else None for x in least[:, i]]
-                    row[name][method] = found
-                if rule == "best":
-                    best = log2[np.asarray(counts)[..., 0].argmin(1)]
-                    row["best_log2"][method] = best.tolist()
-            for name in ("mean", "min"):  # reinforce / std, std / log-odds
-                row[f"{name}_ratios"] = [
-                    log_ratio(row[name][a], row[name][b])
-                    for a, b in itertools.pairwise(METHODS)
-                ]
-            yield row
-
-
-# ---- bounds against what they bound
-
-
-@functools.partial(jax.jit, static_argnums=(1, 3))
-def trace(policies, power, steps, horizon):
-    """[I, T] log-odds, sigma, |grad|^2 and |Delta|^2 of single-prompt ascents."""
-
-    def run(policy, step):
-        def one(theta, _):
-            now = loglinear.exact(policy, theta)
-            logits = policy.features @ theta + policy.offsets
-            right, wrong = (
-                jax.nn.logsumexp(jnp.where(policy.rewards == r, logits, -jnp.inf))
-                for r in (1, 0)
-            )
-            norm2 = (now.gradients**2).sum()
-            out = right - wrong, now.sigma[0], norm2, norm2 / now.sigma[0] ** 4
-            return theta + step * (now.sigma**-power) @ now.gradients, out
-
-        return jax.lax.scan(
-            one, jnp.zeros(policy.features.shape[-1]), length=horizon + 1
-        )[1]
-
-    return jax.vmap(run)(policies, steps)
-
-
-def random_prompts(c: Config) -> LogLinear:
-    """Single prompts with 1 to K - 1 right responses and pass rates of all sizes."""
-    rng = np.random.default_rng(0)
-    n, k = c.instances, c.responses
-    right = np.arange(k) < rng.integers(1, k, (n, 1))
-    offsets = rng.normal(size=(n, k))
-    sums = [(np.exp(offsets) * side).sum(1) for side in (right, ~right)]
-    shift = rng.uniform(-7, 3, n) - np.log(sums[0] / sums[1])
-    offsets += right * shift[:, None]
-    features = rng.normal(size=(n, k, c.block))
-    return LogLinear(*(jnp.asarray(a)[:, None] for a in (features, right, offsets)))
-
-
-def summary(name, n, ratio):
-    """`ratio` [I, T] is 1 where the bound is attained, above where it is violated."""
-    ratio = np.asarray(ratio)
-    row = {"kind": "bound", "name": name, "n": n, "median": float(np.nanmedian(ratio))}
-    row |= {"worst": float(np.nanmax(ratio))}
-    violated = ratio > 1 + 1e-9
-    return row | {"violated": float(violated.any(1).mean())}  # share of the runs
-
-
-def bound_rows(c: Config):
-    policies = random_prompts(c)
-    diameter = jax.vmap(loglinear.diameters)(policies)[:, 0]
-    spectral = jnp.linalg.norm(policies.features[:, 0], ord=2, axis=(1, 2))
-    t = np.arange(1, c.horizon + 1)
-
-    def expected(values, n):
-        """E after t steps that update the prompt with chance 1 / n each: [I, T]."""
-        chances = stats.binom.pmf(np.arange(c.horizon), t[:, None] - 1, 1 / n)
-        return np.asarray(values)[:, : c.horizon] @ chances.T
-
-    for label, x in (("X = D/2", diameter / 2), ("spectral X", spectral)):
-        plain = trace(policies, 0, 1 / x**2, c.horizon)
-        std = trace(policies, 1, 1 / (2 * x**2), c.horizon)
-        wrong = np.asarray(jax.nn.sigmoid(-plain[0][:, :1]))  # 1 - p at the start
-        x2, sigma = np.asarray(x)[:, None] ** 2, np.asarray(std[1])[:, :-1]
-        gain = np.diff(jax.nn.sigmoid(std[0]), axis=1)
-        promised = 3 * np.asarray(std[2])[:, :-1] / (16 * x2 * sigma)
-        alive = np.abs(np.asarray(std[0]))[:, :-1] < np.log(1e5)
-        yield summary(f"3.2 step, {label}", 1, np.where(alive, promised / gain, np.nan))
-        for n in c.draws:
-            sums = expected(plain[2], n).cumsum(1)
-            yield summary(f"3.1 sum, {label}", n, sums / (2 * n * wrong * x2))
-            squares = expected(std[2], n)
-            # An upper bound of sigma whichever prompts were drawn; sigma at n = 1.
-            most = sigma if n == 1 else np.maximum.accumulate(sigma, 1)
-            bound = 2 * n * wrong * x2 / t * 8 / (3 * t) * most.cumsum(1)
-            least = np.minimum.accumulate(squares, 1)
-            yield summary(f"3.2 min, {label}", n, least / bound)
-            yield summary(f"3.2 sum, {label}", n, squares.cumsum(1) / (t * bound))
-    for power, method in enumerate(METHODS):
-        steps = loglinear.safe_step(power, diameter)
-        odds, _, _, delta2 = trace(policies, power, steps, c.horizon)
-        alive = np.abs(np.asarray(odds))[:, :-1] < np.log(1e5)
-        bound = loglinear.log_odds_gain(
-            jax.nn.sigmoid(odds), power, jnp.sqrt(delta2), diameter[:, None]
-        )[:, :-1]
-        ratio = np.where(alive, bound / np.diff(odds, axis=1), np.nan)
-        yield summary(f"A, {method}", 1, ratio)
-    smooth = loglinear.smoothness(1, diameter)
-    odds, sigma, norm2, _ = trace(policies, 1, 1 / smooth, c.horizon)
-    start = loglinear.ascended(1, jax.nn.sigmoid(odds[:, :1]))
-    room = np.asarray(2 * smooth[:, None] * (np.pi - start))
-    for n in c.draws:
-        sums = expected(norm2 / sigma**2, n).cumsum(1)
-        yield summary("C sum", n, sums / (n * room))
-    harmonic = t / (1 / np.asarray(sigma)[:, :-1] ** 2).cumsum(1)
-    least = np.minimum.accumulate(np.asarray(norm2)[:, :-1], 1)
-    yield summary("C min", 1, least / (room / t * harmonic))
-
-
-def counterexample(c: Config):
-    """One prompt, two one-hot responses, pass rate 1/2: Theorem 3.2 with a sum."""
-    policy = LogLinear(
-        jnp.eye(2)[None, None], jnp.eye(2)[None, :1], jnp.zeros((1, 1, 2))
-    )
-    _, sigma, norm2, _ = trace(policy, 1, jnp.array([0.5]), 1000)
-    t = np.arange(1, 1001)
-    bound = 2 * 0.5 * 8 / (3 * t) * np.cumsum(sigma[0, :-1])  # X = 1, of the sum
-    sums, least = (f.accumulate(norm2[0, :-1]) for f in (np.add, np.minimum))
-    row = {"kind": "counterexample", "first": int(t[(sums > bound).argmax()])}
-    row |= {"always_after": bool((sums > bound)[row["first"] :].all())}
-    row["min_violated"] = int((least > bound / t).sum())
-    kept = np.unique(np.geomspace(1, 1000, 60).astype(int))
-    curves = {"bound": bound, "sum": sums, "t_min": t * least}
-    return (
-        row
-        | {"t": kept.tolist()}
-        | {k: v[kept - 1].tolist() for k, v in curves.items()}
-    )
+        for rule in ("safe", "best"):
+            yield setting | steps_row(c, policies, chi, rule)
 
 
 # ---- sampled gradients
 
 
-def advantages(method, rewards):
+def advantages(method: str, rewards: jax.Array) -> jax.Array:
+    """Advantages [B, G] of rewards [B, G]."""
     if method == "reinforce":
         return gj.leave_one_out_advantages(rewards)
     if method == "std":
@@ -366,8 +243,15 @@ def advantages(method, rewards):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def train(c: Config, method, group, policies, lrs, keys):
-    """[E, S] mean pass rate after training each of S policies at E learning rates."""
+def train(
+    c: Config,
+    method: str,
+    group: int,
+    policies: LogLinear,
+    lrs: np.ndarray,
+    keys: jax.Array,
+) -> jax.Array:
+    """Mean pass rate [E, S] after training each of S policies at E learning rates."""
 
     def run(lr, policy, key):
         def one(theta, key):
@@ -389,29 +273,35 @@ def train(c: Config, method, group, policies, lrs, keys):
     return jax.vmap(jax.vmap(run, (None, 0, 0)), (0, None, None))(lrs, policies, keys)
 
 
-def sampled_rows(c: Config):
+def sampled_rows(c: Config) -> Iterator[dict]:
     log2 = np.arange(c.log2_lr[0], c.log2_lr[1] + 1)
     seeds = np.arange(c.tuning_seeds + c.test_seeds)
-    tuning, test = seeds[: c.tuning_seeds], seeds[c.tuning_seeds :]
     for kind, group in itertools.product(c.sampled_features, c.group_sizes):
-        policies = stacked(c, kind, c.sampled_pass_rates, seeds)
+        policies = policies_of(c, kind, c.sampled_pass_rates, seeds)
         keys = jax.random.split(jax.random.key(group), len(seeds))
         row = {"kind": "sampled", "features": kind, "group_size": group}
         finals = {}
         for method in METHODS:
             rates = np.asarray(train(c, method, group, policies, 2.0**log2, keys))
-            best = rates[:, tuning].mean(1).argmax()
-            finals[method] = rates[best, test]
+            best, finals[method] = tune_then_test(rates, c.tuning_seeds)
             row[method] = t_interval(finals[method]) + (int(log2[best]),)
         for method in METHODS[1:]:
-            row[f"{method}_less_reinforce"] = t_interval(
-                finals[method] - finals["reinforce"]
-            )
+            gain = paired_gain(finals[method], finals["reinforce"])
+            row[f"{method}_less_reinforce"] = gain
         yield row
 
 
-def plot_steps(axis, rows):
-    """A dot per seed; above the line, how many did not get there."""
+def experiment(c: Config) -> Iterator[dict]:
+    """The rows of metrics.jsonl."""
+    yield from exact_rows(c)
+    singles = random_prompts(c.instances, c.responses, c.block)
+    yield from bound_rows(singles, c.horizon, c.draws)
+    yield counterexample()
+    yield from sampled_rows(c)
+
+
+def plot_steps(axis, rows: list[dict]) -> None:
+    """Draws a dot per seed; above the line, how many did not get there."""
     features = list(dict.fromkeys(r["features"] for r in rows))
     top, rng = 2.5 * max(r["limit"] for r in rows), np.random.default_rng(0)
     for row, (i, method) in itertools.product(rows, enumerate(METHODS)):
@@ -438,7 +328,20 @@ def plot_steps(axis, rows):
     axis.set_xticks(range(len(features)), features)
 
 
-def plot(results: Path):
+def plot_bounds(axis, bounds: list[dict]) -> None:
+    """Draws the median and the worst tightness of each bound."""
+    median, worst = ([r[k] for r in bounds] for k in ("median", "worst"))
+    y = range(len(bounds))
+    axis.hlines(y, median, worst, color="C0", lw=1)
+    axis.plot(median, y, "o", color="C0", ms=5, label="median")
+    axis.plot(worst, y, "x", color="C3", ms=6, label="worst")
+    axis.axvline(1, color="k", lw=0.8)
+    axis.set(title="Bounds on random runs", xscale="log")
+    axis.set(xlabel="smaller side / larger side (1: attained, above: violated)")
+    axis.set_yticks(y, [f"{r['name']}, n = {r['n']}" for r in bounds], fontsize=8)
+
+
+def plot(results: Path) -> None:
     plt.switch_backend("Agg")
     rows = read_lines(results / "metrics.jsonl")
 
@@ -459,21 +362,13 @@ def plot(results: Path):
     title = f"Theorem 3.2, one prompt: fails as a sum from T = {row['first']}"
     example.set(title=title, xlabel="steps T", ylabel="squared gradients")
     example.set(xscale="log", yscale="log")
-    bounds = some(kind="bound")[::-1]
-    median, worst = ([r[k] for r in bounds] for k in ("median", "worst"))
-    y = range(len(bounds))
-    tight.hlines(y, median, worst, color="C0", lw=1)
-    tight.plot(median, y, "o", color="C0", ms=5, label="median")
-    tight.plot(worst, y, "x", color="C3", ms=6, label="worst")
-    tight.axvline(1, color="k", lw=0.8)
-    tight.set(title="Bounds on random runs", xscale="log")
-    tight.set(xlabel="smaller side / larger side (1: attained, above: violated)")
-    tight.set_yticks(y, [f"{r['name']}, n = {r['n']}" for r in bounds], fontsize=8)
+    plot_bounds(tight, some(kind="bound")[::-1])
     kinds = list(dict.fromkeys(r["features"] for r in some(kind="sampled")))
     for (j, kind), i in itertools.product(enumerate(kinds), (1, 2)):
-        found = some(kind="sampled", features=kind)
-        mean, half = np.transpose([r[f"{METHODS[i]}_less_reinforce"] for r in found])
-        sizes = [r["group_size"] for r in found]
+        of_kind = some(kind="sampled", features=kind)
+        gains = [r[f"{METHODS[i]}_less_reinforce"] for r in of_kind]
+        mean, half = np.transpose(gains)
+        sizes = [r["group_size"] for r in of_kind]
         line = dict(color=f"C{i}", fmt="o-" if j else "o--", capsize=3, ms=4)
         x = np.array(sizes) * 1.04 ** (2 * j + i - 2)
         sampled.errorbar(x, mean, half, label=f"{METHODS[i]}, {kind}", **line)
@@ -490,7 +385,7 @@ def plot(results: Path):
     plt.close(figure)
 
 
-def main(c: Config):
+def main(c: Config) -> None:
     if c.smoke:
         few = dict(seeds=(0, 1), features=("orthogonal", "mixed96"), limit=1500)
         few |= dict(pass_rates=((0.5, 0.5), (0.02, 0.5)), best_limit=100)
@@ -498,15 +393,9 @@ def main(c: Config):
         few |= dict(group_sizes=(4, 16), log2_lr=(3, 6), tuning_seeds=2, test_seeds=3)
         c = dataclasses.replace(c, sampled_features=("orthogonal",), **few)
     if not c.plot_only:
-        c.results.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config = dataclasses.asdict(c) | {"git": commit or "unknown"}
-        (c.results / "config.json").write_text(json.dumps(config, default=str))
-        with jax.enable_x64(True), open(c.results / "metrics.jsonl", "w") as file:
-            parts = exact_rows(c), bound_rows(c), [counterexample(c)], sampled_rows(c)
-            for row in itertools.chain(*parts):
-                file.write(json.dumps(row) + "\n")
+        write_config(c.results, c)
+        with jax.enable_x64(True):
+            write_rows(c.results / "metrics.jsonl", experiment(c))
     plot(c.results)
 
 

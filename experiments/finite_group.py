@@ -47,9 +47,8 @@ Got (2026-11-21): as claimed.
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -57,6 +56,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from common import paired_gain, tune_then_test, write_config, write_rows
+from loglinear_prompts import first_is_right, offsets_for, stacked, unit_features
 from scipy import stats
 
 import grpo_jax as gj
@@ -100,15 +101,17 @@ class Config:
 def make_prompts(c: Config) -> LogLinear:
     """A prompt per pass rate, all with the same features."""
     x = np.random.default_rng(0).normal(size=(c.responses, c.block))
-    right = np.arange(c.responses) == 0
-    p = np.array(c.pass_rates)[:, None]
-    offsets = np.where(right, np.log(p / (1 - p)) + np.log(c.responses - 1), 0.0)
-    features = np.broadcast_to(x, (len(p), *x.shape))
-    return LogLinear(*map(jnp.asarray, (features, right * np.ones_like(p), offsets)))
+    count = len(c.pass_rates)
+    features = np.broadcast_to(x, (count, *x.shape))
+    rewards = first_is_right(count, c.responses)
+    offsets = offsets_for(np.array(c.pass_rates), c.responses)
+    return LogLinear(*map(jnp.asarray, (features, rewards, offsets)))
 
 
-def weights_over_counts(p, group, ddof=0, eps=0.0):
-    """E[k / G (1 - k / G) inverse_std] over the number k of successes, for p [P]."""
+def weights_over_counts(
+    p: np.ndarray, group: int, ddof: int = 0, eps: float = 0.0
+) -> np.ndarray:
+    """E[k / G (1 - k / G) inverse_std] over the number k of successes; p: [P]."""
     k = np.arange(group + 1)
     rewards = jnp.asarray(np.arange(group) < k[:, None], float)
     scale = np.asarray(gj.inverse_std(rewards, eps=eps, ddof=ddof))
@@ -116,8 +119,8 @@ def weights_over_counts(p, group, ddof=0, eps=0.0):
     return mass @ (k / group * (1 - k / group) * scale)
 
 
-def enumerate_groups(c: Config, prompts: LogLinear, group):
-    """A row from all K^G groups of responses, gradients and all."""
+def enumerate_groups(c: Config, prompts: LogLinear, group: int) -> dict:
+    """The row of one group size, from the gradients of all K^G groups of responses."""
     now = loglinear.exact(prompts, jnp.zeros(c.block))
     delta = np.asarray(loglinear.deltas(prompts, jnp.zeros(c.block)))
     y = np.array(list(itertools.product(range(c.responses), repeat=group)))
@@ -137,9 +140,11 @@ def enumerate_groups(c: Config, prompts: LogLinear, group):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def sample_groups(c: Config, prompts: LogLinear, group, key):
-    """[chunks, P, 2] mean of the normalised gradient along Delta (in its units) and
-    across it (in units of |Delta|, along a direction in the features' span)."""
+def sampled_gradients(
+    c: Config, prompts: LogLinear, group: int, key: jax.Array
+) -> jax.Array:
+    """Mean normalised gradient [chunks, P, 2] of sampled groups, along Delta (in its
+    units) and across it (in units of |Delta|, in the span of the features)."""
     theta = jnp.zeros(c.block)
     delta = loglinear.deltas(prompts, theta)[0]
     across = prompts.features[0, 1] - prompts.features[0, 2]  # two wrong ones
@@ -148,7 +153,7 @@ def sample_groups(c: Config, prompts: LogLinear, group, key):
     axes = jnp.stack([delta, across]) / (delta @ delta)
     cdf = jnp.cumsum(loglinear.exact(prompts, theta).probabilities, -1)
 
-    def some(key):
+    def chunk_means(key):
         u = jax.random.uniform(key, (len(cdf), c.chunk, group))
         y = (u[..., None] > cdf[:, None, None, :-1]).sum(-1)
         rewards = (y == 0).astype(float).reshape(-1, group)
@@ -156,51 +161,55 @@ def sample_groups(c: Config, prompts: LogLinear, group, key):
         along = (prompts.features[0] @ axes.T)[y]  # [P, chunk, G, 2]
         return (a[..., None] * along).mean((1, 2))
 
-    return jax.lax.map(some, jax.random.split(key, c.sampled_groups // c.chunk))
+    keys = jax.random.split(key, c.sampled_groups // c.chunk)
+    return jax.lax.map(chunk_means, keys)
 
 
-def weight_rows(c: Config):
+def weight_row(c: Config, prompts: LogLinear, group: int) -> dict:
+    """The weights of one group size over REINFORCE's, sigma^2."""
+    p, fine = np.array(c.pass_rates), np.geomspace(1e-5, 0.5, 2000)
+
+    def relative(p):
+        return np.asarray(gj.expected_group_std(p, group)) / (p * (1 - p))
+
+    key = jax.random.fold_in(jax.random.key(0), group)
+    chunks = np.asarray(sampled_gradients(c, prompts, group, key))
+    chunks = chunks / (p * (1 - p))[:, None]
+    mean, se = chunks.mean(0), chunks.std(0, ddof=1) / np.sqrt(len(chunks))
+    z = (mean - np.stack([relative(p), 0 * p], 1)) / se
+    counted = weights_over_counts(p, group)
+    ddof = weights_over_counts(p, group, ddof=1) / counted
+    curve = relative(fine)
+    below_half = fine[curve * np.sqrt(fine * (1 - fine)) < 0.5]
+    saturated, middle = relative(np.array([1e-9, 0.5]))
+    eps_loss = {
+        str(eps): float((1 - weights_over_counts(p, group, eps=eps) / counted).max())
+        for eps in c.epsilons
+    }
+    return {
+        "kind": "weight",
+        "group_size": group,
+        "pass_rates": p.tolist(),
+        "expected": relative(p).tolist(),
+        "measured": mean[:, 0].tolist(),
+        "se": se[:, 0].tolist(),
+        "chi2": (z**2).sum(0).tolist(),  # along Delta, across it
+        "counted_error": float(abs(counted / p / (1 - p) / relative(p) - 1).max()),
+        "ddof_1_over_0": [float(ddof.min()), float(ddof.max())],
+        "eps_loss": eps_loss,  # largest relative change
+        "half_of_ideal": float(below_half[-1]),  # up to this pass rate
+        "saturation": float(saturated),  # as p goes to 0
+        "amplification": float(saturated / middle),  # against p = 1/2
+        "curve": [fine[19::20].tolist(), curve[19::20].tolist()],
+    }
+
+
+def weight_rows(c: Config) -> Iterator[dict]:
     prompts = make_prompts(c)
     for group in c.enumerated:
         yield {"kind": "enumerated"} | enumerate_groups(c, prompts, group)
-    p, fine = np.array(c.pass_rates), np.geomspace(1e-5, 0.5, 2000)
     for group in c.group_sizes:
-
-        def relative(p, group=group):  # to REINFORCE's weight, sigma^2
-            return np.asarray(gj.expected_group_std(p, group)) / (p * (1 - p))
-
-        key = jax.random.fold_in(jax.random.key(0), group)
-        chunks = np.asarray(sample_groups(c, prompts, group, key))
-        chunks = chunks / (p * (1 - p))[:, None]
-        mean, se = chunks.mean(0), chunks.std(0, ddof=1) / np.sqrt(len(chunks))
-        z = (mean - np.stack([relative(p), 0 * p], 1)) / se
-        counted = weights_over_counts(p, group)
-        ddof = weights_over_counts(p, group, ddof=1) / counted
-        curve = relative(fine)
-        below_half = fine[curve * np.sqrt(fine * (1 - fine)) < 0.5]
-        saturated, middle = relative(np.array([1e-9, 0.5]))
-        eps = {
-            str(eps): float(
-                (1 - weights_over_counts(p, group, eps=eps) / counted).max()
-            )
-            for eps in c.epsilons
-        }
-        yield {
-            "kind": "weight",
-            "group_size": group,
-            "pass_rates": p.tolist(),
-            "expected": relative(p).tolist(),
-            "measured": mean[:, 0].tolist(),
-            "se": se[:, 0].tolist(),
-            "chi2": (z**2).sum(0).tolist(),  # along Delta, across it
-            "counted_error": float(abs(counted / p / (1 - p) / relative(p) - 1).max()),
-            "ddof_1_over_0": [float(ddof.min()), float(ddof.max())],
-            "eps_loss": eps,  # largest relative change
-            "half_of_ideal": float(below_half[-1]),  # up to this pass rate
-            "saturation": float(saturated),  # as p goes to 0
-            "amplification": float(saturated / middle),  # against p = 1/2
-            "curve": [fine[19::20].tolist(), curve[19::20].tolist()],
-        }
+        yield weight_row(c, prompts, group)
 
 
 # ---- training
@@ -208,17 +217,14 @@ def weight_rows(c: Config):
 
 def make_policy(c: Config, seed: int) -> LogLinear:
     """Prompts that share no parameter: theta is [P, block], so no interference."""
-    rng = np.random.default_rng(seed)
-    shape = c.num_prompts, c.train_responses, c.block
-    x = rng.normal(size=shape)
-    x /= np.linalg.norm(x, axis=-1, keepdims=True)
-    p = np.geomspace(*c.train_pass_rates, c.num_prompts)
-    right = np.eye(c.train_responses)[0] * np.ones((c.num_prompts, 1))
-    odds = np.log(p / (1 - p)) + np.log(c.train_responses - 1)
-    return LogLinear(x, right, right * odds[:, None])
+    n, k = c.num_prompts, c.train_responses
+    x = unit_features(np.random.default_rng(seed), (n, k, c.block))
+    offsets = offsets_for(np.geomspace(*c.train_pass_rates, n), k)
+    return LogLinear(x, first_is_right(n, k), offsets)
 
 
-def advantages(method, rewards, sigma):
+def advantages(method: str, rewards: jax.Array, sigma: jax.Array) -> jax.Array:
+    """Advantages [B, G] of rewards [B, G]; sigma [B] is each prompt's true one."""
     if method == "std":
         return gj.whitened_advantages(rewards, eps=0.0)
     if method == "reinforce":
@@ -229,8 +235,15 @@ def advantages(method, rewards, sigma):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def train(c: Config, method, group, policies, sizes, keys):
-    """[E, S, P] pass rates after training each of S policies at E step sizes."""
+def train(
+    c: Config,
+    method: str,
+    group: int,
+    policies: LogLinear,
+    sizes: np.ndarray,
+    keys: jax.Array,
+) -> jax.Array:
+    """Pass rates [E, S, P] after training each of S policies at E step sizes."""
     batch = c.samples // group
     pass_rates = jax.vmap(
         lambda x, r, o, theta: loglinear.exact(
@@ -260,12 +273,11 @@ def train(c: Config, method, group, policies, sizes, keys):
     return jax.vmap(jax.vmap(run, (None, 0, 0)), (0, None, None))(sizes, policies, keys)
 
 
-def training_rows(c: Config):
+def training_rows(c: Config) -> Iterator[dict]:
     log2 = np.arange(c.log2_step[0], c.log2_step[1] + 0.25, 0.5)
     sizes = 2.0 ** np.append(log2, c.huge_log2_step)
-    seeds, tuned = c.tuning_seeds + c.test_seeds, slice(c.tuning_seeds, None)
-    policies = [make_policy(c, seed) for seed in range(seeds)]
-    policies = LogLinear(*map(jnp.asarray, map(np.stack, zip(*policies, strict=True))))
+    seeds, test = c.tuning_seeds + c.test_seeds, slice(c.tuning_seeds, None)
+    policies = stacked([make_policy(c, seed) for seed in range(seeds)])
     hard = np.geomspace(*c.train_pass_rates, c.num_prompts) < c.hard
     for group in c.train_group_sizes:
         keys = jax.random.split(jax.random.key(group), seeds)
@@ -274,17 +286,15 @@ def training_rows(c: Config):
         for method in METHODS:
             every[method] = np.asarray(train(c, method, group, policies, sizes, keys))
             means = every[method].mean(-1)
-            best = means[:-1, : c.tuning_seeds].mean(1).argmax()
-            finals[method] = means[best, tuned]
+            best, finals[method] = tune_then_test(means[:-1], c.tuning_seeds)
             row[method] = t_interval(finals[method])
-            row[f"{method}_hard"] = t_interval(
-                every[method][best, tuned][:, hard].mean(1)
-            )
-            row[f"{method}_huge"] = t_interval(means[-1, tuned])
+            of_hard = every[method][best, test][:, hard].mean(1)
+            row[f"{method}_hard"] = t_interval(of_hard)
+            row[f"{method}_huge"] = t_interval(means[-1, test])
             row[f"{method}_log2_step"] = float(log2[best])
         for method in METHODS[1:]:
-            gain = finals[method] - finals["reinforce"]
-            row[f"{method}_less_reinforce"] = t_interval(gain)
+            gain = paired_gain(finals[method], finals["reinforce"])
+            row[f"{method}_less_reinforce"] = gain
         # The same seeds, REINFORCE with steps sqrt(G - 1) times larger.
         same = math.sqrt(group - 1) * sizes
         rescaled = np.asarray(train(c, "reinforce", group, policies, same, keys))
@@ -292,7 +302,7 @@ def training_rows(c: Config):
         yield row
 
 
-def plot(results: Path):
+def plot(results: Path) -> None:
     plt.switch_backend("Agg")
     rows = read_lines(results / "metrics.jsonl")
     weights = [r for r in rows if r["kind"] == "weight"]
@@ -339,7 +349,7 @@ def plot(results: Path):
     plt.close(figure)
 
 
-def main(c: Config):
+def main(c: Config) -> None:
     if c.smoke:
         few = dict(group_sizes=(2, 3, 16), enumerated=(2, 3, 4), sampled_groups=20_000)
         few |= dict(chunk=2000, pass_rates=(0.03, 0.5), train_group_sizes=(2, 3, 16))
@@ -353,14 +363,10 @@ def main(c: Config):
             f"got {c.train_group_sizes}, {c.samples}, {c.num_prompts}; change one."
         )
     if not c.plot_only:
-        c.results.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config = dataclasses.asdict(c) | {"git": commit or "unknown"}
-        (c.results / "config.json").write_text(json.dumps(config, default=str))
-        with jax.enable_x64(True), open(c.results / "metrics.jsonl", "w") as file:
-            for row in itertools.chain(weight_rows(c), training_rows(c)):
-                file.write(json.dumps(row) + "\n")
+        write_config(c.results, c)
+        with jax.enable_x64(True):
+            rows = itertools.chain(weight_rows(c), training_rows(c))
+            write_rows(c.results / "metrics.jsonl", rows)
     plot(c.results)
 
 

@@ -43,8 +43,7 @@ Got (2026-11-21):
 import dataclasses
 import functools
 import itertools
-import json
-import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,8 +52,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from common import write_config, write_rows
 
 import grpo_jax as gj
+from grpo_jax.runs.lines import read_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,8 @@ class Pool(NamedTuple):
 def make_pool(c: Config, seed: int, spread: float) -> Pool:
     rng = np.random.default_rng(seed)
     shape = c.responses, c.dim
-    shared, own = rng.normal(size=shape), rng.normal(size=(c.num_prompts, *shape))
-    x = (np.sqrt(1 - spread) * shared + np.sqrt(spread) * own) / np.sqrt(c.dim)
+    shared, each = rng.normal(size=shape), rng.normal(size=(c.num_prompts, *shape))
+    x = (np.sqrt(1 - spread) * shared + np.sqrt(spread) * each) / np.sqrt(c.dim)
     good = np.arange(c.responses) < c.correct
     weights = np.exp(x @ rng.normal(size=c.dim))
     # An offset on the correct responses sets each prompt's pass rate.
@@ -103,15 +104,16 @@ def make_pool(c: Config, seed: int, spread: float) -> Pool:
     return Pool(probs, np.tile(good * 1.0, (c.num_prompts, 1)), scores)
 
 
-def prompt_gradients(pool: Pool):
+def prompt_gradients(pool: Pool) -> tuple[np.ndarray, np.ndarray]:
     """Pass rates [P] and exact gradients [P, D]."""
     p = (pool.probs * pool.rewards).sum(1)
     centred = pool.probs * (pool.rewards - p[:, None])
     return p, np.einsum("pk,pkd->pd", centred, pool.scores)
 
 
-def constants(pool: Pool):
-    """c1, c2, c3 of the law: between prompts, oracle baseline, estimated baseline."""
+def constants(pool: Pool) -> list[float]:
+    """c1, c2, c3 of the law: variance between prompts, within them under an oracle
+    baseline, and what estimating the baseline adds."""
     p, g = prompt_gradients(pool)
     norm2, g2 = (pool.scores**2).sum(2), (g**2).sum(1)
     c1 = ((g - g.mean(0)) ** 2).sum(1)
@@ -123,7 +125,7 @@ def constants(pool: Pool):
 expected_std = jax.jit(gj.expected_group_std, static_argnums=1)
 
 
-def exact(pool: Pool, batch, group):
+def exact(pool: Pool, batch: int, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Means [2, D] and MSEs [2] of the gradient: leave-one-out, then std."""
     c1, c2, c3 = constants(pool)
     loo_mse = c1 / batch + c2 / (batch * group) + c3 / (batch * group * (group - 1))
@@ -133,23 +135,23 @@ def exact(pool: Pool, batch, group):
     # E|std-normalised prompt gradient|^2, by conditioning on the number of successes.
     second = (group - 1) / group * p * (1 - p) * (delta**2).sum(1)
     for z, rate in ((1, p), (0, 1 - p)):
-        given = pool.probs * (pool.rewards == z) / rate[:, None]
-        centre = np.einsum("pk,pkd->pd", given, pool.scores)[:, None]
-        variance = (given * ((pool.scores - centre) ** 2).sum(2)).sum(1)
+        conditional = pool.probs * (pool.rewards == z) / rate[:, None]
+        centre = np.einsum("pk,pkd->pd", conditional, pool.scores)[:, None]
+        variance = (conditional * ((pool.scores - centre) ** 2).sum(2)).sum(1)
         second += (1 - rate - (1 - rate) ** group) * variance / group
     means = np.stack([g.mean(0), std.mean(0)])
     return means, np.array([loo_mse, (second.mean() - means[1] @ means[1]) / batch])
 
 
 @jax.jit
-def advantages(rewards):
-    """[2, ..., G]: leave-one-out, then std-normalised."""
+def advantages(rewards: jax.Array) -> jax.Array:
+    """Advantages [2, ..., G] of rewards [..., G]: leave-one-out, then std."""
     std = gj.whitened_advantages(rewards, eps=0.0)
     return jnp.stack([gj.leave_one_out_advantages(rewards), std])
 
 
-def enumerate_groups(pool: Pool, group):
-    """A row for a single prompt, from all K^G groups."""
+def enumerate_groups(pool: Pool, group: int) -> dict:
+    """The row of a pool with a single prompt, from all K^G groups."""
     y = np.array(list(itertools.product(range(pool.probs.shape[1]), repeat=group)))
     a = np.asarray(advantages(pool.rewards[0, y]))
     gradients = np.einsum("arn,rnd->rad", a, pool.scores[0, y]) / group
@@ -161,13 +163,18 @@ def enumerate_groups(pool: Pool, group):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def squared_errors(c: Config, pool: Pool, means, batch, group, stream):
-    """[repeats, 2] |minibatch gradient - mean|^2, prompts and responses sampled."""
+def squared_errors(
+    c: Config, pool: Pool, means: np.ndarray, batch: int, group: int, stream: int
+) -> jax.Array:
+    """|minibatch gradient - mean|^2 [repeats, 2], prompts and responses sampled.
+
+    means: [2, D] of leave-one-out and of std; stream: seed of the random key.
+    """
     num_prompts, responses, dim = pool.scores.shape
     cdf = jnp.cumsum(pool.probs, 1).at[:, -1].set(1.0)
     cdf = (cdf + jnp.arange(num_prompts)[:, None]).ravel()
 
-    def some(key):
+    def chunk_errors(key):
         key_x, key_u = jax.random.split(key)
         x = jax.random.randint(key_x, (c.chunk * batch, 1), 0, num_prompts)
         u = jax.random.uniform(key_u, (c.chunk * batch, group))
@@ -179,11 +186,18 @@ def squared_errors(c: Config, pool: Pool, means, batch, group, stream):
         return ((gradients - means) ** 2).sum(-1)
 
     key = jax.random.fold_in(jax.random.key(stream), group)
-    return jax.lax.map(some, jax.random.split(key, c.repeats // c.chunk)).reshape(-1, 2)
+    keys = jax.random.split(key, c.repeats // c.chunk)
+    return jax.lax.map(chunk_errors, keys).reshape(-1, 2)
 
 
-def measure(c: Config, pool: Pool, sizes, stream, samples=None):
-    """A row by sampling, lists over group sizes; MSEs of leave-one-out, then of std.
+def measure(
+    c: Config,
+    pool: Pool,
+    sizes: Sequence[int],
+    stream: int,
+    samples: int | None = None,
+) -> dict:
+    """A row from sampled gradients, lists over group sizes: leave-one-out, then std.
 
     The minibatch has samples / group_size prompts, or one if `samples` is None.
     """
@@ -202,8 +216,8 @@ def measure(c: Config, pool: Pool, sizes, stream, samples=None):
     return {"group_sizes": list(sizes)} | dict(zip(names, arrays, strict=True))
 
 
-def summarise(c: Config, pool: Pool, row):
-    """Where a pool's measured curve is lowest, and how well the exact one fits it."""
+def summarise(c: Config, pool: Pool, row: dict) -> dict:
+    """The row with the minimum of its measured curve and the fit of the exact one."""
     group = np.array(row["group_sizes"])
     measured, se, mse = (np.array(row[k]) for k in ("measured", "se", "exact"))
     # N * MSE = c1 G + c2 + c3 / (G - 1), all three free; resampled within the errors.
@@ -227,8 +241,8 @@ def summarise(c: Config, pool: Pool, row):
     }
 
 
-def experiment(c: Config):
-    """The rows of metrics.jsonl; every row has its own random stream."""
+def experiment(c: Config) -> Iterator[dict]:
+    """The rows of metrics.jsonl; every row has a random stream of its own."""
     few = dataclasses.replace(c, num_prompts=3)
     tiny = dataclasses.replace(few, responses=c.small_responses, correct=2)
     for i in range(few.num_prompts):
@@ -244,9 +258,9 @@ def experiment(c: Config):
         yield label | summarise(c, pool, row)
 
 
-def plot(results: Path):
+def plot(results: Path) -> None:
     plt.switch_backend("Agg")
-    rows = [json.loads(x) for x in (results / "metrics.jsonl").read_text().splitlines()]
+    rows = read_lines(results / "metrics.jsonl")
     pools = [r for r in rows if r["kind"] == "pool"]
     spreads = sorted({r["spread"] for r in pools}, reverse=True)
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
@@ -286,7 +300,7 @@ def plot(results: Path):
     plt.close(figure)
 
 
-def main(c: Config):
+def main(c: Config) -> None:
     if c.smoke:
         few = dict(seeds=(0,), spreads=(0.1,), single_group_sizes=(16,), repeats=4000)
         sizes = dict(group_sizes=(2, 6, 12, 48), small_group_sizes=(2, 3, 4))
@@ -297,14 +311,9 @@ def main(c: Config):
             f"{c.group_sizes}, {c.samples}, {c.chunk}, {c.repeats}; change one of them."
         )
     if not c.plot_only:
-        c.results.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config = dataclasses.asdict(c) | {"git": commit or "unknown"}
-        (c.results / "config.json").write_text(json.dumps(config, default=str))
-        with jax.enable_x64(True), open(c.results / "metrics.jsonl", "w") as file:
-            for row in experiment(c):
-                file.write(json.dumps(row) + "\n")
+        write_config(c.results, c)
+        with jax.enable_x64(True):
+            write_rows(c.results / "metrics.jsonl", experiment(c))
     plot(c.results)
 
 

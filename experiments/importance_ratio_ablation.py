@@ -25,32 +25,37 @@ Got (2026-11-21): not the paper's order. Final pass rate, less that of the first
     trajectory, up-only     .845  -.033 +- .025      .863  -.015 +- .029
     no ratio                .845  -.034 +- .015      .863  -.015 +- .010
 * Trajectory less token: -.013 +- .011 and -.004 +- .005; up-only less two-sided:
-  -.020 +- .016 and -.011 +- .032. At 4 updates both lose, at 8 neither is told from 0.
-  Ten comparisons on 3 seeds, none corrected for: an order, not a measurement of it.
+  -.020 +- .016 and -.011 +- .032. At 4 updates both lose, at 8 both include 0. Ten
+  comparisons on 3 seeds, none corrected for: an order, not a measurement of it.
 * The best rate is inside the sweep for all but two at 4 updates (trajectory, up-only
   and no ratio: the lowest, by less than .01). At the lowest rates the five are within
-  .006 of each other: ratios hardly move there, and what is left out does not matter.
+  .006 of each other: ratios hardly move, so a missing clip or ratio does not matter.
 * Twice the rate, 4 updates: two-sided .817 (token) and .827 (trajectory); up-only .557
   and .736; no ratio .701. What PPO's clip buys here is a wider range of rates; the
   trajectory ratio, whose clip drops 5 to 6 times as many tokens, is not worse there.
 * Last update of a rollout, best rates: mean |ratio - 1| .015 to .020 for tokens, .051
   to .084 for completions; clipped .4 to .8 % and .9 to 4.2 % of tokens.
 * One update a rollout: the same run to the last bit (seed 0, .857972 each).
-Answers here have 2 to 8 tokens, the paper's thousands: what its bounds say of length
-has little to act on, and this neither confirms nor refutes its table.
+Answers of chains have 2 to 8 tokens, the paper's thousands: its bounds, which grow with
+length, have little to act on, and this neither confirms nor refutes its table.
 """
 
 import dataclasses
 import functools
-import json
 import statistics
-import subprocess
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from common import (
+    interval_text,
+    once_by_settings,
+    temporary_run,
+    write_config,
+    write_table,
+)
 
 import grpo_jax as gj
 from grpo_jax.intervals import t_interval
@@ -80,12 +85,12 @@ class Config:
     learning_rates: tuple[float, ...] = (1.5e-4, 3e-4, 6e-4)
     control_rate: float = 3e-4  # of the runs with one update a rollout, first seed only
     steps: int = 40  # rollouts, of 16 prompts x 16 samples
-    evaluate_every: int = 10  # steps; the mean over a run is over these looks
+    evaluate_every: int = 10  # steps; the mean over a run is over these
     clip: float = 0.28  # ratios in [1 - clip, 1 + clip], or at most 1 + clip
 
 
 def objectives(clip: float) -> dict[str, dict]:
-    """By name; equal but for their ratio and its clip."""
+    """Objectives by name of variant; they differ in the ratio and its clip only."""
     two, up = {"clip": (clip, clip)}, {"clip": (None, clip)}
     token = {"name": "dr_grpo", "disjoint": True}
     rows = (
@@ -119,7 +124,7 @@ def rates(c: Config, updates: int) -> list[float]:
     return [rate * 4 / updates for rate in c.learning_rates]
 
 
-def planned(c: Config):
+def planned(c: Config) -> Iterator[tuple[str, int, float, int]]:
     """(variant, updates, learning rate, seed) of every run."""
     for variant in c.variants:
         yield variant, 1, c.control_rate, c.seeds[0]
@@ -131,7 +136,7 @@ def planned(c: Config):
 
 
 def check_only_ratios_differ(c: Config) -> None:
-    """The five objectives agree on every field that is not the ratio or its clip."""
+    """Asserts that the five objectives agree on every other field."""
     free = {"ratio", "surrogate", "clip", "source"}
     kept = []
     for objective in objectives(c.clip).values():
@@ -143,11 +148,10 @@ def check_only_ratios_differ(c: Config) -> None:
 
 
 def one_run(settings: dict) -> dict:
-    with tempfile.TemporaryDirectory() as directory:
-        config = from_dict(gj.TrainConfig, settings | {"run_dir": f"{directory}/run"})
-        rows = read_lines(gj.train(config).run_dir / "metrics.jsonl")
-    looks = {r["step"]: r for r in rows if "eval/heldout_pass_rate" in r}
-    curve = {step: r["eval/heldout_pass_rate"] for step, r in looks.items()}
+    with temporary_run(settings) as directory:
+        rows = read_lines(directory / "metrics.jsonl")
+    name = "eval/heldout_pass_rate"
+    curve = {row["step"]: row[name] for row in rows if name in row}
     after = rows[1:]  # ratios are those of each rollout's last update
     return {
         "curve": curve,
@@ -160,32 +164,26 @@ def one_run(settings: dict) -> dict:
     }
 
 
-def run_all(c: Config) -> None:
-    """Appends the runs that metrics.jsonl does not have yet."""
-    path = c.results / "metrics.jsonl"
-    done = {json.dumps(row["settings"]) for row in read_lines(path)}
-    for variant, updates, rate, seed in planned(c):
-        settings = settings_of(c, variant, updates, rate, seed)
-        if json.dumps(settings) in done:
-            continue
-        labels = dict(variant=variant, updates=updates, rate=rate, seed=seed)
-        row = labels | one_run(settings) | {"settings": settings}
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
 def rows_of(c: Config) -> dict[tuple, dict]:
-    """(variant, updates, rate, seed) -> row, of this configuration's runs alone."""
-    rows = read_lines(c.results / "metrics.jsonl")
-    found = {json.dumps(row["settings"]): row for row in rows}
-    return {key: found[json.dumps(settings_of(c, *key))] for key in planned(c)}
+    """(variant, updates, rate, seed) -> row of metrics.jsonl; runs what is missing."""
+    rows = {}
+    for run in planned(c):
+        settings = settings_of(c, *run)
+        labels = dict(zip(("variant", "updates", "rate", "seed"), run, strict=True))
+        train = None if c.plot_only else functools.partial(one_run, settings)
+        path = c.results / "metrics.jsonl"
+        rows[run] = once_by_settings(path, labels, settings, train)
+    return rows
 
 
-def of_seeds(c: Config, rows, variant, updates, rate, field) -> np.ndarray:
+def of_seeds(
+    c: Config, rows: dict, variant: str, updates: int, rate: float, field: str
+) -> np.ndarray:
+    """A field of the runs [seeds] of one variant and rate."""
     return np.array([rows[variant, updates, rate, seed][field] for seed in c.seeds])
 
 
-def best_rate(c: Config, rows, variant, updates) -> float:
+def best_rate(c: Config, rows: dict, variant: str, updates: int) -> float:
     """The learning rate with the highest final pass rate, mean over seeds."""
     return max(
         rates(c, updates),
@@ -193,19 +191,55 @@ def best_rate(c: Config, rows, variant, updates) -> float:
     )
 
 
-def at_best(c: Config, rows, variant, updates, field) -> np.ndarray:
-    """[seeds], each variant at its own best rate."""
+def at_best(
+    c: Config, rows: dict, variant: str, updates: int, field: str
+) -> np.ndarray:
+    """A field of the runs [seeds] of one variant at its best rate."""
     rate = best_rate(c, rows, variant, updates)
     return of_seeds(c, rows, variant, updates, rate, field)
 
 
-def less_base(c: Config, rows, variant, updates, field) -> tuple[float, float]:
-    """The paired difference to BASE, best against best."""
+def less_base(
+    c: Config, rows: dict, variant: str, updates: int, field: str
+) -> np.ndarray:
+    """The paired difference [seeds] to BASE, best against best."""
     base = at_best(c, rows, BASE, updates, field)
-    return t_interval(at_best(c, rows, variant, updates, field) - base)
+    return at_best(c, rows, variant, updates, field) - base
 
 
-def table(c: Config, rows) -> str:
+def main_effects(c: Config, rows: dict, updates: int) -> list[str]:
+    four = [at_best(c, rows, v, updates, "final") for v in NAMES[:4]]
+    (token2, token1), (whole2, whole1) = four[:2], four[2:]
+    effects = {
+        "trajectory less token": (whole2 + whole1 - token2 - token1) / 2,
+        "up-only less two-sided": (token1 + whole1 - token2 - whole2) / 2,
+    }
+    return [
+        f"* {updates} updates, {name}: {interval_text(effect, 4, '+')}"
+        for name, effect in effects.items()
+    ]
+
+
+def on_policy_check(c: Config, rows: dict) -> str:
+    """How far the variants agree where each rollout has one update.
+
+    Raises:
+        RuntimeError: their first gradients differ by more than rounding.
+    """
+    control = [rows[v, 1, c.control_rate, c.seeds[0]] for v in c.variants]
+    norms = np.array([row["gradient_norms"] for row in control])
+    gaps = np.ptp(norms, axis=0) / norms.mean(0)
+    if not gaps[0] < 1e-5:
+        raise RuntimeError(f"the variants differ on policy: gradient norms {norms}")
+    finals = [row["final"] for row in control]
+    return (
+        f"One update a rollout: gradient norms of all agree to {gaps[0]:.1e} at "
+        f"the first step and to {gaps.max():.1e} at the worst one; final pass rates "
+        f"{min(finals):.6f} to {max(finals):.6f}."
+    )
+
+
+def table(c: Config, rows: dict) -> str:
     lines = [
         "| updates | variant | final, by rate | best rate | less token, two-sided "
         "| mean of run | less token, two-sided | clipped | ratio deviation |",
@@ -218,38 +252,20 @@ def table(c: Config, rows) -> str:
             best = best_rate(c, rows, variant, updates)
             cells = [str(updates), variant, ", ".join(finals), f"{best:g}"]
             for field in ("final", "mean"):
-                difference, half = less_base(c, rows, variant, updates, field)
                 if field == "mean":
                     cells.append(f"{get(best, field).mean():.4f}")
-                cells.append(f"{difference:+.4f} ± {half:.4f}")
+                gain = less_base(c, rows, variant, updates, field)
+                cells.append(interval_text(gain, 4, "+"))
             cells += [f"{get(best, x).mean():.4f}" for x in ("clipped", "deviation")]
             lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Main effects on the final pass rate, best against best:"]
     for updates in c.updates if c.variants == NAMES else ():
-        four = [at_best(c, rows, v, updates, "final") for v in NAMES[:4]]
-        (token2, token1), (whole2, whole1) = four[:2], four[2:]
-        for name, effect in (
-            ("trajectory less token", (whole2 + whole1 - token2 - token1) / 2),
-            ("up-only less two-sided", (token1 + whole1 - token2 - whole2) / 2),
-        ):
-            mean, half = t_interval(effect)
-            lines.append(f"* {updates} updates, {name}: {mean:+.4f} ± {half:.4f}")
-    control = [rows[v, 1, c.control_rate, c.seeds[0]] for v in c.variants]
-    norms = np.array([row["gradient_norms"] for row in control])
-    gaps = np.ptp(norms, axis=0) / norms.mean(0)
-    if not gaps[0] < 1e-5:
-        raise RuntimeError(f"the variants differ on policy: gradient norms {norms}")
-    finals = [row["final"] for row in control]
-    lines += [
-        "",
-        f"One update a rollout: gradient norms of all agree to {gaps[0]:.1e} at "
-        f"the first step and to {gaps.max():.1e} at the worst one; final pass rates "
-        f"{min(finals):.6f} to {max(finals):.6f}.",
-    ]
+        lines += main_effects(c, rows, updates)
+    lines += ["", on_policy_check(c, rows)]
     return "\n".join(lines) + "\n"
 
 
-def plot(c: Config, rows) -> None:
+def plot(c: Config, rows: dict) -> None:
     plt.switch_backend("Agg")
     figure, axes = plt.subplots(
         len(c.updates), 4, figsize=(16, 3.6 * len(c.updates)), layout="constrained"
@@ -267,7 +283,7 @@ def plot(c: Config, rows) -> None:
                 )
                 axis.plot(swept, values.mean(1), **style)
                 axis.plot(swept, values, ".", color=f"C{i}", alpha=0.35)
-            difference, half = less_base(c, rows, variant, updates, "final")
+            difference, half = t_interval(less_base(c, rows, variant, updates, "final"))
             gap.errorbar(difference, i, xerr=half, fmt="o", color=f"C{i}", capsize=3)
         what = f"{updates} updates a rollout"
         final.set(title=f"Final held-out pass rate, {what}")
@@ -299,16 +315,9 @@ def main(c: Config) -> None:
         c = dataclasses.replace(c, **few, steps=3, evaluate_every=3)
     check_only_ratios_differ(c)
     if not c.plot_only:
-        c.results.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config = dataclasses.asdict(c) | {"git": commit or "unknown"}
-        (c.results / "config.json").write_text(json.dumps(config, default=str))
-        run_all(c)
+        write_config(c.results, c)
     rows = rows_of(c)
-    text = table(c, rows)
-    (c.results / "table.md").write_text(text)
-    print(text)
+    write_table(c.results, table(c, rows))
     plot(c, rows)
 
 

@@ -1,4 +1,4 @@
-"""Does a prompt's reward variance sigma^2 tell its local curvature, now and later?
+"""Does a prompt's reward variance sigma^2 predict its local curvature, now and later?
 
 Paper: Ge et al. 2026, arXiv:2601.23135, Table 1: Pearson of a prompt's curvature, by a
 Fisher proxy, with sigma^2: .342 at the same iteration, -.028 at another one.
@@ -16,9 +16,9 @@ the next 10 steps. Beside them at G = 16: the estimator of the instrument, and t
 paper's proxy G |g_L|^2, g_L the mean of the sampled scores: the sum of its entries
 G g_L * g_L (their mean is that over d: the same correlations). All in absolute value.
 Hardware and time: one CPU core, 2 minutes after the runs, which are kept (and take 1 to
-2 minutes each; relaxed_assumptions.py looks at the same ones). --smoke: 1 minute.
+2 minutes each; relaxed_assumptions.py uses the same ones). --smoke: 1 minute.
 
-What is implied: H_x = sigma^2 (E[W | right] - E[W | wrong]), W = (grad^2 pi) / pi, so
+Implied by theory: H_x = sigma^2 (E[W | right] - E[W | wrong]), W = (grad^2 pi) / pi, so
 the factor sigma^2 is an identity, and the claim is on the other factor: `shuffled`
 gives each prompt another one's. Correlations are across prompts of one step.
 
@@ -29,32 +29,32 @@ Got (2026-11-21), mean +- 95% over seeds; chains first, then expressions:
   .03 / -.02 +- .05, .33 +- .10 / .17 +- .10; along the update .34 +- .03 / -.01 +- .10,
   .33 +- .07 / .14 +- .08. Spearman at the same step .63 .40 .47, .78 .55 .73. So the
   paper's pair of numbers shows on chains, for the Hessian itself.
-* It is what the factor sigma^2 alone gives: with shuffled constants Pearson is .53 .43
-  .42, .52 .45 .34. What is left, curvature / sigma^2, falls with sigma^2 (Spearman -.18
-  -.30 -.16, -.37 -.54), but along the update of expressions (.20 +- .11).
-* Nor is the loss at other steps of the curvature: sigma^2 of one step and of another
-  correlate by .16 +- .18 on chains, .53 +- .05 on expressions.
+* The factor sigma^2 alone gives as much: with shuffled constants Pearson is .53 .43
+  .42, .52 .45 .34. The other factor, curvature / sigma^2, falls with sigma^2 (Spearman
+  -.18 -.30 -.16, -.37 -.54), but along the update of expressions (.20 +- .11).
+* The loss at other steps does not come from the curvature either: sigma^2 of one step
+  and of another correlate by .16 +- .18 on chains, .53 +- .05 on expressions.
 * The paper's proxy: .30 +- .01 / .15 +- .05 on chains, but -.17 +- .15 on expressions:
-  it stays as p goes to 0 (log-log slope -.21 +- .18 at step 0 of chains, -.04 over all
-  of expressions), where H vanishes. It is no stand-in for curvature.
+  it stays finite as p goes to 0 (log-log slope -.21 +- .18 at step 0 of chains, -.04
+  over all of expressions), where H vanishes. It cannot stand in for curvature.
 * Log-log slopes on sigma^2, all steps: |grad p| 1.00 +- .05, .88 +- .05; top eigenvalue
   .75 +- .01, .76 +- .17; own gradient .51, .54; update .80, 1.19. By step the top one
   is .64 to 1.01, .71 to .83: sigma^2 rather than sigma (.5).
 * Over the run the median of top / sigma^2 grows 4.4 +- 1.4 times on chains (768 to
   3,361), 1.7 +- .6 on expressions; along the update it changes 3.0 +- 1.5, 3.2 +- 1.4
   times. Over the steps of one prompt Spearman is .51, .57 (top), .24, .30 (own
-  gradient): sigma tells less of when to step carefully than of which prompt is steep.
+  gradient): sigma says less about when to step carefully than about which prompt is
+  steep.
 * Along the own gradient curvature is positive at first (85%, 70% of prompts) and
   negative at the end (1%, 28% positive), as p passes 1/2.
 * G = 16 along the own gradient: Spearman with the exact one of its directions .48 +-
   .18, .50 +- .10; with its own group's variance .69 +- .04, .65 +- .14, above the exact
-  figure's: tied parts measure 0 of both, so such a correlation is partly made by noise.
+  figure's: tied parts measure 0 of both, so this correlation is partly made by noise.
 """
 
 import dataclasses
-import json
-import subprocess
 import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -63,18 +63,26 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from common import pick_answers, sample_groups
+from common import (
+    finished_run,
+    interval_text,
+    pick_answers,
+    sample_groups,
+    sequence_logprobs,
+    write_config,
+    write_rows,
+    write_table,
+)
 from jax.flatten_util import ravel_pytree
+from lanczos import extremes
 from scipy import stats
 
 import grpo_jax as gj
 from grpo_jax.diagnostics.curvature import directional_derivatives, prompt_curvature
 from grpo_jax.diagnostics.probe import probe_prompt
 from grpo_jax.intervals import t_interval
-from grpo_jax.rollouts.logprobs import batch_logprobs
-from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.models.policy import Policy
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.runs.config_files import from_dict
 from grpo_jax.runs.lines import read_lines, rounded
 from grpo_jax.runs.paths import use_compile_cache
 from grpo_jax.runs.snapshots import load_policy
@@ -96,67 +104,28 @@ class Config:
     task_path: str | None = None  # its data, where it reads any
     results: Path = Path("results/local_curvature")  # a directory of the task's in it
     runs: Path = Path("results/curvature_runs")  # relaxed_assumptions.py's as well
-    smoke: bool = False  # a tiny model, one seed, 2 looks at 6 prompts
+    smoke: bool = False  # a tiny model, one seed, 2 steps, 6 prompts
     plot_only: bool = False  # redraw plot.png and the table from metrics.jsonl
     seeds: tuple[int, ...] = (0, 1, 2)  # a run and a set of prompts each
-    steps: tuple[int, ...] = (0, 10, 20, 40, 80, 110)  # of a run, looked at
-    ahead: int = 10  # the run's direction: to its policy that many steps later
+    steps: tuple[int, ...] = (0, 10, 20, 40, 80, 110)  # of a run, measured
+    ahead: int = 10  # steps to the later policy; the update is the way there
     prompts: int = 64
     group_size: int = 16
     lanczos: int = 10  # Hessian-vector products behind a top eigenvalue
     window: tuple[float, float] = (1e-3, 0.999)  # pass rates in log-log slopes
 
 
-def run_directory(c: Config, seed: int) -> Path:
-    """A run of the default job, with a policy every `ahead` steps."""
-    name = f"{c.task}-seed{seed}" + "-smoke" * c.smoke
-    if not (c.runs / name / "report.html").exists():
-        settings = {
-            "task": {"name": c.task, "path": c.task_path},
-            "instrument": {"every": 0},
-            "checkpoint": {"every": c.ahead, "keep": 1000},
-            "seed": seed,
-            "steps": max(c.steps) + c.ahead,
-            "run_dir": str(c.runs / name),
-        }
-        if c.smoke:
-            settings["model"] = {"width": 32, "mlp_width": 48, "head_dim": 8}
-            settings["warm_start"] = {"max_steps": 300}
-            settings["task"] |= {"heldout_prompts": 32}
-        gj.train(from_dict(gj.TrainConfig, settings))
-    return c.runs / name
-
-
-def extremes(product, start, steps):
-    """(least and greatest eigenvalue, error of the larger in size) by Lanczos.
-
-    Without reorthogonalisation: that makes copies of extreme eigenvalues, and moves
-    none of them.
-    """
-
-    def one(carry, _):
-        before, v, beta = carry
-        w = product(v) - beta * before
-        alpha = v @ w
-        w -= alpha * v
-        beta = jnp.linalg.norm(w)
-        return (v, w / jnp.maximum(beta, 1e-30), beta), (alpha, beta)
-
-    carry = (jnp.zeros_like(start), start, jnp.zeros(()))
-    _, (alpha, beta) = jax.lax.scan(one, carry, length=steps)
-    off = jnp.diag(beta[:-1], 1)
-    values, vectors = jnp.linalg.eigh(jnp.diag(alpha) + off + off.T)
-    top = jnp.abs(values).argmax()
-    return values[0], values[-1], beta[-1] * jnp.abs(vectors[-1, top])
-
-
 @partial(jax.jit, static_argnames="lanczos")
-def look(policy, change, rollouts: Rollouts, answers: Rollouts, *, lanczos):
-    """[P] figures of every prompt; all curvatures are along unit vectors.
+def prompt_curvatures(
+    policy: Policy, change, rollouts: Rollouts, answers: Rollouts, *, lanczos: int
+) -> dict[str, jax.Array]:
+    """Figures [P] of every prompt; all curvatures are along unit vectors.
 
     From its one right answer, with nothing sampled: p = pi(answer), the gradient p s
     and the Hessian p (s s' + grad^2 log pi), s = grad log pi(answer). From its group:
     the Fisher proxy, and curvatures as the instrument measures them.
+
+    change: the update, shaped as the parameters.
     """
     flat, unravel = ravel_pytree(policy.params)
     change, _ = ravel_pytree(change)
@@ -164,14 +133,7 @@ def look(policy, change, rollouts: Rollouts, answers: Rollouts, *, lanczos):
 
     def one_prompt(x):
         answer, group, rewards = x
-
-        def logprobs(flat, samples):
-            completions, mask = samples
-            one = (answer.prompts, answer.prompt_mask, completions)
-            one = Rollouts(*(x[None] for x in (*one, mask, mask)))
-            now = policy.replace(unravel(flat))
-            return batch_logprobs(now, one, 1.0, MicroBatch(1, len(mask)))[0].sum(-1)
-
+        logprobs = partial(sequence_logprobs, policy, unravel, answer)
         right = (answer.completions, answer.completion_mask)
         score = jax.grad(lambda flat: logprobs(flat, right)[0])
         s, logp = score(flat), logprobs(flat, right)[0]
@@ -209,28 +171,34 @@ def look(policy, change, rollouts: Rollouts, answers: Rollouts, *, lanczos):
     return jax.lax.map(one_prompt, (answers, group, rollouts.rewards))
 
 
-def run(c: Config, directory: Path) -> None:
-    """Writes metrics.jsonl: a line per run and step, lists over its prompts."""
-    with (directory / "metrics.jsonl").open("w") as file:
-        for seed in c.seeds:
-            where = run_directory(c, seed)
-            task = gj.load_task(c.task, path=c.task_path)
-            answers = pick_answers(task, c.prompts, seed=seed, length=8)
-            for step in c.steps:
-                policy, end = (load_policy(where, s) for s in (step, step + c.ahead))
-                change = jax.tree.map(jnp.subtract, end.params, policy.params)
-                key = jax.random.fold_in(jax.random.key(seed), step)
-                groups = sample_groups(
-                    policy, answers, task.tokenizer, key, c.group_size
-                )
-                found = look(policy, change, groups, answers, lanczos=c.lanczos)
-                row = {name: rounded(x) for name, x in found.items()}
-                file.write(json.dumps({"seed": seed, "step": step} | row) + "\n")
-                file.flush()
+def measurements(c: Config) -> Iterator[dict]:
+    """A row per run and step, lists over its prompts."""
+    for seed in c.seeds:
+        directory = finished_run(
+            c.runs / (f"{c.task}-seed{seed}" + "-smoke" * c.smoke),
+            task=c.task,
+            task_path=c.task_path,
+            seed=seed,
+            steps=max(c.steps) + c.ahead,
+            every=c.ahead,
+            tiny=c.smoke,
+        )
+        task = gj.load_task(c.task, path=c.task_path)
+        answers = pick_answers(task, c.prompts, seed=seed, length=8)
+        for step in c.steps:
+            policy, end = (load_policy(directory, s) for s in (step, step + c.ahead))
+            change = jax.tree.map(jnp.subtract, end.params, policy.params)
+            key = jax.random.fold_in(jax.random.key(seed), step)
+            groups = sample_groups(policy, task, answers, key, c.group_size)
+            figures = prompt_curvatures(
+                policy, change, groups, answers, lanczos=c.lanczos
+            )
+            row = {name: rounded(x) for name, x in figures.items()}
+            yield {"seed": seed, "step": step} | row
 
 
 def load(directory: Path) -> dict[str, np.ndarray]:
-    """Every figure as [seeds, steps, P]; |curvature| under the names of KINDS."""
+    """Figures [seeds, steps, P] by name; |curvature| under the names of KINDS."""
     rows = read_lines(directory / "metrics.jsonl")
     seeds = sorted({r["seed"] for r in rows})
     by = [[r for r in rows if r["seed"] == s] for s in seeds]
@@ -241,9 +209,10 @@ def load(directory: Path) -> dict[str, np.ndarray]:
     return data | {kind: np.abs(data[kind]) for kind in KINDS}
 
 
-def correlation(x, y, method) -> float:
-    there = np.isfinite(x) & np.isfinite(y)
-    x, y = x[there], y[there]
+def correlation(x: np.ndarray, y: np.ndarray, method: str) -> float:
+    """Correlation "spearman" or "pearson" of the finite pairs."""
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
     if len(x) < 4 or x.std() == 0 or y.std() == 0:
         return np.nan
     return float(
@@ -251,62 +220,62 @@ def correlation(x, y, method) -> float:
     )
 
 
-def slope(c: Config, p, x, y) -> float:
-    """Of log y on log x over the pass rates in `window`."""
-    there = (p > c.window[0]) & (p < c.window[1]) & (y > 0)
-    if there.sum() < 4:
+def slope(c: Config, p: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
+    """Slope of log y on log x over the pass rates p in `window`; [P] each."""
+    used = (p > c.window[0]) & (p < c.window[1]) & (y > 0)
+    if used.sum() < 4:
         return np.nan
-    return float(np.polyfit(np.log(x[there]), np.log(y[there]), 1)[0])
+    return float(np.polyfit(np.log(x[used]), np.log(y[used]), 1)[0])
 
 
-def text_of(values, digits=2) -> str:
-    """Mean +- 95 % over seeds, of [seeds]."""
+def finite_text(values: np.ndarray) -> str:
+    """Mean ± 95 % over the seeds with a finite value; values: [seeds]."""
     values = np.asarray(values, float)
     values = values[np.isfinite(values)]
-    if not len(values):
-        return "-"
-    return "{:.{d}f} ± {:.{d}f}".format(*t_interval(values), d=digits)
+    return interval_text(values) if len(values) else "-"
 
 
-def over_seeds(data, fn) -> np.ndarray:
-    """[seeds, steps] of fn(the figures of one look, each [P])."""
+def by_step(data: dict, fn: Callable[[dict], float]) -> np.ndarray:
+    """fn(figures of one seed and step, each [P]) as [seeds, steps]."""
     seeds, steps, _ = data["p"].shape
-    looks = [
-        [{n: x[i, s] for n, x in data.items()} for s in range(steps)]
-        for i in range(seeds)
-    ]
-    return np.array([[fn(x) for x in line] for line in looks])
+    return np.array(
+        [
+            [fn({n: x[i, s] for n, x in data.items()}) for s in range(steps)]
+            for i in range(seeds)
+        ]
+    )
 
 
-def lags(data, kind, method) -> np.ndarray:
-    """[seeds, steps, steps] correlation of sigma^2 at one with |curvature| at other."""
+def lags(data: dict, kind: str, method: str) -> np.ndarray:
+    """Correlation of sigma^2 at one step with |curvature| at another; [seeds, steps,
+    steps]."""
     pairs = zip(data["sigma2"], data[kind], strict=True)
     return np.array([[[correlation(x, y, method) for y in ys] for x in xs]
                      for xs, ys in pairs])  # fmt: skip
 
 
-def shuffled(x, kind, method, draws=20) -> float:
+def shuffled(x: dict, kind: str, method: str, draws: int = 20) -> float:
     """Correlation with sigma^2 if curvature / sigma^2 were another prompt's: what the
     factor sigma^2 alone gives."""
     rng = np.random.default_rng(0)
     y = x[kind] / x["sigma2"]
-    found = [x["sigma2"] * rng.permutation(y) for _ in range(draws)]
-    return float(np.mean([correlation(x["sigma2"], y, method) for y in found]))
+    curvatures = [x["sigma2"] * rng.permutation(y) for _ in range(draws)]
+    return float(np.mean([correlation(x["sigma2"], y, method) for y in curvatures]))
 
 
-def correlations(data, kind, method) -> list[np.ndarray]:
-    """[seeds] each: at the same step, shuffled, at other steps, of all looks together,
-    and of curvature / sigma^2 with sigma^2."""
+def correlations(data: dict, kind: str, method: str) -> list[np.ndarray]:
+    """Correlations with sigma^2, [seeds] each: of |curvature| at the same step, of
+    `shuffled`, at other steps, of all steps pooled; and of curvature / sigma^2."""
     lag = lags(data, kind, method)
     other = ~np.eye(lag.shape[1], dtype=bool)
     pairs = zip(data["sigma2"], data[kind], strict=True)
     return [
         np.nanmean(np.einsum("ijj->ij", lag), 1),
-        np.nanmean(over_seeds(data, lambda x: shuffled(x, kind, method)), 1),
+        np.nanmean(by_step(data, lambda x: shuffled(x, kind, method)), 1),
         np.nanmean(lag[:, other], 1),
         np.array([correlation(x.ravel(), y.ravel(), method) for x, y in pairs]),
         np.nanmean(
-            over_seeds(
+            by_step(
                 data, lambda x: correlation(x["sigma2"], x[kind] / x["sigma2"], method)
             ),
             1,
@@ -314,16 +283,16 @@ def correlations(data, kind, method) -> list[np.ndarray]:
     ]
 
 
-def slopes(c: Config, data, kind) -> list[np.ndarray]:
-    """[seeds] each: every step's log-log slope on sigma^2, then of all looks."""
-    at = over_seeds(data, lambda x: slope(c, x["p"], x["sigma2"], x[kind]))
+def slopes(c: Config, data: dict, kind: str) -> list[np.ndarray]:
+    """Log-log slopes on sigma^2, [seeds] each: of every step, then of all pooled."""
+    at = by_step(data, lambda x: slope(c, x["p"], x["sigma2"], x[kind]))
     triples = zip(data["p"], data["sigma2"], data[kind], strict=True)
     return [*at.T, np.array([slope(c, *(x.ravel() for x in y)) for y in triples])]
 
 
-def along_the_run(data, kind) -> list[np.ndarray]:
-    """[seeds] each: Spearman over the steps of one prompt; how much the median of
-    curvature / sigma^2 changes, largest over least."""
+def along_the_run(data: dict, kind: str) -> list[np.ndarray]:
+    """Changes over a run, [seeds] each: Spearman over the steps of one prompt, and the
+    median of curvature / sigma^2, largest over least."""
     pairs = zip(data["sigma2"], data[kind], strict=True)
     each = [
         [correlation(x, y, "spearman") for x, y in zip(xs.T, ys.T, strict=True)]
@@ -334,12 +303,12 @@ def along_the_run(data, kind) -> list[np.ndarray]:
     return [np.nanmean(each, 1), constant.max(1) / constant.min(1)]
 
 
-def row_of(*cells) -> str:
-    texts = [x if isinstance(x, str) else text_of(x) for x in cells]
+def row_of(*cells: str | np.ndarray) -> str:
+    texts = [x if isinstance(x, str) else finite_text(x) for x in cells]
     return "| " + " | ".join(texts) + " |"
 
 
-def table(c: Config, data) -> str:
+def table(c: Config, data: dict) -> str:
     """Markdown; every cell a mean and its 95 % interval over seeds."""
     lines = ["Medians of |curvature| / sigma^2:", ""]
     lines += ["| step | mean p | mean sigma^2 | top | own | update | own > 0 |"]
@@ -352,7 +321,7 @@ def table(c: Config, data) -> str:
         ]
         lines.append(row_of(str(step), *cells, (now["signed own"] > 0).mean(1)))
     lines += ["", "Correlations of |curvature| with sigma^2 over prompts:", ""]
-    lines += ["| curvature | method | same step | shuffled | other step | all looks |"]
+    lines += ["| curvature | method | same step | shuffled | other step | all steps |"]
     lines[-1] += " curvature / sigma^2, same step |"
     lines += ["|" + "---|" * 7]
     itself = {"itself": data["sigma2"]} | data
@@ -375,10 +344,10 @@ def table(c: Config, data) -> str:
     def own_group(x):
         return correlation(x["sampled"], x["sampled_sigma2"], "spearman")
 
-    found = [np.nanmean(over_seeds(data, fn), 1) for fn in (agreement, own_group)]
+    spearman = [np.nanmean(by_step(data, fn), 1) for fn in (agreement, own_group)]
     lines += ["", "Spearman of |curvature| along the own gradient measured at G = 16"]
-    lines += [f"with the exact one of the same directions: {text_of(found[0])};"]
-    lines += [f"with its group's own reward variance: {text_of(found[1])}."]
+    lines += [f"with the exact one of the same directions: {finite_text(spearman[0])};"]
+    lines += [f"with its group's own reward variance: {finite_text(spearman[1])}."]
     lines += [
         f"Top eigenvalue: relative error {np.median(data['error']):.1e} (median),"
     ]
@@ -386,7 +355,7 @@ def table(c: Config, data) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(c: Config, directory: Path, data) -> None:
+def plot(c: Config, directory: Path, data: dict) -> None:
     plt.switch_backend("Agg")
     figure, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
     cloud, same, lagged, drift, paper, measured = axes.ravel()
@@ -458,18 +427,12 @@ def main(c: Config) -> None:
     directory = c.results / c.task
     if not c.plot_only:
         use_compile_cache()
-        directory.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config = dataclasses.asdict(c) | {"git": commit or "unknown"}
-        (directory / "config.json").write_text(json.dumps(config, default=str))
-        run(c, directory)
+        write_config(directory, c)
+        write_rows(directory / "metrics.jsonl", measurements(c))
     data = load(directory)
     # Where every group of a step is tied there is nothing to average.
     warnings.filterwarnings("ignore", "Mean of empty|All-NaN", RuntimeWarning)
-    text = table(c, data)
-    (directory / "table.md").write_text(text)
-    print(text)
+    write_table(directory, table(c, data))
     plot(c, directory, data)
 
 

@@ -18,9 +18,9 @@ completions (of 64 for the exact g). M is of ordered pairs that do not violate; 
 with X_i replaced by g_i. Trimmed: 99th percentile of M, 95th over 5th percentile for R1
 and R2. The null: log-linear policies of random features, pass rates that differ.
 Hardware and time: one CPU core, 2 minutes after the runs, which are kept (and take 1 to
-2 minutes each; local_curvature.py looks at the same ones). --smoke: 1 minute.
+2 minutes each; local_curvature.py uses the same ones). --smoke: 1 minute.
 
-Expected: violations, as the paper's own cosines have them; a largest M without meaning.
+Expected: violations, as in the paper's own cosines; a largest M without meaning.
 Got (2026-11-21), mean +- 95% over seeds, or their range; chains / expressions:
 * Assumption 4 fails: 18.6 +- 11.8, 43.1 +- 5.6, 44.9 +- 1.4, 43.4 +- 4.3% of pairs at
   steps 0, 20, 60, 120 violate it / 47.5 +- 3.2, 50.4 +- 3.3, 48.3 +- 6.8, 46.2 +- 3.1%,
@@ -47,26 +47,34 @@ Got (2026-11-21), mean +- 95% over seeds, or their range; chains / expressions:
 """
 
 import dataclasses
-import json
-import subprocess
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from common import pick_answers, sample_groups
+from common import (
+    finished_run,
+    interval_text,
+    pick_answers,
+    sample_groups,
+    sequence_logprobs,
+    write_config,
+    write_rows,
+    write_table,
+)
 from jax.flatten_util import ravel_pytree
+from loglinear_prompts import independent_prompts
 
 import grpo_jax as gj
 from grpo_jax.intervals import t_interval
-from grpo_jax.loglinear import LogLinear, exact
-from grpo_jax.rollouts.logprobs import batch_logprobs
-from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.loglinear import exact
+from grpo_jax.models.policy import Policy
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.runs.config_files import from_dict
 from grpo_jax.runs.lines import read_lines, rounded
 from grpo_jax.runs.paths import use_compile_cache
 from grpo_jax.runs.snapshots import load_policy
@@ -81,99 +89,94 @@ class Config:
     task_path: str | None = None  # its data, where it reads any
     results: Path = Path("results/relaxed_assumptions")  # a directory of the task's
     runs: Path = Path("results/curvature_runs")  # local_curvature.py's as well
-    smoke: bool = False  # a tiny model, one seed, 2 looks at 6 prompts
+    smoke: bool = False  # a tiny model, one seed, 2 steps, 6 prompts
     plot_only: bool = False  # redraw plot.png and the table from metrics.jsonl
     seeds: tuple[int, ...] = (0, 1, 2)  # a run and a set of prompts each
     run_steps: int = 120
     every: int = 10  # steps between policies that a run keeps
-    steps: tuple[int, ...] = (0, 20, 60, 120)  # of a run, looked at
+    steps: tuple[int, ...] = (0, 20, 60, 120)  # of a run, measured
     prompts: int = 64  # 2,016 pairs; the paper had 100 and 4,950
     group_sizes: tuple[int, ...] = (16, 64)  # the larger one also makes X_i
     dimensions: tuple[int, ...] = (4, 32, 256)  # of random features, the null
     responses: int = 6  # per prompt, there
 
 
-def run_directory(c: Config, seed: int) -> Path:
-    """A run of the default job, with a policy every `every` steps."""
-    name = f"{c.task}-seed{seed}" + "-smoke" * c.smoke
-    if not (c.runs / name / "report.html").exists():
-        settings = {
-            "task": {"name": c.task, "path": c.task_path},
-            "instrument": {"every": 0},
-            "checkpoint": {"every": c.every, "keep": 1000},
-            "seed": seed,
-            "steps": c.run_steps,
-            "run_dir": str(c.runs / name),
-        }
-        if c.smoke:
-            settings["model"] = {"width": 32, "mlp_width": 48, "head_dim": 8}
-            settings["warm_start"] = {"max_steps": 300}
-            settings["task"] |= {"heldout_prompts": 32}
-        gj.train(from_dict(gj.TrainConfig, settings))
-    return c.runs / name
+class Products(NamedTuple):
+    """Products of prompts' gradients g: what M, R1 and R2 are computed from.
+
+    A leading axis of `kinds`: the exact gradients, then those of each group size. X_i
+    has a row per sampled completion of prompt i, its score; all of them for the exact
+    g_j. `prompt_geometry` computes these figures too, from a Gram matrix of all scores.
+    """
+
+    logp: jax.Array  # [P] of the right answers
+    inner: jax.Array  # [kinds, P, P] <g_i, g_j>
+    pulled: jax.Array  # [kinds, P, P] |X_i g_j|^2
+    spread: jax.Array  # [kinds, P] |X_i|^2
 
 
 @partial(jax.jit, static_argnames="sizes")
-def look(policy, rollouts: Rollouts, answers: Rollouts, *, sizes):
-    """Per kind of gradient ("exact", or a group size): what M, R1 and R2 are made of.
-
-    inner [P, P]: <g_i, g_j>; pulled [P, P]: |X_i g_j|^2; spread [P]: |X_i|^2. X_i has a
-    row per sampled completion of prompt i, its score; all of them for the exact g_j.
-    These are `prompt_geometry`'s figures, without a Gram matrix of all scores.
-    """
+def products(
+    policy: Policy, rollouts: Rollouts, answers: Rollouts, *, sizes: tuple[int, ...]
+) -> Products:
+    """Products at `policy`, with leave-one-out gradients of groups of each size."""
     flat, unravel = ravel_pytree(policy.params)
 
     def scores(answer, samples):
-        """[samples, D] gradients of whole completions' log-probs."""
+        """Log-probs [samples] of completions and their gradients [samples, D]."""
 
-        def one(completion, mask):
+        def one(*sample):
             def logprob(flat):
-                x = (answer.prompts, answer.prompt_mask, completion[None], mask[None])
-                x = Rollouts(*(y[None] for y in (*x, mask[None])))
-                now = policy.replace(unravel(flat))
-                return batch_logprobs(now, x, 1.0, MicroBatch(1, 1)).sum()
+                alone = tuple(x[None] for x in sample)
+                return sequence_logprobs(policy, unravel, answer, flat, alone)[0]
 
             return jax.value_and_grad(logprob)(flat)
 
         return jax.vmap(one)(*samples)
 
     def gradients(x):
-        """[1 + sizes, D] exact, then leave-one-out estimates."""
+        """[kinds, D] exact, then leave-one-out estimates; log-prob of the answer."""
         answer, samples, rewards = x
         logp, right = scores(answer, (answer.completions, answer.completion_mask))
-        found, (_, s) = [jnp.exp(logp) @ right], scores(answer, samples)
+        kinds, (_, s) = [jnp.exp(logp) @ right], scores(answer, samples)
         for g in sizes:
             advantages = gj.leave_one_out_advantages(rewards[None, :g])[0]
-            found.append(advantages @ s[:g] / g)
-        return jnp.stack(found), logp[0]
+            kinds.append(advantages @ s[:g] / g)
+        return jnp.stack(kinds), logp[0]
 
     def against(x):
+        """|X_i g_j|^2 [kinds, P] and |X_i|^2 [kinds] of one prompt i."""
         answer, samples = x
         _, s = scores(answer, samples)
-        pulled = s @ found.reshape(-1, flat.size).T  # [G, P * kinds]
-        pulled = pulled.reshape(-1, *found.shape[:2])
-        rows = [sizes[-1], *sizes]
-        square = jnp.stack([(pulled[:g, :, k] ** 2).sum(0) for k, g in enumerate(rows)])
-        spread = [jnp.linalg.norm(s[:g] @ s[:g].T, ord=2) for g in rows]
-        return square, jnp.stack(spread)
+        pulled = s @ g.reshape(-1, flat.size).T  # [G, P * kinds]
+        pulled = pulled.reshape(-1, *g.shape[:2])
+        counts = [sizes[-1], *sizes]
+        square = [(pulled[:n, :, k] ** 2).sum(0) for k, n in enumerate(counts)]
+        spread = [jnp.linalg.norm(s[:n] @ s[:n].T, ord=2) for n in counts]
+        return jnp.stack(square), jnp.stack(spread)
 
     samples = rollouts.completions, rollouts.completion_mask
-    found, logp = jax.lax.map(gradients, (answers, samples, rollouts.rewards))
+    g, logp = jax.lax.map(gradients, (answers, samples, rollouts.rewards))
     pulled, spread = jax.lax.map(against, (answers, samples))
-    inner = jnp.einsum("pkd,qkd->kpq", found, found)
-    return logp, inner, pulled.swapaxes(0, 1), spread.T
+    inner = jnp.einsum("pkd,qkd->kpq", g, g)
+    return Products(logp, inner, pulled.swapaxes(0, 1), spread.T)
 
 
-def ratios(values) -> list[float]:
-    """max / min and 95th / 5th percentile."""
+def ratios(values: np.ndarray) -> list[float]:
+    """[max / min, 95th / 5th percentile] of values [P]."""
     if not len(values):
         return [np.nan, np.nan]
     low, fifth, high, top = np.percentile(values, [0, 5, 95, 100])
     return [top / low, high / fifth]
 
 
-def assumptions(inner, pulled, spread, sigma) -> dict:
-    """Violations first; then M over the other ordered pairs, R1 and R2."""
+def assumptions(
+    inner: np.ndarray, pulled: np.ndarray, spread: np.ndarray, sigma: np.ndarray
+) -> dict:
+    """Violations of Assumption 4, then M over the other ordered pairs, R1 and R2.
+
+    The first three as in `Products`, of one kind; sigma: [P].
+    """
     signal = np.diagonal(inner) > 0  # a tied group has no gradient
     inner, pulled = (x[np.ix_(signal, signal)] for x in (inner, pulled))
     spread, norms = spread[signal], np.sqrt(np.diagonal(inner))
@@ -185,8 +188,8 @@ def assumptions(inner, pulled, spread, sigma) -> dict:
     rank1 = (inner / norms[:, None] ** 2)[kept]
     quantiles = (50, 99, 100)
     r1, r2 = ratios(norms), ratios(sigma[signal])
-    gain = 8 / 3 * float(sigma.mean())  # P1's C(T), of this moment
-    # What theorems 3.3 and 3.4 cost: with the largest M and all pairs' R1 and R2; then
+    gain = 8 / 3 * float(sigma.mean())  # the paper's C(T), at this step
+    # Factors of theorems 3.3 and 3.4: with the largest M and all pairs' R1 and R2; then
     # with the 99th percentile and 95th / 5th.
     m99, most = np.percentile(full, [99, 100])
     costs = [
@@ -210,153 +213,168 @@ def assumptions(inner, pulled, spread, sigma) -> dict:
     }
 
 
-def seen(truth, inner) -> dict:
-    """How the violations of a sampled Gram matrix relate to the exact ones."""
+def violations(truth: np.ndarray, inner: np.ndarray) -> dict:
+    """Shares of pairs: exact violations (`truth` [P, P]) against those of `inner`."""
     signal = np.diagonal(inner) > 0
     pairs = np.triu(np.outer(signal, signal), 1)
-    real, found = (truth < 0)[pairs], (inner < 0)[pairs]
+    real, sampled = (truth < 0)[pairs], (inner < 0)[pairs]
     return {
         "real": float(real.mean()),
-        "false": float((found & ~real).sum() / max(1, found.sum())),  # of the found
-        "missed": float((real & ~found).sum() / max(1, real.sum())),  # of the real
-        "agree": float((real == found).mean()),
+        "false": float((sampled & ~real).sum() / max(1, sampled.sum())),  # of sampled
+        "missed": float((real & ~sampled).sum() / max(1, real.sum())),  # of real
+        "agree": float((real == sampled).mean()),
     }
 
 
 def random_features(c: Config, seed: int, dimension: int) -> dict:
-    """The same of log-linear policies over independent features; X_i: the features."""
-    rng = np.random.default_rng([seed, dimension])
-    features = rng.normal(size=(c.prompts, c.responses, dimension))
-    rewards = np.tile(np.arange(c.responses) == 0, (c.prompts, 1)) * 1.0
-    offsets = 2 * rng.normal(size=rewards.shape)  # so that pass rates differ
-    policy = LogLinear(features, rewards, offsets)
-    found = jax.jit(exact)(policy, np.zeros(dimension))
-    g = np.asarray(found.gradients, float)
-    pulled = (np.einsum("pkd,qd->pqk", features, g) ** 2).sum(2)
-    spread = np.linalg.norm(features, ord=2, axis=(1, 2)) ** 2
+    """The null: the row of log-linear policies over independent features, which are
+    their X_i."""
+    sizes = dict(num_prompts=c.prompts, responses=c.responses)
+    policy = independent_prompts(seed, dimension, **sizes)
+    now = jax.jit(exact)(policy, np.zeros(dimension))
+    g = np.asarray(now.gradients, float)
+    pulled = (np.einsum("pkd,qd->pqk", policy.features, g) ** 2).sum(2)
+    spread = np.linalg.norm(policy.features, ord=2, axis=(1, 2)) ** 2
     inner = g @ g.T
     larger = np.maximum(m := pulled / spread[:, None] / inner, m.T)
-    row = assumptions(inner, pulled, spread, np.asarray(found.sigma, float))
+    row = assumptions(inner, pulled, spread, np.asarray(now.sigma, float))
     larger = float(np.median(larger[np.triu(inner > 0, 1)]))  # of a pair's two
     return {"seed": seed, "dimension": dimension, "larger": larger} | row
 
 
-def run(c: Config, directory: Path) -> None:
-    """Writes metrics.jsonl: a line per run, step and gradient; then the null."""
-    with (directory / "metrics.jsonl").open("w") as file:
-
-        def write(row):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-
-        for seed in c.seeds:
-            where = run_directory(c, seed)
-            task = gj.load_task(c.task, path=c.task_path)
-            answers = pick_answers(task, c.prompts, seed=seed, length=8)
-            never = np.ones((c.prompts, c.prompts), bool)  # violated so far
-            for step in c.steps:
-                policy = load_policy(where, step)
-                key = jax.random.fold_in(jax.random.key(seed), step)
-                groups = sample_groups(
-                    policy, answers, task.tokenizer, key, c.group_sizes[-1]
-                )
-                found = jax.device_get(
-                    look(policy, groups, answers, sizes=c.group_sizes)
-                )
-                logp, *parts = (np.asarray(x, float) for x in found)
-                rewards, truth = np.asarray(groups.rewards, float), parts[0][0]
-                never &= truth > 0
-                for k, g in enumerate((None, *c.group_sizes)):
-                    sigma = rewards[:, :g].std(1)
-                    if g is None:
-                        sigma = np.sqrt(np.exp(logp) * -np.expm1(logp))
-                    row = {"seed": seed, "step": step, "group_size": g}
-                    row |= assumptions(*(x[k] for x in parts), sigma)
-                    row |= seen(truth, parts[0][k])
-                    upper = np.triu_indices(c.prompts, 1)
-                    write(row | {"never": float(never[upper].mean())})
-        for seed in c.seeds:
-            for dimension in c.dimensions:
-                write(random_features(c, seed, dimension))
+def run_rows(c: Config, seed: int) -> Iterator[dict]:
+    """A row per step and kind of gradient of one run."""
+    directory = finished_run(
+        c.runs / (f"{c.task}-seed{seed}" + "-smoke" * c.smoke),
+        task=c.task,
+        task_path=c.task_path,
+        seed=seed,
+        steps=c.run_steps,
+        every=c.every,
+        tiny=c.smoke,
+    )
+    task = gj.load_task(c.task, path=c.task_path)
+    answers = pick_answers(task, c.prompts, seed=seed, length=8)
+    never = np.ones((c.prompts, c.prompts), bool)  # violated so far
+    upper = np.triu_indices(c.prompts, 1)
+    for step in c.steps:
+        policy = load_policy(directory, step)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        groups = sample_groups(policy, task, answers, key, c.group_sizes[-1])
+        now = jax.device_get(products(policy, groups, answers, sizes=c.group_sizes))
+        now = Products(*(np.asarray(x, float) for x in now))
+        rewards, truth = np.asarray(groups.rewards, float), now.inner[0]
+        never &= truth > 0
+        for k, g in enumerate((None, *c.group_sizes)):
+            sigma = rewards[:, :g].std(1)
+            if g is None:
+                sigma = np.sqrt(np.exp(now.logp) * -np.expm1(now.logp))
+            row = {"seed": seed, "step": step, "group_size": g}
+            row |= assumptions(now.inner[k], now.pulled[k], now.spread[k], sigma)
+            row |= violations(truth, now.inner[k])
+            yield row | {"never": float(never[upper].mean())}
 
 
-def text_of(values, digits=2) -> str:
-    """Mean +- 95 % over seeds."""
-    return "{:.{d}f} ± {:.{d}f}".format(*t_interval(np.array(values)), d=digits)
+def experiment(c: Config) -> Iterator[dict]:
+    """The rows of metrics.jsonl: of the runs, then of the null."""
+    for seed in c.seeds:
+        yield from run_rows(c, seed)
+    for seed in c.seeds:
+        for dimension in c.dimensions:
+            yield random_features(c, seed, dimension)
 
 
-def range_of(values) -> str:
-    """For what has a heavy tail: least to greatest over seeds."""
+def range_text(values: np.ndarray) -> str:
+    """Least to greatest over seeds, for what has a heavy tail."""
     low, high = (
         f"{x:,.1f}" if x < 100 else f"{x:,.0f}" for x in np.sort(values)[[0, -1]]
     )
     return f"{low} to {high}"
 
 
-def kinds_of(c: Config):
-    """(step, group size or None for exact)."""
+def kinds_of(c: Config) -> list[tuple[int, int | None]]:
+    """(step, group size) of every kind of gradient; None for exact."""
     return [(step, g) for step in c.steps for g in (None, *c.group_sizes)]
 
 
-def of_kind(rows, step, g):
-    """Columns of the rows of one step and kind, over seeds: name -> array."""
-    these = [r for r in rows if r.get("step") == step and r["group_size"] == g]
-    these = [r for r in these if r["violating"] is not None]
-    return {name: np.array([r[name] for r in these]) for name in (these or [{}])[0]}
+def columns_of(rows: list[dict], step: int, g: int | None) -> dict[str, np.ndarray]:
+    """Columns of the rows of one step and kind, over seeds; {} without any."""
+    rows = [r for r in rows if r.get("step") == step and r["group_size"] == g]
+    rows = [r for r in rows if r["violating"] is not None]
+    return {name: np.array([r[name] for r in rows]) for name in (rows or [{}])[0]}
+
+
+def assumption_cells(x: dict[str, np.ndarray]) -> list[str]:
+    cells = [interval_text(100 * x["violating"], 1) + " %"]
+    for m in ("m_full", "m_rank1"):
+        cells.append(interval_text(x[m][:, 0]))
+        cells += [range_text(x[m][:, i]) for i in (1, 2)]
+    for r in ("r1", "r2"):
+        cells += [range_text(x[r][:, 0]), interval_text(x[r][:, 1], 1)]
+    return cells + [interval_text(x["cosines"][:, i], 3) for i in (0, 1)]
+
+
+def noise_cells(x: dict[str, np.ndarray]) -> list[str]:
+    shares = ("violating", "false", "missed", "agree")
+    cells = [interval_text(100 * x[name], 1) for name in shares]
+    return [interval_text(x["prompts"], 0), *cells]
+
+
+def cost_cells(x: dict[str, np.ndarray]) -> list[str]:
+    cells = []
+    for i in (0, 1):
+        cells += [range_text(x["costs"][:, i, j]) for j in (0, 1)]
+        cells.append(range_text(x["relative"][:, i]))
+    return [*cells, interval_text(x["gain"])]
+
+
+def random_cells(rows: list[dict]) -> list[str]:
+    m = np.array([r["m_full"] for r in rows])
+    cells = [interval_text([100 * r["violating"] for r in rows], 1) + " %"]
+    cells += [interval_text(m[:, 0]), interval_text([r["larger"] for r in rows])]
+    return cells + [range_text(m[:, 1]), range_text(m[:, 2])]
+
+
+def markdown(head: str, lines: list[list]) -> list[str]:
+    rule = "|" + "---|" * (head.count("|") - 1)
+    return [head, rule, *("| " + " | ".join(map(str, x)) + " |" for x in lines)]
 
 
 def table(c: Config) -> str:
     """Markdown: mean and 95 % over seeds; of maxima and 99th percentiles the range."""
     rows = read_lines(c.results / c.task / "metrics.jsonl")
     runs, null = ([r for r in rows if ("step" in r) == x] for x in (True, False))
-    lines = [
+    kinds = [(step, g, columns_of(runs, step, g)) for step, g in kinds_of(c)]
+    kinds = [kind for kind in kinds if kind[2]]
+    sampled = [kind for kind in kinds if kind[1] is not None]
+    lines = markdown(
         "| step | gradients | violating | M median | M p99 | M max | rank-1 M median |"
-    ]
-    lines[-1] += " p99 | max | R1 | R1, 95/5 | R2 | R2, 95/5 | cos mean | cos std |"
-    lines += ["|" + "---|" * 15]
-    noise = ["| step | G | prompts untied | violations found | of them false |"]
-    noise[-1] += " real ones missed | same sign |"
-    noise += ["|" + "---|" * 7]
-    cost = ["| step | gradients | 3.3 / 3.1 | 3.4 / 3.2 | GRPO / REINFORCE | 3.3 / 3.1"]
-    cost[-1] += ", trimmed | 3.4 / 3.2, trimmed | GRPO / REINFORCE, trimmed | C |"
-    cost += ["|" + "---|" * 9]
-    for step, g in kinds_of(c):
-        x, name = of_kind(runs, step, g), g or "exact"
-        if not x:
-            continue
-        cells = [text_of(100 * x["violating"], 1) + " %"]
-        for m in ("m_full", "m_rank1"):
-            cells += [text_of(x[m][:, 0]), *(range_of(x[m][:, i]) for i in (1, 2))]
-        for r in ("r1", "r2"):
-            cells += [range_of(x[r][:, 0]), text_of(x[r][:, 1], 1)]
-        cells += [text_of(x["cosines"][:, i], 3) for i in (0, 1)]
-        lines.append(f"| {step} | {name} | " + " | ".join(cells) + " |")
-        if g is not None:
-            cells = [text_of(x["prompts"], 0)]
-            cells += [text_of(100 * x[n], 1) for n in ("violating", "false", "missed")]
-            cells += [text_of(100 * x["agree"], 1)]
-            noise.append(f"| {step} | {g} | " + " | ".join(cells) + " |")
-        cells = []
-        for i in (0, 1):
-            cells += [range_of(x["costs"][:, i, j]) for j in (0, 1)]
-            cells.append(range_of(x["relative"][:, i]))
-        cells.append(text_of(x["gain"]))
-        cost.append(f"| {step} | {name} | " + " | ".join(cells) + " |")
-    last = of_kind(runs, c.steps[-1], None)
-    lines += ["", "Pairs that violate at none of the steps: "]
-    lines[-1] += text_of(100 * last["never"], 1) + " %."
-    lines.append("")
-    random = ["| random features, d | violating | M median | larger of a pair's two |"]
-    random[-1] += " M p99 | M max |"
-    random += ["|" + "---|" * 6]
-    for d in c.dimensions:
-        these = [r for r in null if r["dimension"] == d]
-        m = np.array([r["m_full"] for r in these])
-        cells = [text_of([100 * r["violating"] for r in these], 1) + " %"]
-        cells += [text_of(m[:, 0]), text_of([r["larger"] for r in these])]
-        cells += [range_of(m[:, 1]), range_of(m[:, 2])]
-        random.append(f"| {d} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *noise, "", *cost, "", *random]) + "\n"
+        " p99 | max | R1 | R1, 95/5 | R2 | R2, 95/5 | cos mean | cos std |",
+        [[step, g or "exact", *assumption_cells(x)] for step, g, x in kinds],
+    )
+    never = columns_of(runs, c.steps[-1], None)["never"]
+    never = (
+        f"Pairs that violate at none of the steps: {interval_text(100 * never, 1)} %."
+    )
+    noise = markdown(
+        "| step | G | prompts untied | violations found | of them false |"
+        " real ones missed | same sign |",
+        [[step, g, *noise_cells(x)] for step, g, x in sampled],
+    )
+    cost = markdown(
+        "| step | gradients | 3.3 / 3.1 | 3.4 / 3.2 | GRPO / REINFORCE | 3.3 / 3.1"
+        ", trimmed | 3.4 / 3.2, trimmed | GRPO / REINFORCE, trimmed | C |",
+        [[step, g or "exact", *cost_cells(x)] for step, g, x in kinds],
+    )
+    random = markdown(
+        "| random features, d | violating | M median | larger of a pair's two |"
+        " M p99 | M max |",
+        [
+            [d, *random_cells([r for r in null if r["dimension"] == d])]
+            for d in c.dimensions
+        ],
+    )
+    return "\n".join([*lines, "", never, "", *noise, "", *cost, "", *random]) + "\n"
 
 
 def plot(c: Config) -> None:
@@ -367,21 +385,22 @@ def plot(c: Config) -> None:
     violating, m_bound, curve, ratio = axes.ravel()
     names = {None: "exact"} | {g: f"sampled, G = {g}" for g in c.group_sizes}
     for j, (g, label) in enumerate(names.items()):
-        found = {step: of_kind(runs, step, g) for step in c.steps}
-        found = {step: x for step, x in found.items() if x}
-        steps, style = np.array(list(found)) + j, dict(color=f"C{j}", marker="o", ms=4)
-        at = [t_interval(100 * x["violating"]) for x in found.values()]
+        by_step = {step: columns_of(runs, step, g) for step in c.steps}
+        by_step = {step: x for step, x in by_step.items() if x}
+        steps = np.array(list(by_step)) + j
+        style = dict(color=f"C{j}", marker="o", ms=4)
+        at = [t_interval(100 * x["violating"]) for x in by_step.values()]
         mean, half = np.array(at).reshape(-1, 2).T
         half = np.where(np.isfinite(half), half, 0)
         violating.errorbar(steps, mean, half, label=label, **style)
         for i, line in enumerate(("-", "--", ":")):
-            y = [np.median(x["m_full"][:, i]) for x in found.values()]
+            y = [np.median(x["m_full"][:, i]) for x in by_step.values()]
             m_bound.plot(steps, y, line, label=label if i == 0 else None, **style)
         for name, line in (("r1", "-"), ("r2", "--")):
-            y = [x[name][:, 1].mean() for x in found.values()]
+            y = [x[name][:, 1].mean() for x in by_step.values()]
             word = {"r1": "R1", "r2": "R2"}[name]
             ratio.plot(steps, y, line, label=f"{word}, {label}", **style)
-        if x := found.get(c.steps[0]):
+        if x := by_step.get(c.steps[0]):
             share = np.linspace(100, 0, 201)
             curve.plot(x["curve"].mean(0), share, color=f"C{j}", label=label)
     for j, d in enumerate(c.dimensions, 3):
@@ -413,15 +432,9 @@ def main(c: Config) -> None:
     directory = c.results / c.task
     if not c.plot_only:
         use_compile_cache()
-        directory.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config = dataclasses.asdict(c) | {"git": commit or "unknown"}
-        (directory / "config.json").write_text(json.dumps(config, default=str))
-        run(c, directory)
-    text = table(c)
-    (directory / "table.md").write_text(text)
-    print(text)
+        write_config(directory, c)
+        write_rows(directory / "metrics.jsonl", experiment(c))
+    write_table(directory, table(c))
     plot(c)
 
 

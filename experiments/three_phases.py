@@ -13,7 +13,7 @@ Setting: the default model (100k parameters), 120 steps of 16 (expressions: 32) 
 x 16 samples, Adam, no KL; prompt weights std or unit, all else equal, seeds 0 to 4, one
 warm start a seed for both. Learning rates 3e-4, 6e-4, 1.2e-3, the best by the mean
 trained pass rate on another seed: 6e-4 for both methods on both tasks. The instrument
-looks every 10 steps at 64 probe prompts x 32 samples, with exact figures beside. Easy
+measures 64 probe prompts x 32 samples every 10 steps, with exact figures beside. Easy
 and hard: thirds of the probe prompts at step 0. +- 95 %, t over seeds, paired.
 Hardware and time: 2 CPU cores, about 20 minutes a task (--smoke: 1 minute).
 
@@ -23,13 +23,13 @@ are near-orthogonal, and nothing on the shared skill.
 * chains: exact std .133 +- .032 at step 0, then .099, .097, .096 +- .02 (steps 40, 80,
   120), |cos| < .1 62.8 +- 14.3, then 81, 81, 82 %, mean .090 +- .040, then .020: the
   reverse of the paper's drift, and over by step 10. Labels II or III throughout (I at
-  5 of 65 looks). C is below 1 all along, and says nothing of what follows:
+  5 of 65 probes). C is below 1 all along, and predicts nothing of what follows:
 * std less none, pass rate: trained +.003 +- .006 (mean of run), held-out +.001 +- .007,
   easy +.004 +- .005, hard +.007 +- .007; at the end +.001 +- .020 trained. A tie.
 * expressions: near-orthogonal from first to last: exact std .054, .058, .056, .052 +-
   .01, |cos| < .1 94, 93, 92, 94 %, mean .002 to .004; half of all pairs hurt each
-  other, a little. Labels I, II, III at 31, 23, 11 of 65 looks: the estimates move about
-  the thresholds, the exact figures do not.
+  other, a little. Labels I, II, III at 31, 23, 11 of 65 probes: the estimates move
+  about the thresholds, the exact figures do not.
 * std less none there: trained +.024 +- .006 (mean of run), +.028 +- .016 (end); hard
   thirds of the probe set +.030 +- .039, easy +.002 +- .020: where the gain sits is not
   resolved. Held-out -.003 +- .003: facts.
@@ -38,13 +38,13 @@ are near-orthogonal, and nothing on the shared skill.
 """
 
 import dataclasses
-import json
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from common import interval_text, write_config, write_rows, write_table
 
 import grpo_jax as gj
 from grpo_jax.diagnostics.phases import PHASES, THRESHOLDS
@@ -72,7 +72,7 @@ class Config:
     steps: int = 120
     prompts: int = 16  # per step
     group_size: int = 16
-    looks_every: int = 10  # steps between looks of the instrument
+    looks_every: int = 10  # steps between measurements of the instrument
     probe_prompts: int = 64
     probe_group_size: int = 32
 
@@ -90,7 +90,7 @@ def settings_of(c: Config, method: str, rate: float, seed: int, watched: bool) -
             "every": c.looks_every if watched else 0,
             "prompts": c.probe_prompts,
             "group_size": c.probe_group_size,
-            "max_overhead": 1e6,  # this run is for the looks
+            "max_overhead": 1e6,  # this run is for the measurements
         },
         "steps": c.steps,
         "seed": seed,
@@ -121,6 +121,7 @@ def one_run(c: Config, method: str, rate: float, seed: int, watched: bool) -> Pa
 
 
 def pass_rates(run: Path, name: str) -> np.ndarray:
+    """[evaluations] "train" or "heldout" pass rates of a run."""
     rows = read_lines(run / "metrics.jsonl")
     return np.array(
         [r[f"eval/{name}_pass_rate"] for r in rows if "eval/train_low" in r]
@@ -136,38 +137,38 @@ def best_rate(c: Config, method: str) -> float:
 
 
 def summarise(c: Config, method: str, rate: float, seed: int) -> dict:
-    """A run as lists over its looks."""
+    """A run as lists over its measurements."""
     directory = one_run(c, method, rate, seed, True)
-    looks = read_lines(directory / "instrument.jsonl")
-    exact = looks[0]["exact"] is not None
-    rates = np.array(
-        [r["pass_rate"] if exact else r["group_mean"] for r in looks], float
-    )
+    probes = read_lines(directory / "instrument.jsonl")
+    exact = probes[0]["exact"] is not None
+    rates = np.array([r["pass_rate" if exact else "group_mean"] for r in probes], float)
     order = np.argsort(rates[0])
     third = len(order) // 3
     row = {"method": method, "rate": rate, "seed": seed, "directory": str(directory)}
-    row["step"] = [r["step"] for r in looks]
+    row["step"] = [r["step"] for r in probes]
     row["easy"] = rates[:, order[-third:]].mean(1).tolist()
     row["hard"] = rates[:, order[:third]].mean(1).tolist()
     for name in ("train", "heldout"):
         row[name] = pass_rates(directory, name).tolist()
     for name in (*NUMBERS, "label", "shares"):
-        row[name] = [r["phase"][name] for r in looks]
+        row[name] = [r["phase"][name] for r in probes]
     for name in ("raw_statistics", "chi", "violating_fraction", "m_median", "m_p99"):
-        row[name] = [r["geometry"][name] for r in looks]
-    row["exact"] = [r["exact"]["statistics"] for r in looks] if exact else None
-    row["features"] = [r["features"]["raw"]["mean_abs"] for r in looks]
+        row[name] = [r["geometry"][name] for r in probes]
+    row["exact"] = [r["exact"]["statistics"] for r in probes] if exact else None
+    row["features"] = [r["features"]["raw"]["mean_abs"] for r in probes]
     return row
 
 
-def over_seeds(rows, method, get) -> tuple[np.ndarray, np.ndarray]:
-    """(means, half widths of 95 %) over seeds of a list over looks."""
+def over_seeds(
+    rows: dict, method: str, get: Callable[[dict], list]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(means, half widths of 95 %) over seeds, each [measurements]."""
     values = [[np.nan if x is None else x for x in get(r)] for r in rows[method]]
     pairs = [t_interval(np.array(x)) for x in zip(*values, strict=True)]
     return np.array([m for m, _ in pairs]), np.array([h for _, h in pairs])
 
 
-def table(c: Config, rows) -> str:
+def table(c: Config, rows: dict) -> str:
     steps = rows["std"][0]["step"]
     shown = [0, len(steps) // 3, 2 * len(steps) // 3, len(steps) - 1]
     head = " | ".join(f"step {steps[i]}" for i in shown)
@@ -193,16 +194,16 @@ def table(c: Config, rows) -> str:
     for name in ("train", "heldout", "easy", "hard"):
         std, none = (
             np.array([r[name] for r in rows[m]]) for m in METHODS
-        )  # [seeds, looks]
+        )  # [seeds, measurements]
         gaps = (std - none)[:, 1:].mean(1), (std - none)[:, -1]
-        cells = ["{:+.3f} ± {:.3f}".format(*t_interval(gap)) for gap in gaps]
+        cells = [interval_text(gap, 3, "+") for gap in gaps]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     rates = {m: rows[m][0]["rate"] for m in METHODS}
     lines += ["", f"learning rates chosen on seed {c.tuning_seed}: {rates}"]
     return "\n".join(lines) + "\n"
 
 
-def plot(c: Config, rows, path: Path) -> None:
+def plot(c: Config, rows: dict, path: Path) -> None:
     plt.switch_backend("Agg")
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     steps = rows["std"][0]["step"]
@@ -226,7 +227,7 @@ def plot(c: Config, rows, path: Path) -> None:
             for axis, x in ((axes[1, 0], "small_fraction"), (axes[1, 1], "std")):
                 draw(axis, method, lambda r, x=x: [y[x] for y in r["exact"]],
                      f"{method}, exact", color=colour, ls=":")  # fmt: skip
-    # An unknown phase, null in every share, leaves a gap at the top.
+    # A phase that could not be decided, null in every share, leaves a gap at the top.
     shares = [np.array(r["shares"], float) for r in rows["std"]]
     shares = np.nan_to_num(shares).mean(0)
     axes[1, 2].stackplot(
@@ -256,20 +257,13 @@ def main(c: Config) -> None:
         c = dataclasses.replace(c, **few, probe_prompts=6, probe_group_size=8)
     directory = c.results / c.task
     if not c.plot_only:
-        directory.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config = dataclasses.asdict(c) | {"git": commit or "unknown"}
-        (directory / "config.json").write_text(json.dumps(config, default=str))
+        write_config(directory, c)
         best = {method: best_rate(c, method) for method in METHODS}
         lines = [summarise(c, m, best[m], seed) for m in METHODS for seed in c.seeds]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (directory / "metrics.jsonl").write_text(text)
+        write_rows(directory / "metrics.jsonl", lines)
     lines = read_lines(directory / "metrics.jsonl")
     rows = {m: [line for line in lines if line["method"] == m] for m in METHODS}
-    text = table(c, rows)
-    (directory / "table.md").write_text(text)
-    print(text)
+    write_table(directory, table(c, rows))
     plot(c, rows, directory / "plot.png")
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments import adaptive_weighting
-from experiments.adaptive_weighting import RULES, Config, Seen
+from experiments import adaptive_rules, adaptive_weighting
+from experiments.adaptive_rules import RULES, Seen
+from experiments.adaptive_weighting import Config
 
 pytestmark = pytest.mark.slow
 
@@ -38,9 +39,9 @@ def test_files_and_what_is_redrawn_from_them(results):
 
 
 def test_rates_are_chosen_on_other_seeds(results):
-    found = rows(results, "loglinear")
-    assert [row["rule"] for row in found] == list(RULES)
-    for row in found:
+    trained = rows(results, "loglinear")
+    assert [row["rule"] for row in trained] == list(RULES)
+    for row in trained:
         assert 4.0 <= row["log2_rate"] <= 6.0
         assert len(row["mean"]) == 3 and 0 < np.mean(row["mean"]) < 1
     runs = rows(results, "task")
@@ -57,15 +58,15 @@ def test_every_rule_is_1_at_one_half_and_known():
 
 def test_rules_of_the_trainer_are_those_of_the_policies():
     rewards = jnp.array([[1.0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
-    weights, _ = adaptive_weighting.hard_weights().weights(rewards, ())
+    weights, _ = adaptive_rules.hard_weights().weights(rewards, ())
     mean = rewards.mean(1)
-    expected = adaptive_weighting.skewed(mean, 1.0, 0.5)
+    expected = adaptive_rules.skewed(mean, 1.0, 0.5)
     np.testing.assert_allclose(weights, jnp.where(mean == 1, 0, expected), rtol=1e-6)
-    rule = adaptive_weighting.hard_posterior_weights(5)
+    rule = adaptive_rules.hard_posterior_weights(5)
     ids = jnp.array([4, 0, 2])
     first, state = rule.weights(rewards, rule.init(), ids)
     p = (jnp.array([1, 4, 3]) + 0.5) / 5
-    expected = adaptive_weighting.skewed(p, 1.0, 0.5).at[1].set(0)
+    expected = adaptive_rules.skewed(p, 1.0, 0.5).at[1].set(0)
     np.testing.assert_allclose(first, expected, rtol=1e-6)
     second, _ = rule.weights(rewards, state, ids)
-    assert second[0] > first[0]  # known better to be hard
+    assert second[0] > first[0]  # more certainly hard
