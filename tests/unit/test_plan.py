@@ -1,0 +1,312 @@
+"""Each stage of a run's plan alone."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+import grpo_jax as gj
+from grpo_jax.errors import ConfigError
+from grpo_jax.planning import plan as stages
+from grpo_jax.planning.plan import (
+    ModelStage,
+    headline,
+    make_plan,
+    memory_stage,
+    model_stage,
+    probe_stage,
+    task_stage,
+)
+from grpo_jax.planning.shapes import Lengths, lengths_stage, shapes_stage
+from grpo_jax.rollouts.encoding import encode_prompts
+from grpo_jax.runs.config import (
+    InstrumentConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    SamplingConfig,
+    TrainConfig,
+    WarmStartConfig,
+    WeightsConfig,
+)
+
+GRPO = gj.OBJECTIVES["grpo"]
+LENGTHS = Lengths(
+    prompts=[[1] * 5, [1] * 7],
+    prompt_length=10,
+    answer_tokens=8,
+    max_new_tokens=8,
+    warnings=[],
+)
+
+
+@pytest.fixture(scope="module")
+def task():
+    """40 trained prompts; answers and EOS have 8 tokens."""
+    return gj.load_task("chains", train_prompts=40, heldout_prompts=16)
+
+
+def config(prompts=4, group_size=4, **more):
+    sampling = SamplingConfig(
+        prompts=prompts, group_size=group_size, **more.pop("sampling", {})
+    )
+    return TrainConfig(sampling=sampling, **more)
+
+
+def objective(name="grpo", **changes):
+    return dataclasses.replace(gj.OBJECTIVES[name], **changes)
+
+
+# ---- task
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "words"),
+    [
+        (dict(prompts=41), {}, "sampling.prompts must be at most 40, the task's"),
+        (
+            dict(prompts=21),
+            dict(refills=1),
+            "objective.refills needs at least 42 trained prompts, .* got 40",
+        ),
+        (
+            dict(warm_start=WarmStartConfig(enabled=False, max_steps=3)),
+            {},
+            "warm_start.max_steps changes nothing: this run has no warm start",
+        ),
+    ],
+)
+def test_task_stage_refuses(task, changes, row, words):
+    with pytest.raises(ConfigError, match=words):
+        task_stage(config(**changes), objective(**row), task, None)
+
+
+def test_task_stage_needs_prompts_of_both_parts(task):
+    for part, counts in (("train", "0 and 16"), ("heldout", "40 and 0")):
+        empty = dataclasses.replace(task, **{part: []})
+        with pytest.raises(ConfigError, match=f"held-out prompts, got {counts}"):
+            task_stage(config(), GRPO, empty, None)
+
+
+def test_task_stage_leaves_out_long_prompts(task):
+    stage = task_stage(config(), GRPO, task, None)
+    assert stage.task is task and stage.warm_starts and stage.warnings == []
+    limited = config(sampling=dict(max_prompt_tokens=6))
+    stage = task_stage(limited, GRPO, task, None)
+    assert max(map(len, encode_prompts(stage.task, stage.task.train))) <= 6
+    (warning,) = stage.warnings
+    left_out = 40 - len(stage.task.train)
+    assert warning.startswith(f"{left_out} trained and ") and "=6 tokens" in warning
+
+
+def test_a_pretrained_model_has_no_warm_start(task, tmp_path):
+    assert not task_stage(config(), GRPO, task, tmp_path).warm_starts
+
+
+# ---- lengths
+
+
+def test_lengths_are_of_the_longest_answer(task):
+    lengths = lengths_stage(config(), GRPO, task, warm_starts=True)
+    assert len(lengths.prompts) == 40 and lengths.prompt_length == 10
+    assert lengths.max_new_tokens == lengths.answer_tokens == 8
+    assert lengths.warnings == []
+    longer = config(sampling=dict(max_new_tokens=20))
+    lengths = lengths_stage(longer, GRPO, task, warm_starts=False)
+    assert (lengths.max_new_tokens, lengths.answer_tokens) == (20, 8)
+
+
+def test_lengths_stage_refuses_to_cut_right_answers(task):
+    short = config(sampling=dict(max_new_tokens=7))
+    words = "sampling.max_new_tokens must be at least 8 for task chains, .* got 7"
+    with pytest.raises(ConfigError, match=words):
+        lengths_stage(short, GRPO, task, warm_starts=False)
+
+
+# The last 20 % are punished: 8 tokens and 8 * .2 / .8 = 2 more.
+def test_punished_length_is_beyond_the_longest_answer(task):
+    punishing = objective(overlong="punish", overlong_share=0.2)
+    lengths = lengths_stage(config(), punishing, task, warm_starts=False)
+    assert lengths.max_new_tokens == 10 and lengths.warnings == []
+    exact = config(sampling=dict(max_new_tokens=8))
+    (warning,) = lengths_stage(exact, punishing, task, warm_starts=False).warnings
+    assert "8 of 8 tokens and will be punished" in warning
+    assert "raise sampling.max_new_tokens to 10" in warning
+
+
+# ---- model
+
+
+def test_a_new_model_has_the_vocabulary_of_the_tokenizer(task):
+    model, base_bytes = model_stage(config(), task, None)
+    assert model.vocab_size == len(task.tokenizer) and base_bytes == 4
+    small = config(model=gj.ModelConfig(vocab_size=2))
+    with pytest.raises(ConfigError, match="model.vocab_size must be at least"):
+        model_stage(small, task, None)
+
+
+def test_the_mesh_is_checked_where_the_run_is_here(task):
+    wide = config(mesh=MeshConfig(fsdp=2))
+    if len(jax.devices()) < 2:
+        with pytest.raises(ConfigError, match="needs 2 devices"):
+            model_stage(wide, task, None)
+    model_stage(wide, task, None, here=False)
+
+
+@pytest.fixture(scope="module")
+def directory(task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    shape = gj.ModelConfig(vocab_size=len(task.tokenizer), max_positions=16)
+    policy = gj.init_policy(shape, jax.random.key(0))
+    gj.save_pretrained(policy, folder, tokenizer=task.tokenizer)
+    return folder
+
+
+def test_a_pretrained_model_is_its_own_shape(task, directory):
+    pretrained = config(pretrained=str(directory))
+    model, base_bytes = model_stage(pretrained, task, directory)
+    assert model.max_positions == 16 and base_bytes == 4
+    file = directory / "config.json"
+    text = file.read_text()
+    try:
+        file.write_text(json.dumps(json.loads(text) | {"dtype": "bfloat16"}))
+        stage = model_stage(pretrained, task, directory, with_weights=False)
+    finally:
+        file.write_text(text)
+    assert stage.base_bytes == 2
+
+
+def test_the_model_directory_is_resolved_once(directory, monkeypatch):
+    """A Hub name would be looked up at every resolution."""
+    names = []
+
+    def resolved(name):
+        names.append(name)
+        return directory
+
+    monkeypatch.setattr(stages, "local_directory", resolved)
+    made = make_plan(config(pretrained="org/name"))
+    assert names == ["org/name"] and made.model.max_positions == 16
+
+
+# ---- shapes
+
+
+def test_shapes_of_plain_prompts(task):
+    shapes = shapes_stage(config(), GRPO, task, LENGTHS)
+    assert shapes.refine == [] and shapes.train_prompt_length == 10
+    assert (shapes.micro.prompts, shapes.micro.samples) == (4, 4)
+    assert shapes.buckets == [8]
+    small = config(micro_batch_tokens=10 + 2 * 8)
+    micro = shapes_stage(small, GRPO, task, LENGTHS).micro
+    assert (micro.prompts, micro.samples) == (1, 2)
+
+
+def test_drafts_lengthen_the_prompts_of_the_update(task):
+    drafts = objective("igrpo")
+    shapes = shapes_stage(config(), drafts, task, LENGTHS)
+    # "{prompt}{draft}\n{prompt}" of 7 + 8 + 1 + 7 tokens, padded to 32.
+    assert shapes.train_prompt_length == 32 and "draft" in shapes.refine
+    unused = config(sampling=dict(refine_template="{prompt}{draft}"))
+    with pytest.raises(ConfigError, match="refine_template changes nothing: grpo has"):
+        shapes_stage(unused, GRPO, task, LENGTHS)
+
+
+def test_a_history_has_one_completion_length(task):
+    long = LENGTHS._replace(max_new_tokens=256)
+    assert shapes_stage(config(), GRPO, task, long).buckets == [64, 128, 256]
+    history = objective("rt_pg", history=2)
+    shapes = shapes_stage(config(), history, task, long)
+    assert shapes.buckets == [256] and shapes.micro.prompts == 8
+
+
+# ---- probe
+
+
+def test_probe_stage_switches_a_default_instrument_off():
+    model = gj.ModelConfig(vocab_size=20)
+    stage = probe_stage(config(2, 2), model, 40, LENGTHS)
+    assert stage.probe is None
+    assert stage.warnings[0].startswith("the instrument is off: ")
+    wanted = config(2, 2, instrument=InstrumentConfig(every=41))
+    with pytest.raises(ConfigError, match="instrument.max_overhead"):
+        probe_stage(wanted, model, 40, LENGTHS)
+
+
+def test_probe_stage_warns_of_a_large_share():
+    model = gj.ModelConfig(vocab_size=20)
+    stage = probe_stage(config(16, 16), model, 40, LENGTHS)
+    assert stage.probe is not None and stage.warnings == []
+    wanted = config(16, 16, instrument=InstrumentConfig(prompts=32))
+    (warning,) = probe_stage(wanted, model, 40, LENGTHS).warnings
+    assert "more than instrument.max_overhead; lower instrument.prompts" in warning
+    off = config(instrument=InstrumentConfig(every=0))
+    assert probe_stage(off, model, 40, LENGTHS) == (None, [])
+
+
+# ---- memory
+
+
+def memory(task, wanted=None, row=GRPO, model=None, **options):
+    wanted = wanted or config()
+    stage = ModelStage(model or gj.ModelConfig(vocab_size=20), 4)
+    shapes = shapes_stage(wanted, row, task, LENGTHS)
+    return memory_stage(wanted, row, stage, LENGTHS, shapes, None, **options)
+
+
+def test_memory_stage_reads_objective_and_config(task):
+    stage = memory(task)
+    assert stage.inputs.reference and not stage.inputs.copies
+    assert stage.peak == stage.inputs.estimate().peak and stage.warnings == []
+    two = config(updates_per_rollout=2)
+    inputs = memory(task, two, objective("tic_grpo")).inputs
+    assert inputs.parts == 2 and not inputs.reference and not inputs.probe_prompts
+    assert memory(task, two, objective(ratio="none", surrogate="logp")).inputs.copies
+    counterfactual = config(instrument=InstrumentConfig(counterfactual_every=3))
+    assert memory(task, counterfactual).inputs.weightings == 5
+
+
+def test_memory_stage_warns(task, monkeypatch):
+    model = gj.ModelConfig(vocab_size=20, max_positions=17)
+    (warning,) = memory(task, config(pretrained="x"), model=model).warnings
+    assert "up to 18 tokens, and the model was made for 17" in warning
+    assert memory(task, model=model).warnings == []
+    monkeypatch.setattr(stages, "device_memory", lambda: 1000)
+    (warning,) = memory(task).warnings
+    assert warning.startswith("about ") and "the device has 1.00kB: " in warning
+    assert memory(task, here=False).warnings == []
+
+
+# ---- headline, and all stages
+
+
+def test_headline_names_what_differs(task):
+    def text(wanted, row=GRPO, probe=None):
+        shapes = shapes_stage(wanted, row, task, LENGTHS)
+        model = gj.ModelConfig(vocab_size=20, lora_rank=4)
+        return headline(
+            wanted, row, "chains", model, LENGTHS, shapes, probe=probe, peak=5000
+        )
+
+    plain = text(config())
+    assert plain.startswith("grpo on chains: ") and plain.endswith(
+        " | about 5.00kB on the device"
+    )
+    assert "4 prompts x 4 samples, 10 + 8 tokens, micro-batch 4 x 4" in plain
+    assert "of LoRA trained, float32" in plain and "mesh" not in plain
+    meshed = config(mesh=MeshConfig(data=2), weights=WeightsConfig(name="unit"))
+    assert "mesh data 2 x fsdp 1 x tensor 1" in text(meshed)
+    assert " | w = 1 | " in text(meshed)
+    probe = probe_stage(config(16, 16), gj.ModelConfig(vocab_size=20), 40, LENGTHS)
+    assert "\ninstrument: " in text(config(), probe=probe.probe)
+
+
+def test_warnings_are_in_the_order_of_the_stages(task):
+    wanted = config(
+        sampling=dict(max_prompt_tokens=6, max_new_tokens=8),
+        objective=ObjectiveConfig(overlong="punish", overlong_share=0.2),
+    )
+    warnings = make_plan(wanted, task).warnings
+    starts = ("left out", "will be punished", "the instrument is off")
+    assert len(warnings) == 3
+    assert all(start in text for start, text in zip(starts, warnings, strict=True))
