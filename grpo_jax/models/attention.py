@@ -1,4 +1,4 @@
-"""Attention over a prompt's keys and values, held once for all of its completions."""
+"""Attention over a prompt's keys and values, stored once for all completions."""
 
 import math
 from functools import partial
@@ -13,13 +13,16 @@ from grpo_jax.logprobs import soft_capped
 _MASKED = -1e30  # finite, so that a fully masked row stays finite too
 
 
+RotaryTable = tuple[jax.Array, jax.Array]  # cos and sin
+
+
 def rotary_table(
-    positions: jax.Array,
+    positions: jax.Array | np.ndarray,
     head_dim: int,
     theta: float,
     stretch: jax.Array | np.ndarray | None = None,
-):
-    """(cos, sin) of RoPE, each [..., 1, head_dim / 2], at positions [...].
+) -> RotaryTable:
+    """(cos, sin) of RoPE, each [..., 1, head_dim / 2] float32, at positions [...].
 
     `stretch` [head_dim / 2] multiplies the wavelengths; None is 1.
     """
@@ -34,7 +37,7 @@ def rotary_table(
 def rotary_stretch(
     head_dim: int, theta: float, factor: float, turns: tuple[float, float], length: int
 ) -> np.ndarray:
-    """[head_dim / 2] by how much Llama 3.1 and later stretch each wavelength.
+    """Factors [head_dim / 2] by which Llama 3.1 and later stretch each wavelength.
 
     A frequency with at most turns[0] turns within the original `length` tokens is
     divided by `factor`, one with at least turns[1] is kept; in between, the frequency
@@ -43,12 +46,12 @@ def rotary_stretch(
     slow, fast = turns
     half = head_dim // 2
     frequencies = theta ** (-np.arange(half) / half)
-    own_turns = length * frequencies / (2 * math.pi)
-    kept = np.clip((own_turns - slow) / (fast - slow), 0, 1)
+    turns_of_each = length * frequencies / (2 * math.pi)
+    kept = np.clip((turns_of_each - slow) / (fast - slow), 0, 1)
     return (1 / (kept + (1 - kept) / factor)).astype(np.float32)
 
 
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, table: RotaryTable) -> jax.Array:
     """Half-split rotary embedding of x [..., heads, head_dim] by its table."""
     cos, sin = table
     half = x.shape[-1] // 2
@@ -60,22 +63,30 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class ByLayer(NamedTuple):
-    """Two versions of one thing: for layers that see everything, and that slide."""
+    """A rotary table or a mask in two versions: of full and of sliding attention."""
 
-    whole: Any
+    full: Any
     sliding: Any
 
-    def of(self, slides: bool | jax.Array | None):
-        """The one for a layer; `slides` may be traced, None where no layer does."""
+    def select(self, slides: bool | jax.Array | None) -> Any:
+        """The version of one layer.
+
+        Args:
+            slides: Whether the layer's window slides; may be traced, None if no layer's
+                does.
+        """
         if slides is None or isinstance(slides, bool):
-            return self.sliding if slides else self.whole
-        return jax.tree.map(partial(jnp.where, slides), self.sliding, self.whole)
+            return self.sliding if slides else self.full
+        return jax.tree.map(partial(jnp.where, slides), self.sliding, self.full)
 
 
 def within_window(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
-    """[..., S, L]: whether positions keys [..., L] are the last `window` of queries'.
+    """Mask [..., S, L] bool: keys less than `window` positions before their query.
 
-    queries: [..., S]; a position counts itself, so a window of 1 is itself alone.
+    Args:
+        queries: [..., S] int, positions.
+        keys: [..., L] int, positions.
+        window: Positions counted with the query's own, so 1 is the query alone.
     """
     return queries[..., :, None] - keys[..., None, :] < window
 
@@ -89,11 +100,15 @@ def causal_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Self-attention of rows: q [B, L, H, d], k and v [B, L, KV, d].
+    """Causal self-attention within rows, [B, L, H, d].
 
-    `mask` is [B, L], where there is a token, or [B, L, L], which keys each query may
-    look at; on top of it nothing looks ahead. `scale` multiplies the scores, 1/sqrt(d)
-    by default, before they are capped.
+    Args:
+        q: [B, L, H, d].
+        k, v: [B, L, KV, d].
+        mask: [B, L], true on tokens, or [B, L, L], true where a query may attend to a
+            key; combined with the causal mask.
+        scale: Multiplies the scores; default 1/sqrt(d).
+        softcap: Caps the scaled scores.
     """
     mask = mask.astype(bool)
     mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
@@ -119,9 +134,9 @@ def shared_prefix_attention(
     prefix_k: jax.Array,
     prefix_v: jax.Array,
     prefix_mask: jax.Array,
-    own_k: jax.Array,
-    own_v: jax.Array,
-    own_mask: jax.Array,
+    suffix_k: jax.Array,
+    suffix_v: jax.Array,
+    suffix_mask: jax.Array,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -133,12 +148,13 @@ def shared_prefix_attention(
 
     Args:
         q: [P, G, S, H, d] queries of S completion tokens.
-        prefix_k, prefix_v: [P, KV, d, L] and [P, KV, L, d], the prompt's. Keys lie
+        prefix_k, prefix_v: [P, KV, d, L] and [P, KV, L, d], the prompt's. Keys are
             transposed: the score product of one token is then 4 times faster on a CPU.
-        prefix_mask: [P, L], true where the prompt has a token; or [P, S, L], where
-            query s may look at one.
-        own_k, own_v: [P, G, KV, d, U] and [P, G, KV, U, d], the completion's U slots.
-        own_mask: [S, U], true where query s may look at slot u.
+        prefix_mask: [P, L], true on the prompt's tokens; or [P, S, L], true where query
+            s may attend to one.
+        suffix_k, suffix_v: [P, G, KV, d, U] and [P, G, KV, U, d], the completion's U
+            slots.
+        suffix_mask: [S, U], true where query s may attend to slot u.
         scale: Multiplies the scores; default 1/sqrt(d).
         softcap: Caps the scaled scores.
 
@@ -146,12 +162,12 @@ def shared_prefix_attention(
         [P, G, S, H, d], in q's dtype; scores and softmax are float32.
     """
     p, g, s, h, d = q.shape
-    kv, u = own_v.shape[2:4]
+    kv, u = suffix_v.shape[2:4]
     r = h // kv  # query heads per key/value head
     q = (q * (d**-0.5 if scale is None else scale)).astype(q.dtype)
     q = q.reshape(p, g, s, kv, r, d)
     to_prefix = q.transpose(0, 3, 1, 4, 2, 5).reshape(p, kv, g * r * s, d)
-    to_own = q.transpose(0, 1, 3, 4, 2, 5).reshape(p, g, kv, r * s, d)
+    to_suffix = q.transpose(0, 1, 3, 4, 2, 5).reshape(p, g, kv, r * s, d)
     float32 = dict(preferred_element_type=jnp.float32)
 
     prefix_scores = jnp.einsum("pkmd,pkdl->pkml", to_prefix, prefix_k, **float32)
@@ -164,28 +180,28 @@ def shared_prefix_attention(
         by_query = prefix_scores.reshape(p, kv, g * r, s, -1)
         by_query = jnp.where(prefix_mask[:, None, None], by_query, _MASKED)
         prefix_scores = by_query.reshape(prefix_scores.shape)
-    own_scores = jnp.einsum("pgkmd,pgkdu->pgkmu", to_own, own_k, **float32)
-    own_scores = soft_capped(own_scores, softcap)
-    own_scores = jnp.where(
-        own_mask, own_scores.reshape(p, g, kv, r, s, u), _MASKED
+    suffix_scores = jnp.einsum("pgkmd,pgkdu->pgkmu", to_suffix, suffix_k, **float32)
+    suffix_scores = soft_capped(suffix_scores, softcap)
+    suffix_scores = jnp.where(
+        suffix_mask, suffix_scores.reshape(p, g, kv, r, s, u), _MASKED
     ).reshape(p, g, kv, r * s, u)
 
     prefix_max = prefix_scores.max(-1).reshape(p, kv, g, r * s).swapaxes(1, 2)
-    top = jax.lax.stop_gradient(jnp.maximum(prefix_max, own_scores.max(-1)))
+    top = jax.lax.stop_gradient(jnp.maximum(prefix_max, suffix_scores.max(-1)))
     top_flat = top.swapaxes(1, 2).reshape(p, kv, g * r * s)
     prefix_weights = jnp.exp(prefix_scores - top_flat[..., None])
-    own_weights = jnp.exp(own_scores - top[..., None])  # [P, G, KV, R*S, U]
+    suffix_weights = jnp.exp(suffix_scores - top[..., None])  # [P, G, KV, R*S, U]
     total = prefix_weights.sum(-1).reshape(p, kv, g, r * s).swapaxes(
         1, 2
-    ) + own_weights.sum(-1)
+    ) + suffix_weights.sum(-1)
 
     from_prefix = jnp.einsum(
         "pkml,pkld->pkmd", prefix_weights.astype(prefix_v.dtype), prefix_v, **float32
     )
-    from_own = jnp.einsum(
-        "pgkmu,pgkud->pgkmd", own_weights.astype(own_v.dtype), own_v, **float32
+    from_suffix = jnp.einsum(
+        "pgkmu,pgkud->pgkmd", suffix_weights.astype(suffix_v.dtype), suffix_v, **float32
     )
-    mixed = from_prefix.reshape(p, kv, g, r * s, d).swapaxes(1, 2) + from_own
+    mixed = from_prefix.reshape(p, kv, g, r * s, d).swapaxes(1, 2) + from_suffix
     mixed = (mixed / total[..., None]).astype(q.dtype)
     return (
         mixed.reshape(p, g, kv, r, s, d)

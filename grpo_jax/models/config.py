@@ -1,4 +1,4 @@
-"""The shape of a decoder: one frozen record, no behaviour but its own checks."""
+"""The shape of a decoder: one frozen record that checks itself."""
 
 import dataclasses
 from typing import Literal
@@ -24,18 +24,18 @@ class ModelConfig:
     num_kv_heads: int = 4  # key/value heads; divides num_heads
     head_dim: int = 16  # even, for RoPE
     rope_theta: float = 10_000.0  # base of the rotary frequencies
-    # How RoPE's frequencies are stretched to contexts longer than the original ones:
-    # not, all by rope_factor, or (Llama 3) the slow ones by it and the fast ones not.
+    # How RoPE is stretched to contexts longer than the original: not at all, all
+    # wavelengths by rope_factor, or (Llama 3) only those of slow rotations.
     rope_scaling: Literal["none", "linear", "llama3"] = "none"
     rope_factor: float = 1.0  # wavelengths are multiplied by this
     rope_original_length: int = 8192  # llama3: tokens of the original context
-    # llama3: with at most so many turns in the original context, stretched whole
+    # llama3: at most this many turns in the original context: stretched by rope_factor
     rope_slow_turns: float = 1.0
-    # llama3: with at least so many turns, not stretched
+    # llama3: at least this many turns: not stretched
     rope_fast_turns: float = 4.0
-    # Of layers with a sliding window, unscaled (Gemma 3); None: as in other layers
+    # rope_theta of sliding layers, never scaled (Gemma 3); None: as in other layers
     rope_local_theta: float | None = None
-    sliding_window: int | None = None  # tokens a sliding layer sees, own included
+    sliding_window: int | None = None  # tokens a sliding layer sees, query included
     sliding_layers: tuple[int, ...] = ()  # indices of the layers that slide
     activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
@@ -46,24 +46,31 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm over each head's query and key (Qwen3, Gemma 3)
     # Attention scores are divided by the root of this; None: head_dim (Gemma)
     query_scale: int | None = None
-    # Scores or logits x become cap * tanh(x / cap); None: they stay (Gemma 2)
+    # Scores or logits x become cap * tanh(x / cap) (Gemma 2); None: not capped
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     scale_embedding: bool = False  # embeddings are multiplied by sqrt(width) (Gemma)
     tie_embeddings: bool = True  # the unembedding is the embedding's transpose
     # LoRA: 0 trains every parameter, else low-rank factors of this rank beside the
-    # targets' kernels, which stay as they are
+    # targets' kernels, which are frozen
     lora_rank: int = 0
     lora_alpha: float = 16.0  # the factors' product is multiplied by lora_alpha / rank
     lora_targets: tuple[str, ...] = LINEAR_MAPS
-    max_positions: int = 32_768  # promised by an exported config; limits nothing here
-    # What the layers compute in; log-probs and statistics stay float32, and so do
-    # parameters, unless they were loaded as bfloat16.
+    max_positions: int = 32_768  # written into an exported config; not a limit here
+    # Of the layers; log-probs and statistics are float32, and so are parameters,
+    # unless they were loaded as bfloat16.
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    # What a layer keeps for its backward pass: everything, the matmul results, nothing.
+    # What a layer saves for its backward pass: everything, matmul results, nothing.
     remat: Literal["none", "dots", "full"] = "full"
 
     def __post_init__(self):
+        self._check_sizes()
+        self._check_choices()
+        self._check_positive()
+        self._check_windows()
+        self._check_lora()
+
+    def _check_sizes(self):
         at_least_one = (
             "num_layers", "width", "mlp_width", "num_heads", "num_kv_heads",
             "head_dim", "rope_original_length", "sliding_window", "max_positions",
@@ -79,6 +86,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}.")
+
+    def _check_choices(self):
         for name, choices in (
             ("rope_scaling", ("none", "linear", "llama3")),
             ("activation", ("silu", "gelu_tanh")),
@@ -86,6 +95,8 @@ class ModelConfig:
             ("remat", ("none", "dots", "full")),
         ):
             check_choice(name, getattr(self, name), choices)
+
+    def _check_positive(self):
         positive = (
             "rope_theta", "rope_local_theta", "rope_factor", "rope_slow_turns",
             "norm_eps", "lora_alpha", "query_scale", "attention_softcap",
@@ -100,6 +111,8 @@ class ModelConfig:
                 f"rope_fast_turns must be more than rope_slow_turns="
                 f"{self.rope_slow_turns}, got {self.rope_fast_turns}."
             )
+
+    def _check_windows(self):
         outside = [i for i in self.sliding_layers if not 0 <= i < self.num_layers]
         if outside or len({*self.sliding_layers}) != len(self.sliding_layers):
             raise ValueError(
@@ -111,6 +124,8 @@ class ModelConfig:
                 f"sliding_window must be given where layers slide, got None with "
                 f"sliding_layers={self.sliding_layers}."
             )
+
+    def _check_lora(self):
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}.")
         unknown = [name for name in self.lora_targets if name not in LINEAR_MAPS]
@@ -123,22 +138,32 @@ class ModelConfig:
             raise ValueError("lora_targets must name at least one map, got none.")
 
 
-def num_parameters(c: ModelConfig) -> int:
-    """Of a decoder of that shape, norms and biases included."""
+def linear_sizes(c: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each linear map of a layer, by its name in LINEAR_MAPS."""
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    layer = c.width * (2 * heads + 2 * kv) + 3 * c.width * c.mlp_width
+    return {
+        "q": (c.width, heads),
+        "k": (c.width, kv),
+        "v": (c.width, kv),
+        "o": (heads, c.width),
+        "gate": (c.width, c.mlp_width),
+        "up": (c.width, c.mlp_width),
+        "down": (c.mlp_width, c.width),
+    }
+
+
+def num_parameters(c: ModelConfig) -> int:
+    """Parameters of a decoder, norms and biases included, LoRA factors not."""
+    sizes = linear_sizes(c)
+    layer = sum(inputs * outputs for inputs, outputs in sizes.values())
     layer += 2 * c.width * (1 + c.post_norms) + 2 * c.head_dim * c.qk_norm
-    layer += (heads + 2 * kv) * c.qk_bias + c.width * c.output_bias
+    layer += sum(sizes[name][1] for name in "qkv") * c.qk_bias
+    layer += sizes["o"][1] * c.output_bias
     embeddings = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
     return c.num_layers * layer + embeddings + c.width
 
 
 def num_factors(c: ModelConfig) -> int:
-    """LoRA's trained parameters; 0 without it."""
-    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    sides = {
-        "q": c.width + heads, "o": c.width + heads, "k": c.width + kv,
-        "v": c.width + kv, "gate": c.width + c.mlp_width, "up": c.width + c.mlp_width,
-        "down": c.width + c.mlp_width,
-    }  # fmt: skip
-    return c.num_layers * c.lora_rank * sum(sides[name] for name in c.lora_targets)
+    """Parameters of the LoRA factors; 0 without LoRA."""
+    sizes = linear_sizes(c)
+    return c.num_layers * c.lora_rank * sum(sum(sizes[n]) for n in c.lora_targets)

@@ -6,21 +6,25 @@ The prompt is encoded once per group: all G completions attend to the same keys 
 values, in training and in sampling alike.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from grpo_jax.logprobs import soft_capped
 from grpo_jax.models.attention import (
     ByLayer,
+    RotaryTable,
     rotary_stretch,
     rotary_table,
     rotate,
     within_window,
 )
-from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.config import ModelConfig, linear_sizes
 from grpo_jax.models.lora import LoRALinear
 from grpo_jax.parallel.sharding import constrain_params, flatten_rows
 
@@ -33,7 +37,8 @@ class OffsetRMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.zeros((width,), jnp.float32))
         self.epsilon, self.dtype = epsilon, dtype
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.square(wide).mean(-1, keepdims=True)
         weight = 1 + self.scale[...].astype(wide.dtype)
@@ -41,33 +46,42 @@ class OffsetRMSNorm(nnx.Module):
         return (normed * jnp.expand_dims(weight, range(x.ndim - 1))).astype(self.dtype)
 
 
-def _norm(config: ModelConfig, width: int, rngs: nnx.Rngs):
+def _norm(
+    config: ModelConfig, width: int, rngs: nnx.Rngs
+) -> OffsetRMSNorm | nnx.RMSNorm:
     kind = OffsetRMSNorm if config.norm_offset else nnx.RMSNorm
     dtype = jnp.dtype(config.compute_dtype)
     return kind(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+
+
+def _linear(
+    config: ModelConfig,
+    name: str,
+    bias: bool = False,
+    scale: float = 1.0,
+    *,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """The linear map `name` of a layer, with LoRA factors if it is one of the targets;
+    `scale` multiplies the variance of its initial kernel."""
+    c, (inputs, outputs) = config, linear_sizes(config)[name]
+    arguments: dict[str, Any] = dict(
+        use_bias=bias,
+        dtype=jnp.dtype(c.compute_dtype),
+        kernel_init=nnx.initializers.variance_scaling(scale, "fan_in", "normal"),
+        rngs=rngs,
+    )
+    if c.lora_rank and name in c.lora_targets:
+        factors = dict(rank=c.lora_rank, scale=c.lora_alpha / c.lora_rank)
+        return LoRALinear(inputs, outputs, **factors, **arguments)
+    return nnx.Linear(inputs, outputs, **arguments)
 
 
 class Block(nnx.Module):
     """One layer: attention and a gated MLP, each behind an RMSNorm, each added back."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        c, dtype = config, jnp.dtype(config.compute_dtype)
-
-        def linear(name, inputs, outputs, bias=False, scale=1.0):
-            init = nnx.initializers.variance_scaling(scale, "fan_in", "normal")
-            kind, factors = nnx.Linear, {}
-            if c.lora_rank and name in c.lora_targets:
-                kind = LoRALinear
-                factors = dict(rank=c.lora_rank, scale=c.lora_alpha / c.lora_rank)
-            return kind(
-                inputs,
-                outputs,
-                use_bias=bias,
-                dtype=dtype,
-                kernel_init=init,
-                rngs=rngs,
-                **factors,
-            )
+        c, linear = config, partial(_linear, config, rngs=rngs)
 
         def norm(width):
             return _norm(c, width, rngs)
@@ -77,30 +91,33 @@ class Block(nnx.Module):
         if c.post_norms:
             self.attention_post_norm = norm(c.width)
             self.mlp_post_norm = norm(c.width)
-        self.q = linear("q", c.width, c.num_heads * c.head_dim, c.qk_bias)
-        self.k = linear("k", c.width, c.num_kv_heads * c.head_dim, c.qk_bias)
-        self.v = linear("v", c.width, c.num_kv_heads * c.head_dim, c.qk_bias)
-        # Both writers to the residual stream start small, so depth does not add up.
+        self.q = linear("q", c.qk_bias)
+        self.k = linear("k", c.qk_bias)
+        self.v = linear("v", c.qk_bias)
+        # Both maps into the residual stream start small, so depth does not add up.
         residual = 1.0 / (2 * c.num_layers)
-        self.o = linear("o", c.num_heads * c.head_dim, c.width, c.output_bias, residual)
-        self.gate, self.up = (linear(n, c.width, c.mlp_width) for n in ("gate", "up"))
-        self.down = linear("down", c.mlp_width, c.width, scale=residual)
+        self.o = linear("o", c.output_bias, residual)
+        self.gate, self.up = linear("gate"), linear("up")
+        self.down = linear("down", scale=residual)
         if c.qk_norm:
             self.q_norm, self.k_norm = norm(c.head_dim), norm(c.head_dim)
 
-    def project(self, x):
-        """The three projections of attention, on rows [N, D]."""
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [N, H d], keys and values [N, KV d] of rows x [N, D]."""
         return self.q(x), self.k(x), self.v(x)
 
-    def gate_and_up(self, x):
+    def gate_and_up(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Inputs [N, mlp_width] of the MLP's product, from rows x [N, D]."""
         return self.gate(x), self.up(x)
 
-    def qkv(self, x, rotary):
-        """x [..., D] -> q [..., H, d], k and v [..., KV, d], rotated by `rotary`.
+    def qkv(
+        self, x: jax.Array, rotary: RotaryTable
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [..., D] -> q [..., H, d] and k [..., KV, d], rotated, and v [..., KV, d].
 
-        Matrices of rows, here and below: their weights' gradient is one plain product.
-        Contracting several axes at once makes XLA copy both factors to a transposed
-        layout first, which on a CPU costs as much as the product.
+        Works on matrices of rows, as `output` does: the weights' gradient is then one
+        plain product. Contracting several axes at once makes XLA copy both factors to a
+        transposed layout first, which on a CPU costs as much as the product.
         """
         c = self.config
         normed = flatten_rows(self.attention_norm(x))
@@ -111,20 +128,22 @@ class Block(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, rotary), rotate(k, rotary), v
 
-    def output(self, x, attended):
-        """The rest of the layer: x [..., D] and what attention read [..., H, d]."""
+    def output(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """The layer's output [..., D] from its input x and `attended` [..., H, d]."""
         c = self.config
         stream = flatten_rows(x)
-        read = self.o(attended.reshape(*stream.shape[:-1], -1))
-        stream = stream + (self.attention_post_norm(read) if c.post_norms else read)
+        mixed = self.o(attended.reshape(*stream.shape[:-1], -1))
+        stream = stream + (self.attention_post_norm(mixed) if c.post_norms else mixed)
         gate, up = self.gate_and_up(self.mlp_norm(stream))
         gate = jax.nn.silu(gate) if c.activation == "silu" else jax.nn.gelu(gate)
-        made = self.down(gate * up)
-        made = self.mlp_post_norm(made) if c.post_norms else made
-        return (stream + made).reshape(x.shape)
+        mlp = self.down(gate * up)
+        mlp = self.mlp_post_norm(mlp) if c.post_norms else mlp
+        return (stream + mlp).reshape(x.shape)
 
 
 class Decoder(nnx.Module):
+    """Embedding, stacked layers, final norm and unembedding."""
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -155,16 +174,19 @@ class Decoder(nnx.Module):
             matrix = self.unembedding[...]
         return matrix.astype(self.config.compute_dtype)
 
-    def embed(self, token_ids):
-        """[...] -> [..., D], in the compute dtype."""
+    def embed(self, token_ids: jax.Array) -> jax.Array:
+        """[...] int32 -> [..., D], in the compute dtype."""
         x = self.embedding(token_ids)
         if not self.config.scale_embedding:
             return x
-        return x * jnp.asarray(self.config.width**0.5, x.dtype)  # rounded, as theirs
+        return x * jnp.asarray(
+            self.config.width**0.5, x.dtype
+        )  # rounded as in transformers
 
-    def rotary(self, positions) -> ByLayer:
-        """Rotary tables at positions [...]."""
-        c, stretch = self.config, None
+    def rotary(self, positions: jax.Array) -> ByLayer:
+        """Rotary tables [..., 1, d / 2] at positions [...]."""
+        c = self.config
+        stretch: jax.Array | np.ndarray | None = None
         if c.rope_scaling == "linear":
             stretch = jnp.full(c.head_dim // 2, c.rope_factor)
         elif c.rope_scaling == "llama3":
@@ -175,15 +197,18 @@ class Decoder(nnx.Module):
                 (c.rope_slow_turns, c.rope_fast_turns),
                 c.rope_original_length,
             )
-        whole = rotary_table(positions, c.head_dim, c.rope_theta, stretch)
+        full = rotary_table(positions, c.head_dim, c.rope_theta, stretch)
         if c.rope_local_theta is None or not c.sliding_layers:
-            return ByLayer(whole, whole)
-        return ByLayer(whole, rotary_table(positions, c.head_dim, c.rope_local_theta))
+            return ByLayer(full, full)
+        return ByLayer(full, rotary_table(positions, c.head_dim, c.rope_local_theta))
 
-    def masks(self, mask, queries, keys) -> ByLayer:
-        """`mask`, and with the sliding window on top, for positions queries and keys.
+    def masks(self, mask: jax.Array, queries: jax.Array, keys: jax.Array) -> ByLayer:
+        """Attention masks: `mask` itself, and combined with the sliding window.
 
-        mask: [..., L] or [..., S, L] bool; queries: [..., S]; keys: [..., L].
+        Args:
+            mask: [..., L] or [..., S, L] bool.
+            queries: [..., S] int32, positions.
+            keys: [..., L] int32, positions.
         """
         window = self.config.sliding_window
         if window is None or not self.config.sliding_layers:
@@ -194,22 +219,23 @@ class Decoder(nnx.Module):
 
     @property
     def scores(self) -> dict[str, float | None]:
-        """How attention makes its scores."""
+        """Keyword arguments of the attention functions: scale and softcap."""
         c = self.config
         scale = None if c.query_scale is None else c.query_scale**-0.5
         return dict(scale=scale, softcap=c.attention_softcap)
 
-    def logits(self, hidden):
+    def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32."""
         logits = jnp.matmul(
             hidden, self.unembedding_matrix(), preferred_element_type=jnp.float32
         )
         return soft_capped(logits, self.config.logit_softcap)
 
-    def scan(self, layer, carry):
-        """Runs layer(block, carry, slides) -> (carry, output) through the stack.
+    def scan(self, layer: Callable[..., tuple[Any, Any]], carry: Any) -> tuple:
+        """Scans layer(block, carry, slides) -> (carry, output) over the stacked layers.
 
-        `slides`, for `ByLayer.of`, rides along as data; None where no layer does.
+        `slides` is the argument of `ByLayer.select`: traced, or None if no layer's
+        window slides. Returns (carry, outputs with a leading axis of layers).
         """
         c = self.config
         graph, stacked = nnx.split(self.layers)

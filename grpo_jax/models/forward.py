@@ -1,6 +1,6 @@
 """Forward passes of a decoder: logits, hidden states and log-probs of completions."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,16 @@ from grpo_jax.parallel.sharding import constrain, per_device
 
 
 class PromptSplit(NamedTuple):
-    """Prompts cut before their last token: the first input of their completions."""
+    """Prompts cut before their last token, which is the first input of completions."""
 
-    prefix_mask: jax.Array  # [P, L], the prompt's tokens without its last
-    positions: jax.Array  # [P, L]
-    last_token: jax.Array  # [P]
-    length: jax.Array  # [P], tokens before the last: the position of the last
+    prefix_mask: jax.Array  # [P, L] bool, the prompt's tokens without its last
+    positions: jax.Array  # [P, L] int32
+    last_token: jax.Array  # [P] int32
+    length: jax.Array  # [P] int32, tokens before the last: its position
 
 
 def split_prompts(prompts: jax.Array, prompt_mask: jax.Array) -> PromptSplit:
-    """Finds each prompt's last token, wherever the padding is."""
+    """Cuts prompts [P, L], padded on either side, before their last token."""
     mask = prompt_mask.astype(bool)
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # [P]
     prefix_mask = mask & (jnp.arange(mask.shape[1]) != last[:, None])
@@ -34,7 +34,8 @@ def split_prompts(prompts: jax.Array, prompt_mask: jax.Array) -> PromptSplit:
     )
 
 
-def _positions(mask):
+def _positions(mask: jax.Array) -> jax.Array:
+    """Positions [B, L] of the tokens in mask [B, L], padding not counted."""
     return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
 
 
@@ -57,8 +58,8 @@ def next_token_logits(
     masks = model.masks(mask.astype(bool), positions, positions)
 
     def layer(block, x, slides):
-        q, k, v = block.qkv(x, rotary.of(slides))
-        attended = causal_attention(q, k, v, masks.of(slides), **model.scores)
+        q, k, v = block.qkv(x, rotary.select(slides))
+        attended = causal_attention(q, k, v, masks.select(slides), **model.scores)
         return constrain(block.output(x, attended), "prompts"), None
 
     x, _ = model.scan(layer, constrain(model.embed(token_ids), "prompts"))
@@ -71,8 +72,9 @@ def completion_hidden(
     """Hidden states that predict each completion token, prompts encoded once per group.
 
     Args:
+        model: The policy's decoder.
         prompts, prompt_mask: [P, L].
-        completions: [P, G, T]; what follows a completion's end is never looked at.
+        completions: [P, G, T]; tokens after a completion's end affect only themselves.
 
     Returns:
         [P, G, T, D] in the compute dtype, after the final norm.
@@ -82,32 +84,32 @@ def completion_hidden(
     first = jnp.broadcast_to(split.last_token[:, None, None], (p, g, 1))
     inputs = jnp.concatenate((first, completions[..., :-1]), axis=-1)
     positions = split.length[:, None, None] + jnp.arange(t)  # [P, 1, T]
-    own_rotary, prefix_rotary = model.rotary(positions), model.rotary(split.positions)
+    rotary, prefix_rotary = model.rotary(positions), model.rotary(split.positions)
     steps = jnp.arange(t)
     causal = model.masks(jnp.tril(jnp.ones((t, t), bool)), steps, steps)
     to_prefix = model.masks(split.prefix_mask, positions[:, 0], split.positions)
     in_prefix = model.masks(split.prefix_mask, split.positions, split.positions)
 
     def layer(block, carry, slides):
-        prefix, own = carry
-        prefix_q, prefix_k, prefix_v = block.qkv(prefix, prefix_rotary.of(slides))
-        q, k, v = block.qkv(own, own_rotary.of(slides))
+        prefix, x = carry
+        prefix_q, prefix_k, prefix_v = block.qkv(prefix, prefix_rotary.select(slides))
+        q, k, v = block.qkv(x, rotary.select(slides))
         attended = shared_prefix_attention(
             q,
             prefix_k.transpose(0, 2, 3, 1),
             prefix_v.swapaxes(1, 2),
-            to_prefix.of(slides),
+            to_prefix.select(slides),
             k.transpose(0, 1, 3, 4, 2),
             v.swapaxes(2, 3),
-            causal.of(slides),
+            causal.select(slides),
             **model.scores,
         )
         prefix_attended = causal_attention(
-            prefix_q, prefix_k, prefix_v, in_prefix.of(slides), **model.scores
+            prefix_q, prefix_k, prefix_v, in_prefix.select(slides), **model.scores
         )
         prefix = constrain(block.output(prefix, prefix_attended), "prompts")
-        own = constrain(block.output(own, attended), "prompts", "samples")
-        return (prefix, own), None
+        x = constrain(block.output(x, attended), "prompts", "samples")
+        return (prefix, x), None
 
     carry = (
         constrain(model.embed(constrain(prompts, "prompts")), "prompts"),
@@ -115,20 +117,32 @@ def completion_hidden(
             model.embed(constrain(inputs, "prompts", "samples")), "prompts", "samples"
         ),
     )
-    (_, own), _ = model.scan(layer, carry)
-    return model.final_norm(own)
+    (_, x), _ = model.scan(layer, carry)
+    return model.final_norm(x)
 
 
 def teacher_forced(
-    policy: Policy, prompts, prompt_mask, completions, temperature, entropy=False
-):
-    """[P, G, T] log-probs of the completions' tokens (and entropies), each device on
-    its own prompts."""
+    policy: Policy,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    completions: jax.Array,
+    temperature: float | jax.Array,
+    entropy: bool = False,
+) -> Any:
+    """Log-probs [P, G, T] float32 of the completions' tokens; with `entropy` a pair,
+    the second the entropies [P, G, T]. Each device computes those of its prompts.
 
-    def own(policy, prompts, completions):
-        model = policy.module()
+    Args:
+        policy: Its parameters and config.
+        prompts, prompt_mask: [P, L].
+        completions: [P, G, T].
+        temperature: Divides the logits.
+    """
+
+    def local_logprobs(policy, prompts, completions):
+        model, (ids, mask) = policy.module(), prompts
         return token_logprobs(
-            completion_hidden(model, *prompts, completions),
+            completion_hidden(model, ids, mask, completions),
             model.unembedding_matrix(),
             completions,
             temperature=temperature,
@@ -136,4 +150,4 @@ def teacher_forced(
             with_entropy=entropy,
         )
 
-    return per_device(own, policy, (prompts, prompt_mask), completions)
+    return per_device(local_logprobs, policy, (prompts, prompt_mask), completions)

@@ -1,4 +1,4 @@
-"""A model directory's files besides its tensors; no jax here."""
+"""Files of a model directory other than its tensors; imports no jax."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo_jax.errors import ConfigError
 
-# All at once: what is there of a snapshot decides, among other things, the template.
+# Fetched together: which of them exist decides, for one, the chat template.
 _FILES = (
     "*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model", "vocab*",
     "merges.txt",
@@ -16,7 +16,11 @@ _FILES = (
 
 
 def local_directory(directory: str | os.PathLike) -> Path:
-    """The directory itself, or of a Hub name the snapshot of a model's files."""
+    """The directory as a path; for a Hub name "org/name" the snapshot of its files.
+
+    Raises:
+        ConfigError: neither a directory nor a model that the Hub can deliver.
+    """
     folder = Path(directory).expanduser()
     if folder.is_dir():
         return folder
@@ -30,7 +34,7 @@ def local_directory(directory: str | os.PathLike) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FILES)))
-    except Exception as error:  # the hub's own, its HTTP client's, or the system's
+    except Exception as error:  # of the Hub, its HTTP client or the system
         raise ConfigError(
             f"{name} is no local directory and cannot be had from the Hugging Face "
             f"Hub: {first_line(error)}"
@@ -38,7 +42,11 @@ def local_directory(directory: str | os.PathLike) -> Path:
 
 
 def load_tokenizer(directory: str | os.PathLike) -> Any:
-    """The transformers tokenizer of a checkpoint, chat template included."""
+    """The transformers tokenizer of a checkpoint, chat template included.
+
+    Raises:
+        ConfigError: the directory has none that can be read.
+    """
     folder = local_directory(directory)
     quiet_transformers()
     from transformers import AutoTokenizer
@@ -52,9 +60,9 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
 
 
 def eos_ids(directory: str | os.PathLike) -> tuple[int, ...]:
-    """The tokens that end a completion: generation_config.json's, else config.json's.
+    """Tokens that end a completion, by generation_config.json, else config.json.
 
-    Empty where neither says; the tokenizer's EOS is then all there is.
+    Empty if neither names any; then only the tokenizer's EOS ends a completion.
     """
     folder = local_directory(directory)
     for name in ("generation_config.json", "config.json"):
@@ -72,12 +80,16 @@ def eos_ids(directory: str | os.PathLike) -> tuple[int, ...]:
 
 
 def quiet_transformers() -> None:
-    """Before its first import: it reports torch's absence, which is no news."""
+    """Silences transformers, which reports that torch is missing when imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The mapping that a file holds; ConfigError for anything else."""
+    """The JSON mapping in a file.
+
+    Raises:
+        ConfigError: the file is missing, is no JSON, or holds something else.
+    """
     try:
         values = json.loads(file.read_text())
     except FileNotFoundError:
@@ -90,5 +102,6 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type's name."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -20,7 +20,9 @@ class Policy:
     """A decoder split once: static config and graph, and parameters as plain dicts.
 
     Attributes:
-        params: What is trained, float32 in training: all parameters, or with LoRA its
+        config: The decoder's shape and how it computes.
+        graphdef: flax's static part of the decoder.
+        params: Trained parameters, float32 in training: all of them, or with LoRA its
             low-rank factors.
         frozen: With LoRA the base weights, in any float dtype; else None.
     """
@@ -31,24 +33,26 @@ class Policy:
     frozen: Any = None
 
     def module(self) -> Decoder:
+        """The decoder, its parameters outside the layers gathered over fsdp."""
         params = combined_params(self.params, self.frozen)
-        outer = {k: v for k, v in params.items() if k != "layers"}  # `scan` does those
+        outer = {k: v for k, v in params.items() if k != "layers"}  # gathered by `scan`
         params = params | constrain_params(outer, gathered=True)
         return nnx.merge(self.graphdef, params)
 
-    def replace(self, params) -> "Policy":
+    def replace(self, params: Any) -> "Policy":
+        """The policy with other trained parameters."""
         return dataclasses.replace(self, params=params)
 
     def reconfigured(self, **settings: Any) -> "Policy":
-        """The same parameters under other settings of how to compute: compute_dtype,
-        remat."""
+        """The same parameters with other config fields of the computation:
+        compute_dtype, remat."""
         config = dataclasses.replace(self.config, **settings)
         other = abstract_policy(config)
         return dataclasses.replace(other, params=self.params, frozen=self.frozen)
 
 
 def combined_params(params: Any, frozen: Any) -> Any:
-    """One nested dict of two that share no leaf; `frozen` None: `params` itself."""
+    """One nested dict of two without common leaves; `params` if `frozen` is None."""
     if frozen is None:
         return params
     both = dict(frozen)
@@ -58,26 +62,25 @@ def combined_params(params: Any, frozen: Any) -> Any:
 
 
 def init_policy(config: ModelConfig, key: jax.Array) -> Policy:
-    """A policy with fresh random float32 parameters, LoRA's factors apart."""
-
+    """A policy with random float32 parameters; with LoRA the base ones in `frozen`."""
     params, frozen = jax.jit(partial(_new_params, config))(key)
     return dataclasses.replace(abstract_policy(config), params=params, frozen=frozen)
 
 
 def abstract_policy(config: ModelConfig) -> Policy:
-    """A policy with `jax.ShapeDtypeStruct`s for parameters."""
+    """A policy whose parameters are `jax.ShapeDtypeStruct`s."""
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(decoder)
     return Policy(config, graphdef, *_parts(config, nnx.to_pure_dict(state)))
 
 
-def _new_params(config, key):
+def _new_params(config: ModelConfig, key: jax.Array) -> tuple[dict, dict | None]:
     state = nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1]
     return _parts(config, constrain_params(nnx.to_pure_dict(state)))
 
 
-def _parts(config, params):
-    """(params, frozen) of a `Policy`, from all of a decoder's."""
+def _parts(config: ModelConfig, params: dict) -> tuple[dict, dict | None]:
+    """(params, frozen) of a `Policy` from all parameters of a decoder."""
     return split_factors(params) if config.lora_rank else (params, None)
 
 
@@ -89,10 +92,17 @@ def add_lora(
     targets: Sequence[str] = LINEAR_MAPS,
     key: jax.Array,
 ) -> Policy:
-    """The policy with low-rank factors to train beside its own, frozen, parameters.
+    """The policy with low-rank factors to train; its parameters become frozen.
+
+    Args:
+        policy: Without factors.
+        rank: Of the factors, at least 1.
+        alpha: The factors' product is multiplied by alpha / rank.
+        targets: Linear maps that get factors, of `LINEAR_MAPS`.
+        key: Draws the first factor; the second one is 0.
 
     Raises:
-        ValueError: it has some already, or a setting is outside its range.
+        ValueError: the policy has factors, or a setting is outside its range.
     """
     if policy.frozen is not None:
         raise ValueError("the policy has LoRA factors already; merge_lora them first.")
@@ -102,7 +112,7 @@ def add_lora(
         policy.config, lora_rank=rank, lora_alpha=alpha, lora_targets=tuple(targets)
     )
 
-    def factors(key):  # the rest of the random parameters is never made
+    def factors(key):  # XLA drops the random base parameters
         return _new_params(config, key)[0]
 
     adapted = abstract_policy(config)
@@ -112,7 +122,7 @@ def add_lora(
 
 
 def merge_lora(policy: Policy) -> Policy:
-    """A policy without factors that computes the same, up to rounding."""
+    """The policy with its factors added to the kernels: equal up to rounding."""
     if policy.frozen is None:
         return policy
     c = policy.config

@@ -1,9 +1,9 @@
 """Hugging Face checkpoints in and out: config.json and safetensors, without torch.
 
-Reading goes shard by shard and block by block, each straight into its place in the
-(possibly sharded) stacked buffers on the device, so the host holds one shard's pages
-and one block beside what is placed. Writing goes to temporary names that are renamed
-when all is written.
+Reading goes file by file and block by block, each block straight into the stacked
+(possibly sharded) buffers on the device, so the host holds one block and the mapped
+pages of one file beside them. Writing goes to a temporary folder whose files are
+renamed when all are written.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ import numpy as np
 
 from grpo_jax.errors import ConfigError, check_choice
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.families import Tensor, config_json, model_config, tensors
+from grpo_jax.models.hf_config import config_json, model_config
+from grpo_jax.models.hf_tensors import Tensor, checkpoint_tensors
 from grpo_jax.models.hub import first_line, local_directory, read_json
 from grpo_jax.models.policy import Policy, abstract_policy, merge_lora
 
@@ -30,9 +31,11 @@ _BLOCK_BYTES = 2**23  # of a tensor on the host at a time
 _INDEX = "model.safetensors.index.json"
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
+Keys = tuple[str, ...]  # path of a parameter in `Policy.params`
+
 
 class Entry(NamedTuple):
-    """Where a tensor lies on disk."""
+    """One tensor of a safetensors file, by the file's header."""
 
     file: Path
     dtype: str
@@ -42,12 +45,12 @@ class Entry(NamedTuple):
 def load_pretrained(
     directory: str | os.PathLike, *, dtype: str | None = None, shardings: Any = None
 ) -> Policy:
-    """A policy from config.json and safetensors, whole or in shards.
+    """A policy from config.json and safetensors, in one file or several.
 
     Args:
         directory: A local directory, or a name on the Hugging Face Hub ("org/name").
         dtype: "float32" or "bfloat16", of parameters and layers alike; None: as on disk
-            (float32 where that is float16, or more than one).
+            (float32 if that is float16, or more than one).
         shardings: One sharding per parameter, in a pytree like `Policy.params`; None:
             all on the default device.
 
@@ -60,40 +63,47 @@ def load_pretrained(
     folder = local_directory(directory)
     config = read_config(folder)
     entries = _entries(folder)
-    wanted = tensors(config)
-    _check(config, wanted, abstract_policy(config).params, entries)
-    stored = {_STORED[entries[t.name].dtype] for t in wanted}
+    tensors = checkpoint_tensors(config)
+    _check(config, tensors, entries)
     if dtype is None:
+        stored = {_STORED[entries[t.name].dtype] for t in tensors}
         dtype = "bfloat16" if stored == {"bfloat16"} else "float32"
-    config = dataclasses.replace(config, compute_dtype=dtype)
-    abstract = abstract_policy(config)
-    shapes = abstract.params
-    places = {t.name: t for t in wanted}
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    wide = [None] * len(leaves) if shardings is None else tree.flatten_up_to(shardings)
-    sharding_of = {_path(p): s for (p, _), s in zip(leaves, wide, strict=True)}
+    policy = abstract_policy(dataclasses.replace(config, compute_dtype=dtype))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(policy.params)
+    given = [None] * len(leaves) if shardings is None else tree.flatten_up_to(shardings)
+    sharding_of = {_path(p): s for (p, _), s in zip(leaves, given, strict=True)}
     buffers = {
         _path(p): jnp.zeros(x.shape, dtype, device=sharding_of[_path(p)])
         for p, x in leaves
     }
-    for file in sorted({entries[name].file for name in places}):
-        with _opened(file) as shard:
-            names = [n for n in shard.keys() if n in places]
-            for name in names:
-                place = places[name]
-                write = _writer(place.transposed, sharding_of[place.path])
-                buffer = buffers.pop(place.path)
-                for row, block in _blocks(shard.get_slice(name), entries[name]):
-                    buffer = write(buffer, block, _start(place, row, block.ndim))
+    _fill(buffers, sharding_of, tensors, entries)
+    return policy.replace(tree.unflatten([buffers[_path(p)] for p, _ in leaves]))
+
+
+def _fill(
+    buffers: dict[Keys, jax.Array],
+    sharding_of: dict[Keys, Any],
+    tensors: Sequence[Tensor],
+    entries: dict[str, Entry],
+) -> None:
+    """Writes the stored tensors into the parameters' buffers, file by file."""
+    by_name = {t.name: t for t in tensors}
+    for file in sorted({entries[name].file for name in by_name}):
+        with _open(file) as stored:
+            names = stored.keys()
+            for name in (n for n in names if n in by_name):
+                tensor = by_name[name]
+                write = _writer(tensor.transposed, sharding_of[tensor.path])
+                buffer = buffers.pop(tensor.path)
+                for row, block in _blocks(stored.get_slice(name), entries[name]):
+                    buffer = write(buffer, block, _start(tensor, row, block.ndim))
                     # Blocks waiting to be written would add up on the host.
                     jax.block_until_ready(buffer)
-                buffers[place.path] = buffer
-    return abstract.replace(tree.unflatten([buffers[_path(p)] for p, _ in leaves]))
+                buffers[tensor.path] = buffer
 
 
 def read_config(directory: str | os.PathLike) -> ModelConfig:
-    """The config of a checkpoint, without its weights; compute_dtype as it says these
-    are stored.
+    """The config of a checkpoint, its compute_dtype the dtype of the stored weights.
 
     Raises:
         ConfigError: as `load_pretrained`.
@@ -107,11 +117,14 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
 
 
 def check_weights(directory: str | os.PathLike) -> None:
-    """ConfigError, as `load_pretrained`'s, where the tensors' files do not fit; reads
-    their headers alone."""
+    """Checks the tensors' names, shapes and dtypes; reads only the files' headers.
+
+    Raises:
+        ConfigError: as `load_pretrained`.
+    """
     folder = local_directory(directory)
     config = read_config(folder)
-    _check(config, tensors(config), abstract_policy(config).params, _entries(folder))
+    _check(config, checkpoint_tensors(config), _entries(folder))
 
 
 def save_pretrained(
@@ -122,9 +135,9 @@ def save_pretrained(
     eos_ids: Sequence[int] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes what `transformers.AutoModelForCausalLM.from_pretrained` loads.
+    """Writes a directory that `transformers.AutoModelForCausalLM` loads.
 
-    config.json, generation_config.json, safetensors (in shards above a size, with an
+    config.json, generation_config.json, safetensors (several above a size, with an
     index) and the tokenizer, chat template included. Parameters keep their dtype and
     every bit. Files of the same names are replaced, each at once.
 
@@ -133,7 +146,7 @@ def save_pretrained(
         directory: Made if it does not exist.
         tokenizer: A transformers tokenizer, saved beside the model; its ids for
             padding, begin and end are written into both configs.
-        eos_ids: Tokens that end a completion, where they are not the tokenizer's EOS.
+        eos_ids: Tokens that end a completion, if not the tokenizer's EOS.
         max_shard_bytes: Of one safetensors file, unless a single tensor is larger.
 
     Raises:
@@ -151,43 +164,49 @@ def save_pretrained(
         )
     ids = _special_ids(tokenizer, eos_ids)
     config = config_json(policy.config, dtype=dtypes.pop(), ids=ids)
-    shards = _split(tensors(policy.config), params, max_shard_bytes)
+    files = _split(checkpoint_tensors(policy.config), params, max_shard_bytes)
     target.mkdir(parents=True, exist_ok=True)
     partial_folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=target))
     try:
         if tokenizer is not None:
             tokenizer.save_pretrained(partial_folder)
-        _write_weights(shards, params, partial_folder)
+        _write_weights(files, params, partial_folder)
         _write_json(
             partial_folder / "generation_config.json",
             {key: value for key, value in ids.items() if value is not None},
         )
         _write_json(partial_folder / "config.json", config)
-        written = [f for f in partial_folder.rglob("*") if f.is_file()]
-        written.sort(key=lambda f: f.name == "config.json")  # last: it makes a model
-        for file in partial_folder.glob("*.safetensors"):  # made for the owner alone
-            shutil.copymode(partial_folder / "config.json", file)
-        names = [f.relative_to(partial_folder) for f in written]
-        for file, name in zip(written, names, strict=True):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target / name)
-        # What an earlier export left would be read as part of this one.
-        for stale in (*target.glob("model*.safetensors"), target / _INDEX):
-            if Path(stale.name) not in names:
-                stale.unlink(missing_ok=True)
+        _publish(partial_folder, target)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-def _path(keys):
+def _publish(folder: Path, target: Path) -> None:
+    """Moves the files of a finished export into its directory."""
+    written = [f for f in folder.rglob("*") if f.is_file()]
+    written.sort(key=lambda f: f.name == "config.json")  # last: it makes a model
+    for file in folder.glob("*.safetensors"):  # safetensors writes them mode 0600
+        shutil.copymode(folder / "config.json", file)
+    names = [f.relative_to(folder) for f in written]
+    for file, name in zip(written, names, strict=True):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target / name)
+    # Files of an earlier export would be read as part of this one.
+    for stale in (*target.glob("model*.safetensors"), target / _INDEX):
+        if Path(stale.name) not in names:
+            stale.unlink(missing_ok=True)
+
+
+def _path(keys: Sequence[Any]) -> Keys:
     return tuple(k.key for k in keys)
 
 
-def _write_json(file, values):
+def _write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _opened(file):
+def _open(file: Path) -> Any:
+    """safetensors' reader of a file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -200,102 +219,111 @@ def _opened(file):
         ) from error
 
 
-def _entries(folder) -> dict[str, Entry]:
+def _entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of a directory, from the headers of its files."""
-    index, whole = folder / _INDEX, folder / "model.safetensors"
-    where = None
-    if whole.exists():
-        files = [whole]
+    index, single = folder / _INDEX, folder / "model.safetensors"
+    weight_map: dict[str, str] = {}
+    if single.exists():
+        files = [single]
     elif index.exists():
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not where:
+        values = read_json(index).get("weight_map")
+        if not isinstance(values, dict) or not values:
             raise ConfigError(f"{index} has no weight_map.")
-        files = [folder / name for name in sorted(set(where.values()))]
+        weight_map = values
+        files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         other = "; convert its .bin files first" if [*folder.glob("*.bin")] else ""
         raise ConfigError(f"{folder} has no model.safetensors and no {_INDEX}{other}.")
     entries = {}
     for file in files:
-        with _opened(file) as shard:
-            for name in shard.keys():
-                x = shard.get_slice(name)
+        with _open(file) as stored:
+            names = stored.keys()
+            for name in names:
+                x = stored.get_slice(name)
                 entries[name] = Entry(file, x.get_dtype(), tuple(x.get_shape()))
-    for name, file in (where or {}).items():
+    for name, file in weight_map.items():
         if name not in entries or entries[name].file.name != file:
             raise ConfigError(f"{index} places {name} in {file}, which lacks it.")
     return entries
 
 
-def _check(config, wanted, shapes, entries):
-    """ConfigError unless the files hold exactly the tensors of the config."""
-    for t in wanted:
-        shape = _stored_shape(t, shapes)
-        if t.name not in entries:
-            raise ConfigError(f"{t.name} {list(shape)} is missing from the checkpoint.")
-        file, dtype, found = entries[t.name]
-        if found != shape:
+def _check(
+    config: ModelConfig, tensors: Sequence[Tensor], entries: dict[str, Entry]
+) -> None:
+    """Checks that the files hold exactly the tensors of the config."""
+    params = abstract_policy(config).params
+    for tensor in tensors:
+        name, shape = tensor.name, _stored_shape(tensor, params)
+        if name not in entries:
+            raise ConfigError(f"{name} {list(shape)} is missing from the checkpoint.")
+        file, dtype, stored_shape = entries[name]
+        if stored_shape != shape:
             raise ConfigError(
-                f"{t.name} must be {list(shape)} by config.json, got {list(found)} in "
-                f"{file}."
+                f"{name} must be {list(shape)} by config.json, got "
+                f"{list(stored_shape)} in {file}."
             )
         if dtype not in _STORED:
             raise ConfigError(
-                f"{t.name} must be one of {', '.join(_STORED)}, got {dtype} in {file}."
+                f"{name} must be one of {', '.join(_STORED)}, got {dtype} in {file}."
             )
-    extra = sorted(set(entries) - {t.name for t in wanted})
-    for name in extra:
-        if name.endswith("rotary_emb.inv_freq"):
-            continue  # old exports hold a table that follows from the config
-        found = f"{name} {list(entries[name].shape)} in {entries[name].file}"
-        if name != "lm_head.weight" or not config.tie_embeddings:
-            raise ConfigError(f"{found} is no tensor of this architecture.")
-        if not _same(entries[name], entries["model.embed_tokens.weight"]):
-            raise ConfigError(
-                f"{found} differs from the embedding, but config.json has "
-                "tie_word_embeddings true; set it to false."
-            )
+    for name in sorted(set(entries) - {t.name for t in tensors}):
+        _check_extra(name, config, entries)
 
 
-def _same(a, b):
-    """Whether lm_head and the embedding hold the same bits."""
-    if a[1:] != b[1:]:
+def _check_extra(name: str, config: ModelConfig, entries: dict[str, Entry]) -> None:
+    """Refuses a tensor that the config does not have, unless it repeats another."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return  # old exports hold a table that follows from the config
+    extra = f"{name} {list(entries[name].shape)} in {entries[name].file}"
+    if name != "lm_head.weight" or not config.tie_embeddings:
+        raise ConfigError(f"{extra} is no tensor of this architecture.")
+    if not _head_is_embedding(entries[name], entries["model.embed_tokens.weight"]):
+        raise ConfigError(
+            f"{extra} differs from the embedding, but config.json has "
+            "tie_word_embeddings true; set it to false."
+        )
+
+
+def _head_is_embedding(head: Entry, embedding: Entry) -> bool:
+    """Whether lm_head and the embedding are stored with the same bits."""
+    if head[1:] != embedding[1:]:
         return False
-    with _opened(a.file) as left, _opened(b.file) as right:
+    with _open(head.file) as left, _open(embedding.file) as right:
         pairs = zip(
-            _blocks(left.get_slice("lm_head.weight"), a),
-            _blocks(right.get_slice("model.embed_tokens.weight"), b),
+            _blocks(left.get_slice("lm_head.weight"), head),
+            _blocks(right.get_slice("model.embed_tokens.weight"), embedding),
             strict=True,
         )
         return all(np.array_equal(x[1], y[1]) for x, y in pairs)
 
 
-def _stored_shape(t: Tensor, shapes) -> tuple[int, ...]:
-    leaf = shapes
-    for key in t.path:
+def _stored_shape(tensor: Tensor, params: dict[str, Any]) -> tuple[int, ...]:
+    leaf: Any = params
+    for key in tensor.path:
         leaf = leaf[key]
-    shape = leaf.shape if t.layer is None else leaf.shape[1:]
-    return shape[::-1] if t.transposed else shape
+    shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
+    return shape[::-1] if tensor.transposed else shape
 
 
-def _blocks(x, entry):
-    """(first row, rows) of a tensor on disk, some `_BLOCK_BYTES` at a time."""
+def _blocks(stored: Any, entry: Entry) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of a tensor on disk, about `_BLOCK_BYTES` at a time."""
     size = 4 if entry.dtype == "F32" else 2
     row_bytes = max(1, int(np.prod(entry.shape[1:]))) * size
     rows = max(1, _BLOCK_BYTES // row_bytes)
     for first in range(0, entry.shape[0], rows):
-        yield first, x[first : min(first + rows, entry.shape[0])]
+        yield first, stored[first : min(first + rows, entry.shape[0])]
 
 
-def _start(t: Tensor, row: int, rank: int):
-    """Where in its leaf a block goes."""
+def _start(tensor: Tensor, row: int, rank: int) -> tuple[int, ...]:
+    """Index of a block's first element in its parameter."""
     start = [0] * rank
-    start[-1 if t.transposed else 0] = row
-    return tuple(start if t.layer is None else [t.layer, *start])
+    start[-1 if tensor.transposed else 0] = row
+    return tuple(start if tensor.layer is None else [tensor.layer, *start])
 
 
 @lru_cache(maxsize=64)
-def _writer(transposed, sharding):
-    """write(buffer, block, start): the buffer, given away, with the block in it."""
+def _writer(transposed: bool, sharding: Any) -> Callable[..., jax.Array]:
+    """write(buffer, block, start) -> the buffer with the block in it; donates it."""
 
     def write(buffer, block, start):
         block = block.T if transposed else block
@@ -305,50 +333,57 @@ def _writer(transposed, sharding):
     return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 
-def _split(wanted, params, limit):
+def _split(
+    tensors: Sequence[Tensor], params: dict[Keys, jax.Array], limit: int
+) -> list[list[Tensor]]:
     """Tensors in order, cut into lists of at most `limit` bytes."""
-    shards, size = [[]], 0
-    for t in wanted:
-        x = params[t.path]
-        nbytes = x.nbytes // (1 if t.layer is None else x.shape[0])
-        if shards[-1] and size + nbytes > limit:
-            shards.append([])
+    files: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        x = params[tensor.path]
+        nbytes = x.nbytes // (1 if tensor.layer is None else x.shape[0])
+        if files[-1] and size + nbytes > limit:
+            files.append([])
             size = 0
-        shards[-1].append(t)
+        files[-1].append(tensor)
         size += nbytes
-    return shards
+    return files
 
 
-def _write_weights(shards, params, folder):
+def _write_weights(
+    files: Sequence[Sequence[Tensor]], params: dict[Keys, jax.Array], folder: Path
+) -> None:
     from safetensors.numpy import save_file
 
-    where, total = {}, 0
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        name = name if len(shards) > 1 else "model.safetensors"
-        arrays = {t.name: _to_host(t, params[t.path]) for t in shard}
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, tensors in enumerate(files, 1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        name = name if len(files) > 1 else "model.safetensors"
+        arrays = {t.name: _to_host(t, params[t.path]) for t in tensors}
         save_file(arrays, folder / name, metadata={"format": "pt"})
-        where |= dict.fromkeys(arrays, name)
+        weight_map |= dict.fromkeys(arrays, name)
         total += sum(x.nbytes for x in arrays.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / _INDEX, index)
 
 
 _layer_of = jax.jit(partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False))
 
 
-def _to_host(t: Tensor, leaf):
-    x = np.asarray(leaf if t.layer is None else _layer_of(leaf, t.layer))
-    return np.ascontiguousarray(x.T if t.transposed else x)
+def _to_host(tensor: Tensor, param: jax.Array) -> np.ndarray:
+    x = np.asarray(param if tensor.layer is None else _layer_of(param, tensor.layer))
+    return np.ascontiguousarray(x.T if tensor.transposed else x)
 
 
-def _special_ids(tokenizer, eos):
+def _special_ids(tokenizer: Any, eos_ids: Sequence[int] | None) -> dict[str, Any]:
+    """Special token ids by their keys in config.json."""
     ids: dict[str, Any] = {
         f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id", None)
         for kind in ("bos", "eos", "pad")
     }
-    if eos is not None:
-        eos = [int(i) for i in eos]
-        ids["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
+    if eos_ids is not None:
+        given = [int(i) for i in eos_ids]
+        ids["eos_token_id"] = given[0] if len(given) == 1 else given or None
     return ids

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""Collectives of a compiled program, parsed from its HLO text."""
 
 import math
 import re
@@ -18,17 +18,17 @@ _TRIPS = re.compile(r'known_trip_count[^0-9]*"?n"?:"?([0-9]+)')
 
 
 class Collective(NamedTuple):
-    """One exchange between devices, as one device takes part in it."""
+    """One collective operation, from the view of one device."""
 
     kind: str
     nbytes: int  # of its result
-    devices: int  # that take part
+    devices: int  # in its group
     place: str  # "entry", or "body" or "condition" of a loop
-    times: int  # it runs
+    times: int  # that it runs
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in all, where devices stand in a ring."""
+        """Bytes that a device sends in all runs, with devices in a ring."""
         n = self.devices
         share = {
             "all-reduce": 2 * (n - 1) / n,
@@ -41,23 +41,24 @@ class Collective(NamedTuple):
 
 
 def parse_collectives(text: str, *, trips: int = 1) -> list[Collective]:
-    """Of a program's text, `jitted.lower(...).compile().as_text()`.
+    """Collectives in a program's text, `jitted.lower(...).compile().as_text()`.
 
     Args:
-        trips: How often loops run whose count the compiler does not know (sampling's).
+        text: HLO.
+        trips: Iterations of loops whose count the compiler does not know (sampling's).
     """
     computations, entry = _computations(text)
 
     def walk(name: str, place: str, times: int) -> Iterator[Collective]:
         for line in computations.get(name, ()):
-            found = _COLLECTIVE.search(line)
-            if found:
-                shape, kind, started = found.groups()
+            match = _COLLECTIVE.search(line)
+            if match:
+                shape, kind, started = match.groups()
                 nbytes = _nbytes(shape, kind if started else None)
                 yield Collective(kind, nbytes, _devices(line), place, times)
                 continue
-            known = _TRIPS.search(line)
-            n = int(known.group(1)) if known else trips
+            trip_count = _TRIPS.search(line)
+            n = int(trip_count.group(1)) if trip_count else trips
             for role, called in _CALLED.findall(line):
                 loop = role in ("body", "condition")
                 yield from walk(
@@ -68,11 +69,13 @@ def parse_collectives(text: str, *, trips: int = 1) -> list[Collective]:
 
 
 def bytes_sent(text: str, *, trips: int = 1) -> float:
-    """What a device sends in one run of a program."""
+    """Bytes that a device sends in one run of a program; arguments as in
+    `parse_collectives`."""
     return sum(x.sent for x in parse_collectives(text, trips=trips))
 
 
-def _computations(text):
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """(lines of each computation by its name, name of the entry computation)."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -85,8 +88,8 @@ def _computations(text):
     return computations, entry
 
 
-def _nbytes(shape, started):
-    """Of the result. What is `started` may stand with its operands before it."""
+def _nbytes(shape: str, started: str | None) -> int:
+    """Bytes of a result; that of a `started` operation may begin with its operands."""
     arrays = _ARRAY.findall(shape)
     if started == "all-gather":
         arrays = arrays[len(arrays) // 2 :]
@@ -98,9 +101,9 @@ def _nbytes(shape, started):
     )
 
 
-def _devices(line):
-    """In a group: listed, counted, or as axes of a mesh of devices, whole or in part
-    ('axis':(before)size)."""
+def _devices(line: str) -> int:
+    """Devices in a group, which HLO lists, counts, or gives as axes of a device mesh or
+    as parts of them ('axis':(before)size)."""
     listed = re.search(r"replica_groups=\{\{([0-9,]+)\}", line)
     if listed:
         return len(listed.group(1).split(","))

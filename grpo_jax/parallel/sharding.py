@@ -1,31 +1,38 @@
-"""Where arrays lie on a mesh of devices: one table, and what follows from it.
+"""Sharding of arrays over a mesh of devices: one table of rules, and its uses.
 
 A mesh has the axes data, fsdp and tensor. Arrays are described by logical axes, which
-`RULES` maps to mesh axes; prompts are split over data and fsdp together, and where
-there are too few of them, the samples of each take what is left. An axis that its mesh
-axis does not divide stays whole. Without a mesh everything here does nothing.
+`RULES` maps to mesh axes. Prompts are split over data and fsdp together; if there are
+too few of them, the samples of each prompt are split over the mesh axes that are left.
+An axis that its mesh axis does not divide is replicated. Without a mesh every function
+is a no-op.
 """
 
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Logical axes of parameters and activations; what is not here stays whole.
+# Logical axis -> mesh axis; logical axes that are not listed are replicated.
 RULES = {
     "vocab": "tensor",
     "heads": "tensor",  # of queries, with their head_dim in a kernel
     "kv_heads": "tensor",
     "mlp": "tensor",
-    "embed": "fsdp",  # of parameters; gathered where they are used
+    "embed": "fsdp",  # of parameters; gathered for each use
 }
 
 # (inputs, outputs) of each linear map.
@@ -40,7 +47,7 @@ _LINEAR = {
 }
 
 _PROMPT, _GROUP = ("prompts",), ("prompts", "samples")
-# Fields of what is sampled and trained on.
+# Logical axes of the fields of rollouts and of training batches.
 _FIELDS = {
     "prompts": _PROMPT,
     "prompt_mask": _PROMPT,
@@ -57,7 +64,7 @@ _FIELDS = {
 
 
 class MeshShape(Protocol):
-    """Devices along each axis."""
+    """Numbers of devices along each mesh axis."""
 
     @property
     def data(self) -> int: ...
@@ -68,10 +75,10 @@ class MeshShape(Protocol):
 
 
 def make_mesh(shape: MeshShape) -> Mesh | None:
-    """The mesh of the first data * fsdp * tensor devices; None for one device.
+    """A mesh of the first data * fsdp * tensor devices; None for one device.
 
     Raises:
-        ValueError: there are fewer devices.
+        ValueError: fewer devices are visible.
     """
     sizes = tuple(getattr(shape, name) for name in AXES)
     count, devices = math.prod(sizes), jax.devices()
@@ -85,31 +92,31 @@ def make_mesh(shape: MeshShape) -> Mesh | None:
     return _mesh(sizes, devices[:count])
 
 
-def _mesh(sizes, devices):
+def _mesh(sizes: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Everything inside runs on the mesh; None changes nothing."""
+    """Sets the mesh within the context; None leaves it as it is."""
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
 
 
-def current_mesh():
-    """The abstract mesh that is set, if it has this module's axes; else None."""
+def current_mesh() -> AbstractMesh | None:
+    """The abstract mesh in context, if it has the axes of this module; else None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh is not None and mesh.axis_names == AXES else None
 
 
-def _sizes(mesh) -> dict[str, int]:
-    """Devices along each axis that arrays are still cut over: inside `per_device` an
-    array is one device's part."""
+def _sizes(mesh: AbstractMesh) -> dict[str, int]:
+    """Devices along each mesh axis; 1 for the manual axes inside `per_device`, where an
+    array is one device's shard."""
     return {n: 1 if n in mesh.manual_axes else size for n, size in mesh.shape.items()}
 
 
 def _dividing(size: int, names: Sequence[str], sizes: dict[str, int]) -> tuple:
-    """Of the mesh axes in `names`, those of the largest product that divides size."""
+    """The subset of mesh axes `names` with the largest product that divides `size`."""
     subsets = itertools.chain.from_iterable(
         itertools.combinations(names, n) for n in range(len(names), 0, -1)
     )
@@ -117,8 +124,10 @@ def _dividing(size: int, names: Sequence[str], sizes: dict[str, int]) -> tuple:
     return max(fitting, key=lambda s: math.prod(sizes[n] for n in s), default=())
 
 
-def _batch_axes(prompts: int, samples: int | None, sizes) -> dict[str, tuple]:
-    """Mesh axes of "prompts" and of "samples"."""
+def _batch_axes(
+    prompts: int, samples: int | None, sizes: dict[str, int]
+) -> dict[str, tuple]:
+    """Mesh axes of the logical axes "prompts" and "samples"."""
     names = [name for name in BATCH_AXES if sizes[name] > 1]
     first = _dividing(prompts, names, sizes)
     rest = [name for name in names if name not in first]
@@ -129,7 +138,13 @@ def _batch_axes(prompts: int, samples: int | None, sizes) -> dict[str, tuple]:
 def batch_shards(
     num_prompts: int, group_size: int, shape: MeshShape | None = None
 ) -> tuple[int, int]:
-    """Into how many parts P and G are cut; `shape` None: by the mesh that is set."""
+    """Numbers of shards of P and of G.
+
+    Args:
+        num_prompts: P.
+        group_size: G.
+        shape: Of the mesh; None: the mesh in context.
+    """
     if shape is not None:
         sizes = {name: getattr(shape, name) for name in AXES}
     elif (mesh := current_mesh()) is not None:
@@ -137,43 +152,55 @@ def batch_shards(
     else:
         return 1, 1
     axes = _batch_axes(num_prompts, group_size, sizes)
-    return tuple(math.prod(sizes[n] for n in axes[k]) for k in ("prompts", "samples"))
+    prompts, samples = (
+        math.prod(sizes[n] for n in axes[name]) for name in ("prompts", "samples")
+    )
+    return prompts, samples
 
 
 def batch_devices() -> int:
-    """Over how many devices prompts are spread on the mesh that is set."""
+    """Devices along data and fsdp together, on the mesh in context; 1 without one."""
     mesh = current_mesh()
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH_AXES)
 
 
-def _spec(shape: Sequence[int], logical: Sequence[str | None], sizes, rules=RULES):
-    """PartitionSpec of an array; axes that `logical` does not reach are whole."""
+def _spec(
+    shape: Sequence[int],
+    logical: Sequence[str | None],
+    sizes: dict[str, int],
+    rules: dict[str, str] = RULES,
+) -> PartitionSpec:
+    """PartitionSpec of an array; axes beyond the `logical` ones are replicated."""
     batch: dict[str, tuple] = {}
     if "prompts" in logical:
         at = logical.index("prompts")
         grouped = "samples" in logical
         batch = _batch_axes(shape[at], shape[at + 1] if grouped else None, sizes)
 
-    def place(size, name):
+    def mesh_axes(size, name):
         if name in batch:
             return batch[name] or None
         axis = rules.get(name)
         return axis if axis and size % sizes[axis] == 0 else None
 
-    return PartitionSpec(*map(place, shape, logical))
+    return PartitionSpec(*map(mesh_axes, shape, logical))
 
 
-def _names(path) -> list[str]:
-    """The names in a tree path, of dict keys and of attributes."""
-    found = (getattr(k, "key", getattr(k, "name", None)) for k in path)
-    return [name for name in found if isinstance(name, str) and name != "value"]
+def _names(path: Sequence[Any]) -> list[str]:
+    """Names in a tree path: dict keys and attributes."""
+    keys = (getattr(k, "key", getattr(k, "name", None)) for k in path)
+    return [name for name in keys if isinstance(name, str) and name != "value"]
 
 
 def logical_axes(names: Sequence[str], rank: int) -> tuple[str | None, ...]:
-    """Logical axes of the parameter at a path of names, and of what is shaped like it
-    (a gradient, Adam's moments); () for anything else.
+    """Logical axes of a parameter, or of its gradient or Adam moments.
 
-    A rank higher than one layer's means a leading axis of layers.
+    Args:
+        names: The end of its path in the tree; a prefix is ignored.
+        rank: Of the array; one more than a layer's means a leading axis of layers.
+
+    Returns:
+        One name or None per axis; () for anything that is no parameter.
     """
     axes: tuple[str | None, ...] = ()
     last, parent = names[-1] if names else "", names[-2] if len(names) > 1 else ""
@@ -194,18 +221,24 @@ def logical_axes(names: Sequence[str], rank: int) -> tuple[str | None, ...]:
     return axes if rank == len(axes) else ()
 
 
-def _leaf_axes(path, x) -> tuple[str | None, ...]:
+def _leaf_axes(path: Sequence[Any], x: Any) -> tuple[str | None, ...]:
+    """Logical axes of any leaf: a field of rollouts or a batch, or a parameter."""
     names = _names(path)
     if names and names[-1] in _FIELDS and {*names[:-1]} <= {"rollouts", "history"}:
-        before = (None,) if "history" in names else ()  # of iterates
+        before = (None,) if "history" in names else ()  # a leading axis of iterates
         axes = (*before, *_FIELDS[names[-1]])
         return axes if x.ndim >= len(axes) else ()
     return logical_axes(names, x.ndim)
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """One `NamedSharding` per leaf of a tree of parameters, a `Policy`, an optimizer's
-    state, rollouts, a batch, or a whole training state: by the names in its path."""
+def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """A `NamedSharding` for every leaf, by the names in its path.
+
+    Args:
+        tree: Parameters, a `Policy`, an optimizer state, rollouts, a batch or a
+            training state.
+        mesh: The devices.
+    """
     sizes = dict(mesh.shape)
 
     def sharding(path, x):
@@ -215,14 +248,14 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def group_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Of one array [P, G, ...]."""
+    """The sharding of an array of shape [P, G, ...]."""
     return NamedSharding(mesh, _spec(shape, _GROUP, dict(mesh.shape)))
 
 
 def put_on_mesh(tree: Any, mesh: Mesh | None) -> Any:
-    """The tree on the mesh, as `tree_shardings` says; None: on the default device.
+    """The tree sharded by `tree_shardings`; mesh None: on the default device.
 
-    Of an array on the host every process reads only what its own devices will hold.
+    From an array on the host each process reads only the shards of its devices.
     """
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, tree)
@@ -236,14 +269,15 @@ def put_on_mesh(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def single_device_mesh(mesh: Mesh | None) -> Mesh | None:
-    """A mesh of one of this process's devices, for what the others have no part in."""
+    """A mesh of one local device, for programs that other processes do not run."""
     if mesh is None:
         return None
     return _mesh((1, 1, 1), jax.local_devices()[:1])
 
 
 def with_shardings(shapes: Any, mesh: Mesh | None) -> Any:
-    """`jax.ShapeDtypeStruct`s that say where they will lie; None: as they are."""
+    """`jax.ShapeDtypeStruct`s with the shardings of `tree_shardings`; mesh None:
+    unchanged."""
     if mesh is None:
         return shapes
     return jax.tree.map(
@@ -254,7 +288,8 @@ def with_shardings(shapes: Any, mesh: Mesh | None) -> Any:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """x laid out by its logical axes, the trailing ones whole; no-op without a mesh."""
+    """x with a sharding constraint by its logical axes; trailing axes without a name
+    are replicated."""
     mesh = current_mesh()
     if mesh is None:
         return x
@@ -264,10 +299,11 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def constrain_params(tree: Any, *, gathered: bool = False) -> Any:
-    """Parameters, or what is shaped like them, laid out by `RULES`.
+    """Parameters, or gradients of them, with sharding constraints by `RULES`.
 
     Args:
-        gathered: As they are used: whole over fsdp, still split over tensor.
+        tree: Parameters.
+        gathered: All-gathered over fsdp, still sharded over tensor: as layers use them.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -287,66 +323,82 @@ def constrain_params(tree: Any, *, gathered: bool = False) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def _gathered(x, logical, manual, spec):
-    """Inside `per_device`: a parameter whole over the batch axes, as each device's own.
-    Going back, its gradients are added up over devices here, once for all its uses."""
-    here = _differs(x)
-    rest = tuple(name for name in manual if name not in here)
-    # First: going back it is a part that is added up, not the whole.
-    x = jax.lax.pcast(x, rest, to="varying") if rest else x
-    if "fsdp" not in here:  # it is not cut
+def _gathered(
+    x: jax.Array,
+    logical: Sequence[str | None],
+    manual: Collection[Any],
+    spec: PartitionSpec,
+) -> jax.Array:
+    """A parameter gathered over the manual axes inside `per_device`.
+
+    The transpose of this gather is the one reduce-scatter of the gradient, for all uses
+    of the parameter together.
+    """
+    varying = _varying_axes(x)
+    invariant = tuple(name for name in manual if name not in varying)
+    # pcast comes before all_gather, so that the backward pass reduces the shard, not
+    # the full array.
+    x = jax.lax.pcast(x, invariant, to="varying") if invariant else x
+    if "fsdp" not in varying:  # replicated over fsdp
         return x
-    at = [RULES.get(name) for name in logical].index("fsdp")
-    gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=at, tiled=True)
+    axis = [RULES.get(name or "") for name in logical].index("fsdp")
+    gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True)
     if not splits_tensor() or "tensor" not in spec:
         return gather(x)
-    # Each device's part over tensor too, or the compiler would gather that as well.
+    # Manual over tensor too, or the compiler would gather that axis as well.
     over_tensor = jax.shard_map(
         gather, in_specs=spec, out_specs=spec, axis_names={"tensor"}
     )
     return over_tensor(x)
 
 
-def _differs(x) -> frozenset[str]:
-    """Mesh axes along which devices hold different x, inside `per_device`."""
+def _varying_axes(x: jax.Array) -> frozenset[str]:
+    """Mesh axes along which devices have different values of x, inside `per_device`."""
     kind = jax.typeof(x)
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
 def flatten_rows(x: jax.Array) -> jax.Array:
-    """[..., D] -> [N, D]. On a mesh as it is: axes of which a later one is split
-    cannot be joined without gathering it."""
+    """[..., D] -> [N, D]; on a mesh unchanged, because joining axes of which a later
+    one is sharded would gather it."""
     return x.reshape(-1, x.shape[-1]) if current_mesh() is None else x
 
 
 def splits_tensor() -> bool:
-    """Whether the mesh that is set has more than one device along tensor."""
+    """Whether the mesh in context has more than one device along tensor."""
     mesh = current_mesh()
     return mesh is not None and mesh.shape["tensor"] > 1
 
 
-def per_device(function, policy: Any, per_prompt: Any, per_sample: Any) -> Any:
-    """function(policy, per_prompt, per_sample), each device on its own prompts.
+def per_device(
+    function: Callable[[Any, Any, Any], Any],
+    policy: Any,
+    per_prompt: Any,
+    per_sample: Any,
+) -> Any:
+    """function(policy, per_prompt, per_sample), run by each device on its prompts.
 
-    Left to the compiler, a gradient would be added up over devices once for every use
-    of its parameter: in the prompt, in the completions, in every chunk of logits.
+    Left to the compiler, a gradient would be reduced over devices once for every use of
+    its parameter: in the prompt, in the completions, in every chunk of logits.
 
     Args:
-        policy: Gathered by `constrain_params` where it is used.
+        function: Returns leaves [P, G, ...] of the P and G it gets.
+        policy: Its parameters; `function` gathers them with `constrain_params`.
         per_prompt: Leaves [P, ...].
-        per_sample: Leaves [P, G, ...], as the results' are.
+        per_sample: Leaves [P, G, ...].
     """
     mesh = current_mesh()
     if mesh is None:
         return function(policy, per_prompt, per_sample)
     sizes = _sizes(mesh)
-    axes = _batch_axes(*jax.tree.leaves(per_sample)[0].shape[:2], sizes)
+    p, g = jax.tree.leaves(per_sample)[0].shape[:2]
+    axes = _batch_axes(p, g, sizes)
     manual = {*axes["prompts"], *axes["samples"]}
     if not manual:
         return function(policy, per_prompt, per_sample)
     rules = {k: v for k, v in RULES.items() if v in manual}
 
-    def lies(path, x):
+    def param_spec(path, x):
         return _spec(x.shape, logical_axes(_names(path), x.ndim), sizes, rules)
 
     prompts = axes["prompts"] or None
@@ -354,7 +406,7 @@ def per_device(function, policy: Any, per_prompt: Any, per_sample: Any) -> Any:
     return jax.shard_map(
         function,
         in_specs=(
-            jax.tree_util.tree_map_with_path(lies, policy),
+            jax.tree_util.tree_map_with_path(param_spec, policy),
             PartitionSpec(prompts),
             group,
         ),

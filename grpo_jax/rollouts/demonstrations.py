@@ -1,25 +1,45 @@
 """Batches of worked solutions that fit, for supervised learning."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.encoding import encode_imitated, encode_prompts, pack_answers
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks.types import Task, WarmStart
 
-_ASIDE = 64  # demonstrations set aside, a tenth of them at most
-
-
+_HELD_OUT = 64  # demonstrations, at most a tenth of all
 _TRIES = 100  # draws of a batch before its demonstrations count as too long
+
+Row = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its answer
 
 
 class Demonstrations:
-    """Batches of demonstrations that fit, never one that is set aside."""
+    """Batches of the demonstrations that fit, without those that were set aside.
 
-    def __init__(self, task: Task, settings: WarmStart, prompt_length, length):
+    Args:
+        task: Encodes the demonstrations.
+        settings: The task's `WarmStart`, which draws them.
+        prompt_length: L, tokens that a prompt may have.
+        length: T, tokens that an answer may have.
+
+    Attributes:
+        left_out: Examples of the training part that are too long, if they are what is
+            demonstrated; else 0.
+
+    Raises:
+        ConfigError: none fits.
+    """
+
+    def __init__(
+        self, task: Task, settings: WarmStart, prompt_length: int, length: int
+    ):
         self.task, self.settings = task, settings
         self.sizes = prompt_length, length
-        self.aside: frozenset[str] = frozenset()  # prompts
         self.left_out = 0
+        self._held_out: frozenset[str] = frozenset()  # prompts
         if settings.longest is None:
             self.left_out = len(task.train) - len(self._fitting(task.train))
             if self.left_out == len(task.train):
@@ -29,28 +49,37 @@ class Demonstrations:
                     "leave the warm start out with --warm-start.no-enabled."
                 )
 
-    def set_aside(self, rng) -> Rollouts:
-        """Some demonstrations, which no batch will show."""
+    def set_aside(self, rng: np.random.Generator) -> Rollouts:
+        """Some demonstrations [N, 1, T], which no later batch contains."""
         prompts = dict.fromkeys(e.prompt for e in self.task.train)
-        count = max(1, min(_ASIDE, len(prompts) // 10))
-        rows = {}
+        count = max(1, min(_HELD_OUT, len(prompts) // 10))
+        rows: dict[str, Row] = {}
         for _ in range(_TRIES):
-            found = self._fitting(self._draw(rng, False))
-            rows |= {example.prompt: row for example, *row in found}
+            drawn = self._fitting(self._draw(rng, spoiled=False))
+            rows |= {example.prompt: row for example, row in drawn}
             if len(rows) >= count:
                 break
         rows = dict(list(rows.items())[:count])
         if len(prompts) > 1:
-            self.aside = frozenset(rows)
+            self._held_out = frozenset(rows)
         return self._packed(list(rows.values()))
 
-    def batch(self, rng, spoiled: bool) -> Rollouts:
-        rows = []
+    def batch(self, rng: np.random.Generator, spoiled: bool) -> Rollouts:
+        """A batch [batch_size, 1, T].
+
+        Args:
+            rng: Draws it.
+            spoiled: Passed to `WarmStart.demonstrations`.
+
+        Raises:
+            ConfigError: too few of the demonstrations drawn fit.
+        """
+        rows: list[Row] = []
         for _ in range(_TRIES):
             rows += [
                 row
-                for example, *row in self._fitting(self._draw(rng, spoiled))
-                if example.prompt not in self.aside
+                for example, row in self._fitting(self._draw(rng, spoiled))
+                if example.prompt not in self._held_out
             ]
             if len(rows) >= self.settings.batch_size:
                 return self._packed(rows[: self.settings.batch_size])
@@ -59,19 +88,20 @@ class Demonstrations:
             f"into {self.sizes[1]} tokens; raise max_new_tokens."
         )
 
-    def _draw(self, rng, spoiled):
+    def _draw(self, rng: np.random.Generator, spoiled: bool) -> Sequence[Example]:
         return self.settings.demonstrations(rng, self.settings.batch_size, spoiled)
 
-    def _fitting(self, examples) -> list[tuple[Example, list[int], list[int]]]:
+    def _fitting(self, examples: Sequence[Example]) -> list[tuple[Example, Row]]:
+        """The examples whose prompt and answer fit, with their token ids."""
         prompts = encode_prompts(self.task, examples)
         answers = encode_imitated(self.task, examples)
         return [
-            row
-            for row in zip(examples, prompts, answers, strict=True)
-            if len(row[1]) <= self.sizes[0] and len(row[2]) <= self.sizes[1]
+            (example, (prompt, answer))
+            for example, prompt, answer in zip(examples, prompts, answers, strict=True)
+            if len(prompt) <= self.sizes[0] and len(answer) <= self.sizes[1]
         ]
 
-    def _packed(self, rows):
+    def _packed(self, rows: Sequence[Row]) -> Rollouts:
         prompts, answers = zip(*rows, strict=True)
         return pack_answers(
             prompts, answers, *self.sizes, self.task.tokenizer.pad_token_id

@@ -8,18 +8,24 @@ from grpo_jax.parallel.sharding import constrain
 _BLOCK = 128  # tokens whose probabilities are summed before one of them is searched
 
 
-def _draw(sample_keys, t, logits, top_k, top_p):
-    """One token and its log-prob for every row of tempered logits [P, G, V]."""
-    if top_k is not None:
-        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if top_p is not None and top_p < 1:
-        ordered = -jnp.sort(-logits, axis=-1)
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-        before = before - jax.nn.softmax(ordered, axis=-1)  # mass above each token
-        last = (before < top_p).sum(-1, keepdims=True) - 1
-        floor = jnp.take_along_axis(ordered, last, axis=-1)
-        logits = jnp.where(logits < floor, -jnp.inf, logits)
+def draw_tokens(
+    sample_keys: jax.Array,
+    t: jax.Array,
+    logits: jax.Array,
+    top_k: int | None,
+    top_p: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(tokens [P, G] int32, their log-probs [P, G] float32) of tempered logits.
+
+    Args:
+        sample_keys: [P, G] typed keys, one per completion.
+        t: [] int32, the token's index in its completion, folded into each key.
+        logits: [P, G, V] float32, divided by the temperature.
+        top_k, top_p: As in `sample`; the log-probs are those of the truncated
+            distribution.
+    """
+    logits = _keep_top_k(logits, top_k)
+    logits = _keep_top_p(logits, top_p)
     u = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t))))(
         sample_keys
     )
@@ -29,6 +35,27 @@ def _draw(sample_keys, t, logits, top_k, top_p):
     token, total = inverse_cdf(u, weights)
     chosen = jnp.take_along_axis(logits - top, token[..., None], axis=-1)[..., 0]
     return token, chosen - jnp.log(total)
+
+
+def _keep_top_k(logits: jax.Array, top_k: int | None) -> jax.Array:
+    """Logits [..., V] with -inf at all but the `top_k` largest."""
+    if top_k is None:
+        return logits
+    kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+    return jnp.where(logits < kth, -jnp.inf, logits)
+
+
+def _keep_top_p(logits: jax.Array, top_p: float | None) -> jax.Array:
+    """Logits [..., V] with -inf outside the smallest set of likeliest tokens whose
+    probabilities sum to at least `top_p`."""
+    if top_p is None or top_p >= 1:
+        return logits
+    ordered = -jnp.sort(-logits, axis=-1)
+    mass_before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    mass_before = mass_before - jax.nn.softmax(ordered, axis=-1)
+    last = (mass_before < top_p).sum(-1, keepdims=True) - 1
+    threshold = jnp.take_along_axis(ordered, last, axis=-1)
+    return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 def inverse_cdf(u: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -66,7 +93,8 @@ def inverse_cdf(u: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]
     return index * _BLOCK + jnp.minimum(within, last), total
 
 
-def _first_above(cumulated, target):
-    """Index of the first entry above target; the last index where there is none."""
+def _first_above(cumulated: jax.Array, target: jax.Array) -> jax.Array:
+    """Index [...] of the first entry of `cumulated` [..., N] above `target` [...]; the
+    last index if none is."""
     below = (cumulated <= target[..., None]).sum(-1)
     return jnp.minimum(below, cumulated.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""Text to padded token arrays and back, with the lengths rounded to few shapes."""
+"""Text to padded token arrays, and completions back to text."""
 
 from collections.abc import Sequence
 
@@ -22,10 +22,10 @@ def encode_prompts(task: Task, examples: Sequence[Example]) -> list[list[int]]:
 
 
 def encode_imitated(task: Task, examples: Sequence[Example]) -> list[list[int]]:
-    """Token ids of what a model may imitate of each example, with the EOS.
+    """Token ids of the text that a model imitates for each example, with the EOS.
 
     Raises:
-        ConfigError: a text is empty, cannot be encoded, or holds a token that ends
+        ConfigError: a text is empty, cannot be encoded, or contains a token that ends
             completions.
     """
     texts = [task.imitated(e) for e in examples]
@@ -39,8 +39,10 @@ def encode_imitated(task: Task, examples: Sequence[Example]) -> list[list[int]]:
     return [[*ids, task.end_id] for ids in rows]
 
 
-def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int):
-    """(ids, mask), each [len(rows), length] int32, padded on the left."""
+def pad_left(
+    rows: Sequence[Sequence[int]], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, mask), each [P, L = length] int32, of P rows padded on the left."""
     ids = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
@@ -52,10 +54,16 @@ def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int):
 def answer_rollouts(
     task: Task, examples: Sequence[Example], prompt_length: int, length: int
 ) -> Rollouts:
-    """Examples as rollouts of one completion, what is imitated of each and the EOS:
-    [N, 1, length].
+    """Examples as rollouts with one completion each: the imitated text and the EOS.
 
-    `behaviour_logprobs` are 0: nobody sampled them.
+    Args:
+        task: Its template and tokenizer encode the examples.
+        examples: [P].
+        prompt_length: L.
+        length: T.
+
+    Returns:
+        [P, 1, T] completions; `behaviour_logprobs` are 0, as they were not sampled.
     """
     prompts, answers = encode_prompts(task, examples), encode_imitated(task, examples)
     pad_id = task.tokenizer.pad_token_id
@@ -69,38 +77,47 @@ def pack_answers(
     length: int,
     pad_id: int,
 ) -> Rollouts:
-    """`answer_rollouts` of token ids; an answer's last one is its EOS."""
+    """`answer_rollouts` [P, 1, T] from token ids; an answer includes its EOS."""
     ids, prompt_mask = pad_left(prompts, prompt_length, pad_id)
     completions = np.full((len(answers), 1, length), pad_id, np.int32)
     mask = np.zeros_like(completions)
     for i, answer in enumerate(answers):
         completions[i, 0, : len(answer)] = answer
         mask[i, 0, : len(answer)] = 1
-    zeros = np.zeros(completions.shape, np.float32)
-    return Rollouts(ids, prompt_mask, completions, mask, zeros)
+    logprobs = np.zeros(completions.shape, np.float32)
+    return Rollouts._make((ids, prompt_mask, completions, mask, logprobs, None))
 
 
-def decode_groups(task: Task, completions, mask) -> list[list[str]]:
-    """Text of completions [P, G, T] without their final EOS and what follows it.
+def decode_groups(
+    task: Task,
+    completions: np.ndarray,
+    mask: np.ndarray,
+) -> list[list[str]]:
+    """Texts [P][G] of completions [P, G, T], each without its final EOS and the rest.
 
-    Every other token shows, padding and control tokens sampled on the way included, and
-    an id that the tokenizer does not know as U+FFFD: where one completion is right, no
-    other one reads like it.
+    Every other token is visible, sampled padding and control tokens included, and an id
+    outside the tokenizer's vocabulary as U+FFFD: a completion that differs from a right
+    one never reads like it.
+
+    Args:
+        task: Its tokenizer decodes.
+        completions: [P, G, T] int32.
+        mask: [P, G, T], 1 on sampled tokens.
     """
-    p, g, _ = completions.shape
-    tokenizer, stop = task.tokenizer, task.stop_ids
-    lengths, known = mask.sum(-1), len(tokenizer)
-    texts = []
-    for ids, length in zip(
-        completions.reshape(p * g, -1), lengths.reshape(-1), strict=True
-    ):
-        ids = ids[:length].tolist()
-        if ids and ids[-1] in stop:
+    tokenizer, stop_ids, vocab_size = task.tokenizer, task.stop_ids, len(task.tokenizer)
+
+    def decode(ids: list[int]) -> str:
+        if ids and ids[-1] in stop_ids:
             ids.pop()
         text = tokenizer.decode(
-            [i for i in ids if i < known],
+            [i for i in ids if i < vocab_size],
             skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
-        texts.append(text + "\ufffd" * sum(i >= known for i in ids))
-    return [texts[i * g : (i + 1) * g] for i in range(p)]
+        return text + "\ufffd" * sum(i >= vocab_size for i in ids)
+
+    lengths = mask.sum(-1)  # [P, G]
+    return [
+        [decode(ids[:n].tolist()) for ids, n in zip(group, counts, strict=True)]
+        for group, counts in zip(completions, lengths, strict=True)
+    ]

@@ -82,8 +82,11 @@ def score_rollouts(
         processes: Every process of the run must call this together.
     """
     rollouts, owned = sampled
-    lengths = rollouts.completion_mask.sum(-1)  # [P, G]
-    texts = decode_groups(task, rollouts.completions, rollouts.completion_mask)
+    completions, mask = map(
+        np.asarray, (rollouts.completions, rollouts.completion_mask)
+    )
+    lengths = mask.sum(-1)  # [P, G]
+    texts = decode_groups(task, completions, mask)
     scores = _score_owned(task, examples, texts, lengths, owned, pool)
     if processes.count > 1:
         share = _Share.of(owned, lengths, scores)

@@ -13,8 +13,9 @@ _SMALLEST = 16  # tokens: shorter buckets save nothing
 
 
 def bucket(length: int) -> int:
-    """The padded length for `length` tokens: itself up to 16, else a multiple of 16 or
-    of an eighth of the power of two above it: at most 8 shapes per doubling."""
+    """The padded length for `length` tokens: unchanged up to 16, else rounded up to a
+    multiple of 16, or of 1/8 of the next power of two: at most 8 shapes per doubling.
+    """
     if length <= _SMALLEST:
         return length
     step = max(_SMALLEST, 2 ** (length - 1).bit_length() // 8)
@@ -24,7 +25,7 @@ def bucket(length: int) -> int:
 def completion_buckets(max_new_tokens: int) -> list[int]:
     """Lengths that sampled completions are trimmed to before the update: T, T/2, T/4.
 
-    Few, so that all their programs are compiled before the first step.
+    Few, because a program for each is compiled before the first step.
     """
     halves = {-(-max_new_tokens // 2**i) for i in range(3)}
     return sorted(
@@ -34,7 +35,12 @@ def completion_buckets(max_new_tokens: int) -> list[int]:
 
 
 def drop_long_prompts(task: Task, limit: int) -> tuple[Task, tuple[int, int]]:
-    """(the task without prompts of more tokens, how many of each part are left out)."""
+    """(task without the prompts of more than `limit` tokens, numbers of prompts left
+    out of its training and held-out part).
+
+    Raises:
+        ConfigError: every prompt of a part is longer.
+    """
     kept = []
     for name, part in (("trained", task.train), ("held-out", task.heldout)):
         rows = zip(part, encode_prompts(task, part), strict=True)
@@ -49,11 +55,15 @@ def drop_long_prompts(task: Task, limit: int) -> tuple[Task, tuple[int, int]]:
 
 
 def completion_tokens(task: Task, examples: Sequence[Example] | None = None) -> int:
-    """Tokens that a completion needs: the longest answer and EOS; where solutions of
-    all lengths are worked out, room for 99 in 100 of the trained ones.
+    """Tokens that a completion needs: the longest answer and EOS; for worked solutions
+    of varying length, enough for 99 in 100 of those of the training part.
 
     Args:
-        examples: Trained ones first; None: the task's.
+        task: Its answers or solutions are encoded.
+        examples: The training part first; None: the task's.
+
+    Raises:
+        ConfigError: the task has no answers or solutions to measure.
     """
     examples = task.train + task.heldout if examples is None else examples
     if not callable(task.reward) and not any(e.solution for e in task.train):

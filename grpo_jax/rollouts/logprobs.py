@@ -1,14 +1,15 @@
 """Log-probs of completions under a policy, teacher-forced."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.models.forward import teacher_forced
 from grpo_jax.models.policy import Policy
-from grpo_jax.parallel.sharding import constrain
 from grpo_jax.rollouts.micro_batches import (
     MicroBatch,
-    _joined,
+    join_batch,
     repeat_parts,
     split_batch,
 )
@@ -21,9 +22,15 @@ def completion_logprobs(
     *,
     temperature: float | jax.Array = 1.0,
 ) -> jax.Array:
-    """[P, G, T] log-probs of the completions: the teacher-forced twin of `sample`'s.
+    """Log-probs [P, G, T] float32 of the completions: the teacher-forced twin of those
+    that `sample` recorded.
 
-    Those of the whole, untruncated distribution; 0 after each completion's end.
+    Of the full, untruncated distribution; 0 after each completion's end.
+
+    Args:
+        policy: The distribution.
+        rollouts: [P, G, T] completions.
+        temperature: Divides the logits, as in `sample`.
     """
     prompts = rollouts.prompts, rollouts.prompt_mask
     logprobs = teacher_forced(policy, *prompts, rollouts.completions, temperature)
@@ -36,14 +43,20 @@ def batch_logprobs(
     temperature: float,
     micro: MicroBatch,
     with_entropy: bool = False,
-):
-    """[P, G, T] log-probs of the completions, micro-batch by micro-batch; with
-    `with_entropy` a pair, the second the entropy at each token."""
-    _, g, t = rollouts.completions.shape
-    times = g // micro.samples
+) -> Any:
+    """`completion_logprobs` [P, G, T], micro-batch by micro-batch.
+
+    Args:
+        policy: The distribution.
+        rollouts: [P, G, T] completions.
+        temperature: Divides the logits.
+        micro: Sizes of the micro-batches.
+        with_entropy: Return a pair, the second the entropies [P, G, T] in nats.
+    """
+    g = rollouts.completions.shape[1]
     prompts = split_batch((rollouts.prompts, rollouts.prompt_mask), micro, False)
     parts = (
-        repeat_parts(prompts, times),
+        repeat_parts(prompts, g // micro.samples),
         split_batch(rollouts.completions, micro, True),
     )
 
@@ -53,10 +66,7 @@ def batch_logprobs(
             policy, prompts, prompt_mask, completions, temperature, with_entropy
         )
 
-    def whole(x):  # [parts, p, g, T]
-        x = x.reshape(-1, times, micro.prompts, micro.samples, t)
-        x = _joined(x.swapaxes(1, 2), 2, micro.shards[1])
-        x = constrain(_joined(x, 0, micro.shards[0]), "prompts", "samples")
+    def masked(x):  # [P, G, T]
         return jnp.where(rollouts.completion_mask.astype(bool), x, 0.0)
 
-    return jax.tree.map(whole, jax.lax.map(part, parts))
+    return jax.tree.map(masked, join_batch(jax.lax.map(part, parts), micro, g))

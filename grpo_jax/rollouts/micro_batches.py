@@ -14,8 +14,10 @@ from grpo_jax.parallel.sharding import batch_shards, constrain
 class MicroBatch:
     """How a batch is split: `prompts` x `samples` at a time, divisors of P and G.
 
-    `shards` are the parts that P and G are cut into over devices: every part of the
-    batch holds the same share of each.
+    Attributes:
+        prompts, samples: Of one micro-batch, over all devices.
+        shards: Numbers of shards of P and of G over devices; a micro-batch takes the
+            same number of rows from each.
     """
 
     prompts: int
@@ -24,7 +26,7 @@ class MicroBatch:
 
     @property
     def on_device(self) -> tuple[int, int]:
-        """Prompts and samples of one part that one device works on."""
+        """(prompts, samples) of a micro-batch that one device works on."""
         return self.prompts // self.shards[0], self.samples // self.shards[1]
 
 
@@ -36,14 +38,18 @@ def micro_batch(
     budget: int,
     shards: tuple[int, int] | None = None,
 ) -> MicroBatch:
-    """The largest split into equal parts of at most `budget` tokens (at least 1 x 1).
+    """The largest micro-batch of at most `budget` tokens on a device (at least 1 x 1).
 
-    A part of p prompts and g samples holds p * (prompt_tokens + g * max_tokens) tokens.
-    Whole groups are preferred: their prompt is encoded once.
+    p prompts with g samples each have p * (prompt_tokens + g * max_tokens) tokens.
+    Complete groups are preferred: their prompt is encoded once.
 
     Args:
+        num_prompts: P.
+        group_size: G.
+        prompt_tokens: L.
+        max_tokens: T.
         budget: Tokens on one device.
-        shards: What P and G are cut into over devices; None: by the mesh that is set.
+        shards: Numbers of shards of P and of G; None: those of the mesh in context.
     """
     shards = batch_shards(num_prompts, group_size) if shards is None else shards
     num_prompts, group_size = num_prompts // shards[0], group_size // shards[1]
@@ -51,32 +57,38 @@ def micro_batch(
     def fits(p, g):
         return p * (prompt_tokens + g * max_tokens) <= budget
 
-    def of(p, g):
+    def make(p, g):
         return MicroBatch(p * shards[0], g * shards[1], shards)
 
     for p in _divisors(num_prompts):
         if fits(p, group_size):
-            return of(p, group_size)
+            return make(p, group_size)
     for g in _divisors(group_size):
         if fits(1, g):
-            return of(1, g)
-    return of(1, 1)
+            return make(1, g)
+    return make(1, 1)
 
 
-def _divisors(n):
-    """Of n, the largest first."""
+def _divisors(n: int) -> list[int]:
+    """Divisors of n, largest first."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)}, reverse=True)
 
 
 def split_batch(tree: Any, micro: MicroBatch, group_axis: bool) -> Any:
-    """Leaves [P, ...] or [P, G, ...] to [parts, p, ...] or [parts, p, g, ...]."""
+    """Leaves [P, ...] or [P, G, ...] to [parts, p, ...] or [parts, p, g, ...].
+
+    Args:
+        tree: Arrays.
+        micro: Sizes of a part.
+        group_axis: Whether the leaves have the axis G.
+    """
 
     def split(x):
-        x = _cut(x, 0, micro.prompts, micro.shards[0])  # [parts, p, ...]
+        x = _split_axis(x, 0, micro.prompts, micro.shards[0])  # [parts, p, ...]
         if not group_axis:
             return constrain(x, None, "prompts")
-        x = _cut(x, 2, micro.samples, micro.shards[1])  # [parts, p, parts, g, ...]
+        x = _split_axis(x, 2, micro.samples, micro.shards[1])  # [parts, p, parts, g]
         p, g = x.shape[0], x.shape[2]
         x = x.swapaxes(1, 2).reshape(p * g, *x.shape[1:2], *x.shape[3:])
         return constrain(x, None, "prompts", "samples")
@@ -84,8 +96,19 @@ def split_batch(tree: Any, micro: MicroBatch, group_axis: bool) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _cut(x, axis, size, shards):
-    """An axis as [parts, size]: of each of its `shards`, every part has as much."""
+def join_batch(tree: Any, micro: MicroBatch, group_size: int) -> Any:
+    """The inverse of `split_batch`: leaves [parts, p, g, ...] to [P, G, ...]."""
+
+    def join(x):
+        x = x.reshape(-1, group_size // micro.samples, *x.shape[1:])
+        x = _join_axis(x.swapaxes(1, 2), 2, micro.shards[1])
+        return constrain(_join_axis(x, 0, micro.shards[0]), "prompts", "samples")
+
+    return jax.tree.map(join, tree)
+
+
+def _split_axis(x: jax.Array, axis: int, size: int, shards: int) -> jax.Array:
+    """An axis as two, [parts, size]; every part has as much of each shard."""
     before, n, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     if shards == 1:
         return x.reshape(*before, n // size, size, *after)
@@ -93,13 +116,10 @@ def _cut(x, axis, size, shards):
     return x.swapaxes(axis, axis + 1).reshape(*before, n // size, size, *after)
 
 
-def _joined(x, axis, shards):
-    """The inverse of `_cut`: axes [parts, size] as one."""
-    before, (parts, size), after = (
-        x.shape[:axis],
-        x.shape[axis:][:2],
-        x.shape[axis:][2:],
-    )
+def _join_axis(x: jax.Array, axis: int, shards: int) -> jax.Array:
+    """The inverse of `_split_axis`: axes [parts, size] as one."""
+    before, after = x.shape[:axis], x.shape[axis + 2 :]
+    parts, size = x.shape[axis : axis + 2]
     if shards > 1:
         x = x.reshape(*before, parts, shards, size // shards, *after)
         x = x.swapaxes(axis, axis + 1)
@@ -107,5 +127,6 @@ def _joined(x, axis, shards):
 
 
 def repeat_parts(tree: Any, times: int) -> Any:
-    """Prompt-wise leaves [parts, p, ...] once per split of their groups."""
+    """Leaves [parts, p, ...] of prompts to [parts * times, p, ...], each part repeated
+    for the `times` splits of its groups."""
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)

@@ -1,11 +1,12 @@
 """Draft, then refine (iGRPO): the best of some drafts joins the prompt.
 
 Drafts are sampled and scored like any completion and carry no gradient; the update
-sees the refinements alone, whose prompt is the template with the draft in it.
+sees only the refinements, whose prompt is the template with the draft in it.
 """
 
 import re
 from collections.abc import Container, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +16,18 @@ from grpo_jax.tasks.templates import encode_all
 Piece = str | tuple[int, ...]  # "prompt", "draft", or literal token ids
 
 
-def template_pieces(tokenizer, template: str) -> list[Piece]:
-    """The template's parts: `{prompt}` and `{draft}` by name, other text as token ids.
+def template_pieces(tokenizer: Any, template: str) -> list[Piece]:
+    """Parts of a template: `{prompt}` and `{draft}` by name, other text as token ids.
 
-    Parts are joined as tokens, so the refined prompt holds exactly the tokens that were
-    sampled.
+    Parts are joined as tokens, so the refined prompt contains exactly the tokens that
+    were sampled.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        template: Text with the two names.
 
     Raises:
-        ConfigError: `{draft}` or `{prompt}` is missing, another name is there, or the
+        ConfigError: `{draft}` or `{prompt}` is missing, another name is used, or the
             text between cannot be encoded.
     """
     parts = re.split(r"(\{\w*\})", template)
@@ -33,7 +38,7 @@ def template_pieces(tokenizer, template: str) -> list[Piece]:
             "sampling.refine_template must hold {prompt} and {draft} and no other "
             f"name, got {template!r}."
         )
-    pieces = []
+    pieces: list[Piece] = []
     for part in parts:
         if part in names:
             pieces.append(part[1:-1])
@@ -47,8 +52,8 @@ def refined_length(
     pieces: Sequence[Piece], prompt_tokens: int, draft_tokens: int
 ) -> int:
     """Tokens of the longest refined prompt."""
-    known = {"prompt": prompt_tokens, "draft": draft_tokens}
-    return sum(known[p] if isinstance(p, str) else len(p) for p in pieces)
+    lengths = {"prompt": prompt_tokens, "draft": draft_tokens}
+    return sum(lengths[p] if isinstance(p, str) else len(p) for p in pieces)
 
 
 def refined_prompts(
@@ -61,12 +66,14 @@ def refined_prompts(
 ) -> list[list[int]]:
     """Token ids of each prompt with its best draft, without the draft's EOS.
 
-    The first draft of those with the highest reward is taken; one whose reward is
-    missing only where all are.
+    The best draft is the first one of the highest reward. A missing reward counts as
+    the lowest.
 
     Args:
-        drafts, mask: [P, N, T].
-        rewards: [P, N], NaN where missing.
+        pieces: Of the template.
+        prompts: [P] rows of token ids.
+        drafts, mask: [P, N, T] int32.
+        rewards: [P, N] float32, NaN where missing.
         eos_ids: Tokens that end a completion (`Task.stop_ids`).
     """
     best = np.argmax(np.where(np.isnan(rewards), -np.inf, rewards), axis=1)
@@ -75,7 +82,7 @@ def refined_prompts(
         draft = drafts[p, i][mask[p, i] > 0].tolist()
         if draft and draft[-1] in eos_ids:
             draft.pop()
-        known = {"prompt": list(prompts[p]), "draft": draft}
-        parts = (known[x] if isinstance(x, str) else x for x in pieces)
+        ids = {"prompt": list(prompts[p]), "draft": draft}
+        parts = (ids[x] if isinstance(x, str) else x for x in pieces)
         rows.append([token for part in parts for token in part])
     return rows

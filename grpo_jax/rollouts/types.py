@@ -1,4 +1,4 @@
-"""What a sampling phase hands to scoring and to the update."""
+"""`Rollouts`: what sampling hands to scoring and to the update."""
 
 from typing import NamedTuple
 

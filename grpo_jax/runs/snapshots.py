@@ -1,5 +1,4 @@
-"""The policies that a run left on disk, for looking at them afterwards, and prompts to
-look at them with: of tasks where one completion is right, so that truth is exact."""
+"""Policies that a run saved, loaded again by step."""
 
 from pathlib import Path
 
@@ -16,21 +15,21 @@ from grpo_jax.runs.policies import load_base, model_of_run, with_factors
 
 
 def saved_steps(run_dir: Path | str) -> list[int]:
-    """Steps of a run whose policy can be had: 0 and those of its checkpoints."""
+    """Steps of a run whose policy is on disk: 0 and those of its checkpoints."""
     run_dir = Path(run_dir)
     names = [path.name for path in (run_dir / "checkpoints").glob("*")]
-    begun = (run_dir / "initial.safetensors").exists() or names
-    start = [0] if begun else []
+    started = (run_dir / "initial.safetensors").exists() or names
+    start = [0] if started else []
     return sorted({*start, *(int(name) for name in names if name.isdigit())})
 
 
 def pick_step(run_dir: Path, step: int | None) -> int:
-    """The step itself, one of `saved_steps`; None: the newest of them.
+    """`step` if it is one of `saved_steps`; None: the newest of them.
 
     Raises:
-        ConfigError: there is none of that step, or the directory holds no run.
+        ConfigError: that step was not saved, or the directory is no run's.
     """
-    read_facts(run_dir)  # its error first
+    read_facts(run_dir)  # raises if the directory is no run's
     steps = saved_steps(run_dir)
     if not steps:
         raise ConfigError(f"{run_dir} holds no policy yet; it was stopped too early.")
@@ -46,7 +45,7 @@ def load_policy(run_dir: Path | str, step: int | None = None) -> Policy:
     """The policy of a run after `step` steps, one of `saved_steps`; None: the newest.
 
     Raises:
-        ConfigError: there is none of that step, or it cannot be read.
+        ConfigError: that step was not saved, or cannot be read.
     """
     run_dir = Path(run_dir)
     config = from_dict(TrainConfig, read_config_dict(run_dir))

@@ -139,8 +139,8 @@ def test_a_window_counts_the_query_itself():
 @pytest.mark.parametrize("slides", [None, False, True])
 def test_by_layer_picks_traced_or_not(slides):
     pair = ByLayer((np.zeros(2), np.ones(1)), (np.full(2, 3.0), np.full(1, 4.0)))
-    expected = pair.sliding if slides else pair.whole
-    assert pair.of(slides) is expected
+    expected = pair.sliding if slides else pair.full
+    assert pair.select(slides) is expected
     if slides is not None:
-        traced = jax.jit(pair.of)(np.array(slides))
+        traced = jax.jit(pair.select)(np.array(slides))
         jax.tree.map(np.testing.assert_array_equal, traced, expected)

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 import grpo_jax as gj
 from grpo_jax.errors import ConfigError
 from grpo_jax.models import pretrained
-from grpo_jax.models.families import FAMILIES, config_json, family_of, model_config
+from grpo_jax.models.families import FAMILIES, family_of
+from grpo_jax.models.hf_config import config_json, model_config
 
 SMALL = gj.ModelConfig(
     vocab_size=9, num_layers=2, width=8, mlp_width=12, num_heads=2, num_kv_heads=1,
