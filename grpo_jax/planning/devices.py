@@ -17,12 +17,13 @@ def check_mesh(
     sampling: SamplingConfig,
     model: ModelConfig,
     *,
-    here: bool = True,
+    local_devices: bool = True,
 ) -> None:
     """Refuses a mesh that has no devices, or whose devices would not all have work.
 
     Args:
-        here: The run is on this machine's devices; else they are not looked for.
+        local_devices: The run is on this machine's devices; else only the shape of the
+            mesh is checked.
 
     Raises:
         ConfigError: devices are missing, or left out by one of several processes; or
@@ -30,10 +31,10 @@ def check_mesh(
     """
     sizes = dataclasses.asdict(mesh)
     count = math.prod(sizes.values())
-    if count == 1 and (jax.process_count() == 1 or not here):
+    if count == 1 and (jax.process_count() == 1 or not local_devices):
         return
     text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-    if here:
+    if local_devices:
         _check_devices(count, text)
     p, g = sampling.prompts, sampling.group_size
     shards = batch_shards(p, g, mesh)
@@ -67,7 +68,7 @@ def _check_devices(count: int, text: str) -> None:
 
 
 def device_memory() -> int | None:
-    """Bytes of one device (of a CPU: of the machine); None if that is not known."""
+    """Bytes of one device (of a CPU: of the machine); None if that is unknown."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")

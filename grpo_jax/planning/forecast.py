@@ -46,15 +46,15 @@ def forecast(
         raise ConfigError(f"--device-gib must be positive, got {device_gib:g}.")
     counted = None if pass_rates is None else read_pass_rates(pass_rates)
     devices = math.prod(dataclasses.astuple(config.mesh))
-    elsewhere = device_gib is not None or devices > len(jax.devices())
-    plan = make_plan(config, with_weights=False, elsewhere=elsewhere)
+    local_devices = device_gib is None and devices <= len(jax.devices())
+    plan = make_plan(config, with_weights=False, local_devices=local_devices)
     if device_gib is not None:
         limit = round(device_gib * _GIB)
     else:
-        limit = None if elsewhere else device_memory()
+        limit = device_memory() if local_devices else None
     return {
         "run": plan.headline,
-        # Memory has a section of its own.
+        # The memory section says it.
         "warnings": [w for w in plan.warnings if not w.startswith("about ")],
         "memory": _memory(plan.memory, limit),
         "step": _step(config, plan),

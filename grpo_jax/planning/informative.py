@@ -22,8 +22,8 @@ def informative_share(pass_rate: float, group_size: int) -> float:
 
 
 class Counted(NamedTuple):
-    """A prompt's pass rate: `solved` of `asked` answers, or (`asked` 0) a number that
-    was given."""
+    """A prompt's pass rate: `solved` of `asked` answers, or (`asked` 0) a number
+    from elsewhere."""
 
     rate: float
     solved: int = 0
@@ -50,7 +50,7 @@ def expected_informative(counted: Sequence[Counted], group_size: int) -> float:
 
 
 def read_pass_rates(path: str | Path) -> list[Counted]:
-    """Pass rates of prompts, as measured or as given.
+    """Pass rates of prompts, measured or from a list.
 
     Args:
         path: A directory of `grpo-jax eval --samples K`, its samples.jsonl, or a JSON

@@ -267,7 +267,7 @@ def _tokens(micro: MicroBatch, lengths: Lengths) -> int:
 
 
 def _scores(s: _Sizes, micro: MicroBatch, lengths: Lengths) -> tuple[float, float]:
-    """float32 bytes of one layer's attention scores of completion tokens: (on their own
+    """float32 bytes of one layer's attention scores of completion tokens: (on their
     completion, on their prompt)."""
     length, t = lengths
     rows = 4 * micro.prompts * micro.samples * s.num_heads * t
@@ -294,10 +294,10 @@ def _activations(
     """Bytes at the peak of a micro-batch's backward pass through the layers: what all
     of them save, and one layer's arrays, in its MLP or in its attention."""
     tokens = _tokens(micro, lengths)
-    own, prompt = _scores(s, micro, lengths)
+    completion, prompt = _scores(s, micro, lengths)
     wide = (6 + (c.lora_rank > 0)) * s.mlp + 7 * s.width + 6 * s.heads + 2 * s.kv
-    mlp = own + prompt + tokens * wide * s.size
-    attention = 3.25 * own + 2.25 * prompt
+    mlp = completion + prompt + tokens * wide * s.size
+    attention = 3.25 * completion + 2.25 * prompt
     attention += tokens * (6 * s.width + 4 * s.heads) * s.size
     layer = attention if c.remat == "none" else max(mlp, attention)
     return _saved(c, s, micro, lengths) + layer
@@ -343,7 +343,7 @@ class MemoryInputs:
     max_new_tokens: int
     micro_batch_tokens: int
     history: int = 1  # rollouts in an update
-    parts: int = 1  # updates of a rollout with prompts of their own
+    parts: int = 1  # updates of a rollout, each with other prompts
     reference: bool = False
     copies: int = 0  # as `estimate_memory`
     probe_prompts: int = 0  # 0: no instrument
@@ -371,7 +371,7 @@ class MemoryInputs:
         shards = batch_shards(self.updated, self.group_size, self.mesh)
         probe = None
         if self.probe_prompts:
-            # One more sample of each prompt: the right answer, where there is one.
+            # One more sample of each prompt: the right answer, if there is only one.
             probe = (
                 split(1, self.probe_group // 2 + 1),
                 split(self.probe_prompts, self.probe_group + 1),

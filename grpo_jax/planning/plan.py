@@ -94,15 +94,15 @@ def make_plan(
     task: Task | None = None,
     *,
     with_weights: bool = True,
-    elsewhere: bool = False,
+    local_devices: bool = True,
 ) -> Plan:
     """Checks a config against its task and fixes every shape.
 
     Args:
-        with_weights: The pretrained model's tensors must be there, besides its config
+        with_weights: The pretrained model must have its tensors, besides its config
             and tokenizer.
-        elsewhere: The run will be on other devices than this machine's: accelerators,
-            which compute in bfloat16 itself, as many as its mesh has.
+        local_devices: The run is on this machine's devices; else on accelerators, which
+            compute in bfloat16 itself, as many as its mesh has.
 
     Raises:
         ConfigError: the run cannot work as configured.
@@ -114,7 +114,11 @@ def make_plan(
     task, warm_starts, left_out = task_stage(config, objective, task, directory)
     lengths = lengths_stage(config, objective, task, warm_starts=warm_starts)
     model = model_stage(
-        config, task, directory, with_weights=with_weights, here=not elsewhere
+        config,
+        task,
+        directory,
+        with_weights=with_weights,
+        local_devices=local_devices,
     )
     shapes = shapes_stage(config, objective, task, lengths)
     weights = resolve_weights(config, objective, len(task.train))
@@ -123,7 +127,13 @@ def make_plan(
         settings = warm_start_settings(config.warm_start, task)
         Demonstrations(task, settings, lengths.prompt_length, lengths.answer_tokens)
     memory = memory_stage(
-        config, objective, model, lengths, shapes, probe.probe, here=not elsewhere
+        config,
+        objective,
+        model,
+        lengths,
+        shapes,
+        probe.probe,
+        local_devices=local_devices,
     )
     return Plan(
         task=task,
@@ -228,13 +238,13 @@ def model_stage(
     directory: Path | None,
     *,
     with_weights: bool = True,
-    here: bool = True,
+    local_devices: bool = True,
 ) -> ModelStage:
     """The shape of the model, checked against the tokenizer and the mesh.
 
     Args:
         directory: The pretrained model's; None: a new model.
-        with_weights, here: As `make_plan` (`here`: not `elsewhere`).
+        with_weights, local_devices: As `make_plan`.
 
     Raises:
         ConfigError: the model cannot be read, does not go with the tokenizer, or cannot
@@ -250,7 +260,7 @@ def model_stage(
     vocab_size = model.vocab_size or len(task.tokenizer)
     model = dataclasses.replace(model, vocab_size=vocab_size)
     check_language(task, model)
-    check_mesh(config.mesh, config.sampling, model, here=here)
+    check_mesh(config.mesh, config.sampling, model, local_devices=local_devices)
     return ModelStage(model, base_bytes)
 
 
@@ -294,12 +304,12 @@ def memory_stage(
     shapes: Shapes,
     probe: ProbePlan | None,
     *,
-    here: bool = True,
+    local_devices: bool = True,
 ) -> MemoryStage:
     """What memory depends on, with warnings where the model or the device is too small.
 
     Args:
-        here: The run is on this machine's devices.
+        local_devices: As `make_plan`.
     """
     inputs = MemoryInputs(
         model=model.config,
@@ -318,7 +328,7 @@ def memory_stage(
         weightings=WEIGHTINGS * (config.instrument.counterfactual_every > 0),
         evaluation_samples=config.evaluation.samples,
         base_bytes=model.base_bytes,
-        widened=jax.default_backend() == "cpu" and here,
+        widened=jax.default_backend() == "cpu" and local_devices,
         mesh=config.mesh,
     )
     memory, warnings = inputs.estimate(), []
@@ -329,7 +339,7 @@ def memory_stage(
             f"made for {model.config.max_positions} (max_position_embeddings)."
         )
     available = device_memory()
-    if here and available is not None and memory.peak > available:
+    if local_devices and available is not None and memory.peak > available:
         warnings.append(
             f"about {readable(memory.peak, 'B')} are needed, and the device has "
             f"{readable(available, 'B')}: {memory.advice()}."

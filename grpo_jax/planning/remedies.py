@@ -10,7 +10,7 @@ from grpo_jax.planning.memory import MemoryInputs, readable
 
 
 class Change(NamedTuple):
-    """A run with one setting changed; its text is the setting as it is given."""
+    """A run with one setting changed; as text it is 'setting value'."""
 
     setting: str
     value: Any
@@ -108,8 +108,8 @@ def _is_accepted(x: MemoryInputs) -> bool:
 
 
 def remedies(inputs: MemoryInputs, limit: int) -> list[str]:
-    """Settings that would make the run fit in `limit` bytes, each alone; or, where none
-    does, what makes the largest part smaller."""
+    """Settings that would make the run fit in `limit` bytes, each alone; if none does,
+    what makes the largest part smaller."""
     options = changes(inputs).values()
     peaks = [[change.inputs.estimate().peak for change in rows] for rows in options]
     fitting = [
@@ -129,23 +129,24 @@ def remedies(inputs: MemoryInputs, limit: int) -> list[str]:
 
 def too_long(inputs: MemoryInputs, limit: int) -> str | None:
     """What to say where an update does not fit even with one completion at a time on a
-    device; None where it fits, or where the parameters alone do not."""
-    alone = dataclasses.replace(
+    device; None if it fits, or if even the parameters do not."""
+    single = dataclasses.replace(
         inputs, micro_batch_tokens=1, probe_prompts=0, weightings=0
     )
-    memory = alone.estimate()
+    memory = single.estimate()
     without_completion = memory.state + memory.update_copies + memory.optimizing
-    if _update_peak(alone) <= limit or without_completion > limit:
+    if _update_peak(single) <= limit or without_completion > limit:
         return None
-    shrunk = changes(alone)
+    shrunk = changes(single)
     helps = []
-    for options in (tensor_changes(alone), shrunk["sampling.max_new_tokens"]):
+    for options in (tensor_changes(single), shrunk["sampling.max_new_tokens"]):
         fitting = (c for c in options if _update_peak(c.inputs) <= limit)
         helps += [str(change) for change in list(fitting)[:1]]
     helps += [str(change) for change in shrunk["model.remat"]]
+    needed = readable(_update_peak(single), "B")
     return (
-        f"an update of one completion of {alone.max_new_tokens:,} tokens needs "
-        f"{readable(_update_peak(alone), 'B')}, and no mesh.data or mesh.fsdp splits a "
+        f"an update of one completion of {single.max_new_tokens:,} tokens needs "
+        f"{needed}, and no mesh.data or mesh.fsdp splits a "
         f"completion; what helps is {' or '.join(helps) or 'a larger device'}"
     )
 

@@ -28,7 +28,7 @@ class Shapes(NamedTuple):
     """Shapes of the update."""
 
     refine: list[Piece]  # parts of a prompt with a draft in it; [] without drafts
-    train_prompt_length: int  # padded; longer than in sampling where there are drafts
+    train_prompt_length: int  # padded; with drafts longer than in sampling
     micro: MicroBatch  # of the longest completion bucket
     buckets: list[int]  # completion lengths
 

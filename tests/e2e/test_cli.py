@@ -109,17 +109,17 @@ def test_plan_prints_memory_shapes_and_informative_groups(capsys, tmp_path):
     code, text = answer(capsys, *PLAN, "--steps", "7", "--json", str(file))
     assert code == 0
     for words in (
-        "state, allocated throughout", "sampler's copy of the weights", "keys and values",
+        "allocated throughout", "sampler's copy of the weights", "keys and values",
         "peak, in", "4 prompts x 4 samples: 16 completions", "7 optimizer updates",
         "0.05 19 % 34 % 56 %",
     ):  # fmt: skip
         assert words in text
-    found = json.loads(file.read_text())
-    memory = found["memory"]
+    plan = json.loads(file.read_text())
+    memory = plan["memory"]
     assert memory["peak"] == memory["held"] + max(memory["phases"].values())
     assert memory["fits"] and memory["advice"] == []
-    assert found["step"]["updates"] == 7
-    assert found["informative"]["examples"]["0.5"]["4"] == 0.875
+    assert plan["step"]["updates"] == 7
+    assert plan["informative"]["examples"]["0.5"]["4"] == 0.875
     assert list(tmp_path.iterdir()) == [file]  # no run directory
 
 
@@ -138,12 +138,12 @@ def test_plan_of_a_pass_rate_file(capsys, tmp_path):
 
 
 def test_plan_needs_no_devices(capsys, tmp_path):
-    file, held = tmp_path / "plan.json", []
+    file, sizes = tmp_path / "plan.json", []
     for fsdp in ("1", "8"):
         mesh = ["--mesh.fsdp", fsdp, "--sampling.prompts", "8", "--json", str(file)]
         assert answer(capsys, *PLAN, *mesh)[0] == 0
-        held.append(json.loads(file.read_text())["memory"]["held"])
-    assert held[1] < held[0] / 4  # what fsdp cuts is nearly all of it
+        sizes.append(json.loads(file.read_text())["memory"]["held"])
+    assert sizes[1] < sizes[0] / 4  # fsdp splits nearly all of it
 
 
 def test_plan_that_does_not_fit_names_settings_that_would(capsys, tmp_path):
@@ -177,8 +177,8 @@ def test_plan_of_more_devices_than_there_are(capsys, tmp_path):
     code, text = answer(capsys, *argv)
     assert code == 0 and "the device's memory is not known" in text
     assert "micro-batch 8 x 4" in text  # on each device one prompt
-    found = json.loads(file.read_text())
-    assert set(map(tuple, found["step"]["micro_batches"].values())) == {(8, 4)}
+    plan = json.loads(file.read_text())
+    assert set(map(tuple, plan["step"]["micro_batches"].values())) == {(8, 4)}
     code, text = answer(capsys, "train", *argv[1:-2])
     assert code == 2 and "needs 8 devices, and there are 1" in text
 

@@ -1,4 +1,4 @@
-"""The jobs a new user runs first, whole, on the figures that the README promises."""
+"""The jobs a new user runs first, to their ends: the README's figures hold."""
 
 from pathlib import Path
 

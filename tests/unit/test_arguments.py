@@ -51,11 +51,11 @@ def test_every_module_is_a_subcommand():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_module_begins_with_its_synopsis(command):
     file = Path(gj.__file__).parent / "commands" / f"{COMMANDS[command]}.py"
-    found = synopsis(ast.get_docstring(ast.parse(file.read_text())))
-    assert found.command == command and found.description
+    result = synopsis(ast.get_docstring(ast.parse(file.read_text())))
+    assert result.command == command and result.description
     lines = usage().splitlines()
     (line,) = [x for x in lines if x.startswith(f"  {command} ")]
-    assert line.split()[1] in f"{found.arguments} {found.description}"
+    assert line.split()[1] in f"{result.arguments} {result.description}"
 
 
 def test_help_imports_no_jax():
@@ -131,8 +131,8 @@ def test_short_spellings():
 
 def test_the_run_that_is_named():
     assert named_run(["--steps", "3", "x"]) == NamedRun()
-    found = named_run(["--steps", "3", "--run_dir=a", "--resume", "--task.name", "b"])
-    assert (found.run_dir, found.resume, found.task.name) == ("a", True, "b")
+    result = named_run(["--steps", "3", "--run_dir=a", "--resume", "--task.name", "b"])
+    assert (result.run_dir, result.resume, result.task.name) == ("a", True, "b")
 
 
 def test_a_config_file_is_the_base_of_the_flags(tmp_path):

@@ -25,10 +25,10 @@ def text_of(name):
 
 
 def command(name):
-    """The words of a recipe's `grpo-jax train`, its variables standing as they are."""
+    """The words of a recipe's `grpo-jax train`, its variables not expanded."""
     lines = text_of(name).replace("\\\n", " ").splitlines()
-    found = [line for line in lines if re.match(r"\s*(exec )?grpo-jax train", line)]
-    (line,) = found or [x for x in lines if x.startswith("srun")]
+    commands = [line for line in lines if re.match(r"\s*(exec )?grpo-jax train", line)]
+    (line,) = commands or [x for x in lines if x.startswith("srun")]
     words = shlex.split(line.rstrip(" &"))
     return words[words.index("grpo-jax") :]
 
@@ -39,11 +39,14 @@ def test_the_same_command_in_every_recipe(name):
     assert words[-2:] == ["${resume[@]}", "$@"]
     flags = dict(zip(words[2:-2:2], words[3:-2:2], strict=True))
     addresses = {k: v for k, v in flags.items() if k.startswith("--distributed.")}
-    expected = "--run-dir $RUN --mesh.data 2 --mesh.fsdp 4 --mesh.tensor 1".split()
+    expected = {
+        "--run-dir": "$RUN", "--mesh.data": "2", "--mesh.fsdp": "4",
+        "--mesh.tensor": "1",
+    }  # fmt: skip
     rest = {k: v for k, v in flags.items() if k not in addresses}
-    assert rest == dict(zip(expected[::2], expected[1::2], strict=True))
-    told = name in ("kubernetes.yaml", "two_processes.sh")
-    assert len(addresses) == (3 if told else 0)
+    assert rest == expected
+    needs_addresses = name in ("kubernetes.yaml", "two_processes.sh")
+    assert len(addresses) == (3 if needs_addresses else 0)
 
 
 @pytest.mark.parametrize("name", RECIPES)

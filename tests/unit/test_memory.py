@@ -65,7 +65,7 @@ def test_the_sampler_lays_its_weights_out_once_more():
     assert estimate(untied).sampler_weights == 4 * (all_but_last_norm - table)
 
 
-# One whole part: its gradients alone; parts: their sum too. AdamW holds four copies.
+# One micro-batch: its gradients; several: their sum too. AdamW makes four copies.
 def test_gradients_and_what_the_optimizer_makes_of_them():
     trained = 4 * num_parameters(SMALL)
     assert estimate().gradients == trained
@@ -78,10 +78,10 @@ def test_gradients_and_what_the_optimizer_makes_of_them():
 # and 4 * 16 of prompts, 3 layers, 4 bytes.
 def test_one_layer_is_held_beside_what_all_layers_keep():
     tokens = 4 * 8 * 32 + 4 * 16
-    own, prompt = 4 * 32 * 4 * 32 * 32, 4 * 32 * 4 * 32 * 16  # scores of 4 heads
+    completion, prompt = 4 * 32 * 4 * 32 * 32, 4 * 32 * 4 * 32 * 16  # scores of 4 heads
     kept = 3 * tokens * 8 * 4
-    mlp = own + prompt + tokens * (6 * 12 + 7 * 8 + 6 * 24 + 2 * 12) * 4
-    attention = 3.25 * own + 2.25 * prompt + tokens * (6 * 8 + 4 * 24) * 4
+    mlp = completion + prompt + tokens * (6 * 12 + 7 * 8 + 6 * 24 + 2 * 12) * 4
+    attention = 3.25 * completion + 2.25 * prompt + tokens * (6 * 8 + 4 * 24) * 4
     assert estimate().activations == kept + max(mlp, attention)
 
 
@@ -120,11 +120,11 @@ def test_the_instrument_holds_gradients_and_derivatives():
     assert estimate(weightings=5).counterfactual == 10 * trained + max(
         2 * trained + activations, trained + layer
     )
-    part, whole = MicroBatch(1, 1), MicroBatch(4, 8)
-    held = estimate(probe=(part, whole), probe_bytes=7).look
-    assert held == 2 * trained + layer
-    held = estimate(probe=(whole, part), probe_bytes=7).look
-    assert held == 6 * trained + 7 + max(activations, layer)
+    small, large = MicroBatch(1, 1), MicroBatch(4, 8)
+    measuring = estimate(probe=(small, large), probe_bytes=7).look
+    assert measuring == 2 * trained + layer
+    measuring = estimate(probe=(large, small), probe_bytes=7).look
+    assert measuring == 6 * trained + 7 + max(activations, layer)
 
 
 def test_devices_share_what_is_cut():
@@ -139,9 +139,12 @@ def test_devices_share_what_is_cut():
 def test_devices_share_samples_where_prompts_are_few():
     """2 prompts of 8 samples over 8 devices: each has one sample of both."""
     few = dict(SHAPE, prompts=2, group_size=8, micro_batch_tokens=10**6)
-    found = MemoryInputs(model=SMALL, mesh=MeshConfig(data=8), **few).estimate()
-    alone = MemoryInputs(model=SMALL, **dict(few, group_size=1)).estimate()
-    assert found.cache == alone.cache and found.activations == alone.activations
+    memory = MemoryInputs(model=SMALL, mesh=MeshConfig(data=8), **few).estimate()
+    one_sample = MemoryInputs(model=SMALL, **dict(few, group_size=1)).estimate()
+    assert (
+        memory.cache == one_sample.cache
+        and memory.activations == one_sample.activations
+    )
 
 
 NONE = dict.fromkeys(Memory._fields, 0)

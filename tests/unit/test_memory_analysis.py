@@ -61,10 +61,10 @@ def update_program(c, micro, reference, p, g, length, t, mesh=None):
     def update(state, batch, index, at, frozen):
         return step(state, part_of(batch, index, 1), at, frozen)
 
-    lies = {}
+    options = {}
     if mesh is not None:
-        lies["out_shardings"] = tree_shardings(state, mesh), None
-    jitted = jax.jit(update, donate_argnums=0, **lies)
+        options["out_shardings"] = tree_shardings(state, mesh), None
+    jitted = jax.jit(update, donate_argnums=0, **options)
     return jitted.lower(state, batch, np.int32(0), None, policy.frozen).compile()
 
 
@@ -89,8 +89,10 @@ def sampling_program(c, p, g, length, t, mesh=None):
 
 def peak(program):
     m = program.memory_analysis()
-    held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    return held + m.temp_size_in_bytes
+    arguments = (
+        m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    )
+    return arguments + m.temp_size_in_bytes
 
 
 def memory_of(c, p, g, length, t, micro, reference=False, mesh=None):
@@ -120,8 +122,8 @@ def memory_of(c, p, g, length, t, micro, reference=False, mesh=None):
 
 def check(c, p, g, length, t, micro, reference=False):
     """Both programs within 15 %; prints what is behind the tables of the notes."""
-    found = memory_of(c, p, g, length, t, MicroBatch(*micro), reference)
-    for name, (expected, actual) in found.items():
+    programs = memory_of(c, p, g, length, t, MicroBatch(*micro), reference)
+    for name, (expected, actual) in programs.items():
         print(
             f"{name}: predicted {expected / 1e6:.1f} MB, XLA {actual / 1e6:.1f} MB, "
             f"{100 * (expected / actual - 1):+.1f} %"

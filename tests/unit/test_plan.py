@@ -1,4 +1,4 @@
-"""Each stage of a run's plan alone."""
+"""Each stage of a run's plan by itself."""
 
 import dataclasses
 import json
@@ -150,7 +150,7 @@ def test_the_mesh_is_checked_where_the_run_is_here(task):
     if len(jax.devices()) < 2:
         with pytest.raises(ConfigError, match="needs 2 devices"):
             model_stage(wide, task, None)
-    model_stage(wide, task, None, here=False)
+    model_stage(wide, task, None, local_devices=False)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_memory_stage_warns(task, monkeypatch):
     monkeypatch.setattr(stages, "device_memory", lambda: 1000)
     (warning,) = memory(task).warnings
     assert warning.startswith("about ") and "the device has 1.00kB: " in warning
-    assert memory(task, here=False).warnings == []
+    assert memory(task, local_devices=False).warnings == []
 
 
 # ---- headline, and all stages

@@ -35,15 +35,15 @@ def test_nothing_to_say_where_the_parameters_do_not_fit():
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(fsdp=8)])
 def test_more_devices_along_data_or_fsdp_do_not_help(mesh):
     limit = needs(LONG) // 2
-    found = too_long(dataclasses.replace(LONG, mesh=mesh), limit)
-    assert "one completion of 32,768 tokens needs" in found
-    assert "no mesh.data or mesh.fsdp splits a completion" in found
+    text = too_long(dataclasses.replace(LONG, mesh=mesh), limit)
+    assert "one completion of 32,768 tokens needs" in text
+    assert "no mesh.data or mesh.fsdp splits a completion" in text
 
 
 def test_what_it_names_helps():
     limit = round(needs(LONG) * 0.6)
-    found = too_long(LONG, limit)
-    assert "mesh.tensor 2 or sampling.max_new_tokens 16384" in found
+    text = too_long(LONG, limit)
+    assert "mesh.tensor 2 or sampling.max_new_tokens 16384" in text
     wider = dataclasses.replace(LONG, mesh=MeshConfig(data=4, fsdp=2, tensor=2))
     shorter = dataclasses.replace(LONG, max_new_tokens=16_384)
     assert needs(wider) <= limit and needs(shorter) <= limit
@@ -53,8 +53,8 @@ def test_what_it_names_helps():
 
 def test_it_names_recomputation_where_that_is_off():
     model = dataclasses.replace(MODEL, remat="none")
-    found = too_long(dataclasses.replace(LONG, model=model), needs(LONG))
-    assert found.endswith("model.remat full")
+    text = too_long(dataclasses.replace(LONG, model=model), needs(LONG))
+    assert text.endswith("model.remat full")
 
 
 def test_the_plan_says_it_before_its_remedies():
@@ -67,8 +67,8 @@ def test_the_plan_says_it_before_its_remedies():
         micro_batches={}, prompts=1, group_size=1, completions=1, tokens=1,
         trained_prompt_bucket=1, completion_buckets=[], steps=1, updates=1,
     )  # fmt: skip
-    found = {"run": "", "warnings": [], "memory": memory, "step": step}
-    found["informative"] = {"group_size": 1, "examples": {"0.5": {"1": 0.0}}}
-    lines = forecast_text(found).splitlines()
+    result = {"run": "", "warnings": [], "memory": memory, "step": step}
+    result["informative"] = {"group_size": 1, "examples": {"0.5": {"1": 0.0}}}
+    lines = forecast_text(result).splitlines()
     at = lines.index("  too long")
     assert "does not fit" in lines[at + 1] and lines[at + 2] == "    shorter"

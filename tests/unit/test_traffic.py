@@ -75,6 +75,6 @@ def test_seconds_of_sampling():
 
 
 def test_devices_hold_their_share():
-    whole = memory_per_device(MODEL, STEP, MeshConfig())
+    full = memory_per_device(MODEL, STEP, MeshConfig())
     half = memory_per_device(MODEL, STEP, MeshConfig(fsdp=2))
-    assert half.state == whole.state // 2 and half.cache == whole.cache // 2
+    assert half.state == full.state // 2 and half.cache == full.cache // 2
