@@ -249,7 +249,8 @@ def _differing(row: dict[str, Any], recorded: dict[str, Any] | None) -> list[str
 
 def _count_unstable(parts: Parts, collected: Collected) -> int:
     """Samples whose reward is another when the same completions are scored again."""
-    before, again = collected.rollouts.rewards, parts.collector.rescore(collected)
+    before = np.asarray(collected.rollouts.scored_rewards)
+    again = parts.collector.rescore(collected)
     same = np.equal(again, before) | (np.isnan(again) & np.isnan(before))
     return int((~same).sum())
 
@@ -285,7 +286,7 @@ def _arrays(
     return {
         **{name: np.asarray(x) for name, x in rollouts.items()},
         "prompt_indices": np.asarray(collected.indices),
-        "trained_rewards": np.asarray(batch.rollouts.rewards),
+        "trained_rewards": np.asarray(batch.rollouts.scored_rewards),
         "weights": np.asarray(batch.weights),
         "parameters": np.array(list(named)),
         "gradient_norms": np.array([float(jnp.linalg.norm(x)) for x in named.values()]),

@@ -297,7 +297,8 @@ def owned_samples(x: jax.Array | np.ndarray) -> np.ndarray:
     owners: dict[tuple, int] = {}
     for device, index in x.sharding.devices_indices_map(x.shape).items():
         block = tuple(s.indices(n) for s, n in zip(index[:2], x.shape, strict=False))
-        owners[block] = min(device.process_index, owners.get(block, 2**31))
+        process = int(device.process_index or 0)
+        owners[block] = min(process, owners.get(block, process))
     for block, owner in owners.items():
         owned[tuple(slice(*s) for s in block)] = owner == jax.process_index()
     return owned

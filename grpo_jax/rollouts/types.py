@@ -24,3 +24,17 @@ class Rollouts(NamedTuple):
     completion_mask: jax.Array
     behaviour_logprobs: jax.Array
     rewards: jax.Array | None = None
+
+    @property
+    def scored_rewards(self) -> jax.Array:
+        """The rewards, [P, G] float32.
+
+        Raises:
+            ValueError: the rollouts are not scored yet.
+        """
+        if self.rewards is None:
+            raise ValueError(
+                "rollouts must have rewards [P, G], got none; score them first, or "
+                "set them with rollouts._replace(rewards=...)."
+            )
+        return self.rewards

@@ -1,4 +1,4 @@
-"""Where things are kept between runs."""
+"""The cache directory, the cache of compiled programs, and a count of compilations."""
 
 import functools
 import os
@@ -17,10 +17,10 @@ def cache_directory() -> Path:
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs across processes, unless jax is already told where."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
+    """Keeps compiled programs across processes, unless jax has a directory for them."""
+    # jax defines its flags at run time.
+    given = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if given is None:
         directory = str(cache_directory() / "compiled")
         jax.config.update("jax_compilation_cache_dir", directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -29,19 +29,19 @@ def use_compile_cache() -> None:
 
 @functools.cache
 def _compile_events() -> list[str]:
-    """Grows by one per program that this process compiles; one listener for all."""
-    events = []
+    """A list that grows by one per program that this process compiles."""
+    events: list[str] = []
 
-    def on_event(name, *_, **__):
-        if name == "/jax/core/compile/backend_compile_duration":
-            events.append(name)
+    def on_event(event: str, duration_secs: float, **metadata: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(on_event)
     return events
 
 
 def count_compiles() -> Callable[[], int]:
-    """A function that returns how many programs were compiled since this call."""
+    """A function that counts the programs compiled since this call."""
     events = _compile_events()
     before = len(events)
     return lambda: len(events) - before

@@ -111,7 +111,7 @@ class Collector:
 
     def sample(self, params: Any, step: int) -> Sampling:
         """Starts sampling a step's completions on the device."""
-        indices = self._prompts_of(step)
+        indices = self.prompts_of(step)
         key = jax.random.fold_in(self._keys.samples, step)
         rollouts, cost = self._sample(params, indices, key)
         return Sampling(indices, rollouts, cost)
@@ -143,9 +143,10 @@ class Collector:
     def rescore(self, collected: Collected) -> np.ndarray:
         """[P, G] rewards of the same completions, computed once more."""
         sampled = HostRollouts(collected.rollouts, collected.owned)
-        return self._prompts.score(sampled, collected.indices).rollouts.rewards
+        scored = self._prompts.score(sampled, collected.indices)
+        return np.asarray(scored.rollouts.scored_rewards)
 
-    def _prompts_of(self, step: int) -> np.ndarray:
+    def prompts_of(self, step: int) -> np.ndarray:
         """[P] indices of a step's trained prompts, all different.
 
         An epoch is a fresh permutation, cut into complete steps: the data position is a
@@ -172,9 +173,9 @@ class Collector:
         rows = refined_prompts(
             self._draft_template,
             [prompts.token_ids[i] for i in indices],
-            scored.rollouts.completions,
-            scored.rollouts.completion_mask,
-            scored.rollouts.rewards,
+            np.asarray(scored.rollouts.completions),
+            np.asarray(scored.rollouts.completion_mask),
+            np.asarray(scored.rollouts.scored_rewards),
             prompts.task.stop_ids,
         )
         rollouts = prompts.sample_rows(
@@ -192,21 +193,28 @@ class Collector:
         rollouts, lengths = jax.tree.map(np.array, (scored.rollouts, scored.lengths))
         cost, rounds, replaced = Cost(), 0, 0
         while rounds < self._objective.refills:
-            tied = np.flatnonzero(tied_groups(rollouts.rewards))
+            tied = np.flatnonzero(tied_groups(rollouts.scored_rewards))
             if not len(tied):
                 break
             rounds += 1
             others, new, spent = self._other_groups(params, step, rounds, indices)
             cost += spent
-            informative = np.flatnonzero(~tied_groups(new.rollouts.rewards))
+            informative = np.flatnonzero(~tied_groups(new.rollouts.scored_rewards))
             for old, source in zip(tied, informative, strict=False):
                 indices[old], texts[old] = others[source], new.texts[source]
                 lengths[old] = new.lengths[source]
-                for array, values in zip(rollouts, new.rollouts, strict=True):
+                for array, values in zip(
+                    jax.tree.leaves(rollouts),
+                    jax.tree.leaves(new.rollouts),
+                    strict=True,
+                ):
                     array[old] = values[source]
                 replaced += 1
         scored = scored._replace(rollouts=rollouts, texts=texts, lengths=lengths)
-        metrics = {"group/refills": rounds, "group/refilled": replaced}
+        metrics: dict[str, float] = {
+            "group/refills": rounds,
+            "group/refilled": replaced,
+        }
         return indices, scored, cost, metrics
 
     def _other_groups(

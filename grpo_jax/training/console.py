@@ -1,19 +1,21 @@
-"""What a person sees while it runs: a live bar in a terminal, plain lines elsewhere."""
+"""Progress of a run: a live bar in a terminal, plain lines elsewhere."""
 
 import sys
 import time
+from typing import Any
 
 
 def format_seconds(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03, or 2:03."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def step_facts(metrics: dict) -> str:
-    """The step's numbers in one line, the same for the bar and for plain lines."""
+def step_facts(metrics: dict[str, Any]) -> str:
+    """A step's numbers on one line, for the progress bar and for plain lines."""
 
-    def show(name, pattern):
+    def show(name: str, pattern: str) -> str:
         value = metrics.get(name)
         return "nan" if value is None else pattern.format(value)
 
@@ -38,23 +40,55 @@ def step_facts(metrics: dict) -> str:
     return "  ".join(facts)
 
 
+class _Bar:
+    """A live progress bar over a line of facts."""
+
+    def __init__(self, done: int, total: int):
+        from rich import live, progress
+
+        self._progress = progress.Progress(
+            progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            progress.BarColumn(bar_width=24),
+            progress.TextColumn("{task.fields[speed]}"),
+        )
+        self._task = self._progress.add_task("", total=total, completed=done, speed="")
+        self._live = live.Live(self._progress)
+        self._live.start()
+
+    def print(self, message: str) -> None:
+        self._live.console.print(message, markup=False, highlight=False)
+
+    def update(self, done: int, speed: str, facts: str) -> None:
+        from rich import console, text
+
+        # The facts are on a line of their own: a narrow terminal wraps them.
+        self._progress.update(self._task, completed=done, speed=speed)
+        self._live.update(console.Group(self._progress, text.Text(facts)))
+
+    def stop(self) -> None:
+        self._live.stop()
+
+
 class Console:
     """Prints to stdout, and shows progress between `start` and `stop`.
 
     Args:
-        process: Of several; only the first one talks, the others' troubles aside.
+        lines_every: Steps between lines where there is no terminal.
+        process: Index; only process 0 prints, but for the alerts of others.
     """
 
     def __init__(self, lines_every: int, *, process: int = 0):
         self._lines_every, self._process = lines_every, process
         self._terminal = sys.stdout.isatty() and not process
-        self._live = self._bar = self._task = None
+        self._bar: _Bar | None = None
+        self._first = self._total = 0
+        self._began = time.monotonic()
 
     def say(self, message: str) -> None:
         if self._process:
             return
-        if self._live is not None:
-            self._live.console.print(message, markup=False, highlight=False)
+        if self._bar is not None:
+            self._bar.print(message)
         else:
             print(message, flush=True)
 
@@ -62,44 +96,37 @@ class Console:
         self.say(f"warning: {message}")
 
     def alert(self, message: str) -> None:
-        """A warning of what may have happened to this process alone."""
+        """A warning that may concern this process only, printed by any process."""
         if self._process:
             print(f"process {self._process}: warning: {message}", file=sys.stderr)
         else:
             self.warn(message)
 
     def start(self, done: int, total: int) -> None:
+        """Begins to show progress, from `done` of `total` steps."""
         self._first, self._total, self._began = done, total, time.monotonic()
-        if not self._terminal:
-            return
-        from rich import live, progress
+        if self._terminal:
+            self._bar = _Bar(done, total)
 
-        self._bar = progress.Progress(
-            progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            progress.BarColumn(bar_width=24),
-            progress.TextColumn("{task.fields[speed]}"),
-        )
-        self._task = self._bar.add_task("", total=total, completed=done, speed="")
-        self._live = live.Live(self._bar)
-        self._live.start()
+    def step(self, done: int, metrics: dict[str, Any]) -> None:
+        """Shows a step that was made.
 
-    def step(self, done: int, metrics: dict) -> None:
-        """One more step: metrics are those of the step before, already on the host."""
+        Args:
+            done: Steps so far.
+            metrics: Of that step, on the host.
+        """
         elapsed = time.monotonic() - self._began
         rate = (done - self._first) / max(elapsed, 1e-9)
         left = format_seconds((self._total - done) / max(rate, 1e-9))
         speed = f"{rate:.2f} step/s  ETA {left}"
         facts = step_facts(metrics)
-        if self._live is not None:
-            from rich import console, text
-
-            # The facts have a line of their own: a narrow terminal wraps them.
-            self._bar.update(self._task, completed=done, speed=speed)
-            self._live.update(console.Group(self._bar, text.Text(facts)))
+        if self._bar is not None:
+            self._bar.update(done, speed, facts)
         elif done % self._lines_every == 0 or done in (self._first + 1, self._total):
             self.say(f"step {done}/{self._total}  {speed}  {facts}")
 
     def stop(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        """Ends the progress bar, if there is one."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

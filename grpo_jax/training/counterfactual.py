@@ -57,7 +57,7 @@ def compare_weights(
         lambda w: gradients(policy.replace(params), batch._replace(weights=w))[0],
         sequence_logprobs,
         params,
-        rollouts.rewards,
+        rollouts.scored_rewards,
         weights,
         update_fn=lambda g: optimizer.update(g, state.opt_state, params)[0],
     )

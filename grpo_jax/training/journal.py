@@ -36,7 +36,8 @@ class RowMaker(NamedTuple):
         row = {"step": step} | to_numbers(metrics) | host
         if step:
             applied = row["update/applied"]
-            row["learning_rate"] = float(self.schedule(max(0, applied - 1)))
+            rate = self.schedule(max(0, applied - 1))
+            row["learning_rate"] = float(np.asarray(rate))
         return row | {"compiles": self.compiles()}
 
 
@@ -162,11 +163,12 @@ class Journal:
             examples: The trained examples.
             max_prompts: Entries at most.
         """
-        rewards, texts = collected.rollouts.rewards, collected.scored.texts
-        for p in np.flatnonzero(collected.owned.any(1))[:max_prompts]:
-            example = examples[collected.indices[p]]
+        rewards = np.asarray(collected.rollouts.scored_rewards)
+        texts = collected.scored.texts
+        for p in np.flatnonzero(collected.owned.any(1))[:max_prompts].tolist():
+            example = examples[int(collected.indices[p])]
             owned = np.flatnonzero(collected.owned[p])
-            values = [float(r) for r in rewards[p, owned]]
+            values = [float(r) for r in rewards[p][owned]]
             row = {
                 "step": step,
                 "prompt": example.prompt,

@@ -64,9 +64,9 @@ class Learner:
         policy = s.policy.replace(state.params)
         rollouts = put_on_mesh(rollouts, s.mesh)
         old = reference = factors = None
-        if s.rescore_old:
+        if programs.rescore is not None and s.rescore_old:
             old = programs.rescore(policy, rollouts)
-        if s.reference is not None:
+        if programs.rescore is not None and s.reference is not None:
             reference = programs.rescore(s.reference, rollouts)
         ids = jnp.asarray(prompt_ids, jnp.int32)
         weighed = programs.weigh(rollouts, reference, ids, state.weights_state)
@@ -108,6 +108,8 @@ class Learner:
     def compare_weights(self, state: TrainState, batch: Batch) -> Counterfactual:
         """What other prompt weights would do with the batch, on the host."""
         compare = self._programs_of(batch.rollouts).counterfactual
+        if compare is None:
+            raise ValueError("the learner was made with with_counterfactual=False.")
         return gather_to_host(compare(self.settings.policy, state, batch))
 
     def _programs_of(self, rollouts: Rollouts) -> Programs:

@@ -331,7 +331,7 @@ class Loop:
     ) -> dict[str, Any]:
         """Everything that follows an update: warnings, samples, measurements."""
         step, params, spent_s = self.step, self.state.params, "time/instrument_s"
-        rewards = collected.rollouts.rewards
+        rewards = collected.rollouts.scored_rewards
         compared = self._observers.after_update(before, params, rewards, step)
         self._warn(collected)
         if self._due.samples(step):
@@ -447,7 +447,10 @@ class Loop:
             console.warn(
                 f"step {step}: {cost.failures} checks hung or died; they score 0."
             )
-        if tied_groups(collected.rollouts.rewards).all() and not self._warned_of_ties:
+        if (
+            tied_groups(collected.rollouts.scored_rewards).all()
+            and not self._warned_of_ties
+        ):
             self._warned_of_ties = True
             console.warn(
                 f"step {step}: no group is informative, all its prompts have "

@@ -21,7 +21,7 @@ from grpo_jax.training.prompts import SampleFn
 PARTS = ("train", "heldout")
 
 
-class _Part(NamedTuple):
+class EvaluatedPart(NamedTuple):
     """One part of a task, encoded."""
 
     examples: Sequence[Example]  # N
@@ -46,6 +46,9 @@ class PassRates:
         pool: Worker processes for rewards; None where a Python function scores.
         processes: Of the run; `measure` is a call of all of them together.
         warn: Called with a sentence about missing rewards.
+
+    Attributes:
+        parts: What is evaluated, by its name in PARTS.
     """
 
     def __init__(
@@ -71,22 +74,22 @@ class PassRates:
         self._temperature, self._tokens = temperature, micro_batch_tokens
         self._pool, self._processes, self._warn = pool, processes, warn
 
-        def encoded(examples: Sequence[Example]) -> _Part:
+        def encoded(examples: Sequence[Example]) -> EvaluatedPart:
             pad_id = task.tokenizer.pad_token_id
             prompts = pad_left(encode_prompts(task, examples), prompt_tokens, pad_id)
             answers = None
             if task.single_answer:
                 answers = answer_rollouts(task, examples, prompt_tokens, max_new_tokens)
-            return _Part(examples, prompts, answers)
+            return EvaluatedPart(examples, prompts, answers)
 
-        self._parts = {"train": encoded(trained), "heldout": encoded(task.heldout)}
+        self.parts = {"train": encoded(trained), "heldout": encoded(task.heldout)}
 
     def measure(self, params: Any, step: int) -> dict[str, float]:
         """`eval/...` metrics of the parameters after `step` steps."""
         metrics: dict[str, float] = {}
         key = jax.random.fold_in(self._key, step)
         for name in PARTS:
-            part = self._parts[name]
+            part = self.parts[name]
             if part.answers is None:
                 interval = self._sampled(params, part, key)
             else:
@@ -94,7 +97,7 @@ class PassRates:
             metrics |= _with_interval(
                 f"eval/{name}_pass_rate", f"eval/{name}", interval
             )
-        heldout = self._parts["heldout"]
+        heldout = self.parts["heldout"]
         if heldout.answers is not None:
             name = "eval/heldout_sampled"
             interval = self._sampled(params, heldout, key)
@@ -108,7 +111,7 @@ class PassRates:
         )
 
     def _sampled(
-        self, params: Any, part: _Part, key: jax.Array
+        self, params: Any, part: EvaluatedPart, key: jax.Array
     ) -> tuple[float, float, float]:
         """(share of prompts solved by samples, low, high)."""
         batches = answer_prompts(

@@ -88,7 +88,8 @@ class UpdateSettings:
 
     def rollout_shapes(self, tokens: int) -> Rollouts:
         """Abstract `Rollouts` [P, G, tokens], with shardings on a mesh."""
-        p, g, shape = self.prompts, self.group_size, jax.ShapeDtypeStruct
+        p, g = self.prompts, self.group_size
+        shape: Any = jax.ShapeDtypeStruct
         prompt = shape((p, self.prompt_tokens), jnp.int32)
         ids = shape((p, g, tokens), jnp.int32)
         logprobs = shape((p, g, tokens), jnp.float32)
@@ -128,13 +129,11 @@ def compile_programs(
     policy = s.policy.replace(state.params)
     micro = s.micro(s.prompts, tokens)
     compile_ = partial(_compile, mesh=s.mesh)
-    by_name = partial(tree_shardings, mesh=s.mesh)
-    by_group = partial(jax.tree.map, lambda x: group_sharding(x.shape, s.mesh))
 
     rescore = weights_of_tokens = compare = push = token_shapes = None
     if s.rescore_old or s.reference is not None:
         score = partial(batch_logprobs, temperature=s.temperature, micro=micro)
-        rescore, _ = compile_(score, policy, rollouts, out_shardings=by_group)
+        rescore, _ = compile_(score, policy, rollouts, out_shardings=_by_group)
     reference = None if s.reference is None else logprobs
     weigh_program, weighed = compile_(
         partial(weigh, objective, s.rule, max_length=s.max_new_tokens),
@@ -142,14 +141,14 @@ def compile_programs(
         reference,
         jax.ShapeDtypeStruct((s.prompts,), jnp.int32),
         state.weights_state,
-        out_shardings=by_name,
+        out_shardings=tree_shardings,
     )
     if has_token_weights(objective):
         factors = partial(
             token_weights, objective, temperature=s.temperature, eos_id=s.stop_ids
         )
         weights_of_tokens, token_shapes = compile_(
-            factors, policy, rollouts, out_shardings=by_group
+            factors, policy, rollouts, out_shardings=_by_group
         )
     batch = Batch(
         weighed.rollouts,
@@ -174,7 +173,7 @@ def compile_programs(
             partial(push_history, objective),
             state.history,
             batch,
-            out_shardings=_history_shardings(by_name),
+            out_shardings=_of_history,
         )
     update = _compile_update(settings, state, batch, tokens)
     return Programs(weigh_program, update, rescore, weights_of_tokens, push, compare)
@@ -206,19 +205,21 @@ def _compile_update(
         s.policy.frozen,
         mesh=s.mesh,
         donate=(0,),
-        out_shardings=partial(tree_shardings, mesh=s.mesh),
+        out_shardings=tree_shardings,
     )
     return program
 
 
-def _history_shardings(by_name: Callable) -> Callable:
-    """Shardings of (history, batch): rules go by the name of the outermost field."""
+def _by_group(shapes: Any, mesh: Mesh) -> Any:
+    """Shardings of arrays [P, G, ...]."""
+    return jax.tree.map(lambda x: group_sharding(x.shape, mesh), shapes)
 
-    def shardings(shapes: tuple) -> tuple:
-        history, batch = shapes
-        return by_name({"history": history})["history"], by_name(batch)
 
-    return shardings
+def _of_history(shapes: tuple[Any, Any], mesh: Mesh) -> tuple[Any, Any]:
+    """Shardings of (history, batch): they go by names, outermost field included."""
+    history, batch = shapes
+    named = tree_shardings({"history": history}, mesh)
+    return named["history"], tree_shardings(batch, mesh)
 
 
 def _compile(
@@ -226,7 +227,7 @@ def _compile(
     *arguments: Any,
     mesh: Mesh | None,
     donate: tuple[int, ...] = (),
-    out_shardings: Callable[[Any], Any] | None = None,
+    out_shardings: Callable[[Any, Mesh], Any] | None = None,
 ) -> tuple[Program, Any]:
     """(compiled program, its abstract outputs).
 
@@ -235,13 +236,14 @@ def _compile(
         arguments: Arrays or their abstract forms.
         mesh: None for a single device, where nothing is sharded.
         donate: Arguments whose buffers the program may overwrite.
-        out_shardings: Maps the outputs' shapes to shardings; None lets XLA choose.
+        out_shardings: Maps the outputs' shapes to shardings on the mesh; None lets XLA
+            choose.
     """
     if mesh is None or out_shardings is None:
         lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
         return lowered.compile(), lowered.out_info
     shapes = jax.eval_shape(function, *arguments)
-    shardings = out_shardings(shapes)
+    shardings = out_shardings(shapes, mesh)
     jitted = jax.jit(function, donate_argnums=donate, out_shardings=shardings)
     outputs = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -49,7 +49,7 @@ class TrainedPrompts:
         return len(self.token_ids)
 
     def sample(
-        self, params: Any, indices: Sequence[int], key: jax.Array, group_size: int
+        self, params: Any, indices: np.ndarray, key: jax.Array, group_size: int
     ) -> Rollouts:
         """[P, group_size, T] completions of the prompts [P], on the device."""
         rows = [self.token_ids[i] for i in indices]
@@ -61,7 +61,7 @@ class TrainedPrompts:
         self,
         params: Any,
         rows: Sequence[Sequence[int]],
-        indices: Sequence[int],
+        indices: np.ndarray,
         key: jax.Array,
         group_size: int,
         prompt_tokens: int,
@@ -77,7 +77,7 @@ class TrainedPrompts:
             prompt_indices=np.asarray(indices, np.int32),
         )
 
-    def score(self, sampled: HostRollouts, indices: Sequence[int]) -> ScoredRollouts:
+    def score(self, sampled: HostRollouts, indices: np.ndarray) -> ScoredRollouts:
         """The completions [P, G, T] with rewards [P, G]."""
         examples = [self.task.train[i] for i in indices]
         return score_rollouts(self.task, sampled, examples, self._pool, self._processes)

@@ -94,7 +94,8 @@ def push_history(
     past = (history.rollouts, history.weights)
     rollouts, weights = jax.tree.map(join, past, newest)
     past = jax.tree.map(shift, past, newest)
-    history = History(*past, shift(history.valid, jnp.asarray(True)))
+    valid = shift(history.valid, jnp.asarray(True))
+    history = History(past[0], past[1], valid)
     joined = Batch(
         rollouts,
         shape_rewards(objective, rollouts, None),
@@ -111,10 +112,10 @@ def shape_rewards(
     by length, where the objective says so."""
     return shaped_rewards(
         objective,
-        rollouts.rewards,
+        rollouts.scored_rewards,
         rollouts.behaviour_logprobs,
         reference_logprobs,
-        present_mask(rollouts.completion_mask, rollouts.rewards),
+        present_mask(rollouts.completion_mask, rollouts.scored_rewards),
     )
 
 

@@ -65,7 +65,7 @@ class Part(NamedTuple):
 def batch_terms(objective: Objective, batch: Batch, max_length: int) -> Part:
     """The whole batch as one `Part`: what the loss needs, computed over all of it."""
     rollouts, weights = batch.rollouts, batch.weights
-    mask = present_mask(rollouts.completion_mask, rollouts.rewards)
+    mask = present_mask(rollouts.completion_mask, rollouts.scored_rewards)
     prompts = len(weights)
     # Sampler/trainer mismatch cannot be measured on older rollouts of a history: the
     # parameters that sampled them are gone.

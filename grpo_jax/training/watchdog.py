@@ -1,4 +1,4 @@
-"""Says what a run waits for, once it waits far longer than it usually does."""
+"""Warns of a phase that takes far longer than it usually does."""
 
 import contextlib
 import math
@@ -15,13 +15,16 @@ class Watchdog:
     """Warns of a phase that takes more than `factor` times its median, and again at
     every doubling of that time.
 
-    Until a phase was timed three times it may be compiling: only `unknown` counts.
+    A phase that was timed fewer than three times may be compiling: it has no median
+    yet, and `unknown` bounds it.
 
     Args:
         warn: Called with a sentence, from a thread.
-        least: Seconds below which no wait is worth a word.
-        unknown: Seconds a phase without a median may take.
-        limit: Seconds after which `end` is called, with a sentence on the wait.
+        factor: Times the median.
+        least: Seconds below which there is no warning.
+        unknown: Seconds that a phase without a median may take.
+        limit: Seconds after which `end` is called.
+        end: Called with a sentence on the wait.
     """
 
     def __init__(
@@ -37,15 +40,17 @@ class Watchdog:
         self._warn = warn
         self._factor, self._least, self._unknown = factor, least, unknown
         self._limit, self._end = math.inf if limit is None else limit, end
-        self._seconds: dict[str, deque] = defaultdict(lambda: deque(maxlen=100))
+        self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=100))
         self._changed = threading.Condition()
-        self._now: tuple[str, float, float] | None = None  # (phase, began, next word)
+        self._now: tuple[str, float, float] | None = (
+            None  # (phase, began, next warning)
+        )
         self._thread: threading.Thread | None = None
         self._ended = False
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times what happens inside; a phase inside another belongs to that one."""
+        """Times the phase; one inside another counts as the outer one."""
         with self._changed:
             outer, began = self._now is not None, time.monotonic()
             if not outer:
@@ -63,7 +68,7 @@ class Watchdog:
                     self._seconds[name].append(time.monotonic() - began)
 
     def stop(self) -> None:
-        """Nothing is said after this returns."""
+        """Ends the thread; no warning follows."""
         with self._changed:
             self._ended = True
             thread, self._thread = self._thread, None
@@ -71,33 +76,34 @@ class Watchdog:
         if thread is not None:
             thread.join()
 
-    def _allowed(self, name):
+    def _allowed(self, name: str) -> float:
+        """Seconds before the first warning."""
         median = self._median(name)
         if median is None:
             return self._unknown
         return max(self._least, self._factor * median)
 
-    def _median(self, name):
+    def _median(self, name: str) -> float | None:
         seconds = self._seconds[name]
         return statistics.median(seconds) if len(seconds) >= 3 else None
 
-    def _watch(self):
+    def _watch(self) -> None:
         with self._changed:
             while not self._ended:
-                # Woken at the next word, and by a phase that begins in between; one
-                # that ends wakes nobody.
+                # Woken at the next warning, and by a phase that begins before it; one
+                # that ends does not wake it.
                 if self._now is None:
                     self._changed.wait()
                     continue
-                name, began, word = self._now
+                name, began, warn_at = self._now
                 waited = time.monotonic() - began
                 if waited >= self._limit and self._end is not None:
                     self._end(f"waited {format_seconds(waited)} for {name}")
                     return
-                if waited < word:
-                    self._changed.wait(min(word, self._limit) - waited)
+                if waited < warn_at:
+                    self._changed.wait(min(warn_at, self._limit) - waited)
                     continue
-                self._now = (name, began, 2 * word)
+                self._now = (name, began, 2 * warn_at)
                 median = self._median(name)
                 usual = (
                     "the first ones may compile"

@@ -43,10 +43,10 @@ def token_weights(
         temperature: Of sampling.
         eos_id: Tokens that end a completion.
     """
-    mask = present_mask(rollouts.completion_mask, rollouts.rewards)
+    mask = present_mask(rollouts.completion_mask, rollouts.scored_rewards)
     weights = jnp.ones_like(mask)
     if objective.token_weight == "conflict":
-        signs = baselined(objective, rollouts.rewards)
+        signs = baselined(objective, rollouts.scored_rewards)
         weights *= conflict_weights(rollouts.completions, signs, mask)
     if objective.token_weight == "nthr":
         weights *= _nthr_weights(policy, rollouts, mask, temperature)
@@ -117,8 +117,12 @@ def weigh(
     if objective.overlong == "punish":
         cache = max(1, round(objective.overlong_share * max_length))
         lengths = rollouts.completion_mask.sum(-1)
-        punished = rollouts.rewards + overlong_punishment(lengths, max_length, cache)
-        trained = rollouts._replace(rewards=punished.astype(rollouts.rewards.dtype))
+        punished = rollouts.scored_rewards + overlong_punishment(
+            lengths, max_length, cache
+        )
+        trained = rollouts._replace(
+            rewards=punished.astype(rollouts.scored_rewards.dtype)
+        )
     rewards = shape_rewards(objective, trained, reference_logprobs)
     weights, weights_state = apply_weights(rule, rewards, weights_state, prompt_ids)
     metrics = group_metrics(rollouts, weights)
@@ -127,8 +131,8 @@ def weigh(
 
 def group_metrics(rollouts: Rollouts, weights: jax.Array) -> dict[str, jax.Array]:
     """Scalar metrics of rewards [P, G], their groups, weights [P] and lengths."""
-    statistics = group_statistics(rollouts.rewards)
-    std, tied = group_std(rollouts.rewards)
+    statistics = group_statistics(rollouts.scored_rewards)
+    std, tied = group_std(rollouts.scored_rewards)
     present = statistics.present.sum()
     total = (statistics.mean * statistics.count).sum()
     lengths = rollouts.completion_mask.sum(-1)

@@ -26,7 +26,8 @@ from grpo_jax.runs.config import (
     WeightsConfig,
 )
 from grpo_jax.runs.lines import read_lines
-from grpo_jax.training import loop
+from grpo_jax.training import collector, loop, parts
+from grpo_jax.training.learner import Learner
 from tests.e2e.test_cli import answer
 from tests.e2e.test_survival import numbers
 from tests.e2e.test_train import digits_task, small_config
@@ -66,21 +67,31 @@ def starts_with_a_digit(example, completion):
 
 @contextlib.contextmanager
 def watched():
-    """Lists of what the loop updated with, sampled and appended to prompts."""
+    """Lists of what runs updated with, sampled and appended to prompts, and of their
+    contexts and parts."""
     seen = SimpleNamespace(updates=[], sampled=[], refined=[], runs=[])
-    update, sample, refine = loop.Run.update, loop.sample, loop.refined_prompts
+    update, sample, refine = Learner.update, parts.sample, collector.refined_prompts
+    make_parts = loop.make_parts
+
+    def watched_parts(context, start):
+        made = make_parts(context, start)
+        settings = made.learner.settings
+        seen.runs.append(
+            SimpleNamespace(context=context, parts=made, settings=settings)
+        )
+        return made
 
     def watched_update(self, state, batch):
         before = jax.device_get(state)
         after, metrics = update(self, state, batch)
-        held = SimpleNamespace(
-            before=before,
-            batch=jax.device_get(batch),
-            after=jax.device_get(after),
-            metrics=jax.device_get(metrics),
+        seen.updates.append(
+            SimpleNamespace(
+                before=before,
+                batch=jax.device_get(batch),
+                after=jax.device_get(after),
+                metrics=jax.device_get(metrics),
+            )
         )
-        seen.updates.append(held)
-        seen.runs.append(self)
         return after, metrics
 
     def watched_sample(policy, ids, mask, **how):
@@ -93,9 +104,10 @@ def watched():
         return rows
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Run, "update", watched_update)
-        patch.setattr(loop, "sample", watched_sample)
-        patch.setattr(loop, "refined_prompts", watched_refine)
+        patch.setattr(loop, "make_parts", watched_parts)
+        patch.setattr(Learner, "update", watched_update)
+        patch.setattr(parts, "sample", watched_sample)
+        patch.setattr(collector, "refined_prompts", watched_refine)
         yield seen
 
 
@@ -125,8 +137,9 @@ class Redone:
     """What a run's update does, by the public functions on whole arrays."""
 
     def __init__(self, run, objective=None):
-        policy, objective = run.policy, objective or run.objective
-        length = run.plan.max_new_tokens
+        settings = run.settings
+        policy, objective = settings.policy, objective or settings.objective
+        length = settings.max_new_tokens
 
         def logprobs(params, rollouts):
             return gj.completion_logprobs(policy.replace(params), rollouts)
@@ -144,7 +157,7 @@ class Redone:
 
         self._gradient = jax.jit(jax.grad(loss))
         self.logprobs = jax.jit(logprobs)
-        self.changes = jax.jit(run.optimizer.update)
+        self.changes = jax.jit(settings.optimizer.update)
 
     def gradient(self, params, rollouts, **arrays):
         return jax.device_get(self._gradient(params, rollouts, arrays))
@@ -213,7 +226,7 @@ def test_refills_replace_tied_groups_by_informative_ones(refilled):
 def test_refilled_groups_are_trained_on_whole(refilled):
     rows, seen, _, _ = refilled
     run = seen.runs[0]
-    task = run.plan.task
+    task = run.context.plan.task
     for row, update in zip(rows[1:], seen.updates, strict=True):
         rollouts = update.batch.rollouts
         texts = decode_groups(task, rollouts.completions, rollouts.completion_mask)
@@ -295,7 +308,7 @@ def test_overlong_mask_leaves_cut_off_completions_out(tmp_path):
 @pytest.mark.slow
 def test_tis_cap_weighs_by_the_samplers_error(tmp_path, monkeypatch):
     """A sampler whose log-probs are off by up to 1.5 nats: weights are cut at 2."""
-    sample, rng = loop.sample, np.random.default_rng(0)
+    sample, rng = parts.sample, np.random.default_rng(0)
 
     def wrong(*arguments, **how):
         found = sample(*arguments, **how)
@@ -303,7 +316,7 @@ def test_tis_cap_weighs_by_the_samplers_error(tmp_path, monkeypatch):
         shift = np.where(found.completion_mask > 0, shift, 0).astype(np.float32)
         return found._replace(behaviour_logprobs=found.behaviour_logprobs + shift)
 
-    monkeypatch.setattr(loop, "sample", wrong)
+    monkeypatch.setattr(parts, "sample", wrong)
     norms = {}
     for cap in (2.0, None):
         objective = ObjectiveConfig(name="dr_grpo", tis_cap=cap)
@@ -340,7 +353,7 @@ def refined(tmp_path_factory):
 @pytest.mark.slow
 def test_the_best_draft_joins_the_prompt_of_the_update(refined):
     rows, seen, result = refined
-    task, gaps = seen.runs[0].task, 0
+    task, gaps = seen.runs[0].context.plan.task, 0
     for row, update, call in zip(rows[1:], seen.updates, seen.refined, strict=True):
         _, _, drafts, mask, _, _, _ = call
         assert drafts.shape == (P, 4, 8)
@@ -369,17 +382,9 @@ def test_drafts_have_keys_of_their_own(refined):
     run_key = jax.random.fold_in(jax.random.key(0), 1)
     for step, (call, update) in enumerate(zip(seen.refined, seen.updates, strict=True)):
         run = seen.runs[0]
-        indices = run._prompts_of(step)
-        ids, mask = run._padded([run.plan.prompts[i] for i in indices])
+        indices = run.parts.collector.prompts_of(step)
         params, key = update.before.params, jax.random.fold_in(run_key, step)
-        plain = run.sample(
-            run.policy.replace(params),
-            ids,
-            mask,
-            group_size=4,
-            key=key,
-            prompt_indices=np.asarray(indices, np.int32),
-        )
+        plain = run.parts.prompts.sample(params, indices, key, 4)
         assert (call[2] != np.asarray(plain.completions)).any((1, 2)).all()
     drafts = [call[2].tobytes() for call in seen.refined]
     assert len(set(drafts)) == len(drafts)
@@ -393,8 +398,9 @@ def test_evaluation_is_on_plain_prompts(refined):
     trained = [ids for ids, how in seen.sampled if how["group_size"] == 3]
     assert {ids.shape[1] for ids in evaluated} == {10}
     assert {ids.shape[1] for ids in trained} == {10 + 8 + 1 + 10 + 3}  # to a multiple
-    known = {tuple(row) for ids, _ in run.eval_prompts.values() for row in ids}
-    assert all(tuple(row) in known for ids in evaluated for row in ids)
+    plain = (part.prompts[0] for part in run.parts.pass_rates.parts.values())
+    plain = {tuple(row) for ids in plain for row in ids}
+    assert all(tuple(row) in plain for ids in evaluated for row in ids)
     assert "eval/heldout_pass_rate" in rows[-1]
 
 
@@ -565,15 +571,15 @@ def test_gtpos_entropy_filter_goes_where_the_start_is_above_it(tmp_path, capsys)
     rows, seen, _ = run(tiny(tmp_path / "high", "gtpo", steps=2))
     said = capsys.readouterr().out
     assert "mean entropy at the start is" in said and "limit of 0.693" in said
-    assert seen.runs[0].objective.entropy_limit is None
+    assert seen.runs[0].settings.objective.entropy_limit is None
     assert rows[1]["entropy/mean"] > math.log(2) and rows[1]["gradient/norm"] > 0
     again = tiny(tmp_path / "high", "gtpo", steps=3, resume=True)
-    assert run(again)[1].runs[0].objective.entropy_limit is None
+    assert run(again)[1].runs[0].settings.objective.entropy_limit is None
 
     capsys.readouterr()
     rows, seen, _ = run(tiny(tmp_path / "low", "gtpo", steps=3, temperature=0.05))
     assert "mean entropy at the start" not in capsys.readouterr().out
-    assert seen.runs[0].objective.entropy_limit == pytest.approx(math.log(2))
+    assert seen.runs[0].settings.objective.entropy_limit == pytest.approx(math.log(2))
     assert rows[1]["entropy/mean"] < math.log(2)
     assert_nothing_compiled_after_step_1(rows)
 
@@ -586,7 +592,7 @@ def test_token_weights_change_the_gradient(tmp_path, name):
         changes["entropy_coef"] = 0.0
     rows, seen, _ = run(tiny(tmp_path / "run", ObjectiveConfig(name=name, **changes)))
     first, damped = seen.runs[0], 0
-    plain = dataclasses.replace(first.objective, token_weight="none")
+    plain = dataclasses.replace(first.settings.objective, token_weight="none")
     redone = Redone(first, plain)
     for update in seen.updates:
         rollouts, weights = update.batch.rollouts, update.batch.token_weights
@@ -660,7 +666,7 @@ def test_posterior_counts_are_kept_over_visits_and_in_the_checkpoint(tmp_path):
     place = {example.prompt: i for i, example in enumerate(task.train)}
     wins, losses = np.zeros(P), np.zeros(P)
     for step, update in enumerate(seen.updates):
-        order = seen.runs[0]._prompts_of(step)
+        order = seen.runs[0].parts.collector.prompts_of(step)
         rewards = update.batch.rollouts.rewards
         wins[order] = 0.5 * wins[order] + rewards.sum(1)
         losses[order] = 0.5 * losses[order] + (1 - rewards).sum(1)
@@ -813,7 +819,7 @@ def test_counterfactual_rows(compared):
         update = seen.updates[row["step"] - 1]
         length = rows[row["step"]]["update/norm"]
         assert row["update_norm"][0] == pytest.approx(length, rel=1e-4)
-        order = list(seen.runs[0]._prompts_of(row["step"] - 1))
+        order = list(seen.runs[0].parts.collector.prompts_of(row["step"] - 1))
         for index, mean in ((0, None), (1, 0.25)):
             assert row["group_mean"][order.index(index)] == mean
             slopes = [row["slope"][k][order.index(index)] for k in range(5)]

@@ -21,7 +21,7 @@ from grpo_jax.runs.config import (
 )
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.runs.params import restore_params
-from grpo_jax.training import loop, warm_start
+from grpo_jax.training import journal, loop, warm_start
 from grpo_jax.training.watchdog import Watchdog
 from tests.e2e.test_survival import numbers
 from tests.e2e.test_train import digits_task, small_config
@@ -98,16 +98,16 @@ ENDING = ["saving", "report"]
 PHASES = {
     "compilation": (1, ["report"]),
     "evaluation": (1, ["report"]),
-    "look": (1, ["report"]),
+    "measurement": (1, ["report"]),
     "sampling": (3, ENDING),
     "scoring": (3, ENDING),
     "update": (3, ENDING),
     "update before an evaluation": (4, ENDING),
-    "update after a look": (5, ["look", *ENDING]),
+    "update after a measurement": (5, ["measurement", *ENDING]),
     "update of the last step": (8, ENDING),
     "evaluation of step 4": (2, ENDING),
     "evaluation at the end": (3, ENDING),
-    "look of step 4": (3, ENDING),
+    "measurement of step 4": (3, ENDING),
     "saving": (1, ENDING),
     "report": (1, []),
 }
@@ -165,7 +165,7 @@ def test_line_that_cannot_be_written_loses_nothing(
 ):
     """/dev/full takes the place of the file; checkpoints can be saved, or cannot."""
 
-    class Full(loop.JsonLines):
+    class Full(journal.JsonLines):
         rows = 0
 
         def write(self, row):
@@ -184,7 +184,7 @@ def test_line_that_cannot_be_written_loses_nothing(
 
     save = loop.Checkpoints.save
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "JsonLines", Full)
+        patch.setattr(journal, "JsonLines", Full)
         if not room:
             patch.setattr(loop.Checkpoints, "save", no_room)
         with pytest.raises(OSError, match=f"cannot write .*{name}.jsonl: No sp") as end:
