@@ -1,7 +1,7 @@
 """Every objective and every prompt weights on the default task: does each one train?
 
 Not a ranking: one learning rate for all, few steps, on policy (one update a rollout).
-It shows that every row and every rule runs, stays finite, and where it gets to.
+It shows that every row and every rule runs and stays finite, and its final pass rate.
 
 Command:   python experiments/benchmarks/every_method.py  (--smoke: 2 methods, 2 steps)
            ... --resumed: instead, two steps, resumed for two more, against four
@@ -22,6 +22,7 @@ import tyro
 import grpo_jax as gj
 from grpo_jax.planning.resolve import WEIGHTS
 from grpo_jax.runs.config_files import from_dict
+from grpo_jax.runs.lines import read_lines
 
 SETTINGS = {"posterior": {"power": 1.5}, "finite_group": {"group_size": 64}}
 
@@ -32,13 +33,15 @@ class Config:
     weights: tuple[str, ...] = tuple(WEIGHTS)  # rules, on the loss of grpo
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 30
-    output: str = "results/every_method"  # skipped there: what is there already
+    output: str = "results/every_method"  # runs that it has already are skipped
     resumed: bool = False  # check that a resumed run is the uninterrupted one
     smoke: bool = False  # two methods, one seed, two steps
 
 
-def run_rows(directory: str, name: str, weights: str, seed: int, **more) -> list[dict]:
-    """metrics.jsonl of a run in `directory`, made or gone on with."""
+def run_rows(
+    directory: str, name: str, weights: str, seed: int, **more: object
+) -> list[dict]:
+    """Rows of metrics.jsonl of a run in `directory`, trained or continued."""
     settings = {
         "objective": {"name": name},
         "weights": {"name": weights} | SETTINGS.get(weights, {}),
@@ -50,12 +53,11 @@ def run_rows(directory: str, name: str, weights: str, seed: int, **more) -> list
         "seed": seed,
     } | more
     result = gj.train(from_dict(gj.TrainConfig, settings))
-    path = result.run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_lines(result.run_dir / "metrics.jsonl")
 
 
 def one_run(name: str, weights: str, seed: int, steps: int) -> dict:
-    """Starting and final pass rates of one run, and what went on."""
+    """Starting and final pass rates of one run, and a summary of its steps."""
     with tempfile.TemporaryDirectory() as directory:
         rows = run_rows(f"{directory}/run", name, weights, seed, steps=steps)
     first, last = rows[0], rows[-1]
@@ -75,7 +77,7 @@ def one_run(name: str, weights: str, seed: int, steps: int) -> dict:
 def resumes(name: str, weights: str) -> bool:
     """Whether two steps and two more give the numbers of four, to the last bit."""
     with tempfile.TemporaryDirectory() as directory:
-        whole = run_rows(f"{directory}/whole", name, weights, 0, steps=4)
+        straight = run_rows(f"{directory}/straight", name, weights, 0, steps=4)
         parts = f"{directory}/parts"
         run_rows(parts, name, weights, 0, steps=2)
         resumed = run_rows(parts, name, weights, 0, steps=4, resume=True)
@@ -86,11 +88,11 @@ def resumes(name: str, weights: str) -> bool:
         return {k: v for k, v in row.items() if not k.startswith(skipped)}
 
     same_end = (
-        whole[-1]["eval/heldout_pass_rate"],
+        straight[-1]["eval/heldout_pass_rate"],
         resumed[-1]["eval/heldout_pass_rate"],
     )
     return same_end[0] == same_end[1] and all(
-        numbers(a) == numbers(b) for a, b in zip(whole, resumed, strict=True)
+        numbers(a) == numbers(b) for a, b in zip(straight, resumed, strict=True)
     )
 
 
@@ -101,11 +103,11 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(row["method"] for row in rows):
-        of = [row for row in rows if row["method"] == method]
+        runs = [row for row in rows if row["method"] == method]
         start, end, norm = (
-            [row[key] for row in of] for key in ("start", "end", "gradient_norm")
+            [row[key] for row in runs] for key in ("start", "end", "gradient_norm")
         )
-        finite = all(row["finite"] and not row["skipped"] for row in of)
+        finite = all(row["finite"] and not row["skipped"] for row in runs)
         lines.append(
             f"| {method} | {statistics.mean(start):.3f} | {statistics.mean(end):.3f} "
             f"({min(end):.3f}-{max(end):.3f}) | {statistics.mean(norm):.2g} | "
@@ -128,8 +130,7 @@ def main(config: Config) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     path = output / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = read_lines(path)
     done = {(row["objective"], row["weights"], row["seed"]) for row in rows}
     for name, weights in runs:
         for seed in seeds:

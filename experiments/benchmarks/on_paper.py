@@ -13,9 +13,9 @@ Assumed, each a setting: an H100 SXM has 80e9 bytes, 989e12 bfloat16 operations 
 of which an update gets 40 %, 3.35e12 bytes a second of memory of which sampling gets
 60 %; 450e9 bytes a second each way to the 7 others of its node, 50e9 to other nodes, of
 which 80 % arrive. Axes are laid innermost first, tensor, fsdp, data: one that stays
-within a node has the node's links. Nothing overlaps: the share of communication is the
-most that it can be. Every completion has full length; no reference policy, no
-instrument, no time to score.
+within a node has the node's links. Nothing overlaps, so the share of communication is
+an upper bound. Every completion has full length; no reference policy, no instrument, no
+time to score.
 """
 
 import dataclasses
@@ -26,9 +26,10 @@ import tyro
 
 import grpo_jax as gj
 from grpo_jax.models.config import num_parameters
-from grpo_jax.planning.memory import readable
+from grpo_jax.planning.memory import Memory, readable
 from grpo_jax.planning.traffic import (
     Step,
+    Traffic,
     memory_per_device,
     micro_batches,
     num_devices,
@@ -82,12 +83,13 @@ class Config:
     json: bool = False
 
 
-def plan(c: Config) -> dict:
-    shape, sizes, prompts = PLANS[c.plan]
-    model = gj.ModelConfig(**_LLAMA, **shape)
-    given = c.data, c.fsdp, c.tensor
-    sizes = [x or y for x, y in zip(given, sizes, strict=True)]
-    mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+def fitting_step(
+    c: Config, prompts: int, model: gj.ModelConfig, mesh: MeshConfig
+) -> tuple[Step, Memory]:
+    """(step, memory of a chip) with the largest micro-batch that fits, or the smallest.
+
+    prompts: of the step, where the settings have no number.
+    """
     options = [n for n in range(c.group_size, 0, -1) if c.group_size % n == 0]
     for samples in [c.micro_samples] if c.micro_samples else options:
         step = Step(
@@ -100,7 +102,13 @@ def plan(c: Config) -> dict:
         memory = memory_per_device(model, step, mesh)
         if memory.peak <= 0.9 * c.memory:
             break
-    sent = traffic(model, step, mesh)
+    return step, memory
+
+
+def seconds_sending(
+    c: Config, step: Step, sent: Traffic, mesh: MeshConfig
+) -> dict[str, float]:
+    """Seconds of communication of an update, by axis of the mesh, and of sampling."""
 
     def link(inner, ways):
         within = inner * ways <= c.node
@@ -111,16 +119,27 @@ def plan(c: Config) -> dict:
     data = link(mesh.tensor * mesh.fsdp, mesh.data)
     # Weights are gathered over fsdp once to sample; the rest of it is tensor's.
     once = sent.gathers / (2 * micro_batches(step, mesh))
-    update = update_seconds(model, step, mesh, flops=c.flops * c.mfu)
-    sampling = sampling_seconds(
-        model, step, mesh, bytes_a_second=c.memory_bandwidth * c.memory_use
-    )
-    wires = {
+    return {
         "fsdp": (sent.gathers + sent.scatters) / fsdp,
         "data": sent.data / data,
         "tensor": sent.tensor / tensor,
         "sampling": once / fsdp + (sent.sampling - once) / tensor,
     }
+
+
+def plan(c: Config) -> dict:
+    shape, sizes, prompts = PLANS[c.plan]
+    model = gj.ModelConfig(**_LLAMA, **shape)
+    given = c.data, c.fsdp, c.tensor
+    sizes = [x or y for x, y in zip(given, sizes, strict=True)]
+    mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    step, memory = fitting_step(c, prompts, model, mesh)
+    sent = traffic(model, step, mesh)
+    wires = seconds_sending(c, step, sent, mesh)
+    update = update_seconds(model, step, mesh, flops=c.flops * c.mfu)
+    sampling = sampling_seconds(
+        model, step, mesh, bytes_a_second=c.memory_bandwidth * c.memory_use
+    )
     in_update = sum(wires.values()) - wires["sampling"]
     return {
         "plan": c.plan,
@@ -152,7 +171,7 @@ def text(c: Config, x: dict) -> str:
             f"{size(x['parameters'])} parameters on {x['devices']} chips, data x fsdp "
             f"x tensor {x['mesh']}; {x['prompts']} prompts x {c.group_size} samples, "
             f"{c.prompt_tokens} + {c.new_tokens} tokens, {size(x['tokens'])} a step",
-            f"memory of a chip: {size(x['held'], 'B')} held + "
+            f"memory of a chip: {size(x['held'], 'B')} state + "
             + ", ".join(f"{k} {size(v, 'B')}" for k, v in x["phases"].items() if v)
             + f"; peak {size(x['peak'], 'B')} of {size(c.memory, 'B')}",
             f"micro-batches: {x['micro_batches']} of {x['micro'][0]} x {x['micro'][1]}",
@@ -176,5 +195,5 @@ def text(c: Config, x: dict) -> str:
 
 if __name__ == "__main__":
     config = tyro.cli(Config)
-    found = plan(config)
-    print(json.dumps(found) if config.json else text(config, found))
+    result = plan(config)
+    print(json.dumps(result) if config.json else text(config, result))

@@ -1,7 +1,7 @@
 """A long run that is killed, stopped, and robbed of its disk and its verifiers.
 
-Claim:     whatever happens to a run, it goes on from a whole checkpoint, says what it
-           passed over, and ends with the parameters of a run nothing happened to.
+Claim:     whatever happens to a run, it goes on from a complete checkpoint, says which
+           ones it skipped, and ends with the parameters of a run without faults.
 Command:   python experiments/benchmarks/soak.py  (--smoke: 7 faults)
 Hardware:  2 CPU cores, busy with other work; 200 faults in 12 minutes
 Expected:  every fault as expected, every array and every number the same
@@ -18,11 +18,11 @@ Two runs take the faults, one after another:
           its last checkpoint and its metrics are compared with those of a run without
           faults: every array bit for bit, every number but times and compile counts.
   checks  countdown with a reward that hangs, kills its worker, is NaN or raises once
-          each time it is told to. These change rewards, so there is nothing to compare
-          with: it must count each of them, go on, and end with finite parameters.
+          for each fault. These change rewards, so the run is compared with no other: it
+          must count each fault, go on, and end with finite parameters.
 
 Every attempt is a process forked from this one after the imports, and `grpo-jax train`
-in it; a fault is logged with what was injected, where, what had to follow and what did.
+in it. A fault is logged with its kind, its step, what had to follow and what did.
 """
 
 import contextlib
@@ -39,23 +39,28 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-import grpo_jax.training.report  # noqa: F401
 import tyro
 
 # Imported for the attempts, which are forked: nothing here may touch a device.
+import grpo_jax.training.loop  # noqa: F401
 from grpo_jax.cli import main as grpo_jax_main
 from grpo_jax.runs.lines import read_lines
 
+Log = Callable[[dict], None]  # of a fault's row
+
 EXACT = ("kill", "kill early", "sigterm", "truncated", "deleted", "stray", "full disk")
 CHECKS = ("hang", "die", "nan", "raise")
-TINY = """
-    --model.width 32 --model.mlp-width 48 --model.head-dim 8 --warm-start.max-steps 200
-    --warm-start.noisy-steps 0 --sampling.prompts 6 --sampling.group-size 8
-    --evaluation.prompts 32 --task.heldout-prompts 32 --instrument.every 0
-    --log.lines-every 1000000 --optimizer.learning-rate 1e-3
-""".split()
+TINY = [
+    "--model.width", "32", "--model.mlp-width", "48", "--model.head-dim", "8",
+    "--warm-start.max-steps", "200", "--warm-start.noisy-steps", "0",
+    "--sampling.prompts", "6", "--sampling.group-size", "8",
+    "--evaluation.prompts", "32", "--task.heldout-prompts", "32",
+    "--instrument.every", "0", "--log.lines-every", "1000000",
+    "--optimizer.learning-rate", "1e-3",
+]  # fmt: skip
 REWARD = """
 import os, time
 INJECT = {path!r}
@@ -81,7 +86,7 @@ class Config:
     every: int = 4  # steps between checkpoints
     farthest: int = 10  # steps that an attempt makes at most before its fault
     seed: int = 0
-    output: str = "results/soak"  # what is there is removed
+    output: str = "results/soak"  # emptied at the start
     smoke: bool = False  # one of each in the exact run, none in the other
 
 
@@ -90,7 +95,7 @@ class Attempt:
 
     def __init__(self, arguments: list[str], log: Path, file_size: int | None = None):
         self.log, self.code = log, None
-        # Through a pipe: a limit on file sizes is not to be one on the output.
+        # Through a pipe, so that a limit on file sizes does not cut the output.
         with log.open("wb") as file:
             self._cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
         self.pid = os.fork()
@@ -98,7 +103,8 @@ class Attempt:
             self._train(arguments, file_size)
         self._cat.stdin.close()
 
-    def _train(self, arguments, file_size):
+    def _train(self, arguments: list[str], file_size: int | None) -> None:
+        """Runs the command in the forked process, and ends it."""
         code = 70
         try:
             os.dup2(self._cat.stdin.fileno(), 1)
@@ -134,21 +140,25 @@ class Attempt:
             time.sleep(0.01)
         return self.code
 
-    def signal(self, number) -> None:
+    def signal(self, number: int) -> None:
         if self.running():
             os.kill(self.pid, number)
 
 
 def last_step(directory: Path) -> int:
-    """Of metrics.jsonl, from its last whole line; -1 where there is none."""
-    with contextlib.suppress(FileNotFoundError, ValueError, IndexError, KeyError):
-        with (directory / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 5000))
-            return json.loads(file.read().rsplit(b"\n", 2)[-2])["step"]
+    """Step of the last complete line of metrics.jsonl; -1 without one."""
+    with (
+        contextlib.suppress(FileNotFoundError, ValueError, IndexError, KeyError),
+        (directory / "metrics.jsonl").open("rb") as file,
+    ):
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 5000))
+        return json.loads(file.read().rsplit(b"\n", 2)[-2])["step"]
     return -1
 
 
-def wait_for(attempt: Attempt, reached, seconds: float = 300.0) -> bool:
+def wait_for(
+    attempt: Attempt, reached: Callable[[], bool], seconds: float = 300.0
+) -> bool:
     """Whether `reached()` came true while the attempt ran."""
     deadline = time.monotonic() + seconds
     while not reached():
@@ -159,6 +169,7 @@ def wait_for(attempt: Attempt, reached, seconds: float = 300.0) -> bool:
 
 
 def checkpoints(directory: Path) -> list[int]:
+    """Steps of the checkpoints, oldest first."""
     names = [path.name for path in (directory / "checkpoints").glob("*")]
     return sorted(int(name) for name in names if name.isdigit() and name != "999999")
 
@@ -167,12 +178,12 @@ def start_of(text: str) -> int | None:
     """The step that an attempt says it began at."""
     if "no whole checkpoint to resume from" in text:
         return 0
-    found = re.search(r"resumed at step (\d+)", text)
-    return int(found[1]) if found else None
+    match = re.search(r"resumed at step (\d+)", text)
+    return int(match[1]) if match else None
 
 
 class Exact:
-    """The run of the default task, and the faults that must not change a bit of it."""
+    """The run of the default task, and faults that must not change a bit of it."""
 
     def __init__(self, config: Config, output: Path, rng: random.Random, faults: int):
         self.config, self.rng, self.output = config, rng, output
@@ -185,7 +196,7 @@ class Exact:
             *("--updates-per-rollout", "2", *TINY),
         ]
 
-    def start(self, directory: Path, **limits) -> Attempt:
+    def start(self, directory: Path, **limits: int) -> Attempt:
         arguments = ["--run-dir", str(directory), *self.flags]
         if (directory / "config.json").exists():
             arguments.append("--resume")
@@ -194,17 +205,17 @@ class Exact:
         return Attempt(arguments, log, **limits)
 
     def inject(self, kind: str) -> dict:
-        """Starts an attempt, and does that to it. What must follow is in the row."""
+        """Starts an attempt with that fault; the row says what must follow."""
         saved, began = checkpoints(self.directory), time.monotonic()
         target = (saved or [0])[-1] + self.rng.randint(1, self.config.farthest)
         target = min(target, self.steps - 1)
-        limits, size = {}, self.directory / "metrics.jsonl"
-        if kind == "full disk" and size.exists():
-            limits["file_size"] = size.stat().st_size + self.rng.randint(500, 4000)
+        limits, metrics = {}, self.directory / "metrics.jsonl"
+        if kind == "full disk" and metrics.exists():
+            limits["file_size"] = metrics.stat().st_size + self.rng.randint(500, 4000)
         attempt = self.start(self.directory, **limits)
         row = {"run": "exact", "fault": kind}
         if limits:
-            row |= {"code": attempt.end(), "said": _error(attempt.text())}
+            row |= {"code": attempt.end(), "said": error_line(attempt.text())}
         elif kind == "kill early":
             time.sleep(self.rng.uniform(0.2, 6.0))
             attempt.signal(signal.SIGKILL)
@@ -216,44 +227,46 @@ class Exact:
             stop = signal.SIGTERM if kind == "sigterm" else signal.SIGKILL
             attempt.signal(stop)
             row["code"] = attempt.end()
-        left, after = start_of(attempt.text()), checkpoints(self.directory)
-        row |= {"step": last_step(self.directory), "began_at": left}
-        expected = after[-1:] or [0]
-        if kind == "sigterm":
-            stopped = re.search(r"stopped at step (\d+)", attempt.text())
-            row["stopped_at"] = int(stopped[1]) if stopped else None
-            expected = [row["stopped_at"]]
-        elif kind == "full disk" and limits:
-            found = re.search(r"step (\d+) is saved", row["said"])
-            if found:
-                expected = [int(found[1])]
-        elif kind in ("truncated", "deleted") and len(after) > 1:
-            newest = self.directory / "checkpoints" / str(after[-1])
-            expected = after[-2:]
-            if kind == "deleted":
-                shutil.rmtree(newest)
-                expected = after[-2:-1]
-            else:
-                files = [f for f in newest.rglob("*") if f.is_file()]
-                file = self.rng.choice(sorted(f for f in files if f.stat().st_size))
-                os.truncate(file, file.stat().st_size // 2)
-                row["file"] = str(file.relative_to(newest))
-        elif kind == "stray":
-            (self.directory / "checkpoints" / "999999").mkdir(exist_ok=True)
+        row |= {"step": last_step(self.directory), "began_at": start_of(attempt.text())}
+        row, resumes_at = self.consequence(kind, row, attempt.text())
         codes = {"sigterm": 0} | ({"full disk": 1} if limits else {})
         return row | {
-            "expected": {"resumes_at": expected, "code": codes.get(kind, -9)},
+            "expected": {"resumes_at": resumes_at, "code": codes.get(kind, -9)},
             "seconds": round(time.monotonic() - began, 2),
         }
 
+    def consequence(self, kind: str, row: dict, text: str) -> tuple[dict, list]:
+        """(row, steps that the next attempt may resume at), checkpoints damaged."""
+        saved = checkpoints(self.directory)
+        if kind == "sigterm":
+            stopped = re.search(r"stopped at step (\d+)", text)
+            row["stopped_at"] = int(stopped[1]) if stopped else None
+            return row, [row["stopped_at"]]
+        if kind == "full disk" and "said" in row:
+            match = re.search(r"step (\d+) is saved", row["said"])
+            if match:
+                return row, [int(match[1])]
+        if kind in ("truncated", "deleted") and len(saved) > 1:
+            newest = self.directory / "checkpoints" / str(saved[-1])
+            if kind == "deleted":
+                shutil.rmtree(newest)
+                return row, saved[-2:-1]
+            files = [f for f in newest.rglob("*") if f.is_file()]
+            file = self.rng.choice(sorted(f for f in files if f.stat().st_size))
+            os.truncate(file, file.stat().st_size // 2)
+            return row | {"file": str(file.relative_to(newest))}, saved[-2:]
+        if kind == "stray":
+            (self.directory / "checkpoints" / "999999").mkdir(exist_ok=True)
+        return row, saved[-1:] or [0]
 
-def _error(text):
+
+def error_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.startswith("error:")]
     return lines[-1] if lines else ""
 
 
 def settle(row: dict, text: str) -> dict:
-    """The row with where the next attempt began, and whether that is as it must be."""
+    """The row with the step that the next attempt began at, and whether it is right."""
     began = start_of(text)
     warned = [x for x in text.splitlines() if x.startswith("warning: checkpoint")]
     right = began in row["expected"]["resumes_at"]
@@ -265,7 +278,8 @@ def settle(row: dict, text: str) -> dict:
     return row | {"resumed_at": began, "warnings": warned, "as_expected": bool(right)}
 
 
-def exact_run(config: Config, output: Path, kinds: list[str], log) -> dict:
+def exact_run(config: Config, output: Path, kinds: list[str], log: Log) -> dict:
+    """Injects the faults one after another; a summary of how the run ended."""
     rng = random.Random(config.seed)
     run = Exact(config, output, rng, len(kinds))
     reference = output / "reference"
@@ -276,8 +290,8 @@ def exact_run(config: Config, output: Path, kinds: list[str], log) -> dict:
     seconds, waiting = time.monotonic() - began, []
     for kind in kinds:
         fault = run.inject(kind)
-        # What the attempt that took this fault said at its start answers the one
-        # before; one killed before it said anything leaves that to the next.
+        # An attempt says at its start where it resumed, which settles the fault before;
+        # if it was killed earlier than that, the next attempt settles both.
         if fault["began_at"] is None and waiting:
             fault["expected"]["resumes_at"] = waiting[-1]["expected"]["resumes_at"]
         else:
@@ -305,7 +319,7 @@ def exact_run(config: Config, output: Path, kinds: list[str], log) -> dict:
 
 
 def numbers(directory: Path) -> list[dict]:
-    """metrics.jsonl without what the clock and the compiler decide."""
+    """Rows of metrics.jsonl without times and compile counts."""
     return [
         {k: v for k, v in row.items() if not k.startswith("time/") and k != "compiles"}
         for row in read_lines(directory / "metrics.jsonl")
@@ -318,8 +332,8 @@ import sys, json, pathlib, jax, numpy as np, orbax.checkpoint as ocp
 def leaves(directory, step):
     with ocp.CheckpointManager(pathlib.Path(directory).absolute()) as manager:
         args = ocp.args.Composite(state=ocp.args.StandardRestore())
-        found = manager.restore(int(step), args=args)["state"]
-        return [np.asarray(x) for x in jax.tree.leaves(found)]
+        state = manager.restore(int(step), args=args)["state"]
+        return [np.asarray(x) for x in jax.tree.leaves(state)]
 trees = [leaves(d, sys.argv[1]) for d in sys.argv[2:]]
 same = [a.dtype == b.dtype and a.tobytes() == b.tobytes()
         for a, b in zip(trees[0], trees[-1], strict=True)]
@@ -329,7 +343,7 @@ print(json.dumps([all(same), len(same), bool(finite)]))
 
 
 def same_checkpoint(a: Path, b: Path, step: int) -> list:
-    """[all arrays are the same bits, how many there are, those of b are finite]."""
+    """[whether all arrays have the same bits, their count, whether b's are finite]."""
     names = [str(directory / "checkpoints") for directory in (a, b)]
     process = subprocess.run(
         [sys.executable, "-c", COMPARE, str(step), *names],
@@ -340,7 +354,8 @@ def same_checkpoint(a: Path, b: Path, step: int) -> list:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def checks_run(config: Config, output: Path, kinds: list[str], log) -> dict:
+def checks_run(output: Path, kinds: list[str], log: Log) -> dict:
+    """Injects faults into single checks of one run; a summary of how it ended."""
     directory, inject = output / "checks", output / "inject"
     (output / "soak_reward.py").write_text(REWARD.format(path=str(inject)))
     sys.path.insert(0, str(output))
@@ -388,16 +403,17 @@ def checks_run(config: Config, output: Path, kinds: list[str], log) -> dict:
     code, steps = attempt.end(), last_step(directory)
     rows = read_lines(directory / "metrics.jsonl")
     finite = all(math.isfinite(r["gradient/norm"] or 0) for r in rows[1:])
-    whole = same_checkpoint(directory, directory, steps)
+    _, _, parameters_finite = same_checkpoint(directory, directory, steps)
     return {
         "steps": steps,
         "exit_code_of_sigterm": code,
         "gradients_finite": finite,
-        "parameters_finite": whole[2],
+        "parameters_finite": parameters_finite,
     }
 
 
 def plan(config: Config) -> tuple[list[str], list[str]]:
+    """Kinds of the faults in the exact run, and in the run of checks."""
     if config.smoke:
         return [*EXACT], []
     rng, checks = random.Random(config.seed + 1), config.faults // 4
@@ -411,13 +427,13 @@ def main(config: Config) -> None:
     shutil.rmtree(output, ignore_errors=True)
     (output / "attempts").mkdir(parents=True)
     (output / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    counts, odd = Counter(), []
+    counts, unexpected = Counter(), []
     began = time.monotonic()
 
-    def log(row):
+    def log(row: dict) -> None:
         counts[row["fault"]] += 1
         if not row["as_expected"]:
-            odd.append(row)
+            unexpected.append(row)
         with (output / "faults.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
@@ -425,16 +441,16 @@ def main(config: Config) -> None:
     exact, checks = plan(config)
     summary = {"exact": exact_run(config, output, exact, log)}
     if checks:
-        summary["checks"] = checks_run(config, output, checks, log)
+        summary["checks"] = checks_run(output, checks, log)
     summary |= {
         "faults": sum(counts.values()),
         "by_kind": dict(counts),
-        "as_expected": sum(counts.values()) - len(odd),
+        "as_expected": sum(counts.values()) - len(unexpected),
         "minutes": round((time.monotonic() - began) / 60, 1),
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2))
     print(json.dumps(summary, indent=2))
-    if odd or not summary["exact"]["arrays_bit_identical"]:
+    if unexpected or not summary["exact"]["arrays_bit_identical"]:
         raise SystemExit(1)
 
 

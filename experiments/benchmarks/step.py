@@ -14,21 +14,19 @@ import dataclasses
 import json
 import resource
 import statistics
-import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
+from shape import Shape, TrainStep, make_step, model_config
 
 import grpo_jax as gj
 from grpo_jax.models.config import num_parameters
-from grpo_jax.objectives.loss import scale_weights
-from grpo_jax.rollouts.micro_batches import micro_batch
-from grpo_jax.runs.config import OptimizerConfig
-from grpo_jax.training.optimizer import make_optimizer, make_schedule
-from grpo_jax.training.state import Batch, init_state
-from grpo_jax.training.step import make_train_step
+from grpo_jax.models.policy import Policy
+from grpo_jax.training.state import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Config:
     json: bool = False  # end with one line of JSON
 
 
-def matmul_peak(dtype, size):
+def matmul_peak(dtype: str, size: int) -> float:
     """FLOP/s of a square product, the best of several."""
     a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     product = jax.jit(lambda a: a @ a)
@@ -65,7 +63,7 @@ def matmul_peak(dtype, size):
     return 2 * size**3 / min(seconds)
 
 
-def arithmetic(c: Config, model: gj.ModelConfig):
+def arithmetic(c: Config, model: gj.ModelConfig) -> tuple[float, float]:
     """(sampling, training) FLOP with the prompt encoded once per group.
 
     2 per weight and token forward, 6 with the backward pass; attention included,
@@ -81,39 +79,20 @@ def arithmetic(c: Config, model: gj.ModelConfig):
     return forward, 3 * forward
 
 
-def main(c: Config):
-    model = gj.ModelConfig(
-        vocab_size=c.vocab,
-        num_layers=c.layers,
-        width=c.width,
-        mlp_width=c.mlp_width,
-        num_heads=c.heads,
-        num_kv_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        qk_bias=True,
-        compute_dtype=c.compute_dtype,
-        remat=c.remat,
-    )
-    device = jax.devices()[0]
-    peak = matmul_peak(c.compute_dtype, 2048 if device.platform == "cpu" else 8192)
-    policy = gj.init_policy(model, jax.random.key(0))
-    objective = dataclasses.replace(gj.OBJECTIVES[c.objective], kl_coef=0.0)
-    config = OptimizerConfig(learning_rate=1e-4)
-    optimizer = make_optimizer(config, make_schedule(config, c.steps))
-    rule = scale_weights(objective)
-    micro = micro_batch(
-        c.prompts, c.group_size, c.prompt_tokens, c.new_tokens, c.micro_batch_tokens
-    )
-    step = make_train_step(
-        policy,
-        objective,
-        optimizer,
-        micro=micro,
-        temperature=1.0,
-        max_length=c.new_tokens,
-    )
-    update = jax.jit(step, donate_argnums=0)
-    state = init_state(policy.params, optimizer, rule)
+class StepTimes(NamedTuple):
+    sample_s: float
+    update_s: float
+
+
+class Timings(NamedTuple):
+    first_step_s: float  # compilation included
+    steps: list[StepTimes]
+    mismatch: float  # largest |log-prob of the trainer - of the sampler|, last step
+
+
+def time_steps(c: Config, policy: Policy, made: TrainStep) -> Timings:
+    """Times of one step that compiles and of `steps` more, on random rewards."""
+    update = jax.jit(made.update, donate_argnums=0)
     rng = np.random.default_rng(0)
     prompts = rng.integers(
         3, c.vocab, size=(c.prompts, c.prompt_tokens), dtype=np.int32
@@ -138,25 +117,36 @@ def main(c: Config):
         batch = Batch(
             rollouts._replace(rewards=rewards),
             rewards,
-            rule.weights(rewards, ())[0],
+            made.rule.weights(rewards, ())[0],
             old_logprobs=rollouts.behaviour_logprobs,
         )
         state, _ = update(state, batch)
         jax.block_until_ready(state)
-        return state, rollouts, sampled - began, time.perf_counter() - sampled
+        ended = time.perf_counter()
+        return state, rollouts, StepTimes(sampled - began, ended - sampled)
 
-    began = time.perf_counter()
-    state, *_ = one_step(state, 0)
-    first = time.perf_counter() - began
-    times = []
+    state, rollouts, first = one_step(made.init(policy.params), 0)
+    before, times = state.params, []
     for i in range(1, c.steps + 1):
         before = jax.tree.map(jnp.copy, state.params)
-        state, rollouts, *both = one_step(state, i)
+        state, rollouts, both = one_step(state, i)
         times.append(both)
     scored = jax.jit(gj.completion_logprobs)(policy.replace(before), rollouts)
     mismatch = float(jnp.abs(scored - rollouts.behaviour_logprobs).max())
-    sample_s, update_s = (statistics.median(t[i] for t in times) for i in (0, 1))
-    total = statistics.median(sum(t) for t in times)
+    return Timings(sum(first), times, mismatch)
+
+
+def main(c: Config) -> None:
+    model = model_config(c, qk_bias=True, compute_dtype=c.compute_dtype, remat=c.remat)
+    device = jax.devices()[0]
+    peak = matmul_peak(c.compute_dtype, 2048 if device.platform == "cpu" else 8192)
+    policy = gj.init_policy(model, jax.random.key(0))
+    shape = Shape(c.prompts, c.group_size, c.prompt_tokens, c.new_tokens)
+    made = make_step(policy, c.objective, shape, c.micro_batch_tokens)
+    timings = time_steps(c, policy, made)
+    sample_s = statistics.median(t.sample_s for t in timings.steps)
+    update_s = statistics.median(t.update_s for t in timings.steps)
+    total = statistics.median(sum(t) for t in timings.steps)
     sampling, training = arithmetic(c, model)
     tokens = c.prompts * c.group_size * c.new_tokens
     stats = device.memory_stats() or {}
@@ -167,7 +157,7 @@ def main(c: Config):
         "median_step_s": round(total, 4),
         "sample_s": round(sample_s, 4),
         "update_s": round(update_s, 4),
-        "first_step_s": round(first, 2),
+        "first_step_s": round(timings.first_step_s, 2),
         "sampled_tokens_per_s": round(tokens / sample_s),
         "tokens_per_s": round(tokens / total),
         "sample_share_of_peak": round(sampling / sample_s / peak, 4),
@@ -175,9 +165,9 @@ def main(c: Config):
         "times_the_floor": round(total / ((sampling + training) / peak), 2),
         "matmul_peak_gflops": round(peak / 1e9, 1),
         "peak_memory_mb": round(memory / 1e6, 1),
-        "mismatch_max_abs": mismatch,
+        "mismatch_max_abs": timings.mismatch,
         "parameters": num_parameters(model),
-        "micro_batch": [micro.prompts, micro.samples],
+        "micro_batch": [made.micro.prompts, made.micro.samples],
         "device": device.device_kind,
         "jax": jax.__version__,
     }
@@ -187,18 +177,5 @@ def main(c: Config):
         print(json.dumps(result))
 
 
-def parse(argv):
-    """`--name value` for every field of Config; no package beyond the core's."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    values, arguments = {}, iter(argv)
-    for argument in arguments:
-        name = argument.removeprefix("--").replace("-", "_")
-        if not argument.startswith("--") or name not in fields:
-            raise SystemExit(f"unknown option {argument}; options: {', '.join(fields)}")
-        kind = type(fields[name].default)
-        values[name] = True if kind is bool else kind(next(arguments))
-    return Config(**values)
-
-
 if __name__ == "__main__":
-    main(parse(sys.argv[1:]))
+    main(tyro.cli(Config))

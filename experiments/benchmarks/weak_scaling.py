@@ -11,13 +11,13 @@ Got:       as claimed: over data the parameters' gradients once, as an all-reduc
            it); over fsdp two gathers and one reduce-scatter (1.37, 2.05 and 2.39: below
            the formula, since the embedding is gathered once). Over tensor 1.5 to 1.7
            times the formula, which has one all-reduce for what q, k and v, or gate and
-           up, send back together; here each sends its own. 2026-11-21
+           up, send back together; here each sends one. 2026-11-21
 Writes:    results/weak_scaling/{config.json,table.jsonl}
 
-The programs are the loop's own (sampling, the weights, one update of a rollout in one
-micro-batch), compiled for a mesh and read: what they send is counted where it stands
-in the compiled text, as often as it runs, for devices in a ring. Nothing is computed:
-seconds on virtual devices that share cores would say nothing. Prompts per group of
+The programs are the trainer's (sampling, the weights, one update of a rollout in one
+micro-batch), compiled for a mesh and read: the collectives of the compiled text are
+counted as often as they run, for devices in a ring. Nothing is computed: seconds on
+virtual devices that share cores would mean nothing. Prompts per group of
 tensor devices grow with its size, so that a device always has the same share of work.
 `formula` is what grpo_jax/planning/traffic.py expects of the update, over the
 parameters' bytes.
@@ -28,9 +28,32 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import tyro
+from shape import Shape, make_step, model_config
+
+import grpo_jax as gj
+from grpo_jax.models.config import num_parameters
+from grpo_jax.models.policy import abstract_policy
+from grpo_jax.parallel.collectives import KINDS, bytes_sent, parse_collectives
+from grpo_jax.parallel.sharding import (
+    AXES,
+    make_mesh,
+    on_mesh,
+    tree_shardings,
+    with_shardings,
+)
+from grpo_jax.planning.traffic import Step, num_devices, prompt_shards, traffic
+from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.runs.config import MeshConfig
+from grpo_jax.training.state import Batch
+from grpo_jax.training.weighing import weigh
 
 MESHES = (
     "1x1x1",
@@ -61,65 +84,32 @@ class Config:
     child: str = ""  # one mesh; prints one line of JSON
 
 
-def measure(c: Config, text: str) -> dict:
-    """One mesh's row. jax starts with that many devices, so in a process of its own."""
-    from functools import partial
+class Programs(NamedTuple):
+    """Compiled text of what a step runs, and the update's micro-batch."""
 
-    import jax
-    import jax.numpy as jnp
+    sampling: str
+    weighing: str
+    update: str
+    micro: MicroBatch
 
-    import grpo_jax as gj
-    from grpo_jax.models.config import num_parameters
-    from grpo_jax.models.policy import abstract_policy
-    from grpo_jax.objectives.loss import scale_weights
-    from grpo_jax.parallel.sharding import (
-        AXES,
-        make_mesh,
-        on_mesh,
-        tree_shardings,
-        with_shardings,
-    )
-    from grpo_jax.planning.traffic import Step, num_devices, prompt_shards, traffic
-    from grpo_jax.rollouts.micro_batches import micro_batch
-    from grpo_jax.runs.config import MeshConfig, OptimizerConfig
-    from grpo_jax.training.optimizer import make_optimizer, make_schedule
-    from grpo_jax.training.state import Batch, init_state
-    from grpo_jax.training.step import make_train_step
-    from grpo_jax.training.weighing import weigh
 
-    sizes = dict(zip(AXES, map(int, text.split("x")), strict=True))
-    layout = MeshConfig(**sizes)
+def compiled_text(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    return jax.jit(function, **options).lower(*arguments).compile().as_text()
+
+
+def compile_programs(c: Config, layout: MeshConfig, shape: Shape) -> Programs:
+    """Compiles the loop's programs for a mesh, from shapes alone."""
     mesh = make_mesh(layout)
-    p, g, length, t = (
-        c.prompts * num_devices(layout),
-        c.group_size,
-        c.prompt_tokens,
-        c.new_tokens,
-    )
-    model = gj.ModelConfig(
-        vocab_size=c.vocab,
-        num_layers=c.layers,
-        width=c.width,
-        mlp_width=c.mlp_width,
-        num_heads=c.heads,
-        num_kv_heads=c.kv_heads,
-        head_dim=c.head_dim,
-    )
-    objective = dataclasses.replace(gj.OBJECTIVES[c.objective], kl_coef=0.0)
-    rule = scale_weights(objective)
-    settings = OptimizerConfig()
-    optimizer = make_optimizer(settings, make_schedule(settings, 100))
-    shape = jax.ShapeDtypeStruct
-    ids, floats = partial(shape, dtype=jnp.int32), partial(shape, dtype=jnp.float32)
-
-    def text_of(function, *arguments, **options):
-        return jax.jit(function, **options).lower(*arguments).compile().as_text()
-
+    p, g, length, t = shape
+    ids = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    floats = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     with on_mesh(mesh):
-        policy = with_shardings(abstract_policy(model), mesh)
+        policy = with_shardings(abstract_policy(model_config(c)), mesh)
+        share = p // prompt_shards(layout) // c.micro_batches
+        made = make_step(policy, c.objective, shape, share * (length + g * t))
         prompt, completions = ids((p, length)), ids((p, g, t))
         sampled = partial(gj.sample, group_size=g, max_new_tokens=t, eos_id=1, pad_id=0)
-        sampling = text_of(
+        sampling = compiled_text(
             lambda policy, prompts, mask, key: sampled(policy, prompts, mask, key=key),
             policy, prompt, prompt, jax.eval_shape(lambda: jax.random.key(0)),
         )  # fmt: skip
@@ -127,66 +117,62 @@ def measure(c: Config, text: str) -> dict:
             prompt, prompt, completions, completions, floats((p, g, t)), floats((p, g))
         )
         rollouts = with_shardings(rollouts, mesh)
-        weighing = text_of(
-            partial(weigh, objective, rule, max_length=t),
-            rollouts, None, ids((p,)), jax.eval_shape(rule.init),
+        weighing = compiled_text(
+            partial(weigh, made.objective, made.rule, max_length=t),
+            rollouts, None, ids((p,)), jax.eval_shape(made.rule.init),
         )  # fmt: skip
-        share = p // prompt_shards(layout) // c.micro_batches
-        micro = micro_batch(p, g, length, t, share * (length + g * t))
-        step = make_train_step(
-            policy.replace(None),
-            objective,
-            optimizer,
-            micro=micro,
-            temperature=1.0,
-            max_length=t,
-        )
-        state = jax.eval_shape(
-            lambda params: init_state(params, optimizer, rule), policy.params
-        )
-        state = with_shardings(state, mesh)
+        state = with_shardings(jax.eval_shape(made.init, policy.params), mesh)
         batch = with_shardings(Batch(rollouts, rollouts.rewards, floats((p,))), mesh)
-        lies = (
-            {}
-            if mesh is None
-            else {"out_shardings": (tree_shardings(state, mesh), None)}
-        )
-        update = text_of(step, state, batch, donate_argnums=0, **lies)
+        options = {}
+        if mesh is not None:
+            options["out_shardings"] = (tree_shardings(state, mesh), None)
+        update = compiled_text(made.update, state, batch, donate_argnums=0, **options)
+    return Programs(sampling, weighing, update, made.micro)
 
-    from grpo_jax.parallel.collectives import KINDS, bytes_sent, parse_collectives
 
+def measure(c: Config, mesh: str) -> dict:
+    """One mesh's row; jax must have been started with that many devices."""
+    layout = MeshConfig(**dict(zip(AXES, map(int, mesh.split("x")), strict=True)))
+    model = model_config(c)
+    prompts = c.prompts * num_devices(layout)
+    shape = Shape(prompts, c.group_size, c.prompt_tokens, c.new_tokens)
+    programs = compile_programs(c, layout, shape)
+    sampling, weighing = programs.sampling, programs.weighing
     once, twice = (bytes_sent(sampling, trips=n) for n in (1, 2))
     by_kind = dict.fromkeys(KINDS, 0.0)
-    for one in parse_collectives(update):
+    for one in parse_collectives(programs.update):
         by_kind[one.kind] += one.sent
-    own = dataclasses.replace(micro, prompts=share, shards=(1, 1))
-    expected = traffic(
-        model,
-        Step(
-            prompts=p, group_size=g, prompt_tokens=length, max_new_tokens=t, micro=own
-        ),
-        layout,
+    share = prompts // prompt_shards(layout) // c.micro_batches
+    local = dataclasses.replace(programs.micro, prompts=share, shards=(1, 1))
+    step = Step(
+        prompts=prompts,
+        group_size=c.group_size,
+        prompt_tokens=c.prompt_tokens,
+        max_new_tokens=c.new_tokens,
+        micro=local,
     )
+    update = sum(by_kind.values())
     return {
-        "mesh": text,
+        "mesh": mesh,
         "devices": num_devices(layout),
-        "prompts": p,
-        "tokens": p * (length + g * t),
+        "prompts": prompts,
+        "tokens": prompts * (c.prompt_tokens + c.group_size * c.new_tokens),
         "parameters": 4 * num_parameters(model),
         "micro_batches": c.micro_batches,
         "sample_once": once - (twice - once),  # a token's share taken out
         "sample_token": twice - once,
         "weigh": bytes_sent(weighing),
-        "update": sum(by_kind.values()),
+        "update": update,
         "update_by_kind": by_kind,
-        "formula": expected.update,
-        "step": bytes_sent(sampling, trips=t)
+        "formula": traffic(model, step, layout).update,
+        "step": bytes_sent(sampling, trips=c.new_tokens)
         + bytes_sent(weighing)
-        + sum(by_kind.values()),
+        + update,
     }
 
 
 def in_child(c: Config, mesh: str) -> dict:
+    """`measure` in a process that starts jax with the mesh's number of devices."""
     devices = 1
     for size in mesh.split("x"):
         devices *= int(size)
@@ -215,8 +201,8 @@ COLUMNS = (
 
 
 def line(row: dict) -> str:
-    """One row of the table: kB, and what an update sends over the parameters."""
-    kinds, whole = dict(row["update_by_kind"]), row["parameters"]
+    """A line of the table: kB, and what an update sends over the parameters' bytes."""
+    kinds, parameters = dict(row["update_by_kind"]), row["parameters"]
     reduced, gathered = kinds.pop("all-reduce"), kinds.pop("all-gather")
     cells = [
         row["mesh"],
@@ -224,10 +210,16 @@ def line(row: dict) -> str:
         *(f"{row[name] / 1e3:,.1f}" for name in ("sample_once",)),
         *(f"{row[name]:,.0f} B" for name in ("sample_token", "weigh")),
         *(f"{x / 1e3:,.0f}" for x in (reduced, gathered, sum(kinds.values()))),
-        f"{row['update'] / whole:.2f}",
-        f"{row['formula'] / whole:.2f}",
+        f"{row['update'] / parameters:.2f}",
+        f"{row['formula'] / parameters:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    output = subprocess.run(git, capture_output=True, text=True).stdout
+    return output.strip() or "unknown"
 
 
 def main(c: Config) -> None:
@@ -250,12 +242,6 @@ def main(c: Config) -> None:
             file.write(json.dumps(row) + "\n")
             print(line(row), flush=True)
     print(f"kB sent by a device; parameters {row['parameters'] / 1e3:,.0f} kB")
-
-
-def commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return found or "unknown"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/bin/bash
-# A run over the hosts of a TPU pod slice; they find each other by themselves.
+# A run over the hosts of a TPU pod slice; they find each other by the slice's metadata.
 #   TPU=my-pod ZONE=us-central2-b RUN=/mnt/shared/runs/mine \
 #       experiments/launch/tpu_pod.sh [flags of grpo-jax train]
-# Run it again to go on. mesh.data x fsdp x tensor is the devices of the slice: 8 here.
+# Run it again to resume. mesh.data x fsdp x tensor is the devices of the slice: 8 here.
 # Every host needs the environment: gcloud ... ssh --worker=all --command="pip install ...".
 set -eu
 : "${TPU:?name of the TPU}" "${ZONE:?its zone}"

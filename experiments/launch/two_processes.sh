@@ -1,8 +1,8 @@
 #!/bin/bash
 # A run of two processes on this machine, each with 4 virtual CPU devices: what several
-# hosts do, without them. When one fails, both end.
+# hosts do, on one. When one fails, both end.
 #   RUN=runs/two experiments/launch/two_processes.sh [flags of grpo-jax train]
-# Run it again to go on. Seconds say nothing: all devices share this machine's cores.
+# Run it again to resume. Times mean nothing: all devices share this machine's cores.
 set -eu
 : "${RUN:=runs/two_processes}"
 : "${PORT:=8476}"
@@ -12,9 +12,9 @@ resume=()
 if [ -e "$RUN/config.json" ]; then resume=(--resume); fi
 
 pids=()
-# Where one failed the other could only wait for it. Checkpoints are whole at any time.
+# Where one failed the other would wait for it. Checkpoints are complete at any time.
 trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT
-# Asked to stop, they save what they have and end with 0.
+# On SIGTERM they save a checkpoint and end with 0.
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 for process in 0 1; do
     grpo-jax train --run-dir "$RUN" --mesh.data 2 --mesh.fsdp 4 --mesh.tensor 1 \
