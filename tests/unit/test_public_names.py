@@ -11,7 +11,7 @@ import grpo_jax as gj
 
 KINDS = {"function", "type"}
 
-# Prints the type and the module of every gj.X; all modules are imported before or after.
+# Prints type and module of every gj.X; all modules are imported before or after.
 CODE = """
 import importlib, json, pkgutil, sys, types
 import grpo_jax as gj
