@@ -301,7 +301,7 @@ def experiment(c: Config) -> Iterator[dict]:
 
 
 def plot_steps(axis, rows: list[dict]) -> None:
-    """Draws a dot per seed; above the line, how many did not get there."""
+    """Draws a dot per seed; above the line, how many did not reach the target."""
     features = list(dict.fromkeys(r["features"] for r in rows))
     top, rng = 2.5 * max(r["limit"] for r in rows), np.random.default_rng(0)
     for row, (i, method) in itertools.product(rows, enumerate(METHODS)):

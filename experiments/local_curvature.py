@@ -108,7 +108,7 @@ class Config:
     plot_only: bool = False  # redraw plot.png and the table from metrics.jsonl
     seeds: tuple[int, ...] = (0, 1, 2)  # a run and a set of prompts each
     steps: tuple[int, ...] = (0, 10, 20, 40, 80, 110)  # of a run, measured
-    ahead: int = 10  # steps to the later policy; the update is the way there
+    ahead: int = 10  # steps to the later policy that gives the update's direction
     prompts: int = 64
     group_size: int = 16
     lanczos: int = 10  # Hessian-vector products behind a top eigenvalue

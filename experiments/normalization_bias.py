@@ -33,10 +33,10 @@ Got (2026-11-21): (b) as claimed; (a) does not show on the default task.
   are the longer ones at the start (right ones 1.6 too long): both learn to be brief.
 * (b) 1,330 groups of chains by exact p: mean std against w_G(p), chi2 18.1 of 12 bins.
   Weight 2.1 at p = .42 and .58, 2.8 at .85, 3.3 at .93, 3.8 at .96; 1 / sqrt(p (1 - p))
-  would be 2.0, 2.0, 2.8, 3.8, 5.4: G = 16 has little of what lies beyond.
+  would be 2.0, 2.0, 2.8, 3.8, 5.4: at G = 16 the weight stops growing early.
 * (b) Share of the advantage mass of groups with 1, 2, 14 or 15 of 16 right: 29.8 % by
-  grpo, where it would be 21.3 % without std; 23.0 % by dr_grpo, with std 31.9 %. It is
-  the easy prompts' mostly (25 % against 5 %). No difference in what is learnt:
+  grpo, where it would be 21.3 % without std; 23.0 % by dr_grpo, with std 31.9 %. Most
+  of it is of easy prompts (25 % against 5 %). No difference in what is learnt:
   without std less with, held-out, .002 +- .008 (token mean).
 """
 

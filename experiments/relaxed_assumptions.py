@@ -26,7 +26,7 @@ Got (2026-11-21), mean +- 95% over seeds, or their range; chains / expressions:
   steps 0, 20, 60, 120 violate it / 47.5 +- 3.2, 50.4 +- 3.3, 48.3 +- 6.8, 46.2 +- 3.1%,
   with exact gradients. The paper's cosines: 49.5, 27.3, 33.6%. Pairs that violate it at
   none of these steps: 25.8 +- 6.1 / 19.1 +- 3.3%. Random features: 49 to 52%; the
-  expressions cannot be told from them, chains' shared skill can, at the start.
+  expressions do not differ from them, chains' shared skill does, at the start.
 * M over the other pairs, median: .34, .16, .12, .10 / .15, .13, .11, .08; 99th
   percentile 7 to 58 / 247 to 17,367; largest 127 to 16,270 / 7,363 to 2,473,355, of
   seeds that differ by up to 47 times: no property of the model. The paper's 89 to 418
@@ -98,7 +98,7 @@ class Config:
     prompts: int = 64  # 2,016 pairs; the paper had 100 and 4,950
     group_sizes: tuple[int, ...] = (16, 64)  # the larger one also makes X_i
     dimensions: tuple[int, ...] = (4, 32, 256)  # of random features, the null
-    responses: int = 6  # per prompt, there
+    responses: int = 6  # per prompt of the null
 
 
 class Products(NamedTuple):
