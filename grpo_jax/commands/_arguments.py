@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -155,13 +155,14 @@ def named_run(argv: Sequence[str]) -> NamedRun:
     import tyro
 
     with _one_line_errors():
-        return tyro.cli(NamedRun, args=argv, add_help=False, return_unknown_args=True)[
-            0
-        ]
+        named, _ = tyro.cli(
+            NamedRun, args=argv, add_help=False, return_unknown_args=True
+        )
+    return named
 
 
 @contextlib.contextmanager
-def _one_line_errors(usage: str = ""):
+def _one_line_errors(usage: str = "") -> Iterator[None]:
     """Turns what tyro prints before it exits with 2 into a ConfigError."""
     printed = io.StringIO()
     try:

@@ -20,8 +20,9 @@ from grpo_jax.commands._arguments import (
     spelled_out,
     synopsis,
 )
+from grpo_jax.commands.evaluate import config_like_run
 from grpo_jax.errors import ConfigError
-from grpo_jax.runs.config import TrainConfig
+from grpo_jax.runs.config import EvalConfig, TrainConfig
 from grpo_jax.runs.lines import write_json
 
 DOC = """`grpo-jax copy FILE [--times
@@ -156,3 +157,20 @@ def test_a_resumed_run_keeps_its_settings(tmp_path):
     assert (config.steps, config.seed, config.resume) == (9, 2, True)
     config = parse_run(TrainConfig, argv[:2], "`grpo-jax train`: .")
     assert (config.steps, config.seed) == (TrainConfig().steps, 0)
+
+
+def test_a_run_is_asked_as_it_was_trained(tmp_path):
+    config = {
+        "task": {"name": "countdown", "template": "qa"},
+        "sampling": {"temperature": 0.7, "max_prompt_tokens": 9},
+        "model": {"compute_dtype": "bfloat16"},
+    }
+    write_json(tmp_path / "config.json", {"config": config, "max_new_tokens": 6})
+    same = config_like_run(str(tmp_path), "countdown")
+    assert same == config_like_run(str(tmp_path)) and same.run_dir == str(tmp_path)
+    assert same.task.template == "qa" and same.task.heldout_prompts == 0
+    assert (same.max_new_tokens, same.max_prompt_tokens) == (6, 9)
+    other = config_like_run(str(tmp_path), "chains")
+    assert other.task == EvalConfig(pretrained="x").task and not other.max_new_tokens
+    assert (same.temperature, other.temperature) == (0.7, 0.7)
+    assert same.compute_dtype == other.compute_dtype == "bfloat16"
