@@ -70,7 +70,7 @@ class ModelConfig:
         self._check_windows()
         self._check_lora()
 
-    def _check_sizes(self):
+    def _check_sizes(self) -> None:
         at_least_one = (
             "num_layers", "width", "mlp_width", "num_heads", "num_kv_heads",
             "head_dim", "rope_original_length", "sliding_window", "max_positions",
@@ -87,7 +87,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}.")
 
-    def _check_choices(self):
+    def _check_choices(self) -> None:
         for name, choices in (
             ("rope_scaling", ("none", "linear", "llama3")),
             ("activation", ("silu", "gelu_tanh")),
@@ -96,7 +96,7 @@ class ModelConfig:
         ):
             check_choice(name, getattr(self, name), choices)
 
-    def _check_positive(self):
+    def _check_positive(self) -> None:
         positive = (
             "rope_theta", "rope_local_theta", "rope_factor", "rope_slow_turns",
             "norm_eps", "lora_alpha", "query_scale", "attention_softcap",
@@ -112,7 +112,7 @@ class ModelConfig:
                 f"{self.rope_slow_turns}, got {self.rope_fast_turns}."
             )
 
-    def _check_windows(self):
+    def _check_windows(self) -> None:
         outside = [i for i in self.sliding_layers if not 0 <= i < self.num_layers]
         if outside or len({*self.sliding_layers}) != len(self.sliding_layers):
             raise ValueError(
@@ -125,7 +125,7 @@ class ModelConfig:
                 f"sliding_layers={self.sliding_layers}."
             )
 
-    def _check_lora(self):
+    def _check_lora(self) -> None:
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}.")
         unknown = [name for name in self.lora_targets if name not in LINEAR_MAPS]

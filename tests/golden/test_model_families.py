@@ -11,6 +11,7 @@ which needs torch: it exports each model and lets transformers load it.
 import dataclasses
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +71,7 @@ def test_logits_are_those_of_transformers(name):
         expected = stored[name]
     with jax.default_matmul_precision("highest"):
         logits = jax.jit(gj.next_token_logits)(make_policy(name), IDS, MASK)
+    chex.assert_shape(logits, (*IDS.shape, SHAPE.vocab_size))
     live = MASK.astype(bool)
     np.testing.assert_allclose(logits[live], expected[live], rtol=0, atol=1e-5)
 

@@ -5,6 +5,7 @@ Every model goes through a directory that transformers wrote, so reading is test
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -169,7 +170,7 @@ def test_an_export_is_their_model_bit_by_bit(pair, name, dtype, tmp_path):
         model.float()
     policy = gj.load_pretrained(directory)
     assert policy.config.compute_dtype == dtype
-    assert {x.dtype.name for x in jax.tree.leaves(policy.params)} == {dtype}
+    chex.assert_type(jax.tree.leaves(policy.params), dtype)
     sizes = dict(max_shard_bytes=10_000) if dtype == "bfloat16" else {}
     gj.save_pretrained(policy, tmp_path / "ours", **sizes, eos_ids=[3, 4])
     back, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -190,7 +191,7 @@ def test_an_export_is_their_model_bit_by_bit(pair, name, dtype, tmp_path):
     assert back.generation_config.eos_token_id == [3, 4]
     again = gj.load_pretrained(tmp_path / "ours")
     assert again.config == policy.config
-    jax.tree.map(np.testing.assert_array_equal, again.params, policy.params)
+    chex.assert_trees_all_equal(again.params, policy.params)
 
 
 # Rounding differs, so both are compared to float32, with the same rounded weights.

@@ -1,5 +1,6 @@
 from functools import partial
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -37,9 +38,9 @@ SCORES = [{}, dict(scale=0.7, softcap=0.9)]
 @pytest.mark.parametrize("scores", SCORES, ids=["plain", "capped"])
 @pytest.mark.parametrize("by_query", [False, True])
 def test_shared_prefix_attention_is_attention_over_concatenated_keys(by_query, scores):
-    q, own_mask = random(0, P, G, S, H, D), np.tril(np.ones((S, U), bool))
+    q, suffix_mask = random(0, P, G, S, H, D), np.tril(np.ones((S, U), bool))
     prefix_k, prefix_v = random(1, P, L, KV, D), random(2, P, L, KV, D)
-    own_k, own_v = random(3, P, G, U, KV, D), random(4, P, G, U, KV, D)
+    suffix_k, suffix_v = random(3, P, G, U, KV, D), random(4, P, G, U, KV, D)
     prefix_mask = np.array([[0, 1, 1, 1, 1], [0, 0, 0, 1, 1]], bool)
     seen_prefix = np.repeat(prefix_mask[:, None], S, axis=1)  # [P, S, L]
     if by_query:
@@ -49,15 +50,16 @@ def test_shared_prefix_attention_is_attention_over_concatenated_keys(by_query, s
         prefix_k.transpose(0, 2, 3, 1),
         prefix_v.swapaxes(1, 2),
         seen_prefix if by_query else prefix_mask,
-        own_k.transpose(0, 1, 3, 4, 2),
-        own_v.swapaxes(2, 3),
-        own_mask,
+        suffix_k.transpose(0, 1, 3, 4, 2),
+        suffix_v.swapaxes(2, 3),
+        suffix_mask,
     )
+    chex.assert_shape(actual, (P, G, S, H, D))
     for p, g, s, h in np.ndindex(P, G, S, H):
         shared = h // (H // KV)  # consecutive query heads share a key/value head
-        live, seen = seen_prefix[p, s], own_mask[s]
-        k = np.concatenate((prefix_k[p, live, shared], own_k[p, g, seen, shared]))
-        v = np.concatenate((prefix_v[p, live, shared], own_v[p, g, seen, shared]))
+        live, seen = seen_prefix[p, s], suffix_mask[s]
+        k = np.concatenate((prefix_k[p, live, shared], suffix_k[p, g, seen, shared]))
+        v = np.concatenate((prefix_v[p, live, shared], suffix_v[p, g, seen, shared]))
         expected = softmax_attention(q[p, g, s, h], k, v, **scores)
         np.testing.assert_allclose(actual[p, g, s, h], expected, rtol=1e-4, atol=1e-5)
 
@@ -116,7 +118,7 @@ def test_rotated_products_depend_on_the_distance_only():
 
 
 # Frequencies 1, 1/10, 1/100 and 1/1000 turn 100 / 2 pi = 15.9, 1.59, 0.159 and 0.0159
-# times in 100 tokens: kept, between, and two stretched whole. Between, (1.59 - 1) / 3 =
+# times in 100 tokens: kept, between, and two stretched fully. Between, (1.59 - 1) / 3 =
 # 0.197 of the frequency is kept and 0.803 of it divided by 8.
 def test_llama_stretches_slow_wavelengths():
     stretch = rotary_stretch(8, 1e4, 8.0, (1.0, 4.0), 100)
@@ -143,4 +145,4 @@ def test_by_layer_picks_traced_or_not(slides):
     assert pair.select(slides) is expected
     if slides is not None:
         traced = jax.jit(pair.select)(np.array(slides))
-        jax.tree.map(np.testing.assert_array_equal, traced, expected)
+        chex.assert_trees_all_equal(traced, expected)

@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -21,7 +22,11 @@ def policy():
 
 def logits(policy, rows, mask=None):
     mask = None if mask is None else np.array(mask, np.int32)
-    return np.asarray(jax.jit(next_token_logits)(policy, np.int32(rows), mask))
+    result = jax.jit(next_token_logits)(policy, np.int32(rows), mask)
+    chex.assert_shape(result, (*np.shape(rows), SMALL.vocab_size))
+    chex.assert_type(result, np.float32)
+    chex.assert_tree_all_finite(result)
+    return np.asarray(result)
 
 
 def test_logits_do_not_see_the_future(policy):
@@ -77,7 +82,7 @@ def test_split_prompts_finds_the_last_token_wherever_the_padding_is():
 def test_parameters_stay_float32_under_a_bfloat16_compute_dtype():
     config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
     policy = init_policy(config, jax.random.key(0))
-    assert {x.dtype for x in jax.tree.leaves(policy.params)} == {np.dtype("float32")}
+    chex.assert_type(jax.tree.leaves(policy.params), np.float32)
     assert logits(policy, [[1, 2, 3]]).dtype == np.float32
 
 

@@ -1,7 +1,8 @@
+import chex
 import numpy as np
 import pytest
 
-from grpo_jax import Example
+from grpo_jax import Example, Rollouts
 from grpo_jax.errors import ConfigError
 from grpo_jax.rollouts.encoding import answer_rollouts, decode_groups, pad_left
 from grpo_jax.rollouts.lengths import bucket, completion_buckets
@@ -38,21 +39,25 @@ def test_pad_left():
     ids, mask = pad_left([[5, 6], [7, 8, 9]], 3, pad_id=4)
     assert ids.tolist() == [[4, 5, 6], [7, 8, 9]]
     assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
-    assert ids.dtype == mask.dtype == np.int32
+    chex.assert_type([ids, mask], np.int32)
 
 
 def test_answer_rollouts_end_with_eos(task):
     examples = [Example("a", "bb"), Example("ab", "a")]
     rollouts = answer_rollouts(task, examples, prompt_length=2, length=4)
-    assert rollouts.prompts.tolist() == [[0, 2], [2, 3]]
-    assert rollouts.prompt_mask.tolist() == [[0, 1], [1, 1]]
-    assert rollouts.completions.tolist() == [[[3, 3, 1, 0]], [[2, 1, 0, 0]]]
-    assert rollouts.completion_mask.tolist() == [[[1, 1, 1, 0]], [[1, 1, 0, 0]]]
-    assert (rollouts.behaviour_logprobs == 0).all() and rollouts.rewards is None
+    expected = Rollouts(
+        prompts=np.array([[0, 2], [2, 3]]),
+        prompt_mask=np.array([[0, 1], [1, 1]]),
+        completions=np.array([[[3, 3, 1, 0]], [[2, 1, 0, 0]]]),
+        completion_mask=np.array([[[1, 1, 1, 0]], [[1, 1, 0, 0]]]),
+        behaviour_logprobs=np.zeros((2, 1, 4)),
+        rewards=None,
+    )
+    chex.assert_trees_all_equal(rollouts, expected)
 
 
 @pytest.mark.parametrize(("prompt_length", "length"), [(1, 4), (2, 2)])
-def test_answer_rollouts_cut_nothing_off(task, prompt_length, length):
+def test_answer_rollouts_refuse_what_is_too_long(task, prompt_length, length):
     with pytest.raises(ValueError):
         answer_rollouts(task, [Example("ab", "bb")], prompt_length, length)
 
@@ -64,8 +69,8 @@ def test_decode_groups_leaves_eos_and_padding_out(task):
     assert texts == [["ab", "aaaa"], ["", "b"]]
 
 
-# Only the EOS at the end goes: padding that was sampled shows, and so does an id that
-# the tokenizer has no token for, so that no wrong completion reads like a right one.
+# Only the EOS at the end is removed; sampled padding and ids without a token are kept
+# visible, so that no wrong completion reads like a right one.
 def test_decode_groups_shows_what_is_not_text(task):
     completions = np.array([[[2, 0, 1], [2, 9, 1], [0, 2, 1], [2, 1, 0]]])
     mask = np.array([[[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]]])
@@ -88,7 +93,7 @@ def test_bucket_golden(length, expected):
     assert bucket(length) == expected
 
 
-def test_buckets_hold_their_lengths_and_are_few():
+def test_buckets_cover_their_lengths_and_are_few():
     lengths = np.arange(1, 5000)
     buckets = np.array([bucket(int(n)) for n in lengths])
     assert (buckets >= lengths).all() and (np.diff(buckets) >= 0).all()

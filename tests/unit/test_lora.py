@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,10 +50,11 @@ def test_a_fresh_adapter_changes_nothing(base):
 def test_merged_is_the_same_policy(base, targets):
     settings = {} if targets is None else {"targets": targets}
     policy = adapted(base, seed=2, **settings)
-    whole = merge_lora(policy)
-    assert whole.frozen is None and whole.config == base.config
-    assert np.abs(logits(whole) - logits(base)).max() > 0.1
-    np.testing.assert_allclose(logits(whole), logits(policy), rtol=2e-4, atol=2e-4)
+    merged = merge_lora(policy)
+    assert merged.frozen is None and merged.config == base.config
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged.params, base.params)
+    assert np.abs(logits(merged) - logits(base)).max() > 0.1
+    np.testing.assert_allclose(logits(merged), logits(policy), rtol=2e-4, atol=2e-4)
 
 
 def test_one_kernel_by_hand(base):
@@ -60,8 +62,8 @@ def test_one_kernel_by_hand(base):
     policy = adapted(base, seed=3, targets=("k",))
     kernel = base.params["layers"]["k"]["kernel"][1]
     a, b = (policy.params["layers"]["k"][f"lora_{f}"][1] for f in "ab")
-    whole = merge_lora(policy).params["layers"]["k"]["kernel"][1]
-    np.testing.assert_allclose(whole, kernel + 6.0 / 3 * (a @ b), rtol=1e-5, atol=1e-5)
+    merged = merge_lora(policy).params["layers"]["k"]["kernel"][1]
+    np.testing.assert_allclose(merged, kernel + 6.0 / 3 * (a @ b), rtol=1e-5, atol=1e-5)
 
 
 def test_the_base_is_shared_and_only_factors_are_trained(base):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -64,11 +65,6 @@ def edit_weights(folder, change):
     save_file(arrays, folder / "model.safetensors")
 
 
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_a_config_survives_its_json(kind):
     config = EXAMPLES[kind]
@@ -80,7 +76,7 @@ def test_a_config_survives_its_json(kind):
 def test_an_export_loads_again(policy, saved):
     again = gj.load_pretrained(saved)
     assert again.config == policy.config and again.graphdef == policy.graphdef
-    assert_same(again.params, policy.params)
+    chex.assert_trees_all_equal(again.params, policy.params)
     assert sorted(p.name for p in saved.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors",
     ]  # fmt: skip
@@ -98,14 +94,15 @@ def test_shards_of_bfloat16_load_again(policy, tmp_path, monkeypatch):
         patch.setattr(pretrained, "_BLOCK_BYTES", 120)  # 7 of 9 rows, 5 of 8
         again = gj.load_pretrained(tmp_path)
     assert again.config.compute_dtype == "bfloat16"
-    assert_same(again.params, low.params)
+    chex.assert_trees_all_equal(again.params, low.params)
     wide = gj.load_pretrained(tmp_path, dtype="float32")
     assert wide.config.compute_dtype == "float32"
-    assert_same(wide.params, jax.tree.map(lambda x: x.astype("float32"), low.params))
-    # An export over it leaves nothing of the old one.
+    expected = jax.tree.map(lambda x: x.astype("float32"), low.params)
+    chex.assert_trees_all_equal(wide.params, expected)
+    # An export over it removes the old one.
     gj.save_pretrained(policy, tmp_path)
     assert sorted(p.name for p in tmp_path.glob("model*")) == ["model.safetensors"]
-    assert_same(gj.load_pretrained(tmp_path).params, policy.params)
+    chex.assert_trees_all_equal(gj.load_pretrained(tmp_path).params, policy.params)
 
 
 @pytest.mark.parametrize("stored", [np.float16, None], ids=["float16", "mixed"])
@@ -118,16 +115,16 @@ def test_other_dtypes_on_disk_become_float32(saved, stored):
     edit_weights(saved, change)
     policy = gj.load_pretrained(saved)
     assert policy.config.compute_dtype == "float32"
-    assert {x.dtype.name for x in jax.tree.leaves(policy.params)} == {"float32"}
+    chex.assert_type(jax.tree.leaves(policy.params), np.float32)
 
 
-def test_parameters_go_where_they_are_told_to(policy, saved):
+def test_parameters_get_the_shardings_asked_for(policy, saved):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.NamedSharding(mesh, jax.P())
     shardings = jax.tree.map(lambda _: spec, policy.params)
     again = gj.load_pretrained(saved, shardings=shardings)
     assert {x.sharding for x in jax.tree.leaves(again.params)} == {spec}
-    assert_same(again.params, policy.params)
+    chex.assert_trees_all_equal(again.params, policy.params)
 
 
 def test_an_unembedding_that_repeats_the_embedding_is_tied(policy, tmp_path):
@@ -140,7 +137,7 @@ def test_an_unembedding_that_repeats_the_embedding_is_tied(policy, tmp_path):
         arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
 
     edit_weights(tmp_path, repeat)
-    assert_same(gj.load_pretrained(tmp_path).params, tied.params)
+    chex.assert_trees_all_equal(gj.load_pretrained(tmp_path).params, tied.params)
 
     def differ(arrays):
         arrays["lm_head.weight"][3, 3] += 1
@@ -200,9 +197,9 @@ def test_an_index_that_points_elsewhere_is_named(policy, tmp_path):
     gj.save_pretrained(policy, tmp_path, max_shard_bytes=1500)
     index = tmp_path / "model.safetensors.index.json"
     values = json.loads(index.read_text())
-    where = values["weight_map"]
-    wrong = next(x for x in where.values() if x != where["model.norm.weight"])
-    where["model.norm.weight"] = wrong
+    files = values["weight_map"]
+    wrong = next(x for x in files.values() if x != files["model.norm.weight"])
+    files["model.norm.weight"] = wrong
     index.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=f"places model.norm.weight in {wrong}, whi"):
         gj.load_pretrained(tmp_path)
@@ -349,7 +346,7 @@ def test_a_failed_export_leaves_the_old_one(policy, saved):
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
 
 
-def test_places_without_a_model_are_named(tmp_path):
+def test_directories_without_a_model_are_named(tmp_path):
     with pytest.raises(ConfigError, match="is not a directory; give one"):
         gj.load_pretrained(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="config.json does not exist"):
@@ -430,14 +427,14 @@ gj.load_pretrained(sys.argv[1])  # the compiler's memory is not the checkpoint's
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
 before = status("VmRSS")
 policy = gj.load_pretrained(sys.argv[1])
-placed = sum(x.nbytes for x in jax.tree.leaves(policy.params))
-print(status("VmHWM") - before - placed)
+parameters = sum(x.nbytes for x in jax.tree.leaves(policy.params))
+print(status("VmHWM") - before - parameters)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux only")
-def test_reading_holds_one_shard_beside_what_is_placed(tmp_path):
+def test_reading_needs_memory_for_one_file_beside_the_parameters(tmp_path):
     config = dataclasses.replace(
         SMALL, vocab_size=32_768, num_layers=14, width=512, mlp_width=2048, num_heads=8
     )

@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,8 +47,13 @@ def padded(rows, side="left", length=5):
 
 def draw(policy, rows=PROMPTS, side="left", **changes):
     arguments = dict(group_size=6, max_new_tokens=36, key=jax.random.key(1))
-    arguments |= dict(eos_id=EOS, pad_id=PAD)
-    return sample(policy, *padded(rows, side), **arguments | changes)
+    arguments |= dict(eos_id=EOS, pad_id=PAD) | changes
+    rollouts = sample(policy, *padded(rows, side), **arguments)
+    shape = len(rows), arguments["group_size"], arguments["max_new_tokens"]
+    chex.assert_shape(rollouts[2:5], shape)
+    chex.assert_type(rollouts[2:5], [np.int32, np.int32, np.float32])
+    chex.assert_tree_all_finite(rollouts.behaviour_logprobs)
+    return rollouts
 
 
 def next_logprobs(policy, rows, temperature=1.0):
@@ -89,6 +95,7 @@ def test_behaviour_logprobs_are_the_teacher_forced_ones(policy, temperature, eos
     rollouts = draw(policy, temperature=temperature, eos_id=eos_id)
     twin = jax.jit(completion_logprobs)
     actual = twin(policy, rollouts, temperature=temperature)
+    chex.assert_equal_shape([actual, rollouts.completions])
     np.testing.assert_allclose(actual, rollouts.behaviour_logprobs, atol=1e-5)
     assert (np.asarray(actual)[np.asarray(rollouts.completion_mask) > 0] < 0).all()
     other = twin(policy, rollouts, temperature=temperature * 1.5)
@@ -136,7 +143,7 @@ def test_any_of_several_ids_ends_a_completion(policy, rollouts):
     ends = both.completions[both.completion_mask > 0]
     assert (ends == EOS).any() and (ends == 4).any()
     alone = draw(policy, eos_id=[EOS])
-    jax.tree.map(np.testing.assert_array_equal, tuple(alone)[:5], tuple(rollouts)[:5])
+    chex.assert_trees_all_equal(alone, rollouts)
 
 
 def test_top_k_1_is_greedy(policy):
@@ -187,14 +194,14 @@ def test_first_tokens_come_in_the_policys_proportions(policy, firsts):
 
 
 def test_a_named_prompts_samples_do_not_depend_on_its_batch(policy):
-    whole = draw(policy, prompt_indices=np.array([40, 50, 60]))
+    first = draw(policy, prompt_indices=np.array([40, 50, 60]))
     rows = [PROMPTS[2], [4, 4], PROMPTS[0]]
     other = draw(policy, rows, prompt_indices=np.array([60, 7, 40]))
     for a, b in ((2, 0), (0, 2)):
-        np.testing.assert_array_equal(whole.completions[a], other.completions[b])
+        np.testing.assert_array_equal(first.completions[a], other.completions[b])
     again = draw(policy, prompt_indices=np.array([41, 50, 60]))
-    assert (np.asarray(again.completions[0]) != whole.completions[0]).any()
-    np.testing.assert_array_equal(again.completions[1:], whole.completions[1:])
+    assert (np.asarray(again.completions[0]) != first.completions[0]).any()
+    np.testing.assert_array_equal(again.completions[1:], first.completions[1:])
 
 
 def test_a_sample_depends_on_no_other_and_on_no_length(firsts, rollouts):

@@ -1,7 +1,8 @@
-"""Where arrays lie: the table, without any devices."""
+"""Rules of sharding, without any devices."""
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,16 +44,16 @@ EVERYTHING = dataclasses.replace(
 
 
 def specs(tree):
-    found = tree_shardings(tree, MESH)
+    shardings = tree_shardings(tree, MESH)
     return {
         jax.tree_util.keystr(path): tuple(x.spec)
-        for path, x in jax.tree_util.tree_leaves_with_path(found)
+        for path, x in jax.tree_util.tree_leaves_with_path(shardings)
     }
 
 
-def test_every_parameter_has_its_place():
+def test_every_parameter_is_sharded_by_its_name():
     policy = abstract_policy(EVERYTHING)
-    found = specs(policy.frozen) | specs(policy.params)
+    actual = specs(policy.frozen) | specs(policy.params)
     layer, into, out = "['layers']['{}']['{}']", (None, "fsdp", "tensor"), ()
     out = (None, "tensor", "fsdp")
     expected = {
@@ -71,20 +72,20 @@ def test_every_parameter_has_its_place():
     for name in ("q", "k", "v"):
         expected[layer.format(name, "bias")] = (None, "tensor")
     expected[layer.format("o", "bias")] = (None, "fsdp")
-    assert {k: v for k, v in found.items() if "_norm" not in k} == {
+    assert {k: v for k, v in actual.items() if "_norm" not in k} == {
         k: v for k, v in expected.items() if "_norm" not in k
     }
-    assert all(spec == () for name, spec in found.items() if "_norm" in name)
+    assert all(spec == () for name, spec in actual.items() if "_norm" in name)
 
 
-def test_a_size_that_does_not_divide_stays_whole():
+def test_a_size_that_does_not_divide_is_replicated():
     policy = abstract_policy(dataclasses.replace(TINY, vocab_size=19, mlp_width=25))
-    found = specs(policy.params)
-    assert found["['embedding']['embedding']"] == (None, "fsdp")
-    assert found["['layers']['up']['kernel']"] == (None, "fsdp", None)
+    actual = specs(policy.params)
+    assert actual["['embedding']['embedding']"] == (None, "fsdp")
+    assert actual["['layers']['up']['kernel']"] == (None, "fsdp", None)
 
 
-def test_moments_lie_like_their_parameters():
+def test_moments_are_sharded_like_their_parameters():
     optimizer = make_optimizer(
         OptimizerConfig(), make_schedule(OptimizerConfig(), total_updates=1)
     )
@@ -92,11 +93,11 @@ def test_moments_lie_like_their_parameters():
     state = jax.eval_shape(
         lambda params: init_state(params, optimizer, gj.std_weights()), policy.params
     )
-    found = specs(state)
+    actual = specs(state)
     for name, spec in specs(policy.params).items():
-        same = {v for k, v in found.items() if k.endswith(name)}
+        same = {v for k, v in actual.items() if k.endswith(name)}
         assert same == {spec}, name
-    assert found[".updates"] == ()
+    assert actual[".updates"] == ()
 
 
 @pytest.mark.parametrize(
@@ -116,8 +117,8 @@ def test_prompts_are_split_first_and_samples_take_the_rest(mesh, p, g, expected)
     assert batch_shards(p, g, shape) == expected
 
 
-def test_every_part_of_a_batch_holds_prompts_of_every_shard():
-    prompts = np.arange(8)  # shard i holds 2 i and 2 i + 1
+def test_every_part_of_a_batch_has_prompts_of_every_shard():
+    prompts = np.arange(8)  # shard i has 2 i and 2 i + 1
     parts = split_batch(prompts, MicroBatch(4, 3, (4, 1)), False)
     np.testing.assert_array_equal(parts, [[0, 2, 4, 6], [1, 3, 5, 7]])
     samples = np.broadcast_to(np.arange(8), (1, 8))
@@ -145,10 +146,8 @@ def test_tokens_of_a_micro_batch_are_those_of_one_device():
 def test_without_a_mesh_nothing_happens():
     assert make_mesh(MeshConfig()) is None
     x = jnp.zeros((2, 3, 4))
-    assert constrain(x, "prompts", "samples") is x and flatten_rows(x).shape == (6, 4)
-
-
-# ---- what cannot run
+    assert constrain(x, "prompts", "samples") is x
+    chex.assert_shape(flatten_rows(x), (6, 4))
 
 
 @pytest.fixture
@@ -162,7 +161,7 @@ def refused(mesh, sampling=None, model=TINY):
     return str(error.value)
 
 
-def test_devices_that_are_not_there_are_refused():
+def test_more_devices_than_visible_are_refused():
     message = refused({"data": 512})
     assert "needs 512 devices, and there are 1 (cpu)" in message
 
