@@ -29,3 +29,15 @@ def check_choice(axis: str, value: str, choices: Iterable[str]) -> None:
     """ValueError, with the choices, unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{axis} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type's name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def summary(error: Exception) -> str:
+    """An error's type and up to 200 characters of its first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

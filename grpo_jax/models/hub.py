@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.errors import ConfigError
+from grpo_jax.errors import ConfigError, first_line
 
 # Fetched together: which of them exist decides, for one, the chat template.
 _FILES = (
@@ -99,9 +99,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold a mapping, got {type(values).__name__}.")
     return values
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type's name."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

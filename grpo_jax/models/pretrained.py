@@ -24,7 +24,7 @@ from grpo_jax.errors import ConfigError, check_choice
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.hf_config import config_json, model_config
 from grpo_jax.models.hf_tensors import Tensor, checkpoint_tensors
-from grpo_jax.models.hub import first_line, local_directory, read_json
+from grpo_jax.models.hub import local_directory, read_json
 from grpo_jax.models.policy import Policy, abstract_policy, merge_lora
 
 _BLOCK_BYTES = 2**23  # of a tensor on the host at a time

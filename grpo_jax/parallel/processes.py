@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar, cast
 import jax
 import numpy as np
 
-from grpo_jax.errors import ConfigError
+from grpo_jax.errors import ConfigError, first_line
 
 Value = TypeVar("Value")
 
@@ -89,11 +89,10 @@ def join(config: Rendezvous) -> None:
         if not certain:
             return  # a single TPU host
         where = config.coordinator or "the environment"
-        lines = str(error).strip().splitlines() or [""]
         raise ConfigError(
             f"the processes of the run did not find each other by {where} "
-            f"({lines[0][:300]}); is every one of them started, each once, with the "
-            "same distributed.coordinator and processes?"
+            f"({first_line(error)[:300]}); is every one of them started, each once, "
+            "with the same distributed.coordinator and processes?"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A run's directory: what it holds, whose it is, and whether it may be continued."""
+"""A run's directory: which run it belongs to, and whether it may be continued."""
 
 import importlib.metadata
 import json
@@ -10,10 +10,9 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.runs.config import TrainConfig
 from grpo_jax.runs.config_files import differences, to_dict
 
-# What may differ between a run and its continuation: nothing the maths depends on. How
-# long it goes on is one of them as long as neither the learning rate nor the weights
-# depend on it.
-# Where data and the base lie may change: their fingerprints may not.
+# Settings that may change on resume: those that the maths does not depend on. `steps`
+# may as long as neither the learning rate nor the weights depend on it. Paths of data
+# and of the pretrained model may change, their fingerprints may not.
 FREE_ON_RESUME = (
     "run_dir", "resume", "checkpoint.", "log.", "task.path", "task.heldout_path",
     "pretrained", "scoring.workers", "mesh",
@@ -24,8 +23,8 @@ def claim(config: TrainConfig, facts: dict[str, Any]) -> Path:
     """The directory this run may write to, created; a new run's config is in it.
 
     Args:
-        config: The run's.
-        facts: What config.json keeps besides: `note`, what the report should say of the
+        config: Of the run.
+        facts: What config.json has besides: `note`, what the report should say of the
             task; `eos_ids`; and `data` and `base`, fingerprints of the task's prompts
             and answers and of the pretrained model.
 
@@ -33,56 +32,19 @@ def claim(config: TrainConfig, facts: dict[str, Any]) -> Path:
         ConfigError: it holds another run, or this one and `resume` is not set, or there
             is nothing to resume; nothing was changed.
     """
-    directory = (
-        _default_directory(config) if not config.run_dir else Path(config.run_dir)
-    )
-    file = directory / "config.json"
-    if config.resume and not file.exists():
+    directory = Path(config.run_dir) if config.run_dir else _default_directory(config)
+    started = (directory / "config.json").exists()
+    if config.resume and not started:
         raise ConfigError(
             f"nothing to resume in {directory}: it holds no config.json; "
             "check --run-dir, or leave --resume out to start there."
         )
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"run_dir must be a directory, {directory} is a file.")
-    if not config.resume and directory.exists() and any(directory.iterdir()):
-        if not file.exists():
-            raise ConfigError(
-                f"{directory} is not empty and holds no run; choose another --run-dir."
-            )
-        changed = _changed(read_config_dict(directory), config)
-        if changed:
-            raise ConfigError(
-                f"{directory} holds a run with another config ({'; '.join(changed)}); "
-                "choose another --run-dir."
-            )
-        raise ConfigError(
-            f"{directory} holds this run already; continue it with --resume, or choose "
-            "another --run-dir."
-        )
     if config.resume:
-        scheduled = config.weights.power_end is not None
-        constant = config.optimizer.schedule == "constant" and not scheduled
-        free = (*FREE_ON_RESUME, "steps:") if constant else FREE_ON_RESUME
-        changed = [
-            row
-            for row in _changed(read_config_dict(directory), config)
-            if not row.startswith(free)
-        ]
-        if changed:
-            raise ConfigError(
-                f"cannot resume {directory} with another config "
-                f"({'; '.join(changed)}); give the same one, or another --run-dir."
-            )
-        old = read_facts(directory)
-        for name, what in (
-            ("data", "the task's data"),
-            ("base", "the pretrained model"),
-        ):
-            if old.get(name, facts[name]) != facts[name]:
-                raise ConfigError(
-                    f"cannot resume {directory}: {what} changed since it began; "
-                    "restore it, or give another --run-dir."
-                )
+        _check_same_run(directory, config, facts)
+    elif directory.exists() and any(directory.iterdir()):
+        raise _occupied(directory, config, started)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -94,15 +56,59 @@ def claim(config: TrainConfig, facts: dict[str, Any]) -> Path:
     return directory
 
 
+def _occupied(directory: Path, config: TrainConfig, started: bool) -> ConfigError:
+    """The error for a new run in a directory that is not empty."""
+    if not started:
+        return ConfigError(
+            f"{directory} is not empty and holds no run; choose another --run-dir."
+        )
+    changed = _changed(read_config_dict(directory), config)
+    if changed:
+        return ConfigError(
+            f"{directory} holds a run with another config ({'; '.join(changed)}); "
+            "choose another --run-dir."
+        )
+    return ConfigError(
+        f"{directory} holds this run already; continue it with --resume, or choose "
+        "another --run-dir."
+    )
+
+
+def _check_same_run(
+    directory: Path, config: TrainConfig, facts: dict[str, Any]
+) -> None:
+    """ConfigError where a setting that the maths depends on, the data or the
+    pretrained model changed since the run began."""
+    scheduled = config.weights.power_end is not None
+    constant = config.optimizer.schedule == "constant" and not scheduled
+    free = (*FREE_ON_RESUME, "steps:") if constant else FREE_ON_RESUME
+    old = read_facts(directory)
+    changed = [
+        row for row in _changed(old["config"], config) if not row.startswith(free)
+    ]
+    if changed:
+        raise ConfigError(
+            f"cannot resume {directory} with another config "
+            f"({'; '.join(changed)}); give the same one, or another --run-dir."
+        )
+    for name, what in (("data", "the task's data"), ("base", "the pretrained model")):
+        if old.get(name, facts[name]) != facts[name]:
+            raise ConfigError(
+                f"cannot resume {directory}: {what} changed since it began; "
+                "restore it, or give another --run-dir."
+            )
+
+
 def record(directory: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Writes config.json; of a resumed run once it is known to go on."""
-    whole = {"config": to_dict(config), "versions": versions()} | facts
+    """Writes config.json; for a resumed run, once it is certain to go on."""
+    content = {"config": to_dict(config), "versions": versions()} | facts
     temporary = directory / "config.tmp"
-    temporary.write_text(json.dumps(whole, indent=2))
+    temporary.write_text(json.dumps(content, indent=2))
     temporary.replace(directory / "config.json")
 
 
-def _default_directory(config):
+def _default_directory(config: TrainConfig) -> Path:
+    """runs/TASK-OBJECTIVE-seedN, numbered if taken."""
     stem = f"{config.task.name}-{config.objective.name}-seed{config.seed}"
     directory, number = Path("runs") / stem, 1
     while directory.exists():
@@ -111,7 +117,8 @@ def _default_directory(config):
     return directory
 
 
-def _changed(old, config):
+def _changed(old: dict[str, Any], config: TrainConfig) -> list[str]:
+    """Differences from the config that a run began with, as text."""
     rows = differences(old, to_dict(config))
     return [row for row in rows if not row.startswith(("run_dir", "resume"))]
 
@@ -126,7 +133,7 @@ def read_config_dict(directory: Path) -> dict[str, Any]:
 
 
 def read_facts(directory: Path) -> dict[str, Any]:
-    """All of config.json: config, versions, and what `claim` was given.
+    """The content of config.json: config, versions, and the facts given to `claim`.
 
     Raises:
         ConfigError: the directory holds no run.
@@ -150,11 +157,11 @@ def read_notes(directory: Path) -> tuple[dict[str, str], str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the machine, and the packages that numbers depend on."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    """Versions of Python, the machine, and the packages that numbers depend on."""
+    names = {"python": platform.python_version(), "machine": platform.machine()}
     for package in ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
         try:
-            found[package] = importlib.metadata.version(package)
+            names[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            names[package] = "not installed"
+    return names

@@ -16,7 +16,7 @@ class JsonLines:
 
     Attributes:
         unwritten: Objects whose line could not be written; the next `write` tries them
-            again, before its own.
+            again first.
     """
 
     def __init__(self, path: Path):
@@ -24,7 +24,7 @@ class JsonLines:
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a line, whole or not at all.
+        """Appends a line; one that fails leaves no part of it.
 
         Raises:
             OSError: it cannot be written; the row is `unwritten`.
@@ -35,26 +35,27 @@ class JsonLines:
         try:
             written = 0
             while written < len(data):
-                written += self._file.write(data[written:])
+                written += self._file.write(data[written:]) or 0
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.truncate(size)  # no half a line
+                self._file.truncate(size)
             reason = error.strerror or error
             raise OSError(f"cannot write {self._path}: {reason}") from error
         self.unwritten = []
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The value as JSON, indented; null for every number that JSON cannot say."""
+    """Writes the value as indented JSON, with null for NaN and infinities."""
     text = json.dumps(without_nan(value), indent=2, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file; a last line cut short by a killed process is left out."""
+    """The objects of a file, without a last line that a killed process cut short."""
     if not path.exists():
         return []
     rows, lines = [], path.read_text(encoding="utf-8").splitlines()
@@ -68,24 +69,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class NoLines:
-    """In place of `JsonLines` where another process writes."""
+    """Takes the place of `JsonLines` where another process writes."""
 
-    unwritten: list[dict[str, Any]] = []
+    def __init__(self) -> None:
+        self.unwritten: list[dict[str, Any]] = []
 
     def write(self, row: dict[str, Any]) -> None:
-        pass
+        """Does nothing."""
 
     def close(self) -> None:
-        pass
+        """Does nothing."""
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the lines after `step`: what a resumed run is going to write again."""
+    """Drops the rows after `step`, which a resumed run will write again."""
     rewrite(path, [row for row in read_lines(path) if row["step"] <= step])
 
 
 def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The file with these lines alone, replaced at once."""
+    """Replaces the file by one with these rows, in one rename."""
     temporary = path.with_suffix(".tmp")
     lines = [json.dumps(without_nan(row), allow_nan=False) + "\n" for row in rows]
     temporary.write_text("".join(lines), encoding="utf-8")
@@ -93,7 +95,7 @@ def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """The value with null for every number that JSON cannot say."""
+    """The value with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
         return {name: without_nan(x) for name, x in value.items()}
     if isinstance(value, list | tuple):

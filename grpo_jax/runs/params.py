@@ -1,4 +1,4 @@
-"""Parameters as safetensors files, and alone out of a checkpoint."""
+"""Parameters as safetensors files, and read from a checkpoint without its state."""
 
 import hashlib
 import os
@@ -9,17 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.errors import ConfigError
-
-
-def _first_line(error):
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+from grpo_jax.errors import ConfigError, summary
 
 
 def restore_params(directory: Path) -> Any:
-    """The parameters alone of a checkpoint, on this process's first device, whatever
-    it was written on.
+    """The parameters of a checkpoint, on this process's first device, on whatever
+    devices they were written.
 
     Raises:
         ConfigError: it cannot be read.
@@ -29,7 +24,7 @@ def restore_params(directory: Path) -> Any:
     path = directory.absolute() / "state"
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def abstract(x):
+    def abstract(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     try:
@@ -41,16 +36,17 @@ def restore_params(directory: Path) -> Any:
                 item=item, restore_args=restore_args, partial_restore=True
             )
             params = checkpointer.restore(path, args=args)["params"]
-    except Exception as error:  # orbax has a kind for every way to be broken
+    except Exception as error:  # orbax has many kinds of errors for a damaged file
         raise ConfigError(
-            f"the checkpoint {directory} cannot be read ({_first_line(error)})."
+            f"the checkpoint {directory} cannot be read ({summary(error)})."
         ) from error
-    # Through the host: like a new policy's, so that no program is compiled again.
+    # By way of the host: placed like a new policy's, so that no program is compiled
+    # again.
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
 
 
 def params_digest(params: Any) -> str:
-    """Of parameters, by names, shapes and up to 4,096 values of each."""
+    """A hash of parameters, by names, shapes and up to 4,096 values of each."""
     digest = hashlib.sha256()
     for name, x in named_arrays(params).items():
         stride = max(1, x.size // 4096)
@@ -62,7 +58,7 @@ def params_digest(params: Any) -> str:
 def save_params(
     path: Path, params: Any, metadata: dict[str, str] | None = None
 ) -> None:
-    """A dict of parameters as one safetensors file, whole or not at all (OSError)."""
+    """Writes a dict of parameters as one safetensors file; an OSError leaves none."""
     from safetensors.numpy import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +68,7 @@ def save_params(
     arrays = {name: np.ascontiguousarray(x) for name, x in named_arrays(params).items()}
     try:
         save_file(arrays, temporary, metadata=metadata)
-    except Exception as error:  # safetensors' own kind, a full disk among its causes
+    except Exception as error:  # of safetensors; a full disk is one of its causes
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}") from error
     temporary.replace(path)
@@ -89,20 +85,20 @@ def load_params(path: Path, template: Any) -> tuple[Any, dict[str, str]]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot read {path}: {error}.") from error
     for name, x in named_arrays(template).items():
-        shape = found[name].shape if name in found else "nothing"
+        shape = tensors[name].shape if name in tensors else "nothing"
         if shape != x.shape:
             raise ConfigError(f"{path}: {name} must be {x.shape}, found {shape}.")
-    leaves = [found[name] for name in named_arrays(template)]
+    leaves = [tensors[name] for name in named_arrays(template)]
     return jax.tree.unflatten(jax.tree.structure(template), leaves), metadata
 
 
 def named_arrays(params: Any) -> dict[str, Any]:
-    """A nested dict of parameters by their names, such as "layers.mlp.up.kernel"."""
+    """A nested dict of parameters by dotted names, such as "layers.mlp.up.kernel"."""
     return {
         ".".join(key.key for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

@@ -1,9 +1,10 @@
-"""Where a policy and its task come from: a model directory, a run, or nothing yet."""
+"""Where a policy and its task come from: a model directory, a run, or a new model."""
 
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -18,37 +19,35 @@ from grpo_jax.parallel.sharding import put_on_mesh, tree_shardings
 from grpo_jax.runs.config import TaskConfig, TrainConfig
 from grpo_jax.runs.directory import read_facts
 from grpo_jax.runs.params import load_params
-from grpo_jax.tasks.registry import load_task
 from grpo_jax.tasks.types import Task
 
-# What of `model` may be given beside `pretrained`: how to compute, not what.
+# Settings of `model` that may be given beside `pretrained`.
 FREE = ("compute_dtype", "remat", "lora_rank", "lora_alpha", "lora_targets")
 
-_BLOCK, _BLOCKS = 2**16, 256  # what a fingerprint reads of a file: bytes, and times
+_BLOCK, _BLOCKS = 2**16, 256  # bytes of a block, and blocks, that a fingerprint reads
 
 
 def task_of(config: TaskConfig, pretrained: str | None) -> Task:
-    """The task, asked in the tokens of the pretrained model where there is one.
+    """The task, in the tokens of the pretrained model if there is one.
 
     Raises:
         ConfigError: the task, its data or the tokenizer cannot be had.
     """
     if pretrained is None:
-        return _task(config)
+        return _load(config)
     directory = local_directory(pretrained)
-    return _task(config, tokenizer=_tokenizer(directory), eos_ids=eos_ids(directory))
+    return _load(config, tokenizer=_tokenizer(directory), eos_ids=eos_ids(directory))
 
 
 def task_for_run(config: TaskConfig, run_dir: Path) -> Task:
-    """The task asked as a run asks: in its tokens, and its template unless another is
-    given.
+    """The task in a run's tokens, and in its template unless another is given.
 
     Raises:
         ConfigError: the directory holds no run, or as `task_of`.
     """
     facts = read_facts(run_dir)
-    own = facts["config"]["task"].get("vocab_size")
-    if config.vocab_size not in (None, own):
+    made = facts["config"]["task"].get("vocab_size")
+    if config.vocab_size not in (None, made):
         raise ConfigError(
             f"task.vocab_size is of a new tokenizer, and {run_dir} has one, got "
             f"{config.vocab_size}; leave it out."
@@ -59,22 +58,23 @@ def task_for_run(config: TaskConfig, run_dir: Path) -> Task:
         template=config.template or facts.get("template"),
         system=facts.get("system") if config.system is None else config.system,
     )
-    return _task(
+    return _load(
         asked,
         tokenizer=_tokenizer(run_dir / "tokenizer"),
         eos_ids=facts.get("eos_ids", ()),
     )
 
 
-def _task(config, **language):
+def _load(config: TaskConfig, **language: Any) -> Task:
+    """The task of a config; `language`: an existing tokenizer and its end tokens."""
     options = dataclasses.asdict(config)
     name = options.pop("name")
-    return load_task(name, **options, **language)
+    return load_load(name, **options, **language)
 
 
-def _tokenizer(directory):
+def _tokenizer(directory: Path) -> Any:
     tokenizer = load_tokenizer(directory)
-    if tokenizer.pad_token is None:  # masks tell padding, so any token will do
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -96,11 +96,11 @@ def check_language(task: Task, model: ModelConfig | None = None) -> None:
         )
 
 
-def with_settings(found: ModelConfig, asked: ModelConfig) -> ModelConfig:
-    """A pretrained model's config with the settings that are the run's own.
+def with_settings(stored: ModelConfig, asked: ModelConfig) -> ModelConfig:
+    """A pretrained model's config with the settings `FREE` to be a run's.
 
     Raises:
-        ConfigError: `asked` has a shape of its own.
+        ConfigError: `asked` has another shape than the default.
     """
     plain = ModelConfig()
     for field in dataclasses.fields(ModelConfig):
@@ -108,15 +108,15 @@ def with_settings(found: ModelConfig, asked: ModelConfig) -> ModelConfig:
         if name not in FREE and getattr(asked, name) != getattr(plain, name):
             raise ConfigError(
                 f"model.{name} is the pretrained model's own "
-                f"({getattr(found, name)!r}), got {getattr(asked, name)!r}; leave it "
+                f"({getattr(stored, name)!r}), got {getattr(asked, name)!r}; leave it "
                 "out, or leave out pretrained."
             )
-    return dataclasses.replace(found, **{name: getattr(asked, name) for name in FREE})
+    return dataclasses.replace(stored, **{name: getattr(asked, name) for name in FREE})
 
 
 def fingerprint(directory: Path) -> str:
-    """Of a model directory: its config, and of each tensors' file its size, its header
-    and blocks spread over it."""
+    """A hash of a model directory: its config, and each tensor file's size, header and
+    blocks spread over it."""
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size
@@ -129,7 +129,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def data_fingerprint(task: Task) -> str:
-    """Of a task's prompts, answers and vocabulary."""
+    """A hash of a task's prompts, answers and vocabulary."""
     vocabulary = sorted(task.tokenizer.get_vocab().items())
     asked = [task.train, task.heldout, task.template, task.system]
     text = json.dumps([*asked, sorted(task.stop_ids), vocabulary])
@@ -139,11 +139,14 @@ def data_fingerprint(task: Task) -> str:
 def pretrained_policy(
     name: str, settings: ModelConfig, mesh: Mesh | None = None
 ) -> Policy:
-    """The policy of a model directory (or Hub name) with the run's own settings.
+    """The policy of a model directory (or Hub name), without LoRA factors.
 
-    What is trained is float32; with LoRA the frozen base keeps the dtype it is stored
-    in. `settings` are what `with_settings` returned: factors are not made here.
-    On a mesh every device is given its part, and no more.
+    Trained parameters are float32; with LoRA the frozen base keeps its stored dtype.
+
+    Args:
+        name: A directory, or a Hub name.
+        settings: From `with_settings`.
+        mesh: Where every device loads its own shards; None for a single device.
     """
     dtype = None if settings.lora_rank else "float32"
     directory, shardings = local_directory(name), None
@@ -157,7 +160,7 @@ def pretrained_policy(
 
 
 def with_factors(policy: Policy, model: ModelConfig, key: jax.Array) -> Policy:
-    """The policy with the LoRA factors that `model` asks for, fresh."""
+    """The policy with new LoRA factors, as `model` asks for."""
     return add_lora(
         policy,
         rank=model.lora_rank,
@@ -173,10 +176,13 @@ def load_base(
     """The policy that a run started from, without factors.
 
     Args:
-        model: The run's, with the vocabulary of its tokenizer.
+        run_dir: Of the run, with initial.safetensors for a model that began as new.
+        model: Of the run, with the vocabulary of its tokenizer.
+        pretrained: The model directory (or Hub name) that the run began with.
+        mesh: None for a single device.
 
     Raises:
-        ConfigError: its file is missing or does not fit.
+        ConfigError: a file is missing or does not fit.
     """
     if pretrained is not None:
         return pretrained_policy(pretrained, model, mesh)
@@ -186,7 +192,7 @@ def load_base(
 
 
 def model_of_run(run_dir: Path, config: TrainConfig) -> ModelConfig:
-    """A run's model, with the vocabulary that its config may leave to the tokenizer."""
+    """A run's model config, with the vocabulary size that may come from its tokenizer."""
     if config.pretrained is not None:
         return with_settings(read_config(config.pretrained), config.model)
     from safetensors import SafetensorError, safe_open
