@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.errors import ConfigError, check_choice
+from grpo_jax.errors import ConfigError, check_choice, first_line
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.hf_config import config_json, model_config
 from grpo_jax.models.hf_tensors import Tensor, checkpoint_tensors

@@ -69,7 +69,7 @@ def _load(config: TaskConfig, **language: Any) -> Task:
     """The task of a config; `language`: an existing tokenizer and its end tokens."""
     options = dataclasses.asdict(config)
     name = options.pop("name")
-    return load_load(name, **options, **language)
+    return load_task(name, **options, **language)
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -192,7 +192,7 @@ def load_base(
 
 
 def model_of_run(run_dir: Path, config: TrainConfig) -> ModelConfig:
-    """A run's model config, with the vocabulary size that may come from its tokenizer."""
+    """A run's model config, with the vocabulary size of its tokenizer."""
     if config.pretrained is not None:
         return with_settings(read_config(config.pretrained), config.model)
     from safetensors import SafetensorError, safe_open
