@@ -19,6 +19,7 @@ from grpo_jax.parallel.sharding import put_on_mesh, tree_shardings
 from grpo_jax.runs.config import TaskConfig, TrainConfig
 from grpo_jax.runs.directory import read_facts
 from grpo_jax.runs.params import load_params
+from grpo_jax.tasks.registry import load_task
 from grpo_jax.tasks.types import Task
 
 # Settings of `model` that may be given beside `pretrained`.
