@@ -1,9 +1,9 @@
 """How often a verifier is wrong on a data file's own gold answers.
 
-Every gold answer should be accepted as it stands and in every common rewriting that
-keeps its meaning (a refusal is a reward that training loses), and refused once one of
-its digits is changed (an acceptance is a reward that training can steal). The audit
-asks the verifier in the worker processes that training uses, and lists each case.
+Every gold answer should be accepted unchanged and in every common rewriting that keeps
+its meaning (a refusal is a reward that training loses), and refused once one of its
+digits is changed (an acceptance is a reward that training can steal). The audit runs
+the verifier in the worker processes that training uses, and lists each wrong verdict.
 """
 
 import collections
@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from grpo_jax.errors import ConfigError, unknown_name
-from grpo_jax.rewards.answers import last_boxed, rational, read_answer
-from grpo_jax.rewards.math_answers import refused
-from grpo_jax.rewards.pool import Check, VerifierPool
+from grpo_jax.rewards.answers import last_boxed
+from grpo_jax.rewards.latex import rational, read_answer
+from grpo_jax.rewards.pool import Check, Outcome, VerifierPool
+from grpo_jax.rewards.symbolic import refused
 from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import check_gold
 
@@ -27,21 +28,21 @@ ITSELF, SYMBOLIC, SPOILED = "as it stands", "by math_verify alone", "one digit c
 
 
 class Case(NamedTuple):
-    """A verdict that should have been the other one."""
+    """A wrong verdict."""
 
     row: int  # line of the file, from 1
     form: str  # the rewriting
     gold: str
-    answer: str  # what stood in its place
+    answer: str  # the rewritten gold that was judged
     cause: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Counts by form, and every case.
+    """Counts of verdicts by form, and the wrong ones.
 
     Attributes:
-        counts: form -> (asked, accepted).
+        counts: form -> (checked, accepted).
         cases: Refused golds and rewritings, and accepted wrong answers.
         distinct: Checks that differ from each other; each is run once.
         failures: Checks that hung or whose worker died.
@@ -58,11 +59,11 @@ class Audit:
 
     @property
     def checks_per_second(self) -> float:
-        """Of the distinct checks."""
+        """Distinct checks a second."""
         return self.distinct / max(self.seconds, 1e-9)
 
-    def as_dict(self) -> dict:
-        """Everything, for JSON."""
+    def as_dict(self) -> dict[str, Any]:
+        """All fields and the rate, as JSON types."""
         return {
             **dataclasses.asdict(self),
             "cases": [case._asdict() for case in self.cases],
@@ -70,7 +71,7 @@ class Audit:
         }
 
     def text(self, *, most: int = 20) -> str:
-        """A table, and at most `most` cases of each form."""
+        """The counts as a table, and at most `most` cases of each form."""
         width = max(map(len, self.counts))
         lines = [
             f"{self.verifier}: {self.rows} gold answers, {self.distinct} distinct "
@@ -98,11 +99,11 @@ class Audit:
 def audit_file(path: str | Path, name: str, *, workers: int = 2) -> Audit:
     """The audit of a JSON-lines file.
 
-    A row's gold is its field `answer` (after the last ####, where it has one), or what
-    the last \\boxed of its field `solution` holds.
+    A row's gold is its field `answer` (after the last ####, where it has one), or the
+    content of the last \\boxed in its field `solution`.
 
     Raises:
-        ConfigError: no such file or verifier, or a row that is no JSON object.
+        ConfigError: an unknown file or verifier, or a row that is not a JSON object.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -117,7 +118,7 @@ def audit_file(path: str | Path, name: str, *, workers: int = 2) -> Audit:
     return audit(name, golds, workers=workers)
 
 
-def _gold(line, where):
+def _gold(line: str, where: str) -> str | None:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -132,68 +133,75 @@ def _gold(line, where):
 def audit(
     name: str, golds: Iterable[tuple[int, str | None]], *, workers: int = 2
 ) -> Audit:
-    """The audit of gold answers, given as (line, gold) pairs; None: there is none."""
+    """The audit of gold answers, given as (line, gold) pairs; a missing gold is None,
+    and a wrong verdict of its row."""
     if name not in REWRITINGS:
         raise unknown_name("verifier to audit", name, REWRITINGS)
     golds, cases = list(golds), []
-    asked: list[tuple[int, str, str, str, Check]] = []
+    questions: list[_Question] = []
     for row, gold in golds:
         fault = "there is no \\boxed" if gold is None else check_gold(name, gold)
         if gold is None or fault:
             cases.append(Case(row, ITSELF, gold or "", gold or "", fault or ""))
             continue
         for form, answer in rewritings(name, gold):
-            asked.append((row, form, gold, answer, _check(name, form, gold, answer)))
-    tried: collections.Counter[str] = collections.Counter()
+            questions.append(_Question(row, form, gold, answer))
+    checks = [_check(name, question) for question in questions]
+    counted: collections.Counter[str] = collections.Counter({ITSELF: len(cases)})
     accepted: collections.Counter[str] = collections.Counter()
-    tried[ITSELF] += len(cases)
     with VerifierPool([Reward(name=name)], workers=workers) as pool:
         start = time.perf_counter()
-        outcomes = pool.run([check for *_, check in asked])
+        outcomes = pool.run(checks)
         seconds = time.perf_counter() - start
-    for (row, form, gold, answer, _), outcome in zip(asked, outcomes, strict=True):
-        tried[form] += 1
-        accepted[form] += outcome.value == 1
-        if (outcome.value == 1) == (form == SPOILED):
-            cause = _cause(name, form, gold, answer, outcome)
-            cases.append(Case(row, form, gold, answer, cause))
+    for question, outcome in zip(questions, outcomes, strict=True):
+        counted[question.form] += 1
+        accepted[question.form] += outcome.value == 1
+        if (outcome.value == 1) == (question.form == SPOILED):
+            cases.append(Case(*question, _cause(name, question, outcome)))
+    distinct = {(c.example.answer, c.reward.options, c.completion) for c in checks}
     return Audit(
         verifier=name,
         rows=len(golds),
-        counts={form: (count, accepted[form]) for form, count in tried.items()},
+        counts={form: (count, accepted[form]) for form, count in counted.items()},
         cases=cases,
-        distinct=len(
-            {
-                (check.example.answer, check.reward.options, check.completion)
-                for *_, check in asked
-            }
-        ),
+        distinct=len(distinct),
         failures=sum(outcome.failed for outcome in outcomes),
         seconds=seconds,
     )
 
 
-def _check(name, form, gold, answer):
-    options = (("exact", 0.0),) if form == SYMBOLIC else ()
+class _Question(NamedTuple):
+    """A rewritten gold answer to be judged."""
+
+    row: int
+    form: str
+    gold: str
+    answer: str
+
+
+def _check(name: str, question: _Question) -> Check:
+    options = (("exact", 0.0),) if question.form == SYMBOLIC else ()
+    answer = question.answer
     if name == "math":
         answer = f"so the answer is $\\boxed{{{answer}}}$."
-    return Check(Reward(name=name, options=options), Example("", gold), answer)
+    return Check(Reward(name=name, options=options), Example("", question.gold), answer)
 
 
-def _cause(name, form, gold, answer, outcome):
+def _cause(name: str, question: _Question, outcome: Outcome) -> str:
+    """Why a verdict is wrong, as far as it can be said."""
     if outcome.failed:
         return "the check hung or its worker died"
-    if form == SPOILED:
+    if question.form == SPOILED:
         return "accepted"
     if name == "math":
-        for text in (gold, answer):
+        for text in (question.gold, question.answer):
             if why := refused(read_answer(text).body):
                 return f"sympy is not given {why}"
     return "compared as different"
 
 
 def rewritings(name: str, gold: str) -> Iterable[tuple[str, str]]:
-    """(form, text) of the gold itself and of every rewriting that changes it."""
+    """(form, text) of the gold answer itself and of every rewriting that changes it."""
     yield ITSELF, gold if name != "gsm8k" else f"#### {gold}"
     if name == "math":
         yield SYMBOLIC, gold
@@ -203,30 +211,35 @@ def rewritings(name: str, gold: str) -> Iterable[tuple[str, str]]:
             yield form, answer
 
 
-def _where(pattern: str, change: Callable[[re.Match], str | None]):
-    """A rewriting of answers that match as a whole; None elsewhere."""
+_Rewriting = Callable[[str], str | None]
+
+
+def _where(pattern: str, change: Callable[[re.Match[str]], str | None]) -> _Rewriting:
+    """A rewriting of the answers that match the pattern entirely; None for others."""
     compiled = re.compile(pattern, re.DOTALL)
 
-    def rewrite(gold):
+    def rewrite(gold: str) -> str | None:
         match = compiled.fullmatch(gold)
         return None if match is None else change(match)
 
     return rewrite
 
 
-def _unless(pattern: str, rewrite: Callable[[str], str]):
+def _unless(pattern: str, rewrite: _Rewriting) -> _Rewriting:
+    """A rewriting of the answers in which the pattern does not occur."""
     compiled = re.compile(pattern)
     return lambda gold: None if compiled.search(gold) else rewrite(gold)
 
 
-def _sized(gold):
-    if any(gold.count(a) != gold.count(b) for a, b in ("()", "[]", "([")):
-        if gold.count("(") + gold.count("[") != gold.count(")") + gold.count("]"):
-            return gold
+def _sized(gold: str) -> str:
+    """Its brackets with \\left and \\right, where they match."""
+    if gold.count("(") + gold.count("[") != gold.count(")") + gold.count("]"):
+        return gold
     return re.sub(r"([)\]])", r"\\right\1", re.sub(r"([(\[])", r"\\left\1", gold))
 
 
-def _decimal(match):
+def _decimal(match: re.Match[str]) -> str | None:
+    """The fraction as a decimal, where it has at most 6 places."""
     value, places = Fraction(int(match[1]), int(match[2]) or 1), 0
     while (value * 10**places).denominator != 1:
         places += 1
@@ -235,14 +248,15 @@ def _decimal(match):
     return f"{float(value):.{places}f}" if places else None
 
 
-def _thousands(match):
+def _thousands(match: re.Match[str]) -> str:
     return f"{int(match[0]):,}"
 
 
-def _spoiled(gold):
+def _spoiled(gold: str) -> str | None:
+    """The number with its first digit changed; None where it is not a number."""
     digits = list(re.finditer(r"[0-9]", gold))
     if not digits or rational(read_answer(gold).body) is None:
-        return None  # elsewhere a digit may be an index, or multiply 0
+        return None  # in other answers a digit may be an index, or multiply 0
     i = digits[0].start()  # the leading digit: trailing zeros may be dropped
     return gold[:i] + str(int(gold[i]) % 9 + 1) + gold[i + 1 :]
 
@@ -255,7 +269,7 @@ _UNIT = (
 _NAMED = r"[^=,<>\\a-zA-Z]+|\\frac\{[0-9]+\}\{[0-9]+\}"
 
 # Each keeps the meaning. fmt: off
-REWRITINGS: dict[str, dict[str, Callable[[str], str | None]]] = {
+REWRITINGS: dict[str, dict[str, _Rewriting]] = {
     "math": {
         r"\dfrac": lambda gold: re.sub(r"\\frac", r"\\dfrac", gold),
         r"\tfrac": lambda gold: re.sub(r"\\d?frac", r"\\tfrac", gold),

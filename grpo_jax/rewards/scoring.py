@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grpo_jax.errors import unknown_name
-from grpo_jax.rewards.pool import Check, VerifierPool
+from grpo_jax.rewards.pool import Check, Outcome, VerifierPool
 from grpo_jax.rewards.spec import reward_text
 from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import VERIFIERS
@@ -21,9 +21,9 @@ class Scores(NamedTuple):
 
     Attributes:
         rewards: [P, G] float32, the weighted sum; NaN where missing.
-        errors: Why, one per missing reward.
+        errors: The reason for each missing reward.
         solved: [P, G] bool, the first reward is 1 or more before its weight.
-        parts: Each reward's own values, [P, G], where there are several.
+        parts: Name of each reward -> its values [P, G], where there are several.
         failures: Checks that hung or whose worker died; they score 0.
     """
 
@@ -44,16 +44,20 @@ def score(
 ) -> Scores:
     """Rewards of P examples' G completions each.
 
-    A callable runs in this process; `Reward`s run in `pool`, or in one that lives for
-    this call. A reward function that raises, or returns NaN, no number at all, or what
-    is infinite in float32, leaves that sample's reward missing (NaN): it has no part in
-    the update. A check that hangs or kills its worker scores 0 and is counted.
+    A callable runs in this process; `Reward`s run in `pool`, or in a pool made for this
+    call. A reward function that raises, or whose value is not a number that is finite
+    in float32, leaves that sample's reward missing (NaN): it is left out of the update.
+    A check that hangs or kills its worker scores 0 and is counted.
 
     Args:
+        reward: A function, or rewards by name that are added up.
+        examples: [P].
+        completions: [P][G] texts, without EOS.
         tokens: [P, G] int, lengths of the completions, for the reward "length".
+        pool: Workers that can compute the rewards.
     """
     if callable(reward):
-        return _score_here(reward, examples, completions)
+        return _score_in_process(reward, examples, completions)
     if pool is None:
         with VerifierPool(reward) as pool:
             return score(reward, examples, completions, tokens=tokens, pool=pool)
@@ -71,28 +75,39 @@ def score(
             for (example, completion), count in zip(samples, counts, strict=True)
         ]
     )
+    return _weighted_sum(reward, outcomes, shape)
+
+
+def _weighted_sum(
+    rewards: Sequence[Reward], outcomes: Sequence[Outcome], shape: tuple[int, int]
+) -> Scores:
+    """Scores [P, G] of outcomes that are listed by reward, prompt and sample."""
     values = np.array([outcome.value for outcome in outcomes], np.float32)
-    values = values.reshape(len(reward), *shape)
-    weights = np.array([one.weight for one in reward], np.float32)
+    values = values.reshape(len(rewards), *shape)
+    weights = np.array([reward.weight for reward in rewards], np.float32)
     with np.errstate(over="ignore"):
         total = np.einsum("r,rpg->pg", weights, values)
     total[~np.isfinite(total)] = np.nan
     errors = [
-        # A sample is missing once, whichever of its rewards is.
-        next((o.error for o in outcomes[i :: len(samples)] if o.error), "overflow")
-        for i in np.flatnonzero(np.isnan(total))
+        # One error a sample, whichever of its rewards are missing.
+        next((o.error for o in outcomes[i :: total.size] if o.error), "overflow")
+        for i in np.flatnonzero(np.isnan(total)).tolist()
     ]
-    names = [reward_text(one) for one in reward]
+    names = [reward_text(reward) for reward in rewards]
     return Scores(
         rewards=total,
         errors=errors,
         solved=values[0] >= 1,
-        parts=dict(zip(names, values, strict=True)) if len(reward) > 1 else {},
+        parts=dict(zip(names, values, strict=True)) if len(rewards) > 1 else {},
         failures=sum(outcome.failed for outcome in outcomes),
     )
 
 
-def _score_here(reward, examples, completions):
+def _score_in_process(
+    reward: Callable[[Example, str], float],
+    examples: Sequence[Example],
+    completions: Sequence[Sequence[str]],
+) -> Scores:
     rewards = np.full((len(completions), len(completions[0])), np.nan, np.float32)
     errors = []
     for p, (example, group) in enumerate(zip(examples, completions, strict=True)):
@@ -100,7 +115,7 @@ def _score_here(reward, examples, completions):
             try:
                 with np.errstate(over="ignore"):
                     value = np.float32(float(reward(example, completion)))
-            except (Exception, SystemExit) as error:  # a user's code may do anything
+            except (Exception, SystemExit) as error:  # a user's code can raise any
                 errors.append(f"{type(error).__name__}: {error}")
                 continue
             if np.isfinite(value):
@@ -122,7 +137,7 @@ def verify(task: str, gold: str, completion: str) -> float:
         1 or 0; 0 also where the check took longer than 3 seconds or died.
 
     Raises:
-        ConfigError: no such task.
+        ConfigError: an unknown task.
     """
     names = {name: name for name in VERIFIERS if name != "length"} | _TASK_VERIFIERS
     if task not in names:
@@ -133,6 +148,6 @@ def verify(task: str, gold: str, completion: str) -> float:
 
 
 @functools.cache
-def _shared_pool(pid):
+def _shared_pool(pid: int) -> VerifierPool:
     del pid  # a forked child must not read its parent's pipes
     return VerifierPool([Reward(name="math")], workers=1)

@@ -1,33 +1,26 @@
-"""Rewards as text: `length(start=512,end=1024)=0.5`, read and checked."""
+"""Specifications of rewards: `length(start=512,end=1024)=0.5`, read and checked."""
 
+import inspect
 import re
 
 from grpo_jax.errors import ConfigError, unknown_name
 from grpo_jax.rewards.types import Reward
 from grpo_jax.rewards.verifiers import VERIFIERS
 
-OPTIONS = {"length": ("start", "end"), "math": ("exact",)}
-
-
-_REQUIRED = {"length": ("start", "end")}
-
-
 _REWARD = re.compile(
     r"(?P<name>[^=()]+)(?:\((?P<options>[^()]*)\))?(?:=(?P<weight>.+))?"
 )
+_USER_FUNCTION = re.compile(
+    r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+)
 
 
-_USER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-
-
-def parse_reward(text: str) -> "Reward":
-    """The Reward that "math", "length(start=512,end=1024)=0.5" or "pkg:func=-0.2" name.
+def parse_reward(text: str) -> Reward:
+    """Reads "math", "length(start=512,end=1024)=0.5" or "pkg:func=-0.2".
 
     Raises:
-        ConfigError: no such verifier or option, or a weight that is no number.
+        ConfigError: an unknown verifier or option, or a weight that is not a number.
     """
-    from grpo_jax.rewards.types import Reward
-
     match = _REWARD.fullmatch(text.replace(" ", ""))
     if match is None:
         raise ConfigError(
@@ -47,12 +40,12 @@ def parse_reward(text: str) -> "Reward":
     return reward
 
 
-def _option(option, text):
+def _option(option: str, text: str) -> tuple[str, float]:
     name, _, value = option.partition("=")
     return name, _number(value, f"option {name!r} of reward {text!r}")
 
 
-def _number(text, what):
+def _number(text: str, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -62,10 +55,10 @@ def _number(text, what):
     return value
 
 
-def check_reward(reward: "Reward") -> None:
-    """ConfigError, with the choices, unless the name and the options exist."""
+def check_reward(reward: Reward) -> None:
+    """Raises ConfigError, with the choices, unless the name and the options exist."""
     if ":" in reward.name:
-        if not _USER.fullmatch(reward.name):
+        if not _USER_FUNCTION.fullmatch(reward.name):
             raise ConfigError(
                 f"your own reward must be module:function, got {reward.name!r}; for "
                 "example mypackage.rewards:brevity."
@@ -78,14 +71,14 @@ def check_reward(reward: "Reward") -> None:
         return
     if reward.name not in VERIFIERS:
         raise unknown_name("reward", reward.name, [*VERIFIERS, "module:function"])
-    allowed, given = OPTIONS.get(reward.name, ()), dict(reward.options)
+    allowed, given = _options_of(reward.name), dict(reward.options)
     for name in given:
         if name not in allowed:
             raise ConfigError(
                 f"reward {reward.name!r} has no option {name!r}; "
                 f"its options: {', '.join(allowed) or 'none'}."
             )
-    missing = [n for n in _REQUIRED.get(reward.name, ()) if n not in given]
+    missing = [n for n, required in allowed.items() if required and n not in given]
     if missing:
         raise ConfigError(
             f"reward {reward.name!r} needs {' and '.join(missing)}; for example "
@@ -98,7 +91,18 @@ def check_reward(reward: "Reward") -> None:
         )
 
 
-def reward_text(reward: "Reward") -> str:
-    """What `parse_reward` reads back, without the weight."""
+def _options_of(name: str) -> dict[str, bool]:
+    """Options of a verifier -> whether they are required: its keyword arguments but
+    `tokens`, which the pool fills in."""
+    parameters = inspect.signature(VERIFIERS[name]).parameters.values()
+    return {
+        p.name: p.default is p.empty
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name != "tokens"
+    }
+
+
+def reward_text(reward: Reward) -> str:
+    """A reward as `parse_reward` reads it, without the weight."""
     options = ",".join(f"{name}={value:g}" for name, value in reward.options)
     return f"{reward.name}({options})" if options else reward.name

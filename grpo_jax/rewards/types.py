@@ -10,7 +10,8 @@ class Example(NamedTuple):
     Attributes:
         prompt: What is asked, without any template.
         answer: The gold answer as the task's rewards compare it.
-        solution: The worked text a model may imitate; "" where the answer is all.
+        solution: The worked text a model may imitate; "" where there is only the
+            answer.
         tags: What evaluation is broken down by, as ("level", "3") pairs.
     """
 
@@ -24,8 +25,8 @@ class Example(NamedTuple):
 class Reward:
     """A reward by name, computed in a worker process that can be killed.
 
-    `verifiers.py` has the names; "module:function" is the user's own, called
-    as function(example, completion) -> float. The rewards of a task are added up with
+    The names are those of `verifiers.VERIFIERS`; "module:function" is a user's
+    function(example, completion) -> float. The rewards of a task are added up with
     their weights; a completion solves its prompt where the first of them is 1 or more.
     """
 

@@ -1,43 +1,41 @@
 """Verifiers and format rewards by name: (example, completion, **options) -> float.
 
-A verifier reads what the completion commits to last and compares it with the gold
-answer. All of them fail closed: an answer that is cut off, ambiguous or cannot be read
-scores 0, and so does one that makes a verifier raise. They are pure and light; the one
-that calls sympy (`math`) is meant for the worker processes of `pool.VerifierPool`,
-because sympy can take for ever.
+A verifier reads the answer that the completion commits to last and compares it with
+the gold answer. All of them fail closed: an answer that is cut off, ambiguous or cannot
+be read scores 0, and so does one that makes a verifier raise. They are pure and light,
+but `math` calls sympy, which may never return: it runs in the worker processes of
+`pool.VerifierPool`.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from grpo_jax.rewards.answers import boxes, final_number, last_boxed, one_number
-from grpo_jax.rewards.math_answers import same_math
-
-if TYPE_CHECKING:
-    from grpo_jax.rewards.types import Example
+from grpo_jax.rewards.symbolic import same_math
+from grpo_jax.rewards.types import Example
 
 TAIL = 20_000  # last characters of a completion that are searched for an answer
 MAX_EXPRESSION = 300  # characters of a countdown answer
 
 
-def exact(example: "Example", completion: str) -> float:
+def exact(example: Example, completion: str) -> float:
     """1 for the gold answer and nothing else."""
     return float(completion == example.answer)
 
 
-def gsm8k(example: "Example", completion: str) -> float:
+def gsm8k(example: Example, completion: str) -> float:
     """1 where the final number (`final_number`) equals the gold's, as rationals."""
     gold, number = final_number(example.answer), final_number(completion[-TAIL:])
     return float(gold is not None and gold == number)
 
 
-def math(example: "Example", completion: str, *, exact: float = 1.0) -> float:
+def math(example: Example, completion: str, *, exact: float = 1.0) -> float:
     """1 where the last \\boxed{...} is the gold answer, by spelling or by math_verify.
 
-    `exact` 0 leaves the comparison of spellings out: for audits.
+    `exact` 0 skips the comparison of spellings: for audits.
     """
     answer = last_boxed(completion[-TAIL:])
     if not answer or check_gold("math", example.answer):
@@ -45,22 +43,15 @@ def math(example: "Example", completion: str, *, exact: float = 1.0) -> float:
     return float(same_math(example.answer, answer, spelling=bool(exact)))
 
 
-def countdown(example: "Example", completion: str) -> float:
-    """1 where the answer is arithmetic on the numbers, each used once, on target.
+def countdown(example: Example, completion: str) -> float:
+    """1 where the answer reaches the target with each number used exactly once.
 
     The answer is in the last <answer>...</answer>, else the last \\boxed{...}, else the
     last line. `example.answer` is as `countdown_gold` writes it. Only numbers, + - * /
     (also × ÷ \\times \\cdot \\div) and parentheses are read; "= target" may follow.
     """
     target, numbers = countdown_numbers(example.answer)
-    text = completion[-TAIL:]
-    if "<answer>" in text:
-        inside, closed, _ = text[text.rindex("<answer>") + 8 :].partition("</answer>")
-        answer = inside if closed else None
-    elif "\\boxed" in text:
-        answer = last_boxed(text)
-    else:
-        answer = next(reversed(text.strip().splitlines()), None)
+    answer = _countdown_answer(completion[-TAIL:])
     if not answer or len(answer) > MAX_EXPRESSION:
         return 0.0
     for old, new in _OPERATORS.items():
@@ -75,6 +66,16 @@ def countdown(example: "Example", completion: str) -> float:
     return float(value == target and sorted(used) == sorted(numbers))
 
 
+def _countdown_answer(text: str) -> str | None:
+    """The expression a completion ends on; None where its tag is not closed."""
+    if "<answer>" in text:
+        inside, closed, _ = text[text.rindex("<answer>") + 8 :].partition("</answer>")
+        return inside if closed else None
+    if "\\boxed" in text:
+        return last_boxed(text)
+    return next(reversed(text.strip().splitlines()), None)
+
+
 _OPERATORS = {"×": "*", "÷": "/", "\N{MINUS SIGN}": "-", "$": ""}
 _OPERATORS |= {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": ""}
 
@@ -82,31 +83,32 @@ _OPERATORS |= {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\rig
 class _Arithmetic:
     """expression = term (+|- term)*; term = atom (*|/ atom)*; atom = integer | (...)"""
 
-    def __init__(self, text):
-        self.tokens = re.findall(r"[0-9]+|\S", text)
-        self.used = []
+    def __init__(self, text: str):
+        self.tokens: list[str] = re.findall(r"[0-9]+|\S", text)
+        self.used: list[int] = []
 
-    def read(self):
+    def read(self) -> tuple[Fraction, list[int]]:
+        """(value, numbers used); ValueError where the text is not an expression."""
         value = self._sum()
         if self.tokens:
             raise ValueError(f"unexpected {self.tokens[0]!r}")
         return value, self.used
 
-    def _sum(self):
+    def _sum(self) -> Fraction:
         value = self._product()
         while (operator := self._take("+", "-")) is not None:
             other = self._product()
             value = value + other if operator == "+" else value - other
         return value
 
-    def _product(self):
+    def _product(self) -> Fraction:
         value = self._atom()
         while (operator := self._take("*", "/")) is not None:
             other = self._atom()
             value = value * other if operator == "*" else value / other
         return value
 
-    def _atom(self):
+    def _atom(self) -> Fraction:
         if self._take("("):
             value = self._sum()
             if not self._take(")"):
@@ -118,22 +120,22 @@ class _Arithmetic:
         self.used.append(int(token))
         return Fraction(token)
 
-    def _take(self, *choices):
+    def _take(self, *choices: str) -> str | None:
         if self.tokens and self.tokens[0] in choices:
             return self.tokens.pop(0)
         return None
 
 
 def countdown_gold(target: int, numbers: list[int]) -> str:
-    """The gold of a countdown example, "24 from 3 8 8 3"."""
+    """The gold answer of a countdown example, such as "24 from 3 8 8 3"."""
     return f"{target} from {' '.join(map(str, numbers))}"
 
 
 def countdown_numbers(gold: str) -> tuple[int, list[int]]:
-    """(target, numbers) of a `countdown_gold`.
+    """(target, numbers) of a gold answer that `countdown_gold` wrote.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text does not have that form.
     """
     if not re.fullmatch(r"-?[0-9]{1,18} from [0-9]{1,18}( [0-9]{1,18})*", gold):
         raise ValueError(
@@ -144,25 +146,21 @@ def countdown_numbers(gold: str) -> tuple[int, list[int]]:
     return int(target), [int(number) for number in numbers.split()]
 
 
-def boxed_format(example: "Example", completion: str) -> float:
+def boxed_format(example: Example, completion: str) -> float:
     """1 for exactly one \\boxed{...}, closed and not empty."""
     del example
-    found = []
-    for box in boxes(completion):
-        found.append(box)
-        if len(found) > 1:
-            return 0.0
-    return float(len(found) == 1 and bool(found[0]))
+    first_two = list(itertools.islice(boxes(completion), 2))
+    return float(len(first_two) == 1 and bool(first_two[0]))
 
 
 _R1 = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 
 
-def r1_format(example: "Example", completion: str) -> float:
+def r1_format(example: Example, completion: str) -> float:
     """1 for <think>...</think><answer>...</answer> and nothing around them.
 
-    The opening <think> may be the template's: a completion without it counts where
-    </think> is there once.
+    The template may have printed the opening <think>: a completion without it counts
+    where it has </think> once.
     """
     del example
     text = completion if "<think>" in completion else "<think>" + completion
@@ -173,7 +171,7 @@ def r1_format(example: "Example", completion: str) -> float:
     return float(match is not None and bool(match.group(2).strip()))
 
 
-def hash_format(example: "Example", completion: str) -> float:
+def hash_format(example: Example, completion: str) -> float:
     """1 where the one `#### number` is the last line."""
     del example
     if completion.count("####") != 1:
@@ -184,7 +182,7 @@ def hash_format(example: "Example", completion: str) -> float:
 
 
 def length_reward(
-    example: "Example", completion: str, *, start: float, end: float, tokens: int
+    example: Example, completion: str, *, start: float, end: float, tokens: int
 ) -> float:
     """0 up to `start` tokens, falling in a straight line to -1 at `end` tokens."""
     del example, completion
@@ -206,7 +204,7 @@ VERIFIERS: Mapping[str, Callable[..., float]] = MappingProxyType(
 
 
 def check_gold(name: str, answer: str) -> str | None:
-    """Why the verifier could never accept this gold answer, or None."""
+    """The reason why a verifier could never accept this gold answer, or None."""
     if name == "gsm8k" and final_number(answer) is None:
         return f"it ends on no number: {answer[-40:]!r}"
     if name == "math":
@@ -223,10 +221,10 @@ def check_gold(name: str, answer: str) -> str | None:
 
 
 def shortened(name: str, completion: str) -> str:
-    """A shorter text with the same verdict: what need not travel to a worker.
+    """A shorter text with the same verdict, to be sent to a worker.
 
-    Only the answer of `math`, only the tail for the others that look for an answer; the
-    whole completion for the exact match, the formats and a user's function.
+    For `math` the answer alone, for the others that search for an answer the tail; for
+    the exact match, the formats and a user's function the full completion.
     """
     if name == "math":
         answer = last_boxed(completion[-TAIL:])

@@ -1,7 +1,7 @@
 """A worker process of `pool.VerifierPool`: one check after another, JSON lines.
 
-Started as `python -m grpo_jax.rewards.worker` with one line on stdin that
-says what to load; each further line is a check and gets one line back. It owns its
+Started as `python -m grpo_jax.rewards.worker`. The first line on stdin says what to
+load; each further line is a check and gets one line back. The worker sets its own
 limits: it dies with its parent, and writes no core.
 """
 
@@ -15,15 +15,16 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
+
+from grpo_jax.rewards.types import Example
 
 PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """Answers checks until stdin ends."""
-    requests, replies = _own_the_pipes()
+    requests, replies = _take_the_pipes()
     setup = json.loads(requests.readline())
     _limit(setup)
     try:
@@ -37,8 +38,9 @@ def main() -> None:
         _reply(replies, _answer(check, functions))
 
 
-def _own_the_pipes():
-    """Streams that no print of a user's function reaches."""
+def _take_the_pipes() -> tuple[TextIO, TextIO]:
+    """(requests, replies): stdin and stdout, out of reach of a user function's
+    prints."""
     requests = os.fdopen(os.dup(0), "r", encoding="utf-8", errors="surrogatepass")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     null = os.open(os.devnull, os.O_RDWR)
@@ -47,10 +49,10 @@ def _own_the_pipes():
     return requests, replies
 
 
-def _limit(setup):
+def _limit(setup: dict[str, Any]) -> None:
     if sys.platform == "linux":
-        # It also fires when the thread ends that started this process: the pool starts
-        # another worker then.
+        # It also fires when the thread that started this process ends: the pool then
+        # starts another worker.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != setup["parent"]:
         sys.exit("the parent has gone")
@@ -62,12 +64,12 @@ def _limit(setup):
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
-def _load(names):
+def _load(names: list[str]) -> dict[str, Callable[..., Any]]:
     from grpo_jax.rewards.verifiers import VERIFIERS
 
     functions: dict[str, Callable[..., Any]] = dict(VERIFIERS)
     if "math" in names:
-        from grpo_jax.rewards.math_answers import same_math
+        from grpo_jax.rewards.symbolic import same_math
 
         # sympy's first call is slow; it should not count against a completion.
         same_math(r"\frac{1}{2}", "2^{-1}", spelling=False)
@@ -77,45 +79,42 @@ def _load(names):
     return functions
 
 
-def _user_function(name) -> Callable[..., Any]:
+def _user_function(name: str) -> Callable[..., Any]:
     module, _, attributes = name.partition(":")
     value: Any = importlib.import_module(module)
     return functools.reduce(getattr, attributes.split("."), value)
 
 
-def _answer(check, functions):
+def _answer(
+    check: dict[str, Any], functions: dict[str, Callable[..., Any]]
+) -> dict[str, Any]:
+    """The reply to a check: its `value`, or an `error`."""
     name = check["name"]
-    own = ":" in name
+    is_users = ":" in name
+    example = _example(check["example"]) if is_users else _gold(check["example"])
     try:
-        value = functions[name](_example(check, own), check["text"], **check["options"])
-        value = float(value)
+        value = float(functions[name](example, check["text"], **check["options"]))
     except MemoryError:
         os._exit(1)  # what is left of this process cannot be trusted
     except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}"[:500]
         # A verifier fails closed; a user's reward is missing.
-        return {"error": message} if own else _value(check, 0.0)
-    return _value(check, value)
+        return {"error": message} if is_users else {"value": 0.0}
+    if not math.isfinite(value):  # JSON has no NaN
+        return {"error": f"the reward is {value}"}
+    return {"value": value}
 
 
-def _value(check, value):
-    # JSON has no NaN: the parent is told in words.
-    if math.isfinite(value):
-        return {"value": value}
-    return {"error": f"the reward is {value}"}
+def _gold(example: dict[str, Any]) -> Example:
+    return Example("", example["answer"])
 
 
-def _example(check, own):
-    if not own:
-        return SimpleNamespace(answer=check["example"]["answer"])
-    from grpo_jax.rewards.types import Example
-
-    example = check["example"]
+def _example(example: dict[str, Any]) -> Example:
     tags = tuple((key, value) for key, value in example["tags"])
     return Example(**{**example, "tags": tags})
 
 
-def _reply(stream, message):
+def _reply(stream: TextIO, message: dict[str, Any]) -> None:
     stream.write(json.dumps(message) + "\n")
     stream.flush()
 

@@ -7,8 +7,8 @@ import pytest
 from grpo_jax import Example
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.answers import final_number, last_boxed
-from grpo_jax.rewards.math_answers import refused
 from grpo_jax.rewards.spec import parse_reward, reward_text
+from grpo_jax.rewards.symbolic import refused
 from grpo_jax.rewards.types import Reward
 from grpo_jax.rewards.verifiers import (
     VERIFIERS,

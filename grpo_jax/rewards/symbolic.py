@@ -8,27 +8,34 @@ pass, and sums, integrals and limits do not: an answer is worked out.
 
 import functools
 import re
+from collections.abc import Callable
+from typing import Any
 
-from grpo_jax.rewards.answers import balanced, rational, read_answer, same_answer
+from grpo_jax.rewards.latex import balanced, rational, read_answer, same_answer
 
 MAX_SYMBOLIC = 400  # characters that sympy may be given
 MAX_DEPTH = 10  # brackets within brackets
 MAX_DIGITS = 60  # in a row
 
 _CHARACTERS = re.compile(r"[A-Za-z0-9\s+\-*/^_=<>!|.,;:'()\[\]{}\\&]*")
-_COMMANDS = frozenset(
+_COMMAND_NAMES = (
     "frac sqrt pi infty cup cap cdot div pm mp leq geq neq lt gt in text overline vec "
     "sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh log ln exp binom "
     "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi psi omega "
     "begin end angle triangle emptyset varnothing setminus circ approx lfloor rfloor "
-    "lceil rceil mathbb bar hat".split()
+    "lceil rceil mathbb bar hat"
 )
-_ENVIRONMENTS = frozenset("matrix pmatrix bmatrix vmatrix".split())
+_COMMANDS = frozenset(_COMMAND_NAMES.split())
+_ENVIRONMENTS = frozenset({"matrix", "pmatrix", "bmatrix", "vmatrix"})
 
 
 @functools.lru_cache(maxsize=10_000)
 def same_math(gold: str, answer: str, *, spelling: bool = True) -> bool:
-    """Whether `answer` is the answer `gold`; False where that cannot be decided."""
+    """Whether two LaTeX answers are equal; False where that cannot be decided.
+
+    Args:
+        spelling: Compare by spelling first; False asks math_verify alone.
+    """
     left, right = read_answer(gold), read_answer(answer)
     if spelling:
         verdict = same_answer(left, right)
@@ -36,11 +43,11 @@ def same_math(gold: str, answer: str, *, spelling: bool = True) -> bool:
             return verdict
     equations = "=" in left.body or "=" in right.body
     bodies = [a.equation() if equations else a.body for a in (left, right)]
-    return _may_be_compared(*bodies) and _same_by_math_verify(*bodies)
+    return _comparable(*bodies) and _same_by_math_verify(*bodies)
 
 
 def refused(body: str) -> str | None:
-    """Why sympy is not given this text, or None."""
+    """The reason why this text must not reach sympy, or None."""
     if len(body) > MAX_SYMBOLIC:
         return "too long"
     if not _CHARACTERS.fullmatch(body):
@@ -64,7 +71,8 @@ def refused(body: str) -> str | None:
     return "nested too deeply" if deepest > MAX_DEPTH else None
 
 
-def _may_be_compared(gold: str, answer: str) -> bool:
+def _comparable(gold: str, answer: str) -> bool:
+    """Whether math_verify may compare the two."""
     if refused(gold) or refused(answer):
         return False
     # math_verify takes the right-hand side of any equation: 2+2=5 would be a 5.
@@ -82,11 +90,11 @@ def _same_by_math_verify(gold: str, answer: str) -> bool:
     return verify(left, right)
 
 
-def _differ_in_value(left, right) -> bool:
-    """Whether two expressions have plainly different values at one point.
+def _differ_in_value(left: Any, right: Any) -> bool:
+    """Whether two expressions have clearly different values at one point.
 
     Most wrong answers do, and this is much quicker than simplifying their difference.
-    False says nothing.
+    False leaves it open.
     """
     from sympy import Expr, Rational, Symbol
 
@@ -100,12 +108,15 @@ def _differ_in_value(left, right) -> bool:
         # A comparison with inf or nan is False.
         return abs(a - b) > 1e-6 * (1 + abs(a) + abs(b))
     except (TypeError, ValueError, ArithmeticError, AttributeError):
-        return False  # no number, or too large a one: simplification decides
+        return False  # not a number, or too large: simplification decides
 
 
 @functools.cache
-def load_math_verify():
-    """(parse, verify) of math_verify, without its alarms: the pool has the limit."""
+def load_math_verify() -> tuple[
+    Callable[[str], list[Any]], Callable[[list[Any], list[Any]], bool]
+]:
+    """(parse, verify) of math_verify, without its timers: the worker pool limits the
+    time of a check."""
     import logging
 
     from latex2sympy2_extended import NormalizationConfig
@@ -123,7 +134,7 @@ def load_math_verify():
     )
 
     @functools.lru_cache(maxsize=4096)  # a group has one gold and few answers
-    def parse_box(body):
+    def parse_box(body: str) -> list[Any]:
         number = rational(body)
         if number is not None:  # the grammar takes milliseconds
             return [Rational(number.numerator, number.denominator)]
@@ -134,7 +145,7 @@ def load_math_verify():
             parsing_timeout=None,  # type: ignore[arg-type]
         )
 
-    def equal(gold, answer):
+    def equal(gold: list[Any], answer: list[Any]) -> bool:
         # Floats are compared to 12 decimals: 1.414214 is not the root of 2.
         return verify(gold, answer, float_rounding=12, timeout_seconds=None)
 

@@ -1,0 +1,274 @@
+"""LaTeX answers: one spelling for what is written in many ways, and their comparison.
+
+Linear in the text, without sympy: what the spelling cannot decide is left to
+`symbolic.py`.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from grpo_jax.rewards.answers import MAX_DIGITS, NUMBER, rational_of
+
+_SPACES = re.compile(r"(\\\\)|\\!\s*|\\(?:[,;: ]|q?quad(?![A-Za-z]))|~")
+_SIZES = re.compile(
+    r"\\(?:left|right)\s*\.(?![0-9])|"
+    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])"
+)
+_TEXT = re.compile(
+    r"\\(?:mbox|textnormal|textrm|textbf|textit|mathrm|mathbf|mathit|operatorname)"
+    r"(?=\s*\{)"
+)
+_WORDS = re.compile(r"\\text\s*\{([^{}]*)\}")
+_DEGREES = re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\degree|°")
+_SYMBOLS = {
+    "\N{MINUS SIGN}": "-",
+    "π": r"\pi ",
+    "∞": r"\infty ",
+    "∪": r"\cup ",
+    "≤": r"\leq ",
+    "≥": r"\geq ",
+    "×": r"\cdot ",
+    "·": r"\cdot ",
+    r"\lbrace": r"\{",
+    r"\rbrace": r"\}",
+    "{,}": ",",
+}
+_COMMANDS = {"le": "leq", "ge": "geq", "ne": "neq", "times": "cdot"}
+_COMMANDS |= {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac"}
+_TOKEN = r"(?:\s*(?=[0-9\\])|\s+|(?<=\}))([0-9A-Za-z]|\\pi(?![A-Za-z]))"
+_PREFIX = re.compile(r"([A-Za-z\\][A-Za-z\\_{}'() ^0-9]*?|\([a-z, ]+\))\s*(?:=|\\in )")
+# Answers with two different units of this table differ; other words are ignored.
+_UNITS = {
+    word: names[0]
+    for names in (
+        ["inch", "inches", "in"],
+        ["foot", "feet", "ft"],
+        ["yard", "yards", "yd"],
+        ["mile", "miles", "mi"],
+        ["millimeter", "millimeters", "mm"],
+        ["centimeter", "centimeters", "centimetres", "cm"],
+        ["meter", "meters", "metres", "m"],
+        ["kilometer", "kilometers", "kilometres", "km"],
+        ["second", "seconds", "sec", "s"],
+        ["minute", "minutes", "min"],
+        ["hour", "hours", "hr", "hrs", "h"],
+        ["day", "days"],
+        ["week", "weeks"],
+        ["month", "months"],
+        ["year", "years"],
+        ["cent", "cents"],
+        ["dollar", "dollars", "usd"],
+        ["euro", "euros"],
+        ["ounce", "ounces", "oz"],
+        ["pound", "pounds", "lb", "lbs"],
+        ["gram", "grams", "g"],
+        ["kilogram", "kilograms", "kg"],
+        ["degree", "degrees"],
+        ["radian", "radians"],
+        ["percent", "percents"],
+        ["mph"],
+        ["a.m.", "a.m", "am"],
+        ["p.m.", "p.m", "pm"],
+        ["unit", "units"],
+    )
+    for word in names
+}
+_TEXT_UNIT = re.compile(r"(?s)(.*\S)\s*\\text\s*\{([^{}]*)\}(?:\^\s*\{?[0-9]\}?)?")
+_BARE_UNIT = re.compile(
+    rf"(.*[0-9}}])\s*({'|'.join(re.escape(u) for u in _UNITS if len(u) > 2)})"
+    r"(?:\^\s*\{?[0-9]\}?)?"
+)
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+class Answer(NamedTuple):
+    """A LaTeX answer reduced to what carries its meaning.
+
+    Attributes:
+        prefix: The left side: "x" in x = 5; "" where there is none.
+        body: The answer itself, LaTeX that can still be parsed.
+        unit: Canonical unit where it is one of the table, else "".
+    """
+
+    prefix: str
+    body: str
+    unit: str
+
+    def equation(self) -> str:
+        """The body with its prefix, for a comparison with an equation."""
+        return f"{self.prefix}={self.body}" if self.prefix else self.body
+
+
+def read_answer(text: str) -> Answer:
+    """Reads an answer, with one spelling for what LaTeX has several for."""
+    for old, new in _SYMBOLS.items():
+        text = text.replace(old, new)
+    text = re.sub(r"(?<=[0-9]),\\!\s*(?=[0-9]{3})", "", text)  # 20,\!000
+    text = _SPACES.sub(_space, text)
+    text = re.sub(r"\\\$|\$|\\[()\[\]](?![0-9])", "", text)
+    text = _SIZES.sub("", text)
+    text = _TEXT.sub(r"\\text", text)
+    text = re.sub(r"\\([A-Za-z]+)", _command, text)
+    text = re.sub(r"\s*,?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*", ", ", text)
+    text = re.sub(r"(?<=[\s0-9}]),?\s+(?:and|or)\s+", ", ", text)
+    text = _DEGREES.sub("", text)
+    text = text.strip().rstrip(".,;: ")
+    if (words := _WORDS.fullmatch(text)) and re.search("[0-9]", text):
+        text = words.group(1).rstrip(".,;: ")
+    text, unit = _without_unit(text)
+    text = re.sub(r"\\?%", "", text).strip()
+    text = re.sub(r"^\\approx(?![A-Za-z])\s*", "", text)
+    text = re.sub(r"(?<![0-9])\.(?=[0-9])", "0.", text)
+    text = re.sub(rf"\\(frac|sqrt){_TOKEN}", r"\\\1{\2}", text)
+    text = re.sub(rf"(\\frac\{{[^{{}}]*\}}){_TOKEN}", r"\1{\2}", text)
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    prefix = _PREFIX.match(text)
+    if prefix and text.count("=") <= 1 and prefix.end() < len(text):
+        name = re.sub(r"\s", "", prefix.group(1))
+        if not balanced(name):  # the = of \sum_{n=1} says nothing about the answer
+            return Answer("", text, unit)
+        return Answer(name, text[prefix.end() :].strip(), unit)
+    return Answer("", text, unit)
+
+
+def _space(match: re.Match) -> str:
+    row_break, negative = match.group(1), match.group().startswith(r"\!")
+    return row_break or ("" if negative else " ")
+
+
+def _command(match: re.Match) -> str:
+    name = match.group(1)
+    return f"\\{_COMMANDS.get(name, name)}"
+
+
+def _without_unit(text: str) -> tuple[str, str]:
+    """(text without its unit, canonical unit or "")."""
+    match = _TEXT_UNIT.fullmatch(text) or _BARE_UNIT.fullmatch(text)
+    if match is None or match.group(1)[-1] in "_^{([,=+-":
+        return text, ""
+    words = match.group(2).lower().split()
+    if not words or not all(re.fullmatch(r"[a-z.]+", word) for word in words):
+        return text, ""
+    units = {_UNITS[word] for word in words if word in _UNITS}
+    if not units and len(match.group(2).strip()) < 2:  # 3\text{A} is no three amperes
+        return text, ""
+    # "square feet" has the unit foot; "miles per hour" has a unit of its own.
+    return match.group(1).rstrip(".,;: "), " ".join(sorted(units))
+
+
+def rational(body: str) -> Fraction | None:
+    """The value of a body such as 1,234 or 2.50 or 3/4 or 1\\frac{1}{2}, else None."""
+    text = _without_spaces(body)
+    if re.fullmatch(rf"-?(?:{NUMBER})", text):
+        return rational_of(text.replace(",", ""), "1")
+    if match := re.fullmatch(r"(-?[0-9]+)/([0-9]+)", text):
+        return rational_of(*match.groups())
+    match = re.fullmatch(r"(-?)([0-9]*)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}", text)
+    if match is None:
+        return None
+    sign, whole, above, below = match.groups()
+    part = rational_of(above, below)
+    if part is None or (whole and not 0 <= part < 1) or len(whole) > MAX_DIGITS:
+        return None
+    return (-1 if sign else 1) * (int(whole or 0) + part)
+
+
+def same_answer(gold: Answer, answer: Answer) -> bool | None:
+    """Whether two answers are the same; None where their spelling cannot decide it.
+
+    Numbers are compared exactly, tuples and intervals part by part, lists and sets in
+    any order. Words are compared without case.
+    """
+    if gold.prefix and answer.prefix and gold.prefix != answer.prefix:
+        # f(x) = 5 may be answered by y = 5.
+        named = len(gold.prefix) > 1 and len(answer.prefix) == 1
+        return None if named else False
+    if gold.unit and answer.unit and gold.unit != answer.unit:
+        return False
+    return _same_body(gold.body, answer.body)
+
+
+def _same_body(gold: str, answer: str) -> bool | None:
+    a, b = _canonical(gold), _canonical(answer)
+    if not a or not b:
+        return False
+    if a == b:
+        return True
+    x, y = rational(gold), rational(answer)
+    if x is not None and y is not None:
+        return x == y
+    if re.search(r"[0-9]_", a + b):  # a base may be left out, never changed
+        return re.sub(r"_.*", "", a) == b and rational(b) is not None
+    if re.fullmatch(r"\(?[A-Z]\)?", a) and re.fullmatch(r"\(?[A-Z]\)?", b):
+        return a.strip("()") == b.strip("()")
+    if words := _WORDS.fullmatch(gold):  # to sympy CBAD is a product, equal to ABCD
+        return a.casefold() == b.casefold() or bool(_same_parts(words.group(1), answer))
+    if a.isalpha() and a.casefold() == b.casefold() and len(a) > 1:
+        return True
+    return _same_parts(gold, answer)
+
+
+def _same_parts(gold: str, answer: str) -> bool | None:
+    """`same_answer` of tuples, intervals, lists and sets, part by part."""
+    (left, golds, right), (left2, answers, right2) = _parts(gold), _parts(answer)
+    if len(golds) == len(answers) == 1 or (left, right) != (left2, right2):
+        return None
+    if len(golds) != len(answers):
+        return None
+    golds, answers = ([read_answer(part) for part in x] for x in (golds, answers))
+    if left in ("(", "["):
+        verdicts = [same_answer(g, a) for g, a in zip(golds, answers, strict=True)]
+        return True if all(verdicts) else False if False in verdicts else None
+    rest = list(answers)
+    for part in golds:
+        match = next((i for i, x in enumerate(rest) if same_answer(part, x)), None)
+        if match is None:
+            return None
+        del rest[match]
+    return True
+
+
+def _parts(text: str) -> tuple[str, list[str], str]:
+    """(opening bracket, top-level parts, closing bracket) of a tuple, set or list."""
+    text = text.strip()
+    for left, right in ((r"\{", r"\}"), ("(", ")"), ("(", "]"), ("[", ")"), ("[", "]")):
+        inner = text[len(left) : -len(right)]
+        if text.startswith(left) and text.endswith(right) and balanced(inner):
+            return left, _split(inner), right
+    parts = []
+    for part in _split(text):
+        both = re.split(r"\\pm(?![A-Za-z])", part)
+        parts += [part] if len(both) != 2 else [s.join(both) for s in "+-"]
+    return "", parts, ""
+
+
+def balanced(text: str) -> bool:
+    """Whether every bracket is closed, by one of any kind: (1,2] is an interval."""
+    depth = 0
+    for character in text:
+        depth += (character in _OPEN) - (character in _CLOSE)
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _split(text: str) -> list[str]:
+    """The text cut at commas and semicolons outside brackets."""
+    parts, depth, start = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character in _OPEN) - (character in _CLOSE)
+        if depth == 0 and character in ",;":
+            parts.append(text[start:i])
+            start = i + 1
+    return [part.strip() for part in [*parts, text[start:]]]
+
+
+def _canonical(body: str) -> str:
+    """The body without spaces and \\text."""
+    return _without_spaces(_WORDS.sub(r"\1", body))
+
+
+def _without_spaces(text: str) -> str:
+    # A space between digits stays: 1 2 is not 12.
+    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).removeprefix("+")
