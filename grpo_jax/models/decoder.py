@@ -167,7 +167,7 @@ class Decoder(nnx.Module):
             self.unembedding = nnx.Param(init(rngs.params(), shape, jnp.float32))
 
     def unembedding_matrix(self) -> jax.Array:
-        """[D, V], in the compute dtype."""
+        """The unembedding [D, V], in the compute dtype."""
         if self.config.tie_embeddings:
             matrix = self.embedding.embedding[...].T
         else:
@@ -175,7 +175,7 @@ class Decoder(nnx.Module):
         return matrix.astype(self.config.compute_dtype)
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
-        """[...] int32 -> [..., D], in the compute dtype."""
+        """Embeddings [..., D] of token ids [...] int32, in the compute dtype."""
         x = self.embedding(token_ids)
         if not self.config.scale_embedding:
             return x
@@ -225,7 +225,7 @@ class Decoder(nnx.Module):
         return dict(scale=scale, softcap=c.attention_softcap)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] float32."""
+        """Logits [..., V] float32 of hidden states [..., D]."""
         logits = jnp.matmul(
             hidden, self.unembedding_matrix(), preferred_element_type=jnp.float32
         )

@@ -93,7 +93,7 @@ def decode_groups(
     completions: np.ndarray,
     mask: np.ndarray,
 ) -> list[list[str]]:
-    """Texts [P][G] of completions [P, G, T], each without its final EOS and the rest.
+    """Texts [P][G] of completions [P, G, T], each up to its final EOS, without it.
 
     Every other token is visible, sampled padding and control tokens included, and an id
     outside the tokenizer's vocabulary as U+FFFD: a completion that differs from a right

@@ -136,6 +136,7 @@ def _sample(
     top_k: int | None,
     top_p: float | None,
 ) -> Rollouts:
+    """The compiled part of `sample`: prefill, then one loop per cache length."""
     prompt_ids, prompt_mask, prompt_indices = (
         constrain(x, "prompts") for x in (prompt_ids, prompt_mask, prompt_indices)
     )

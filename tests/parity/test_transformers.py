@@ -191,7 +191,7 @@ def test_an_export_is_their_model_bit_by_bit(pair, name, dtype, tmp_path):
     assert back.generation_config.eos_token_id == [3, 4]
     again = gj.load_pretrained(tmp_path / "ours")
     assert again.config == policy.config
-    chex.assert_trees_all_equal(again.params, policy.params)
+    chex.assert_trees_all_equal(again.params, policy.params, strict=True)
 
 
 # Rounding differs, so both are compared to float32, with the same rounded weights.

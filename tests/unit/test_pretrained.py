@@ -76,7 +76,7 @@ def test_a_config_survives_its_json(kind):
 def test_an_export_loads_again(policy, saved):
     again = gj.load_pretrained(saved)
     assert again.config == policy.config and again.graphdef == policy.graphdef
-    chex.assert_trees_all_equal(again.params, policy.params)
+    chex.assert_trees_all_equal(again.params, policy.params, strict=True)
     assert sorted(p.name for p in saved.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors",
     ]  # fmt: skip
@@ -94,15 +94,17 @@ def test_shards_of_bfloat16_load_again(policy, tmp_path, monkeypatch):
         patch.setattr(pretrained, "_BLOCK_BYTES", 120)  # 7 of 9 rows, 5 of 8
         again = gj.load_pretrained(tmp_path)
     assert again.config.compute_dtype == "bfloat16"
-    chex.assert_trees_all_equal(again.params, low.params)
+    chex.assert_trees_all_equal(again.params, low.params, strict=True)
     wide = gj.load_pretrained(tmp_path, dtype="float32")
     assert wide.config.compute_dtype == "float32"
     expected = jax.tree.map(lambda x: x.astype("float32"), low.params)
-    chex.assert_trees_all_equal(wide.params, expected)
+    chex.assert_trees_all_equal(wide.params, expected, strict=True)
     # An export over it removes the old one.
     gj.save_pretrained(policy, tmp_path)
     assert sorted(p.name for p in tmp_path.glob("model*")) == ["model.safetensors"]
-    chex.assert_trees_all_equal(gj.load_pretrained(tmp_path).params, policy.params)
+    chex.assert_trees_all_equal(
+        gj.load_pretrained(tmp_path).params, policy.params, strict=True
+    )
 
 
 @pytest.mark.parametrize("stored", [np.float16, None], ids=["float16", "mixed"])
@@ -124,7 +126,7 @@ def test_parameters_get_the_shardings_asked_for(policy, saved):
     shardings = jax.tree.map(lambda _: spec, policy.params)
     again = gj.load_pretrained(saved, shardings=shardings)
     assert {x.sharding for x in jax.tree.leaves(again.params)} == {spec}
-    chex.assert_trees_all_equal(again.params, policy.params)
+    chex.assert_trees_all_equal(again.params, policy.params, strict=True)
 
 
 def test_an_unembedding_that_repeats_the_embedding_is_tied(policy, tmp_path):
@@ -137,7 +139,9 @@ def test_an_unembedding_that_repeats_the_embedding_is_tied(policy, tmp_path):
         arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
 
     edit_weights(tmp_path, repeat)
-    chex.assert_trees_all_equal(gj.load_pretrained(tmp_path).params, tied.params)
+    chex.assert_trees_all_equal(
+        gj.load_pretrained(tmp_path).params, tied.params, strict=True
+    )
 
     def differ(arrays):
         arrays["lm_head.weight"][3, 3] += 1
