@@ -109,10 +109,8 @@ _HOMES = {
     "grpo_jax.commands.evaluate": ("evaluate",),
     "grpo_jax.commands.export": ("export",),
     "grpo_jax.commands.warmup": ("warm_up",),
-    "grpo_jax.training.loop": (
-        "train",
-        "TrainResult",
-    ),
+    "grpo_jax.training.loop": ("TrainResult",),
+    "grpo_jax.training.run": ("train",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -45,7 +45,7 @@ from pathlib import Path
 import tyro
 
 # Imported for the attempts, which are forked: nothing here may touch a device.
-import grpo_jax.training.loop  # noqa: F401
+import grpo_jax.training.run  # noqa: F401
 from grpo_jax.cli import main as grpo_jax_main
 from grpo_jax.runs.lines import read_lines
 

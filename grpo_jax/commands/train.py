@@ -12,7 +12,8 @@ def main(argv: Sequence[str]) -> int:
     config = parse_run(TrainConfig, argv, __doc__)
     # jax is imported once the settings are known to be right.
     from grpo_jax.parallel.processes import LostProcess, exit_at_once
-    from grpo_jax.training.loop import NonFiniteGradients, train
+    from grpo_jax.training.run import train
+    from grpo_jax.training.saving import NonFiniteGradients
 
     try:
         train(config)

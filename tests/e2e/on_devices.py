@@ -33,6 +33,7 @@ from grpo_jax.parallel.sharding import (  # noqa: E402
 )
 from grpo_jax.rollouts.micro_batches import micro_batch  # noqa: E402
 from grpo_jax.rollouts.sampling import sample  # noqa: E402
+from grpo_jax.runs.checkpoints import Checkpoints  # noqa: E402
 from grpo_jax.runs.config import (  # noqa: E402
     CheckpointConfig,
     DistributedConfig,
@@ -46,7 +47,7 @@ from grpo_jax.runs.config import (  # noqa: E402
 )
 from grpo_jax.runs.lines import read_lines  # noqa: E402
 from grpo_jax.runs.paths import use_compile_cache  # noqa: E402
-from grpo_jax.training import loop  # noqa: E402
+from grpo_jax.training import journal  # noqa: E402
 from grpo_jax.training.state import Batch  # noqa: E402
 from grpo_jax.training.weighing import weigh  # noqa: E402
 from tests.helpers import (  # noqa: E402
@@ -185,7 +186,7 @@ def whole_run(directory, text, steps, *options):
     full = [name for name in options if name.startswith("full-")]
     if "unsaved" in options and INDEX == 0:
         # Nothing can be saved at step 2: a file lies where checkpoints should.
-        save = loop.Checkpoints.save
+        save = Checkpoints.save
 
         def hindered(self, step, *arguments):
             place = self._directory
@@ -197,10 +198,10 @@ def whole_run(directory, text, steps, *options):
                 place.unlink()
                 place.with_name("aside").rename(place)
 
-        loop.Checkpoints.save = hindered
+        Checkpoints.save = hindered
     if full:
         Full.since = int(full[0].partition("-")[2])
-        loop.JsonLines = Full
+        journal.JsonLines = Full
     result = gj.train(config, task=task)
     rows = read_lines(result.run_dir / "metrics.jsonl")
     looks = read_lines(result.run_dir / "instrument.jsonl")
@@ -220,7 +221,7 @@ def whole_run(directory, text, steps, *options):
     }
 
 
-class Full(loop.JsonLines):
+class Full(journal.JsonLines):
     """The disk is full from a step's line on."""
 
     since: int

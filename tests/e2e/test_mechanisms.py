@@ -26,8 +26,10 @@ from grpo_jax.runs.config import (
     WeightsConfig,
 )
 from grpo_jax.runs.lines import read_lines
-from grpo_jax.training import collector, loop, parts
+from grpo_jax.training import collector, parts
+from grpo_jax.training import run as whole_run
 from grpo_jax.training.learner import Learner
+from grpo_jax.training.saving import NonFiniteGradients
 from tests.e2e.test_cli import answer
 from tests.e2e.test_survival import numbers
 from tests.e2e.test_train import digits_task, small_config
@@ -71,7 +73,7 @@ def watched():
     contexts and parts."""
     seen = SimpleNamespace(updates=[], sampled=[], refined=[], runs=[])
     update, sample, refine = Learner.update, parts.sample, collector.refined_prompts
-    make_parts = loop.make_parts
+    make_parts = whole_run.make_parts
 
     def watched_parts(context, start):
         made = make_parts(context, start)
@@ -104,7 +106,7 @@ def watched():
         return rows
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_parts", watched_parts)
+        patch.setattr(whole_run, "make_parts", watched_parts)
         patch.setattr(Learner, "update", watched_update)
         patch.setattr(parts, "sample", watched_sample)
         patch.setattr(collector, "refined_prompts", watched_refine)
@@ -914,7 +916,7 @@ def test_counterfactual_of_non_finite_gradients_hides_no_error(tmp_path):
 
     looks = InstrumentConfig(every=0, counterfactual_every=1)
     config = tiny(tmp_path / "run", "reinforce", instrument=looks, steps=9)
-    with pytest.raises(loop.NonFiniteGradients):
+    with pytest.raises(NonFiniteGradients):
         gj.train(config, task=digits_task(reward))
 
 

@@ -17,7 +17,7 @@ from grpo_jax.runs.config import (
     TaskConfig,
 )
 from grpo_jax.runs.lines import read_lines
-from grpo_jax.training.loop import NonFiniteGradients
+from grpo_jax.training.saving import NonFiniteGradients
 from tests.e2e.test_train import digits_task, small_config
 
 pytestmark = [

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import grpo_jax as gj
+from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -21,7 +22,7 @@ from grpo_jax.runs.config import (
 )
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.runs.params import restore_params
-from grpo_jax.training import journal, loop, warm_start
+from grpo_jax.training import journal, run, warm_start
 from grpo_jax.training.watchdog import Watchdog
 from tests.e2e.test_survival import numbers
 from tests.e2e.test_train import digits_task, small_config
@@ -182,11 +183,11 @@ def test_line_that_cannot_be_written_loses_nothing(
         else:
             self.saved = None
 
-    save = loop.Checkpoints.save
+    save = Checkpoints.save
     with monkeypatch.context() as patch:
         patch.setattr(journal, "JsonLines", Full)
         if not room:
-            patch.setattr(loop.Checkpoints, "save", no_room)
+            patch.setattr(Checkpoints, "save", no_room)
         with pytest.raises(OSError, match=f"cannot write .*{name}.jsonl: No sp") as end:
             gj.train(config_of(tmp_path / "run"), task=short_task())
     # A step whose line is missing is saved with it; else it is made again.
@@ -209,7 +210,7 @@ def test_full_disk_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
     def train(config):
         raise OSError("cannot write x: No space left on device; stopped at step 3")
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(run, "train", train)
     assert cli.main(["train", "--run-dir", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert error == (

@@ -23,7 +23,7 @@ from grpo_jax.runs.config import (
 )
 from grpo_jax.runs.fields import FIELDS
 from grpo_jax.runs.lines import read_lines
-from grpo_jax.training.loop import NonFiniteGradients
+from grpo_jax.training.saving import NonFiniteGradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -1,0 +1,186 @@
+"""A training run from its config to its result."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+
+from grpo_jax.parallel.processes import LostProcess, Processes, exit_at_once, join
+from grpo_jax.parallel.sharding import make_mesh, on_mesh
+from grpo_jax.planning.plan import make_plan
+from grpo_jax.rewards.pool import verifier_pool
+from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.config import TrainConfig
+from grpo_jax.runs.directory import record
+from grpo_jax.runs.lines import read_lines
+from grpo_jax.runs.paths import count_compiles, use_compile_cache
+from grpo_jax.tasks.types import Task
+from grpo_jax.training.console import Console
+from grpo_jax.training.context import RunContext
+from grpo_jax.training.due import Due
+from grpo_jax.training.journal import Journal, RowMaker
+from grpo_jax.training.loop import Loop, TrainResult
+from grpo_jax.training.observers import Observers
+from grpo_jax.training.parts import Parts, make_instrument, make_parts
+from grpo_jax.training.saving import Saver
+from grpo_jax.training.signals import StopSignals
+from grpo_jax.training.start import (
+    Resumed,
+    claim_directory,
+    facts_of,
+    resume,
+    starting_policy,
+)
+from grpo_jax.training.watchdog import Watchdog
+
+
+def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
+    """Runs (or continues) a training run, from prompts to a finished report.
+
+    Args:
+        config: What to run.
+        task: A task made in code, instead of the one config.task names.
+
+    Returns:
+        `TrainResult`: the run's directory and the last step's metrics.
+
+    Raises:
+        ConfigError: the run cannot start as configured; nothing was written.
+        NonFiniteGradients: five updates in a row had to be skipped.
+        OSError: a row could not be written (a full disk); what was computed is in a
+            checkpoint where that could be saved.
+        LostProcess: another process of the run ended; to be resumed.
+    """
+    if task is not None:
+        named = dataclasses.replace(config.task, name=task.name)
+        config = dataclasses.replace(config, task=named)
+    join(config.distributed)
+    with StopSignals() as signals:
+        processes = Processes(lambda: signals.received, config.distributed.timeout_s)
+        if processes.count == 1:
+            return _train(config, task, processes)
+        try:
+            return _train(config, task, processes)
+        except jax.errors.JaxRuntimeError as error:
+            raise LostProcess(
+                f"process {processes.index} cannot go on "
+                f"({str(error).strip().splitlines()[0][:300]}); where that is no fault "
+                "of its own, another process ended, whose output says why. Continue "
+                "with the same command and --resume."
+            ) from error
+
+
+def _train(config: TrainConfig, task: Task | None, processes: Processes) -> TrainResult:
+    plan = processes.together(lambda: make_plan(config, task))
+    mesh = processes.together(lambda: make_mesh(config.mesh))
+    with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
+        directory = claim_directory(config, facts_of(config, plan), processes)
+        use_compile_cache()
+        console = Console(config.log.lines_every, process=processes.index)
+        return _run(RunContext(config, plan, directory, processes, pool, mesh, console))
+
+
+def _run(context: RunContext) -> TrainResult:
+    """The run, from its headline to its result."""
+    compiles, watchdog = count_compiles(), _watchdog(context)
+    _announce(context)
+    policy = starting_policy(context)
+    if policy is None:
+        context.console.say(
+            "stopped during the warm start, of which nothing is kept; start again "
+            f"with --resume --run-dir {context.directory}"
+        )
+        return TrainResult(context.directory, {}, False)
+    parts = make_parts(context, policy)
+    with Checkpoints(
+        context.directory / "checkpoints",
+        keep=context.config.checkpoint.keep,
+        warn=context.console.alert,
+        processes=context.processes,
+    ) as checkpoints:
+        state = parts.learner.init(policy)
+        del policy  # its parameters are the state's now, to be donated
+        with watchdog.phase("restoring"):
+            resumed = resume(context, checkpoints, state)
+        if context.config.resume:  # a new run was recorded when it was claimed
+            facts = facts_of(context.config, context.plan)
+            context.processes.on_writer(
+                partial(record, context.directory, context.config, facts)
+            )
+        loop = _make_loop(context, parts, checkpoints, watchdog, resumed, compiles)
+        del state, resumed
+        try:
+            return loop.run()
+        finally:
+            watchdog.stop()
+            context.console.stop()
+            loop.journal.close()
+
+
+def _watchdog(context: RunContext) -> Watchdog:
+    """Warns of long phases; ends the process where others wait for it in vain."""
+
+    def end(waited: str) -> None:
+        exit_at_once(
+            f"process {context.processes.index} {waited}; it, or another one, is "
+            "stuck. Continue with the same command, --resume and --run-dir "
+            f"{context.directory}."
+        )
+
+    limit = context.processes.phase_limit
+    return Watchdog(context.console.alert, limit=limit, end=end)
+
+
+def _announce(context: RunContext) -> None:
+    plan, console, directory = context.plan, context.console, context.directory
+    console.say(plan.headline)
+    for warning in plan.warnings:
+        console.warn(warning)
+    console.say(f"run directory: {directory}")
+    tokenizer = plan.task.tokenizer
+    context.processes.on_writer(
+        lambda: tokenizer.save_pretrained(directory / "tokenizer")
+    )
+
+
+def _make_loop(
+    context: RunContext,
+    parts: Parts,
+    checkpoints: Checkpoints,
+    watchdog: Watchdog,
+    resumed: Resumed,
+    compiles: Callable[[], int],
+) -> "Loop":
+    """The loop from `resumed` on, with the files of the run opened there."""
+    step, processes = resumed.step, context.processes
+    rows = [  # of earlier measurements, what later ones have to know
+        {name: row[name] for name in ("step", "phase")}
+        for row in read_lines(context.directory / "instrument.jsonl")
+    ]
+    rows = processes.first(rows)
+    due = Due(context.config, context.plan.probe is not None)
+    journal = Journal(
+        context.directory,
+        processes,
+        context.console,
+        RowMaker(parts.schedule, compiles),
+        step=step,
+        unwritten=resumed.unwritten,
+    )
+    instrument = make_instrument(context, parts, [r for r in rows if r["step"] < step])
+    observers = Observers(
+        due, parts.pass_rates, instrument, parts.learner, journal, watchdog, processes
+    )
+    measured = due.measurement(step) or any(row["step"] == step for row in rows)
+    return Loop(
+        context,
+        parts,
+        observers,
+        journal,
+        Saver(context, checkpoints, journal, watchdog),
+        watchdog,
+        due,
+        resumed,
+        keep_measurement=measured,
+    )
