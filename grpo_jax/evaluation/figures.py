@@ -12,22 +12,29 @@ from grpo_jax.rewards.types import Example
 
 
 def pass_rate_interval(answered: Sequence[PromptAnswers]) -> tuple[float, float, float]:
-    """(share solved, and its 95 % interval): Wilson's for one sample of each prompt,
-    else `rate_interval`; missing rewards are left out."""
+    """(share solved, low, high), a 95 % interval: Wilson's for one sample of each
+    prompt, else `rate_interval`; missing rewards are left out."""
     if all(len(row.solved) == 1 for row in answered):
-        found = [row.solved[0] for row in answered if row.solved[0] is not None]
-        return wilson_interval(sum(found), len(found)) if found else (math.nan,) * 3
+        solved = [verdict for row in answered for verdict in _verdicts(row)]
+        if not solved:
+            return math.nan, math.nan, math.nan
+        return wilson_interval(sum(solved), len(solved))
     return rate_interval(_rates(answered))
 
 
-def _rates(answered):
-    present = [[s for s in row.solved if s is not None] for row in answered]
-    return [sum(s) / len(s) for s in present if s]
+def _verdicts(row: PromptAnswers) -> list[bool]:
+    """Whether each sample solved the prompt; missing rewards are left out."""
+    return [solved for solved in row.solved if solved is not None]
+
+
+def _rates(answered: Sequence[PromptAnswers]) -> list[float]:
+    """Share solved of each prompt that has rewards."""
+    return [sum(s) / len(s) for s in map(_verdicts, answered) if s]
 
 
 def pass_at_k(solved: int, samples: int, k: int) -> float:
-    """Chance that one of k samples, drawn from `samples` of which `solved` are right,
-    is right: the unbiased estimate of pass@k (Chen et al. 2021, arXiv:2107.03374)."""
+    """The unbiased estimate of pass@k (Chen et al. 2021, arXiv:2107.03374): the chance
+    that k of the `samples`, drawn without replacement, include a solved one."""
     if samples - solved < k:
         return 1.0
     return 1.0 - math.comb(samples - solved, k) / math.comb(samples, k)
@@ -39,6 +46,11 @@ def summarise(
     pass_at: Sequence[int],
 ) -> dict[str, Any]:
     """Figures over all prompts and over those of each tag.
+
+    Args:
+        answered: Prompts and their answers.
+        examples: All examples of the task; `answered` has their indices.
+        pass_at: The k's of pass@k.
 
     Returns:
         name -> {"all": entry, "level=3": entry, ...}; an entry has `value`, `low`,
@@ -54,7 +66,9 @@ def summarise(
     samples = max((len(row.solved) for row in answered), default=1)
     figures: dict[str, Any] = {}
 
-    def add(figure, name, interval, prompts):
+    def add(
+        figure: str, name: str, interval: tuple[float, float, float], prompts: int
+    ) -> None:
         value, low, high = interval
         entry = {"value": value, "low": low, "high": high, "prompts": prompts}
         figures.setdefault(figure, {})[name] = entry
@@ -66,8 +80,8 @@ def summarise(
         else:
             add(f"avg@{samples}", name, rate_interval(_rates(rows)), len(_rates(rows)))
             for k in pass_at:
-                present = [[s for s in row.solved if s is not None] for row in rows]
-                values = [pass_at_k(sum(s), len(s), k) for s in present if len(s) >= k]
+                verdicts = map(_verdicts, rows)
+                values = [pass_at_k(sum(s), len(s), k) for s in verdicts if len(s) >= k]
                 add(f"pass@{k}", name, rate_interval(values), len(values))
         lengths = [float(np.mean(row.tokens)) for row in rows]
         add("tokens", name, bootstrap_interval(lengths), len(rows))

@@ -1,7 +1,6 @@
-"""Completions for a set of prompts, sampled and scored part by part."""
+"""Answers to a set of prompts, sampled and scored in batches."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,15 +10,20 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.parallel.processes import Processes
 from grpo_jax.rewards.pool import VerifierPool
 from grpo_jax.rewards.types import Example
-from grpo_jax.rollouts.judging import fetch_to_host, score_rollouts
+from grpo_jax.rollouts.judging import (
+    HostRollouts,
+    ScoredRollouts,
+    fetch_to_host,
+    score_rollouts,
+)
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks.types import Task
 
 
 class PromptAnswers(NamedTuple):
-    """What a policy answered to one prompt, k times."""
+    """A policy's k sampled answers to one prompt; every list has k entries."""
 
-    index: int  # of the prompt among those asked
+    index: int  # of the prompt
     solved: list[bool | None]  # None where the first reward is missing
     rewards: list[float | None]
     tokens: list[int]
@@ -41,63 +45,69 @@ def answer_prompts(
     warn: Callable[[str], None],
     indices: Sequence[int] | None = None,
 ) -> Iterator[list[PromptAnswers]]:
-    """Samples and scores answers, part by part; what a prompt is answered depends on
-    the key and its index alone, not on the parts.
+    """Samples and scores answers to prompts, and yields them batch by batch.
+
+    The answers to a prompt depend on the key and its index, not on the batches.
 
     Args:
-        sample: `sample` with everything but the arguments given here.
-        examples: The prompts' examples.
-        prompts: Their token ids and mask [N, L].
-        samples: k, of each prompt.
+        sample: `sample` with its other arguments bound.
+        task: Its reward judges the answers.
+        examples: The N examples of the prompts.
+        prompts: Their token ids and mask, [N, L] each.
+        samples: Answers to each prompt.
         rows: Completions sampled at a time, about.
-        indices: Which prompts to ask, default all.
+        key: PRNG key of all answers.
+        pool: Workers of the task's rewards; None where its reward is a function.
+        processes: All processes of the run must iterate together.
+        warn: Gets a text for a batch in which rewards are missing.
+        indices: Prompts to answer; default: all N.
     """
     ids, mask = prompts
-    indices = np.arange(len(examples)) if indices is None else np.asarray(indices)
+    selected = np.arange(len(examples)) if indices is None else np.asarray(indices)
     size = max(1, rows // samples)
-    for start in range(0, len(indices), size):
-        asked = indices[start : start + size]
-        # The last part is filled up with its own rows: one shape, one program.
-        part = np.resize(asked, size)
+    for start in range(0, len(selected), size):
+        batch = selected[start : start + size]
+        # The last batch is padded with its own rows: one shape, one program.
+        padded = np.resize(batch, size)
         sampled = sample(
             policy,
-            ids[part],
-            mask[part],
+            ids[padded],
+            mask[padded],
             group_size=samples,
             key=key,
-            prompt_indices=part.astype(np.int32),
+            prompt_indices=padded.astype(np.int32),
         )
-        here = jax.tree.map(partial(_first, len(asked)), fetch_to_host(sampled))
-        judged = score_rollouts(
-            task, here, [examples[i] for i in asked], pool, processes
+        on_host = _first_rows(fetch_to_host(sampled), len(batch))
+        scored = score_rollouts(
+            task, on_host, [examples[i] for i in batch], pool, processes
         )
-        scores, texts, tokens = judged.scores, judged.texts, judged.lengths
-        # What decides is the first reward, whatever became of the others.
-        first = next(iter(scores.parts.values()), scores.rewards)
-        if scores.errors:
+        if errors := scored.scores.errors:
             warn(
-                f"evaluation: {len(scores.errors)} rewards missing, left out: "
-                f"{scores.errors[0][:200]}"
+                f"evaluation: {len(errors)} rewards missing, left out: "
+                f"{errors[0][:200]}"
             )
-        yield [
-            PromptAnswers(
-                int(i),
-                [None if k else bool(s) for s, k in zip(solved, unknown, strict=True)],
-                [float(r) if np.isfinite(r) else None for r in rewards],
-                n.tolist(),
-                text,
-            )
-            for i, solved, unknown, rewards, n, text in zip(
-                asked,
-                scores.solved,
-                np.isnan(first),
-                scores.rewards,
-                tokens,
-                texts,
-                strict=True,
-            )
-        ]
+        yield _as_answers(batch, scored)
 
 
-def _first(n, x):
-    return x[:n]
+def _first_rows(sampled: HostRollouts, n: int) -> HostRollouts:
+    return jax.tree.map(lambda x: x[:n], sampled)
+
+
+def _as_answers(indices: np.ndarray, scored: ScoredRollouts) -> list[PromptAnswers]:
+    """The answers of prompts `indices` [P]."""
+    scores = scored.scores
+    # The first reward decides what is solved, even where others are missing.
+    missing = np.isnan(next(iter(scores.parts.values()), scores.rewards))  # [P, G]
+    return [
+        PromptAnswers(
+            index=int(index),
+            solved=[
+                None if lacks else bool(x)
+                for x, lacks in zip(scores.solved[p], missing[p], strict=True)
+            ],
+            rewards=[float(x) if np.isfinite(x) else None for x in scores.rewards[p]],
+            tokens=scored.lengths[p].tolist(),
+            texts=scored.texts[p],
+        )
+        for p, index in enumerate(indices)
+    ]
