@@ -11,15 +11,15 @@ def main(argv: Sequence[str]) -> int:
     """The subcommand; returns the exit code."""
     config = parse_run(TrainConfig, argv, __doc__)
     # jax is imported once the settings are known to be right.
-    from grpo_jax.parallel.processes import LostProcess, exit_at_once
+    from grpo_jax.parallel.processes import LostProcessError, exit_at_once
     from grpo_jax.training.run import train
-    from grpo_jax.training.saving import NonFiniteGradients
+    from grpo_jax.training.saving import NonFiniteGradientsError
 
     try:
         train(config)
-    except NonFiniteGradients as error:
+    except NonFiniteGradientsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except LostProcess as error:
+    except LostProcessError as error:
         exit_at_once(str(error))
     return 0

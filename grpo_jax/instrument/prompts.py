@@ -16,9 +16,13 @@ class IndexedPrompts(Protocol):
 
     def sample(
         self, params: Any, indices: np.ndarray, key: jax.Array, group_size: int
-    ) -> Rollouts: ...
+    ) -> Rollouts:
+        """[P, group_size, T] completions of the prompts `indices` [P]."""
+        ...
 
-    def score(self, sampled: HostRollouts, indices: np.ndarray) -> ScoredRollouts: ...
+    def score(self, sampled: HostRollouts, indices: np.ndarray) -> ScoredRollouts:
+        """The completions [P, G, T] of the prompts `indices` [P], with rewards."""
+        ...
 
 
 class ProbePrompts:

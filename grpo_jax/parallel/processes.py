@@ -40,11 +40,11 @@ class Rendezvous(Protocol):
     def heartbeat_s(self) -> int: ...
 
 
-class LostProcess(RuntimeError):
+class LostProcessError(RuntimeError):
     """Another process of the run ended, or does not answer."""
 
 
-class SharedFailure(OSError):
+class SharedError(OSError):
     """One process cannot go on; all processes raise this at the same exchange."""
 
 
@@ -148,7 +148,7 @@ class Processes:
         """The values of all processes, in their order; a call of all of them together.
 
         Raises:
-            SharedFailure: a process has a `failure`.
+            SharedError: a process has a `failure`.
         """
         if self.count == 1:
             return [value]
@@ -158,20 +158,20 @@ class Processes:
         failures = [failure for _, _, failure in rows if failure is not None]
         if failures:
             self.failure = None
-            raise SharedFailure(failures[0])
+            raise SharedError(failures[0])
         return [value for value, _, _ in rows]
 
     def synchronise(self) -> None:
         """Waits for all processes, and fails on all where one has a `failure`.
 
         Raises:
-            SharedFailure: a process has a `failure`.
+            SharedError: a process has a `failure`.
         """
         self.exchange(None)
 
     def knows(self, error: OSError) -> bool:
         """Whether every process is handling this error now."""
-        return self.count == 1 or isinstance(error, SharedFailure)
+        return self.count == 1 or isinstance(error, SharedError)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -86,8 +86,9 @@ class Learner:
     def update(
         self, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """(new state, metrics of the last update): all updates of one rollout, or fewer
-        where the objective stops early. The state given is donated."""
+        """(new state, scalar metrics of the last update): all updates of one rollout
+        [P, G, T], or fewer where the objective stops early. The state given is
+        donated."""
         s, programs = self.settings, self._programs_of(batch.rollouts)
         if programs.push_history is not None:
             history, batch = programs.push_history(state.history, batch)

@@ -66,7 +66,8 @@ class TrainedPrompts:
         group_size: int,
         prompt_tokens: int,
     ) -> Rollouts:
-        """Completions of other token ids, under the keys of the prompts `indices`."""
+        """[P, group_size, T] completions of other token ids, under the keys of the
+        prompts `indices` [P]."""
         ids, mask = pad_left(rows, prompt_tokens, self.task.tokenizer.pad_token_id)
         return self._sample(
             self._policy.replace(params),

@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 
-from grpo_jax.parallel.processes import LostProcess, Processes, exit_at_once, join
+from grpo_jax.parallel.processes import LostProcessError, Processes, exit_at_once, join
 from grpo_jax.parallel.sharding import make_mesh, on_mesh
 from grpo_jax.planning.plan import make_plan
 from grpo_jax.rewards.pool import verifier_pool
@@ -47,10 +47,10 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
 
     Raises:
         ConfigError: the run cannot start as configured; nothing was written.
-        NonFiniteGradients: five updates in a row had to be skipped.
+        NonFiniteGradientsError: five updates in a row had to be skipped.
         OSError: a row could not be written (a full disk); what was computed is in a
             checkpoint where that could be saved.
-        LostProcess: another process of the run ended; to be resumed.
+        LostProcessError: another process of the run ended; to be resumed.
     """
     if task is not None:
         named = dataclasses.replace(config.task, name=task.name)
@@ -63,7 +63,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         try:
             return _train(config, task, processes)
         except jax.errors.JaxRuntimeError as error:
-            raise LostProcess(
+            raise LostProcessError(
                 f"process {processes.index} cannot go on "
                 f"({str(error).strip().splitlines()[0][:300]}); where that is no fault "
                 "of its own, another process ended, whose output says why. Continue "

@@ -17,7 +17,7 @@ from grpo_jax.training.watchdog import Watchdog
 SKIPPED_LIMIT = 5  # non-finite gradients in a row that end a run
 
 
-class NonFiniteGradients(RuntimeError):
+class NonFiniteGradientsError(RuntimeError):
     """Too many updates in a row had no finite gradient; the batch was saved."""
 
 
@@ -86,7 +86,7 @@ class Saver:
             f"--resume --run-dir {context.directory}"
         )
 
-    def save_rollouts(self, rollouts: Rollouts, step: int) -> NonFiniteGradients:
+    def save_rollouts(self, rollouts: Rollouts, step: int) -> NonFiniteGradientsError:
         """The error to raise where updates have no finite gradient; the rollouts
         [P, G, T] of the last one are saved."""
         directory, processes = self._context.directory, self._context.processes
@@ -95,7 +95,7 @@ class Saver:
         np.savez(file, step=step, **arrays)
         self._checkpoints.wait()
         self.report(finished=False)
-        return NonFiniteGradients(
+        return NonFiniteGradientsError(
             f"{SKIPPED_LIMIT} updates in a row had a non-finite gradient; stopped at "
             f"step {step}. Its rollouts are in {file}, the parameters (not touched by "
             "the skipped updates) in the checkpoint of the same step; `grpo-jax replay "

@@ -120,7 +120,13 @@ def shape_rewards(
 
 
 def part_of(batch: Batch, index: jax.Array | int, parts: int) -> Batch:
-    """The index-th of equal parts of a batch's prompts."""
+    """The index-th of equal parts of a batch's prompts: leaves [P / parts, ...].
+
+    Args:
+        batch: Leaves [P, ...].
+        index: Scalar, from 0.
+        parts: How many there are.
+    """
     size = batch.weights.shape[0] // parts
     return jax.tree.map(
         lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), batch

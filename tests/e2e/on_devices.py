@@ -22,7 +22,7 @@ import grpo_jax as gj  # noqa: E402
 from grpo_jax.commands.replay import replay  # noqa: E402
 from grpo_jax.objectives.loss import scale_weights  # noqa: E402
 from grpo_jax.parallel.collectives import parse_collectives  # noqa: E402
-from grpo_jax.parallel.processes import LostProcess, exit_at_once, gather_to_host  # noqa: E402
+from grpo_jax.parallel.processes import LostProcessError, exit_at_once, gather_to_host  # noqa: E402
 from grpo_jax.parallel.sharding import (  # noqa: E402
     AXES,
     make_mesh,
@@ -266,7 +266,7 @@ if __name__ == "__main__":
         jax.config.update("jax_disable_most_optimizations", True)
     try:
         print(json.dumps(check[sys.argv[1]](*sys.argv[2:])))
-    except LostProcess as error:
+    except LostProcessError as error:
         exit_at_once(str(error))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -62,7 +62,7 @@ def test_a_row_per_look(finished):
     for row in rows:
         assert set(row) == set(ROW_FIELDS)
         p = np.array(row["pass_rate"])
-        assert ((0 <= p) & (p <= 1)).all() and row["phase"]["label"]
+        assert ((p >= 0) & (p <= 1)).all() and row["phase"]["label"]
         assert np.array(row["geometry"]["cosines"], float).shape == (5, 5)
         assert set(row["weightings"]) == {"reinforce", "std", "shrunk", "1/std^2"}
 

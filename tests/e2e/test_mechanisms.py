@@ -29,7 +29,7 @@ from grpo_jax.runs.lines import read_lines
 from grpo_jax.training import collector, parts
 from grpo_jax.training import run as whole_run
 from grpo_jax.training.learner import Learner
-from grpo_jax.training.saving import NonFiniteGradients
+from grpo_jax.training.saving import NonFiniteGradientsError
 from tests.e2e.test_cli import answer
 from tests.e2e.test_survival import numbers
 from tests.e2e.test_train import digits_task, small_config
@@ -916,7 +916,7 @@ def test_counterfactual_of_non_finite_gradients_hides_no_error(tmp_path):
 
     looks = InstrumentConfig(every=0, counterfactual_every=1)
     config = tiny(tmp_path / "run", "reinforce", instrument=looks, steps=9)
-    with pytest.raises(NonFiniteGradients):
+    with pytest.raises(NonFiniteGradientsError):
         gj.train(config, task=digits_task(reward))
 
 

@@ -17,7 +17,7 @@ from grpo_jax.runs.config import (
     TaskConfig,
 )
 from grpo_jax.runs.lines import read_lines
-from grpo_jax.training.saving import NonFiniteGradients
+from grpo_jax.training.saving import NonFiniteGradientsError
 from tests.e2e.test_train import digits_task, small_config
 
 pytestmark = [
@@ -97,7 +97,7 @@ def test_step_that_ended_a_run_is_computed_again(tmp_path):
         objective=ObjectiveConfig(name="reinforce"),
         checkpoint=CheckpointConfig(every=3),
     )
-    with pytest.raises(NonFiniteGradients, match="grpo-jax replay") as stopped:
+    with pytest.raises(NonFiniteGradientsError, match="grpo-jax replay") as stopped:
         gj.train(config, task=digits_task(reward))
     assert str(tmp_path / "run") in str(stopped.value)
     step = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]

@@ -23,7 +23,7 @@ from grpo_jax.runs.config import (
 )
 from grpo_jax.runs.fields import FIELDS
 from grpo_jax.runs.lines import read_lines
-from grpo_jax.training.saving import NonFiniteGradients
+from grpo_jax.training.saving import NonFiniteGradientsError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -183,7 +183,7 @@ def test_five_non_finite_gradients_end_the_run_with_the_batch_saved(tmp_path):
     config = small_config(
         tmp_path / "run", steps=50, objective=ObjectiveConfig(name="reinforce")
     )
-    with pytest.raises(NonFiniteGradients, match="non-finite gradient") as stopped:
+    with pytest.raises(NonFiniteGradientsError, match="non-finite gradient") as stopped:
         gj.train(config, task=digits_task(reward))
     (saved,) = (tmp_path / "run").glob("nonfinite-step-*.npz")
     assert saved.name in str(stopped.value)

@@ -9,7 +9,7 @@ import pytest
 from grpo_jax.errors import ConfigError
 from grpo_jax.parallel.processes import (
     Processes,
-    SharedFailure,
+    SharedError,
     gather_to_host,
     join,
     local_shards_to_host,
@@ -59,11 +59,11 @@ def test_a_failure_ends_all_and_is_raised_once():
     processes = SimulatedPair((None, False, None), (None, False, None))
     with processes.writing():
         raise OSError("no room")
-    with pytest.raises(SharedFailure, match="no room"):
+    with pytest.raises(SharedError, match="no room"):
         processes.exchange(None)
     processes.exchange(None)
     other = SimulatedPair((None, False, "their disk"))
-    with pytest.raises(SharedFailure, match="their disk"):
+    with pytest.raises(SharedError, match="their disk"):
         other.exchange(None)
 
 
