@@ -1,7 +1,8 @@
-"""The instrument in a run: what it writes, that it changes nothing, that it resumes."""
+"""The instrument in a run: its rows, that it changes no number, that it resumes."""
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -24,17 +25,17 @@ from grpo_jax.runs.lines import read_lines
 from grpo_jax.runs.snapshots import load_policy, saved_steps
 from grpo_jax.tasks.registry import load_task
 
-LOOKS = InstrumentConfig(every=2, prompts=5, group_size=8)
+MEASUREMENTS = InstrumentConfig(every=2, prompts=5, group_size=8)
 
 
-def config_of(directory, looks=LOOKS, **more):
+def config_of(directory, instrument=MEASUREMENTS, **more):
     config = TrainConfig(
         model=ModelConfig(width=32, mlp_width=48, head_dim=8),
         sampling=SamplingConfig(prompts=16, group_size=16),
         warm_start=WarmStartConfig(max_steps=300, noisy_steps=0),
         evaluation=EvaluationConfig(every=0, prompts=16),
         checkpoint=CheckpointConfig(every=1, keep=10),
-        instrument=looks,
+        instrument=instrument,
         steps=4,
         run_dir=str(directory),
     )
@@ -53,7 +54,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_row_per_look(finished):
+def test_a_row_per_measurement(finished):
     rows = rows_of(finished)
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert [row["update"] is None for row in rows] == [False, False, True]
@@ -81,25 +82,24 @@ def test_the_exact_prediction_is_what_happened(finished):
 
 
 @pytest.mark.slow
-def test_metrics_of_a_look_are_in_its_steps_line(finished):
+def test_metrics_of_a_measurement_are_in_its_steps_line(finished):
     metrics = {row["step"]: row for row in rows_of(finished, "metrics")}
-    looks = {row["step"]: row for row in rows_of(finished)}
+    measured = {row["step"]: row for row in rows_of(finished)}
     for step, row in metrics.items():
-        assert ("phase/label" in row) == (step in looks)
-    assert metrics[2]["phase/label"] == looks[2]["phase"]["label"]
+        assert ("phase/label" in row) == (step in measured)
+    assert metrics[2]["phase/label"] == measured[2]["phase"]["label"]
     assert "time/instrument_s" in metrics[3]  # the comparison after the update
 
 
-# What is looked at moves nothing: the same parameters with and without.
+# The same parameters with and without measurements.
 @pytest.mark.slow
-def test_looking_changes_no_run(finished, tmp_path):
-    gj.train(config_of(tmp_path / "blind", InstrumentConfig(every=0)))
-    one, two = (rows_of(d, "metrics") for d in (finished, tmp_path / "blind"))
+def test_measuring_does_not_change_the_run(finished, tmp_path):
+    gj.train(config_of(tmp_path / "off", InstrumentConfig(every=0)))
+    one, two = (rows_of(d, "metrics") for d in (finished, tmp_path / "off"))
     assert [r["reward/mean"] for r in one[1:]] == [r["reward/mean"] for r in two[1:]]
-    seen, blind = (load_policy(d, 4) for d in (finished, tmp_path / "blind"))
-    for a, b in zip(*(jax.tree.leaves(x.params) for x in (seen, blind)), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert not (tmp_path / "blind" / "instrument.jsonl").read_text()
+    measured, other = (load_policy(d, 4) for d in (finished, tmp_path / "off"))
+    chex.assert_trees_all_equal(measured.params, other.params)
+    assert not (tmp_path / "off" / "instrument.jsonl").read_text()
 
 
 @pytest.mark.slow
@@ -148,11 +148,11 @@ def test_a_task_with_many_right_answers(tmp_path):
     assert len(update["realised"]) == 5 and None not in update["predicted"]
 
 
-# A finished run goes on: its last look is taken again, with the update after it.
+# A finished run goes on: its last step is measured again, with the update after it.
 @pytest.mark.slow
-def test_a_run_continued_past_its_end_looks_again_there(tmp_path):
+def test_a_run_continued_past_its_end_measures_there_again(tmp_path):
     directory = tmp_path / "run"
-    config = config_of(directory, dataclasses.replace(LOOKS, every=4))
+    config = config_of(directory, dataclasses.replace(MEASUREMENTS, every=4))
     gj.train(dataclasses.replace(config, steps=2))
     assert rows_of(directory)[-1]["update"] is None
     gj.train(dataclasses.replace(config, resume=True))
@@ -161,9 +161,9 @@ def test_a_run_continued_past_its_end_looks_again_there(tmp_path):
     assert [row["update"] is None for row in rows] == [False, False, True]
 
 
-# Rewards all missing at a look: nothing is said, and the run goes on and resumes.
+# All rewards missing at a measurement: no phase, and the run goes on and resumes.
 @pytest.mark.slow
-def test_a_look_without_rewards(tmp_path):
+def test_a_measurement_without_rewards(tmp_path):
     task = load_task("chains", train_prompts=32, heldout_prompts=8)
     task = dataclasses.replace(task, reward=lambda *_: float("nan"), warm_start=None)
     cold = WarmStartConfig(enabled=False)
@@ -178,27 +178,27 @@ def test_a_look_without_rewards(tmp_path):
 SIZES = dict(train_prompts=500, prompt_tokens=10, max_new_tokens=8)
 
 
-def plan(parameters=10**5, **looks):
-    config = TrainConfig(instrument=InstrumentConfig(**looks), steps=400)
+def plan(parameters=10**5, **settings):
+    config = TrainConfig(instrument=InstrumentConfig(**settings), steps=400)
     return plan_probe(config, parameters=parameters, **SIZES)
 
 
 def test_the_budget_chooses_the_probe_set():
     few, many = plan(max_overhead=0.05), plan(max_overhead=0.2)
     assert 2 <= few.prompts < many.prompts <= 32
-    for found, most in ((few, 0.05), (many, 0.2)):
-        assert 0.6 * most < found.share <= most
+    for result, most in ((few, 0.05), (many, 0.2)):
+        assert 0.6 * most < result.share <= most
     assert plan(every=80).prompts > plan(every=40).prompts
     assert few.exact and few.num_directions is None
     large = plan(parameters=10**9)
     assert not large.exact and large.num_directions == large.width
     assert large.width * 4 * large.prompts * 7 <= 2**27
     assert plan(every=0) is None
-    assert plan(prompts=40).prompts == 40  # said is said; the plan warns
+    assert plan(prompts=40).prompts == 40  # as asked for; the plan warns
     assert "% of step time" in few.text(40)
 
 
-def test_a_budget_for_nobody_is_refused():
+def test_bad_budgets_raise():
     with pytest.raises(ConfigError, match="too low for two probe prompts: they w"):
         plan(max_overhead=0.001)
     with pytest.raises(ConfigError, match="must be from 2 to 500.* got 501"):
@@ -209,17 +209,17 @@ def test_a_budget_for_nobody_is_refused():
         TrainConfig(instrument=InstrumentConfig(group_size=6))
 
 
-def test_an_instrument_that_nobody_asked_for_is_left_out_where_it_does_not_fit():
+def test_the_default_instrument_is_left_out_where_it_does_not_fit():
     small = SamplingConfig(prompts=2, group_size=2)
-    found = make_plan(TrainConfig(sampling=small))
-    assert found.probe is None and "the instrument is off" in found.warnings[0]
+    result = make_plan(TrainConfig(sampling=small))
+    assert result.probe is None and "the instrument is off" in result.warnings[0]
     with pytest.raises(ConfigError, match="too low for two probe prompts"):
         make_plan(TrainConfig(sampling=small, instrument=InstrumentConfig(every=41)))
 
 
-def test_the_plan_says_what_is_looked_at():
-    found = make_plan(TrainConfig())
-    assert "instrument: " in found.headline and not found.warnings
+def test_the_plan_describes_the_measurements():
+    result = make_plan(TrainConfig())
+    assert "instrument: " in result.headline and not result.warnings
     config = TrainConfig(instrument=InstrumentConfig(prompts=64))
     assert any("instrument will take" in x for x in make_plan(config).warnings)
 

@@ -1,7 +1,7 @@
 """The theory's bounds and rates on many random instances, in float64.
 
 Each test names the statements it holds (A: identities and curvature, B: rates). Bounds
-are asserted where sigma^2 > 1e-6: nearer to 0 and 1 rounding is all there is to see.
+are asserted where sigma^2 > 1e-6: nearer to 0 and 1 rounding dominates.
 """
 
 from functools import partial
@@ -29,18 +29,18 @@ def in_float64(x64):
 @jax.jit
 def everything(policy):
     zero = jnp.zeros(policy.features.shape[-1])
-    found = loglinear.exact(policy, zero)
+    result = loglinear.exact(policy, zero)
     rest = (loglinear.hessians, loglinear.deltas)
-    return found, *(f(policy, zero) for f in rest), loglinear.diameters(policy)
+    return result, *(f(policy, zero) for f in rest), loglinear.diameters(policy)
 
 
-def look(policy):
-    """All about independent prompts, theta 0, as numpy, where sigma^2 > 1e-6."""
-    found, hessians, deltas, diameter = everything(policy)
-    keep = np.asarray(found.sigma) ** 2 > 1e-6
+def facts_of(policy):
+    """Exact figures of independent prompts at theta 0, where sigma^2 > 1e-6."""
+    result, hessians, deltas, diameter = everything(policy)
+    keep = np.asarray(result.sigma) ** 2 > 1e-6
     kept = jax.tree.map(lambda x: np.asarray(x)[keep], policy)
     mass, p, sigma, gradients, hessians, deltas, diameter = (
-        np.asarray(x)[keep] for x in (*found, hessians, deltas, diameter)
+        np.asarray(x)[keep] for x in (*result, hessians, deltas, diameter)
     )
     scores = kept.features - np.einsum("pk,pkd->pd", mass, kept.features)[:, None]
     return SimpleNamespace(
@@ -80,32 +80,32 @@ def pair(p):
 # A2: all rows of the table of bounds on |H|; B <= X <= sqrt(K) B, D <= 2 B, sqrt 2 X.
 @pytest.mark.parametrize(("responses", "scale"), [(6, 2.5), (2, 2.5)])
 def test_the_table_of_hessian_bounds(responses, scale):
-    see = look(sample(3000, responses=responses, scale=scale))
-    variance, diameter = see.sigma**2, see.diameter
-    far = np.linalg.norm(see.scores, axis=2).max(1)
-    row = np.linalg.norm(see.policy.features, axis=2).max(1)
-    for scaled in (diameter, far, 2 * row, 2**0.5 * see.largest):
-        assert (see.norm <= variance * scaled**2 * ABOVE).all()
-    assert (see.norm <= see.sigma * diameter**2 / 4 * ABOVE).all()
-    assert (see.norm <= diameter**2 / (6 * 3**0.5) * ABOVE).all()
-    assert (row <= see.largest * ABOVE).all() and (diameter <= 2 * row * ABOVE).all()
-    assert (see.largest <= responses**0.5 * row * ABOVE).all()
-    assert (diameter <= 2**0.5 * see.largest * ABOVE).all()
+    facts = facts_of(sample(3000, responses=responses, scale=scale))
+    variance, diameter = facts.sigma**2, facts.diameter
+    far = np.linalg.norm(facts.scores, axis=2).max(1)
+    row = np.linalg.norm(facts.policy.features, axis=2).max(1)
+    for scaled in (diameter, far, 2 * row, 2**0.5 * facts.largest):
+        assert (facts.norm <= variance * scaled**2 * ABOVE).all()
+    assert (facts.norm <= facts.sigma * diameter**2 / 4 * ABOVE).all()
+    assert (facts.norm <= diameter**2 / (6 * 3**0.5) * ABOVE).all()
+    assert (row <= facts.largest * ABOVE).all() and (diameter <= 2 * row * ABOVE).all()
+    assert (facts.largest <= responses**0.5 * row * ABOVE).all()
+    assert (diameter <= 2**0.5 * facts.largest * ABOVE).all()
 
 
 # A2, A3, A4: two responses reach them: |H| = sigma^2 |1 - 2p| D^2. As p -> 0 the bounds
 # sigma^2 times D^2, F^2, 4 B^2, 2 X^2; at their maxima sigma D^2 / 4, D^2 / (6 sqrt 3).
 def test_two_responses_reach_the_bounds():
     p = np.array([2e-6, (1 - 0.5**0.5) / 2, (1 - 3**-0.5) / 2])
-    see = look(pair(p))
-    CLOSE(see.norm, see.sigma**2 * np.abs(1 - 2 * p) * 4)
-    far = np.abs(see.scores).max((1, 2))
-    for squared in (see.diameter**2, far**2, 4 * np.ones(3), 2 * see.largest**2):
-        CLOSE(see.norm[0], see.sigma[0] ** 2 * squared[0], rtol=1e-5)
-    CLOSE(see.norm[1], see.sigma[1] * 4 / 4)
-    CLOSE(see.norm[2], 4 / (6 * 3**0.5))
-    grid = look(pair(np.linspace(0.01, 0.99, 981)))
-    assert grid.norm.max() <= see.norm[2] * ABOVE  # no pair exceeds the global bound
+    facts = facts_of(pair(p))
+    CLOSE(facts.norm, facts.sigma**2 * np.abs(1 - 2 * p) * 4)
+    far = np.abs(facts.scores).max((1, 2))
+    for squared in (facts.diameter**2, far**2, 4 * np.ones(3), 2 * facts.largest**2):
+        CLOSE(facts.norm[0], facts.sigma[0] ** 2 * squared[0], rtol=1e-5)
+    CLOSE(facts.norm[1], facts.sigma[1] * 4 / 4)
+    CLOSE(facts.norm[2], 4 / (6 * 3**0.5))
+    grid = facts_of(pair(np.linspace(0.01, 0.99, 981)))
+    assert grid.norm.max() <= facts.norm[2] * ABOVE  # no pair exceeds the global bound
     assert (grid.norm / grid.sigma).max() <= ABOVE
 
 
@@ -113,27 +113,27 @@ def test_two_responses_reach_the_bounds():
 # sqrt(lmax F) <= sigma D / 2 <= sigma X / sqrt 2: at most X / (2 sqrt 2), not X / 2.
 def test_gradient_bounds():
     policy = sample(3000, scale=2.5)
-    see = look(policy)
-    row = np.linalg.norm(see.policy.features, axis=2).max(1)
-    assert (see.slope <= see.sigma**2 * see.diameter * ABOVE).all()
-    assert (see.slope <= 2 * row * see.sigma**2 * ABOVE).all()
+    facts = facts_of(policy)
+    row = np.linalg.norm(facts.policy.features, axis=2).max(1)
+    assert (facts.slope <= facts.sigma**2 * facts.diameter * ABOVE).all()
+    assert (facts.slope <= 2 * row * facts.sigma**2 * ABOVE).all()
     rewards = np.random.default_rng(1).normal(size=policy.rewards.shape)
-    for any_rewards in (see, look(policy._replace(rewards=rewards))):
+    for any_rewards in (facts, facts_of(policy._replace(rewards=rewards))):
         root = np.sqrt(np.linalg.eigvalsh(any_rewards.fisher)[:, -1])
         assert (any_rewards.slope <= any_rewards.sigma * root * ABOVE).all()
         assert (root <= any_rewards.diameter / 2 * ABOVE).all()
-    two = look(pair([0.5]))
+    two = facts_of(pair([0.5]))
     CLOSE(two.slope, two.largest / 8**0.5)
     CLOSE(two.slope, two.sigma * two.diameter / 2)
 
 
 # A2 (3.1): |u' H u| <= max(p, 1 - p) u' F u for every u, so F bounds the curvature.
 def test_the_fisher_information_bounds_the_curvature():
-    see = look(sample(3000, scale=2.5))
-    bound = np.maximum(see.p, 1 - see.p)[:, None, None] * see.fisher
-    lowest = [np.linalg.eigvalsh(bound + s * see.hessians)[:, 0] for s in (1, -1)]
-    assert (np.array(lowest) >= -1e-12 * see.diameter**2).all()
-    tighter = np.linalg.eigvalsh(0.8 * bound - see.hessians)[:, 0]
+    facts = facts_of(sample(3000, scale=2.5))
+    bound = np.maximum(facts.p, 1 - facts.p)[:, None, None] * facts.fisher
+    lowest = [np.linalg.eigvalsh(bound + s * facts.hessians)[:, 0] for s in (1, -1)]
+    assert (np.array(lowest) >= -1e-12 * facts.diameter**2).all()
+    tighter = np.linalg.eigvalsh(0.8 * bound - facts.hessians)[:, 0]
     assert (tighter < -1e-6).any()
 
 
@@ -142,17 +142,17 @@ def test_the_fisher_information_bounds_the_curvature():
 def test_the_hessian_bound_of_general_rewards():
     policy = sample(3000)
     rewards = np.random.default_rng(1).normal(size=policy.rewards.shape)
-    see = look(policy._replace(rewards=rewards))
-    values, vectors = np.linalg.eigh(see.hessians)
+    facts = facts_of(policy._replace(rewards=rewards))
+    values, vectors = np.linalg.eigh(facts.hessians)
     top = np.abs(values).argmax(1)[:, None, None]
     u = np.take_along_axis(vectors, top, 2)[..., 0]
-    w = np.einsum("pkd,pd->pk", see.scores, u) ** 2
-    spread = np.sqrt((see.mass * w**2).sum(1) - (see.mass * w).sum(1) ** 2)
-    assert (see.norm <= see.sigma * spread * ABOVE).all()
-    assert (spread <= 0.2784 * see.diameter**2).all()
-    found, hessians, _, _ = everything(policy._replace(rewards=rewards / 100))
-    ratio = spectral(hessians) / np.asarray(found.sigma) ** 2
-    CLOSE(ratio, 100 * see.norm / see.sigma**2, rtol=1e-7)
+    w = np.einsum("pkd,pd->pk", facts.scores, u) ** 2
+    spread = np.sqrt((facts.mass * w**2).sum(1) - (facts.mass * w).sum(1) ** 2)
+    assert (facts.norm <= facts.sigma * spread * ABOVE).all()
+    assert (spread <= 0.2784 * facts.diameter**2).all()
+    result, hessians, _, _ = everything(policy._replace(rewards=rewards / 100))
+    ratio = spectral(hessians) / np.asarray(result.sigma) ** 2
+    CLOSE(ratio, 100 * facts.norm / facts.sigma**2, rtol=1e-7)
 
 
 # A5, A6: sd((z - m)^2) <= 1/4 of any three values of range 1, reached by two of them.
@@ -173,15 +173,15 @@ def test_the_constant_of_general_rewards():
 # with D / 2 for X; with several right responses as with one.
 @pytest.mark.parametrize("right", [1, None])
 def test_non_uniform_local_smoothness(right):
-    see = look(sample(2000, scale=2.5, right=right))
-    for radius in (see.largest, see.diameter / 2):
+    facts = facts_of(sample(2000, scale=2.5, right=right))
+    for radius in (facts.largest, facts.diameter / 2):
         largest = 0
-        wander = np.random.default_rng(0).normal(size=see.gradients.shape)
-        for direction in (see.deltas, -see.deltas, wander):
+        wander = np.random.default_rng(0).normal(size=facts.gradients.shape)
+        for direction in (facts.deltas, -facts.deltas, wander):
             length = np.linalg.norm(direction, axis=1, keepdims=True)
-            move = direction / length * (see.sigma / radius)[:, None]
-            moved = everything(shifted(see.policy, move))[1]
-            ratio = spectral(moved) / (2.5 * radius**2 * see.sigma)
+            move = direction / length * (facts.sigma / radius)[:, None]
+            moved = everything(shifted(facts.policy, move))[1]
+            ratio = spectral(moved) / (2.5 * radius**2 * facts.sigma)
             assert (ratio <= ABOVE).all()
             largest = max(largest, ratio.max())
     assert largest > 0.25  # the last radius is the smaller one
@@ -250,16 +250,16 @@ def test_bounds_for_any_differentiable_policy(binary, count=1200):
 # A9: F = p C1 + (1 - p) C0 where H = sigma^2 (C1 - C0): as a prompt is nearly never
 # solved H vanishes and F does not; over random prompts |H| follows sigma^2, F does not.
 def test_the_fisher_information_is_not_the_curvature():
-    see = look(sample(4000, right=1))
-    rewards, trace = see.policy.rewards, np.trace(see.fisher, axis1=1, axis2=2)
+    facts = facts_of(sample(4000, right=1))
+    rewards, trace = facts.policy.rewards, np.trace(facts.fisher, axis1=1, axis2=2)
     second = []
     for r in (rewards, 1 - rewards):
-        mass = see.mass * r / (see.mass * r).sum(1, keepdims=True)
-        second.append(np.einsum("pk,pkd,pke->pde", mass, see.scores, see.scores))
-    p, variance = see.p[:, None, None], see.sigma**2
-    CLOSE(see.fisher, p * second[0] + (1 - p) * second[1])
-    CLOSE(see.hessians, variance[:, None, None] * (second[0] - second[1]), rtol=1e-7)
-    spread = np.corrcoef([see.norm, trace, variance])
+        mass = facts.mass * r / (facts.mass * r).sum(1, keepdims=True)
+        second.append(np.einsum("pk,pkd,pke->pde", mass, facts.scores, facts.scores))
+    p, variance = facts.p[:, None, None], facts.sigma**2
+    CLOSE(facts.fisher, p * second[0] + (1 - p) * second[1])
+    CLOSE(facts.hessians, variance[:, None, None] * (second[0] - second[1]), rtol=1e-7)
+    spread = np.corrcoef([facts.norm, trace, variance])
     assert spread[0, 2] > 0.5 and spread[1, 2] < 0.35 and spread[0, 1] < 0.45
     policy = sample(100, right=1)
     rare = policy._replace(offsets=policy.offsets - 30 * policy.rewards)
@@ -280,11 +280,11 @@ def runs(policy, power, step, steps):
     zero = jnp.zeros(policy.features.shape[-1])
 
     def one(offsets, _):
-        found = loglinear.exact(policy._replace(offsets=offsets), zero)
-        update = (step * found.sigma**-power)[:, None] * found.gradients
+        result = loglinear.exact(policy._replace(offsets=offsets), zero)
+        update = (step * result.sigma**-power)[:, None] * result.gradients
         moved = offsets + jnp.einsum("pkd,pd->pk", policy.features, update)
-        squared = (found.gradients**2).sum(1)
-        return moved, (found.pass_rates, found.sigma, squared)
+        squared = (result.gradients**2).sum(1)
+        return moved, (result.pass_rates, result.sigma, squared)
 
     return jax.lax.scan(one, policy.offsets, length=steps)[1]
 
@@ -306,9 +306,9 @@ STEPS = 150
 # with X the spectral norm, with D / 2, and with one prompt drawn at a time.
 @pytest.mark.parametrize("constant", ["X", "D/2"])
 def test_the_rate_of_reinforce(constant):
-    see = look(sample(1500))
-    x2 = see.largest**2 if constant == "X" else see.diameter**2 / 4
-    rate, _, squared = map(np.asarray, runs(see.policy, 0.0, 1 / x2, STEPS))
+    facts = facts_of(sample(1500))
+    x2 = facts.largest**2 if constant == "X" else facts.diameter**2 / 4
+    rate, _, squared = map(np.asarray, runs(facts.policy, 0.0, 1 / x2, STEPS))
     for n in (1, 3):
         total = visited(squared, n).sum(0)
         ratio = total / (2 * n * (1 - rate[0]) * x2)
@@ -321,9 +321,9 @@ def test_the_rate_of_reinforce(constant):
 # with C = sigma, for steps 1 / (2 X^2), with X the spectral norm and with D / 2.
 @pytest.mark.parametrize("constant", ["X", "D/2"])
 def test_the_rate_of_grpo(constant):
-    see = look(sample(1500))
-    x2 = see.largest**2 if constant == "X" else see.diameter**2 / 4
-    out = runs(see.policy, 1.0, 1 / (2 * x2), STEPS)
+    facts = facts_of(sample(1500))
+    x2 = facts.largest**2 if constant == "X" else facts.diameter**2 / 4
+    out = runs(facts.policy, 1.0, 1 / (2 * x2), STEPS)
     rate, sigma, squared = map(np.asarray, out)
     t = np.arange(1, STEPS + 1)[:, None]
     level = 8 / (3 * t) * np.cumsum(sigma, 0)
@@ -367,8 +367,8 @@ def test_steps_to_a_pass_rate():
 
 
 def pairs(count):
-    """Random pairs of prompts, M by its definition, R1, R2, and who may be compared."""
-    one, other = look(sample(count)), look(sample(count, seed=1))
+    """Random pairs of prompts with their inner products, M by definition, R1 and R2."""
+    one, other = facts_of(sample(count)), facts_of(sample(count, seed=1))
     assert len(one.p) == len(other.p) == count
     inner = (one.gradients * other.gradients).sum(1)
     m = []
@@ -380,8 +380,8 @@ def pairs(count):
     return one, other, inner, np.maximum(*m), r1, r2
 
 
-# B6: theorems 3.3 and 3.4: with steps cut by the measured M, R1, R2 a step on a prompt
-# lowers no other; without the cut it does. B6b: half of random pairs have no M at all,
+# B6: theorems 3.3 and 3.4: with steps divided by the measured M, R1, R2 a step on a
+# prompt lowers no other; without that it does. B6b: half of random pairs have no M, and
 # the others a median of 3 and a 99th percentile of hundreds.
 def test_a_step_lowers_no_aligned_prompt():
     one, other, inner, m, r1, r2 = pairs(6000)
@@ -389,10 +389,10 @@ def test_a_step_lowers_no_aligned_prompt():
     assert abs(aligned.mean() - 0.5) < 0.03
     assert 2 < np.median(m[aligned]) < 5 and np.percentile(m[aligned], 99) > 100
     x2 = np.maximum(one.largest, other.largest) ** 2
-    cut = {0: np.maximum(1, m / 2), 1: 2 * np.maximum(r1, 5 * m / 8) * r2}
+    factors = {0: np.maximum(1, m / 2), 1: 2 * np.maximum(r1, 5 * m / 8) * r2}
     for a, b in ((one, other), (other, one)):
         for power in (0, 1):
-            for factor, safe in ((cut[power], True), (1 + power, False)):
+            for factor, safe in ((factors[power], True), (1 + power, False)):
                 step = 1 / (factor * x2) / a.sigma**power
                 policy = shifted(b.policy, step[:, None] * a.gradients)
                 rise = (np.asarray(everything(policy)[0].pass_rates) - b.p)[aligned]
@@ -407,16 +407,16 @@ def test_m_of_random_features():
     scores = features - features.mean(1, keepdims=True)
     rewards = np.tile([1.0, 1, 0, 0, 0, 0], (80, 1))
     gram = np.einsum("pgd,qhd->pgqh", scores, scores)
-    found = jax.jit(prompt_geometry)(rewards, gram)
+    result = jax.jit(prompt_geometry)(rewards, gram)
     g = np.einsum("pg,pgd->pd", rewards - 1 / 3, scores)
     pulled = (np.einsum("pgd,qd->pqg", scores, g) ** 2).sum(2)
     m = pulled / np.linalg.norm(scores, ord=2, axis=(1, 2))[:, None] ** 2 / (g @ g.T)
     off = m[~np.eye(80, dtype=bool)]
-    CLOSE(found.m_median, np.median(off[off > 0]))
-    CLOSE(found.m_p99, np.percentile(off[off > 0], 99))
-    CLOSE(found.violating_fraction, (off < 0).mean())
-    assert 0.45 < found.violating_fraction < 0.55
-    assert 0.5 < found.m_median < 5 and found.m_p99 > 40 and off.max() > 300
+    CLOSE(result.m_median, np.median(off[off > 0]))
+    CLOSE(result.m_p99, np.percentile(off[off > 0], 99))
+    CLOSE(result.violating_fraction, (off < 0).mean())
+    assert 0.45 < result.violating_fraction < 0.55
+    assert 0.5 < result.m_median < 5 and result.m_p99 > 40 and off.max() > 300
 
 
 # B7: |sum_x H_x| <= lmax(sum_x L_x P_x) <= chi max_x L_x, chi in [1, P]; 1,000 batches.
@@ -449,9 +449,9 @@ def test_orthogonal_prompts_do_not_meet():
     for i in range(3):
         features[i, :, 2 * i : 2 * i + 2] = block.features[i]
     policy = block._replace(features=features)
-    found, hessians, _, _ = everything(policy)
-    moved = everything(at_zero(policy, 5 * np.asarray(found.gradients)[1]))[0]
-    change = np.asarray(moved.pass_rates - found.pass_rates)
+    result, hessians, _, _ = everything(policy)
+    moved = everything(at_zero(policy, 5 * np.asarray(result.gradients)[1]))[0]
+    change = np.asarray(moved.pass_rates - result.pass_rates)
     assert change[1] > 0.01 and (change[[0, 2]] == 0).all()
     total = spectral(np.asarray(hessians).sum(0)[None])
     CLOSE(total, spectral(hessians).max())
@@ -460,33 +460,33 @@ def test_orthogonal_prompts_do_not_meet():
 # B8: Hess 2 asin sqrt p = sigma [S1 - S0 + (1 - 2p)/2 Delta Delta'] is at most
 # sigma D^2 / (2 (1 + 2q)), so sqrt 3 / 12 D^2; three responses on a line reach it.
 def test_the_curvature_of_the_angle():
-    def ratio(see):
-        outer = see.deltas[:, :, None] * see.deltas[:, None]
-        tilt = (1 - 2 * see.p) / 2 * see.sigma
+    def ratio(facts):
+        outer = facts.deltas[:, :, None] * facts.deltas[:, None]
+        tilt = (1 - 2 * facts.p) / 2 * facts.sigma
         norm = spectral(
-            see.hessians / see.sigma[:, None, None] - tilt[:, None, None] * outer
+            facts.hessians / facts.sigma[:, None, None] - tilt[:, None, None] * outer
         )
-        q = np.minimum(see.p, 1 - see.p)
-        local = see.sigma * see.diameter**2 / (2 * (1 + 2 * q))
-        assert (local <= loglinear.smoothness(1, see.diameter) * ABOVE).all()
+        q = np.minimum(facts.p, 1 - facts.p)
+        local = facts.sigma * facts.diameter**2 / (2 * (1 + 2 * q))
+        assert (local <= loglinear.smoothness(1, facts.diameter) * ABOVE).all()
         return norm / local
 
-    assert (ratio(look(sample(3000, scale=2.5))) <= ABOVE).all()
+    assert (ratio(facts_of(sample(3000, scale=2.5))) <= ABOVE).all()
     p = np.array([0.01, 0.1, 0.25, 0.4])
     share = 1 / (1 + 2 * p)
     mass = np.stack([p * share, p * (1 - share), 1 - p], 1)
     features = np.tile([[1.0], [0.0], [0.0]], (4, 1, 1))
     line = LogLinear(features, np.tile([1.0, 1.0, 0.0], (4, 1)), np.log(mass))
-    CLOSE(ratio(look(line)), 1)
+    CLOSE(ratio(facts_of(line)), 1)
 
 
 # B9: theorem C. With step 1 / L_A, sum_t E[|grad J|^2 / sigma^2] <= 2 n L_A (pi -
 # 2 asin sqrt p(0)); n = 1: min_t |grad J|^2 <= that / T times the harmonic mean of
 # sigma^2, below theorem 3.2's bound on its own run.
 def test_the_rate_of_the_angle():
-    see = look(sample(1500))
-    smooth = np.asarray(loglinear.smoothness(1, see.diameter))
-    out = runs(see.policy, 1.0, 1 / smooth, STEPS)
+    facts = facts_of(sample(1500))
+    smooth = np.asarray(loglinear.smoothness(1, facts.diameter))
+    out = runs(facts.policy, 1.0, 1 / smooth, STEPS)
     rate, sigma, squared = map(np.asarray, out)
     room = 2 * smooth * (np.pi - 2 * np.arcsin(np.sqrt(rate[0])))
     for n in (1, 3):
@@ -494,8 +494,8 @@ def test_the_rate_of_the_angle():
         assert (ratio <= ABOVE).all() and ratio.max() > 0.2
     bound = room / (1 / sigma**2).sum(0)
     assert (squared.min(0) <= bound * ABOVE).all()
-    x2 = see.largest**2
-    theirs = np.asarray(runs(see.policy, 1.0, 1 / (2 * x2), STEPS)[1])
+    x2 = facts.largest**2
+    theirs = np.asarray(runs(facts.policy, 1.0, 1 / (2 * x2), STEPS)[1])
     other = 2 * (1 - rate[0]) * x2 / STEPS * 8 / 3 * theirs.mean(0)
     assert (bound < 0.5 * other).all() and np.median(bound / other) < 0.05
 

@@ -36,20 +36,20 @@ def in_float64(x64):
 
 
 def bandit(group_size, rewards=(1.0, 0.0, 1.0), seed=0):
-    """A prompt with three responses, and all groups of them with their probability."""
+    """A prompt with three responses, and every group of them with its probability."""
     rng = np.random.default_rng(seed)
     features, offsets = rng.normal(size=(3, 4)), rng.normal(size=3)
     rewards, zero = np.asarray(rewards), np.zeros(4)
     policy = LogLinear(features[None], rewards[None], offsets[None])
-    found = jax.jit(loglinear.exact)(policy, zero)
-    p = np.asarray(found.probabilities)[0]
+    result = jax.jit(loglinear.exact)(policy, zero)
+    p = np.asarray(result.probabilities)[0]
     groups = np.array(list(itertools.product(range(3), repeat=group_size)))
     scores = features - p @ features
     return SimpleNamespace(
         policy=policy, p=p, scores=scores, all_rewards=rewards, groups=groups,
         rewards=rewards[groups], group_scores=scores[groups],
-        chance=p[groups].prod(1), mean=float(found.pass_rates[0]),
-        variance=float(found.sigma[0]) ** 2, gradient=np.asarray(found.gradients)[0],
+        chance=p[groups].prod(1), mean=float(result.pass_rates[0]),
+        variance=float(result.sigma[0]) ** 2, gradient=np.asarray(result.gradients)[0],
     )  # fmt: skip
 
 
@@ -110,20 +110,20 @@ def test_the_debiased_norm_is_a_mean_over_quadruples():
     rng = np.random.default_rng(0)
     r, gram = rng.normal(size=(1, 6)), rng.normal(size=(6, 6))
     gram = gram + gram.T
-    found = jax.jit(prompt_geometry)(r, gram[None, :, None])
+    result = jax.jit(prompt_geometry)(r, gram[None, :, None])
     terms = [
         (r[0, i] - r[0, j]) * (r[0, k] - r[0, m]) * gram[i, k]
         for i, j, k, m in itertools.permutations(range(6), 4)
     ]
-    CLOSE(found.squared_norms, np.mean(terms))
+    CLOSE(result.squared_norms, np.mean(terms))
 
 
 @jax.jit
 @jax.vmap
 def norms_of(rewards, scores):
     gram = jnp.einsum("gd,hd->gh", scores, scores)[None, :, None]
-    found = prompt_geometry(rewards[None], gram)
-    return found.squared_norms[0], found.raw_squared_norms[0]
+    result = prompt_geometry(rewards[None], gram)
+    return result.squared_norms[0], result.raw_squared_norms[0]
 
 
 # D3, D8: over all groups the debiased square is that of the gradient, the raw one is
@@ -169,8 +169,8 @@ def test_the_weight_of_a_finite_group():
     table = {4: (0.808, 0.507, 0.241), 16: (0.967, 0.854, 0.504)}
     table[64] = (0.992, 0.976, 0.821)
     for group_size, row in table.items():
-        found = [relative(p, group_size, 1) for p in (0.5, 0.1, 0.02)]
-        CLOSE(found, row, atol=6e-4)
+        result = [relative(p, group_size, 1) for p in (0.5, 0.1, 0.02)]
+        CLOSE(result, row, atol=6e-4)
 
 
 # ---- D: sketches

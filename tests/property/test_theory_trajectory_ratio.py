@@ -29,7 +29,7 @@ def in_float64(x64):
 
 
 def tree(length, *, vocab=3, ends=True, seed=0):
-    """All completions of at most `length` tokens, with what a policy needs of them."""
+    """All completions of at most `length` tokens, their features and rewards."""
     rng = np.random.default_rng(seed)
     tokens = np.array(list(itertools.product(range(vocab), repeat=length)))
     over = np.cumsum(tokens == 0, 1) - (tokens == 0) > 0  # a 0 came before
@@ -39,8 +39,9 @@ def tree(length, *, vocab=3, ends=True, seed=0):
     else:
         over = np.zeros_like(over)
     prefixes = [[tuple(row[:t]) for t in range(length)] for row in tokens]
-    known = sorted({p for row in prefixes for p in row})
-    table = dict(zip(known, rng.normal(size=(len(known), vocab, WIDTH)), strict=True))
+    distinct = sorted({p for row in prefixes for p in row})
+    drawn = rng.normal(size=(len(distinct), vocab, WIDTH))
+    table = dict(zip(distinct, drawn, strict=True))
     features = np.array([[table[p] for p in row] for row in prefixes])
     rewards = (rng.random(len(tokens)) < 0.5).astype(float)
     rewards[:2] = [1, 0]
@@ -56,7 +57,7 @@ def log_probs(theta, features, chosen, mask):
     return jnp.take_along_axis(logits, chosen, -1)[..., 0] * mask
 
 
-def of(t):
+def log_probs_of(t):
     """A `tree`'s log-probs as a function of theta alone."""
     return partial(log_probs, features=t.features, chosen=t.chosen, mask=t.mask)
 
@@ -64,29 +65,30 @@ def of(t):
 def group_gradients(objective, t, groups, advantages=None):
     """[P, D] minus the gradient, times T, of each group's loss at the new theta."""
     arrays = dict(
-        behaviour_logprobs=of(t)(t.theta[0])[groups], rewards=t.rewards[groups],
+        behaviour_logprobs=log_probs_of(t)(t.theta[0])[groups],
+        rewards=t.rewards[groups],
         completion_mask=t.mask[groups],
-    )  # fmt: skip
+    )
     if advantages is not None:
         arrays["advantages"] = advantages[groups]
 
     def losses(theta):
-        logprobs = of(t)(theta)[groups]
+        logprobs = log_probs_of(t)(theta)[groups]
         return gj.per_prompt_losses(objective, logprobs=logprobs, **arrays)[0]
 
     return -t.mask.shape[1] * np.asarray(jax.jit(jax.jacrev(losses))(t.theta[1]))
 
 
-def known(t, which=1):
+def exact(t, which=1):
     """(probabilities [S], pass rate, gradient of it, scores [S, D]) of one theta."""
 
     @jax.jit
-    def look(theta):
-        whole = jax.jacrev(lambda x: of(t)(x).sum(1))(theta)
-        p = jnp.exp(of(t)(theta).sum(1))
-        return p, p @ t.rewards, (p * t.rewards) @ whole, whole
+    def figures(theta):
+        scores = jax.jacrev(lambda x: log_probs_of(t)(x).sum(1))(theta)
+        p = jnp.exp(log_probs_of(t)(theta).sum(1))
+        return p, p @ t.rewards, (p * t.rewards) @ scores, scores
 
-    p, rate, gradient, scores = map(np.asarray, look(t.theta[which]))
+    p, rate, gradient, scores = map(np.asarray, figures(t.theta[which]))
     CLOSE(p.sum(), 1)
     return p, rate, gradient, scores
 
@@ -96,10 +98,10 @@ def known(t, which=1):
 @pytest.mark.parametrize("ends", [True, False])
 def test_token_scores_are_uncorrelated(ends):
     t = tree(4, ends=ends)
-    p, _, _, whole = known(t)
-    scores = np.asarray(jax.jit(jax.jacrev(of(t)))(t.theta[1]))  # [S, T, D]
-    CLOSE(scores.sum(1), whole)
-    CLOSE(p @ (whole**2).sum(1), p @ (scores**2).sum((1, 2)))
+    p, _, _, totals = exact(t)
+    scores = np.asarray(jax.jit(jax.jacrev(log_probs_of(t)))(t.theta[1]))  # [S, T, D]
+    CLOSE(scores.sum(1), totals)
+    CLOSE(p @ (totals**2).sum(1), p @ (scores**2).sum((1, 2)))
     cross = np.einsum("s,sad,sbe->abde", p, scores, scores)
     CLOSE(cross[0, 2], 0 * cross[0, 2])
     assert np.abs(cross[2, 2]).max() > 1e-3
@@ -110,7 +112,7 @@ def test_token_scores_are_uncorrelated(ends):
 @pytest.mark.parametrize("baseline", [0.0, 0.7])
 def test_the_trajectory_ratio_is_unbiased(baseline):
     t = tree(3)
-    old, gradient = known(t, 0)[0], known(t)[2]
+    old, gradient = exact(t, 0)[0], exact(t)[2]
     single = np.arange(len(old))[:, None]  # each completion a group of its own
     advantages = t.rewards - baseline
     CLOSE(old @ group_gradients(UNCLIPPED, t, single, advantages), gradient)
@@ -124,7 +126,7 @@ def test_the_trajectory_ratio_is_unbiased(baseline):
 @pytest.mark.parametrize("group_size", [2, 3])
 def test_group_baselines_of_the_trajectory_ratio(group_size):
     t = tree(2)
-    old, gradient = known(t, 0)[0], known(t)[2]
+    old, gradient = exact(t, 0)[0], exact(t)[2]
     groups = np.array(list(itertools.product(range(len(old)), repeat=group_size)))
     chance = old[groups].prod(1)
     CLOSE(chance.sum(), 1)
@@ -176,9 +178,9 @@ def small_step(features, chosen, mask, rewards, old, direction):
         )
         return chance @ losses * mask.shape[1]
 
-    found, ends = -jax.grad(loss)(new), [jax.grad(mean)(x) for x in (old, new)]
+    result, ends = -jax.grad(loss)(new), [jax.grad(mean)(x) for x in (old, new)]
     apart = jnp.linalg.norm(ends[1] - ends[0])
-    return jnp.stack([jnp.linalg.norm(found - end) for end in ends]) / apart
+    return jnp.stack([jnp.linalg.norm(result - end) for end in ends]) / apart
 
 
 # E6: completion by completion TIC-GRPO's gradient is 1{rho <= 1 + e} rho A s / T: above
@@ -186,17 +188,17 @@ def small_step(features, chosen, mask, rewards, old, direction):
 # new policy alone, which is not grad J.
 def test_the_clipped_trajectory_ratio():
     t = tree(3)
-    old = known(t, 0)[0]
-    p, rate, gradient, scores = known(t)
+    old = exact(t, 0)[0]
+    p, rate, gradient, scores = exact(t)
     advantages, ratio = t.rewards - rate, p / old
     single = np.arange(len(p))[:, None]
-    found = group_gradients(TIC, t, single, advantages)
+    result = group_gradients(TIC, t, single, advantages)
     kept = ratio <= 1 + TIC.clip[1]
-    CLOSE(found, (kept * ratio * advantages)[:, None] * scores, atol=1e-12)
+    CLOSE(result, (kept * ratio * advantages)[:, None] * scores, atol=1e-12)
     for sign in (1, -1):
         above = ~kept & (sign * advantages > 0)
-        assert above.any() and (found[above] == 0).all()
-    clipped = old @ found
+        assert above.any() and (result[above] == 0).all()
+    clipped = old @ result
     CLOSE(clipped, (p * kept * advantages) @ scores)
     assert 0.2 < p @ kept < 0.9
     assert np.linalg.norm(clipped - gradient) > 0.1 * np.linalg.norm(gradient)

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,7 @@ def weightings(rewards=REWARDS):
     return {"unit": jnp.ones(len(rewards)), "std": std, "log_odds": std**2}
 
 
-# The default update is minus the gradient; a step of each sign is no plain one.
+# The default update is minus the gradient; the other one is a step of each sign.
 @pytest.mark.parametrize("update_fn", [None, lambda g: -0.1 * jnp.sign(g)])
 def test_against_gradients_and_hessians(update_fn):
     actual = compared(weightings(), update_fn=update_fn)
@@ -118,7 +119,7 @@ def test_an_update_of_nothing_is_zero_and_finite():
     for cosines in (actual.cosines, actual.update_cosines):
         np.testing.assert_allclose(cosines, [[0, 0], [0, 1]], atol=1e-12)
     assert actual.norms[0] == 0 and not np.asarray(actual.slopes[0]).any()
-    assert all(np.isfinite(x).all() for x in actual)
+    chex.assert_tree_all_finite(actual)
 
 
 # A missing sample keeps its place in the mean over the group: 3/4 of the gradient.
@@ -127,16 +128,16 @@ def test_missing_rewards_take_no_part():
     gaps[:, 1] = np.nan
     kept = [0, 2, 3]
     actual = compared(weightings(gaps), gaps)
-    whole = compared(
+    without = compared(
         weightings(REWARDS[:, kept]),
         REWARDS[:, kept],
         log_probs=lambda x: log_probs(x, answers=ANSWERS[:, kept]),
     )
-    np.testing.assert_allclose(actual.norms, whole.norms * 3 / 4, rtol=1e-10)
-    np.testing.assert_allclose(actual.slopes, whole.slopes * 3 / 4, rtol=1e-10)
-    curvatures = whole.curvatures * 9 / 16
+    np.testing.assert_allclose(actual.norms, without.norms * 3 / 4, rtol=1e-10)
+    np.testing.assert_allclose(actual.slopes, without.slopes * 3 / 4, rtol=1e-10)
+    curvatures = without.curvatures * 9 / 16
     np.testing.assert_allclose(actual.curvatures, curvatures, rtol=1e-10)
-    np.testing.assert_allclose(actual.cosines, whole.cosines, rtol=1e-10)
+    np.testing.assert_allclose(actual.cosines, without.cosines, rtol=1e-10)
 
 
 # The group holds each answer as often as the policy gives it, (2, 1, 1) of 4, so the
@@ -166,11 +167,11 @@ def test_the_predicted_change_is_the_true_one_of_a_small_step(rate=0.1):
             lambda w: pull_back(w / 2)[0], group_log_probs, start, rewards, weights,
             update_fn=lambda gradient: -rate * gradient,
         )  # fmt: skip
-        whole = jnp.stack([-rate * pull_back(w / 2)[0] for w in weights.values()])
-        steps = jnp.stack([whole / 2, whole])
+        updates = jnp.stack([-rate * pull_back(w / 2)[0] for w in weights.values()])
+        steps = jnp.stack([updates / 2, updates])
         after = jnp.exp(jax.vmap(jax.vmap(all_log_probs))(steps))
         true = ((after - jnp.exp(offsets)[None, None]) * right[None, None]).sum(-1)
-        return actual, whole, true
+        return actual, updates, true
 
     actual, made, true = compare(rate)
     length = float(jnp.linalg.norm(made, axis=1).max())

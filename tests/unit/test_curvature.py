@@ -1,5 +1,6 @@
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,11 +37,8 @@ def test_directional_derivatives(policy, x64):
         return policy(theta).reshape(2, 2)
 
     actual = jax.jit(lambda *x: directional_derivatives(log_probs, *x))
-    value, slope, curvature = along(policy)
-    for one, other in zip(
-        actual(THETA, DIRECTION), (value, slope, curvature), strict=True
-    ):
-        np.testing.assert_allclose(one.ravel(), other, rtol=1e-11)
+    expected = tuple(x.reshape(2, 2) for x in along(policy))
+    chex.assert_trees_all_close(actual(THETA, DIRECTION), expected, rtol=1e-11)
 
 
 def test_directional_derivatives_take_any_pytree():
@@ -98,8 +96,8 @@ def test_missing_rewards_take_no_part():
         (prompt_curvature, [first, second]),
     ):
         actual = jax.jit(function)(rewards, *values)
-        whole = jax.jit(function)(rewards[:1, kept], *(x[:1, kept] for x in values))
-        np.testing.assert_allclose(actual[0], whole[0], rtol=1e-5)
+        without = jax.jit(function)(rewards[:1, kept], *(x[:1, kept] for x in values))
+        np.testing.assert_allclose(actual[0], without[0], rtol=1e-5)
         np.testing.assert_array_equal(actual[1:], [0, 0, 0])
 
 

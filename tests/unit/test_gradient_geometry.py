@@ -17,6 +17,6 @@ def test_cosine_statistics():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (4,)])
-def test_cosines_must_be_a_square_of_two_or_more(shape):
+def test_cosines_must_be_square_and_of_two_prompts(shape):
     with pytest.raises(ValueError, match=r"cosines must be \[P >= 2, P\], got \("):
         cosine_statistics(np.zeros(shape, np.float32))

@@ -1,5 +1,6 @@
 """Hashed gradients: unbiased, with the stated error, exact where they fit."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +21,10 @@ def inner(a, b):
     return sum((x * y).sum() for x, y in zip(a.values(), b.values(), strict=True))
 
 
-def test_a_gradient_that_fits_is_kept_whole(x64):
+def test_a_gradient_that_fits_is_unchanged(x64):
     a, b = tree(0), tree(1)
     ha, hb = (gradient_hash(x, jax.random.key(0), 50) for x in (a, b))
-    assert ha.shape == (50,)  # of 46 coordinates
+    chex.assert_shape(ha, (50,))  # of 46 coordinates
     np.testing.assert_allclose(ha @ hb, inner(a, b), rtol=1e-12)
 
 
@@ -37,11 +38,11 @@ def test_hashed_inner_products(x64, width):
     def products(key):
         return gradient_hash(a, key, width) @ gradient_hash(b, key, width)
 
-    found = np.asarray(products(jax.random.split(jax.random.key(0), 8000)))
+    result = np.asarray(products(jax.random.split(jax.random.key(0), 8000)))
     true = float(inner(a, b))
     bound = (inner(a, a) * inner(b, b) + true**2) / width
-    assert abs(found.mean() - true) < 4 * found.std() / 8000**0.5
-    assert 0.5 * bound < found.var() < 1.05 * bound
+    assert abs(result.mean() - true) < 4 * result.std() / 8000**0.5
+    assert 0.5 * bound < result.var() < 1.05 * bound
 
 
 # Energy in one column of a matrix must not fall into one sum.
@@ -54,9 +55,9 @@ def test_a_column_is_spread(x64):
         h = gradient_hash(column, key, 8)
         return h @ h
 
-    found = np.asarray(squares(jax.random.split(jax.random.key(1), 4000)))
-    assert abs(found.mean() - 64) < 4 * found.std() / 4000**0.5
-    assert found.var() < 1.1 * 2 * 64**2 / 8
+    result = np.asarray(squares(jax.random.split(jax.random.key(1), 4000)))
+    assert abs(result.mean() - 64) < 4 * result.std() / 4000**0.5
+    assert result.var() < 1.1 * 2 * 64**2 / 8
 
 
 def test_the_key_alone_decides():
@@ -66,6 +67,6 @@ def test_the_key_alone_decides():
     assert not np.allclose(one, two)
 
 
-def test_a_width_of_none_is_refused():
+def test_a_width_of_0_raises():
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         gradient_hash(tree(0), jax.random.key(0), 0)

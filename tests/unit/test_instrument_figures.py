@@ -1,4 +1,4 @@
-"""The report's section on the instrument, from rows made up here."""
+"""The report's section on the instrument, from synthetic rows."""
 
 import json
 
@@ -37,18 +37,18 @@ def made_row(step, *, prompts=6, exact=True, binary=True, label="II", update=Tru
 
     cosines = np.eye(prompts) + 0.1 * rng.normal(size=(prompts, prompts))
     cosines[~signal] = cosines[:, ~signal] = NAN
-    known = label != "unknown"
+    labelled = label != "unknown"
     return {
         "step": step,
         "phase": {
             "label": label,
-            "shares": [0.2, 0.5, 0.3] if known else [0.0, 0.0, 0.0],
-            "small_fraction": 0.8 if known else 0.0,
-            "small_fraction_interval": [0.1, 0.9] if known else [NAN, NAN],
-            "std_cosine": 0.08 if known else NAN,
-            "std_cosine_interval": [0.0, 0.2] if known else [NAN, NAN],
-            "mean_cosine": 0.03 if known else NAN,
-            "mean_cosine_interval": [-0.1, 0.1] if known else [NAN, NAN],
+            "shares": [0.2, 0.5, 0.3] if labelled else [0.0, 0.0, 0.0],
+            "small_fraction": 0.8 if labelled else 0.0,
+            "small_fraction_interval": [0.1, 0.9] if labelled else [NAN, NAN],
+            "std_cosine": 0.08 if labelled else NAN,
+            "std_cosine_interval": [0.0, 0.2] if labelled else [NAN, NAN],
+            "mean_cosine": 0.03 if labelled else NAN,
+            "mean_cosine_interval": [-0.1, 0.1] if labelled else [NAN, NAN],
             "mean_sigma": 0.3,
             "rate_factor": 0.8,
             "gain": True,
@@ -67,7 +67,7 @@ def made_row(step, *, prompts=6, exact=True, binary=True, label="II", update=Tru
         "slope": some(),
         "geometry": {
             "cosines": cosines.tolist(),
-            "attenuation": 0.4 if known else NAN,
+            "attenuation": 0.4 if labelled else NAN,
             "violating_fraction": 0.45,
             "chi": 1.7,
         },
@@ -99,13 +99,13 @@ def made_row(step, *, prompts=6, exact=True, binary=True, label="II", update=Tru
 
 
 def made_rows(count=5, **changes):
-    """As read from disk: NaN is null there."""
+    """Rows as read from a file, where NaN is null."""
     rows = [made_row(10 * i, update=i < count - 1, **changes) for i in range(count)]
     return json.loads(json.dumps([without_nan(row) for row in rows]))
 
 
 def emptied(value):
-    """The row with every measured number gone."""
+    """The row with null in place of every measured number."""
     if isinstance(value, dict):
         kept = ("step", "label", "group_size")
         return {k: x if k in kept else emptied(x) for k, x in value.items()}
@@ -126,12 +126,12 @@ def test_exact_rows_make_every_figure():
     assert {len(row) for row in section["rows"]} == {len(section["header"])}
 
 
-def test_the_run_stands_in_every_title_of_several():
+def test_with_several_runs_every_title_names_its_run():
     section = instrument_section("mine", [made_row(0, update=False)])
     assert all(title.endswith(": mine") for title in titles(section))
 
 
-def test_without_exact_figures_only_what_needs_them_is_missing():
+def test_without_exact_rows_only_figures_of_them_are_missing():
     section = instrument_section("", made_rows(2, exact=False))
     assert len(titles(section)) == len(FIGURES) - 1
     assert "Pass rate against std" not in titles(section)
@@ -152,7 +152,7 @@ def test_two_prompts_and_measurements_without_a_phase():
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_nothing_measured_is_said_to_be_nothing(exact):
+def test_rows_without_any_finite_number_are_said_to_be_unknown(exact):
     rows = made_rows(4, label="unknown", exact=exact)
     section = instrument_section("", [emptied(row) for row in rows])
     assert titles(section) == []
@@ -180,7 +180,7 @@ def test_no_bound_is_drawn_for_rewards_that_are_not_binary():
     assert "without meaning" in reading(usable(rows))[1]
 
 
-def test_what_is_said_follows_the_numbers():
+def test_sentences_follow_the_numbers():
     rows = usable(made_rows())
     phase, rate, interference, noise = reading(rows)
     assert "sampled cosines: II at 5 of 5 measurements" in phase
@@ -211,18 +211,18 @@ def test_kind(small, mean, std, expected):
 def test_sampled_cosines_are_of_a_kind_only_where_their_intervals_agree():
     phase = made_row(0)["phase"]
 
-    def told(small, std, mean):
+    def kind_of(small, std, mean):
         changes = {"small_fraction": small, "std_cosine": std, "mean_cosine": mean}
         changes = {f"{name}_interval": x for name, x in changes.items()}
         return sampled_kind({"phase": phase | changes})
 
-    assert told((0.95, 1), (0, 0.1), (-0.1, 0.1)) == "near-orthogonal"
-    assert told((0, 0.5), (0, 0.1), (0.2, 0.4)) == "aligned"
-    assert told((0, 0.5), (0, 0.1), (-0.4, -0.2)) == "opposed"
-    assert told((0, 0.5), (0.2, 0.3), (-0.1, 0.1)) == "of mixed sign"
-    assert told((0, 1), (0.2, 0.3), (-0.1, 0.1)) == "unknown"
-    assert told((0, 0.5), (0, 0.1), (0.2, 1.4)) == "unknown"
-    assert told((0, 0.5), (0, 0.3), (0.2, 0.4)) == "unknown"
+    assert kind_of((0.95, 1), (0, 0.1), (-0.1, 0.1)) == "near-orthogonal"
+    assert kind_of((0, 0.5), (0, 0.1), (0.2, 0.4)) == "aligned"
+    assert kind_of((0, 0.5), (0, 0.1), (-0.4, -0.2)) == "opposed"
+    assert kind_of((0, 0.5), (0.2, 0.3), (-0.1, 0.1)) == "of mixed sign"
+    assert kind_of((0, 1), (0.2, 0.3), (-0.1, 0.1)) == "unknown"
+    assert kind_of((0, 0.5), (0, 0.1), (0.2, 1.4)) == "unknown"
+    assert kind_of((0, 0.5), (0, 0.3), (0.2, 0.4)) == "unknown"
 
 
 def test_exact_label_by_the_thresholds():

@@ -1,8 +1,9 @@
-"""The phase label, its uncertainty, and change points."""
+"""Phase labels, their uncertainty, and change points."""
 
 import math
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,19 +50,19 @@ def spread(p, share, d=400):
 )
 def test_the_label_of_cosines_of_known_size(x64, cosine, label):
     geometry, rewards = geometry_of(spread(24, cosine))
-    found = phase(geometry, rewards)
-    np.testing.assert_allclose(found.std_cosine, cosine, rtol=0.02)
-    assert found.label == label and found.shares[PHASES.index(label)] > 0.9
-    assert found.small_fraction == (1 if cosine < 0.1 else 0)
-    assert found.prompts == 24
+    result = phase(geometry, rewards)
+    np.testing.assert_allclose(result.std_cosine, cosine, rtol=0.02)
+    assert result.label == label and result.shares[PHASES.index(label)] > 0.9
+    assert result.small_fraction == (1 if cosine < 0.1 else 0)
+    assert result.prompts == 24
 
 
 # Cosines all +.2: none is small, none differs from another.
 def test_aligned_prompts_are_neither_orthogonal_nor_spread(x64):
     gradients = np.abs(spread(24, 0.2))
-    found = phase(*geometry_of(gradients))
-    assert found.label == "II" and found.shares[1] > 0.95
-    np.testing.assert_allclose(found.mean_cosine, 0.2, rtol=1e-6)
+    result = phase(*geometry_of(gradients))
+    assert result.label == "II" and result.shares[1] > 0.95
+    np.testing.assert_allclose(result.mean_cosine, 0.2, rtol=1e-6)
     looser = phase(*geometry_of(gradients), Thresholds(0.0, 0.1))
     assert looser.label == "I"
 
@@ -70,51 +71,52 @@ def test_aligned_prompts_are_neither_orthogonal_nor_spread(x64):
 def test_noise_does_not_move_the_label(x64):
     gradients = spread(24, 0.15)
     geometry, rewards = geometry_of(gradients, noise=0.06)
-    found = phase(geometry, rewards)
+    result = phase(geometry, rewards)
     assert geometry.attenuation < 0.8
-    low, high = found.std_cosine_interval
+    low, high = result.std_cosine_interval
     assert low <= 0.15 <= high and high - low < 0.1
     raw = geometry.raw_statistics.std
-    assert abs(found.std_cosine - 0.15) < abs(raw - 0.15)
-    assert found.label == "III"
+    assert abs(result.std_cosine - 0.15) < abs(raw - 0.15)
+    assert result.label == "III"
 
 
-def test_nothing_is_said_without_signal(x64):
+def test_the_phase_is_unknown_without_signal(x64):
     geometry, rewards = geometry_of(spread(24, 0.15), noise=5.0)
-    found = phase(geometry, rewards)
-    assert found.label == "unknown" and math.isnan(found.std_cosine)
+    result = phase(geometry, rewards)
+    assert result.label == "unknown" and math.isnan(result.std_cosine)
     tied = jitted(jnp.ones((3, 8)), jnp.zeros((3, 2, 5)))
-    found = phase(tied, np.ones((3, 8)))
-    assert found.label == "unknown" and found.prompts == 0 and found.mean_sigma == 0
+    result = phase(tied, np.ones((3, 8)))
+    assert result.label == "unknown" and result.prompts == 0 and result.mean_sigma == 0
 
 
-# Prompts whose parts have no two rewards each say nothing.
+# A prompt is left out if a part of its group has fewer than two rewards.
 def test_missing_rewards_leave_a_prompt_out(x64):
     rng = np.random.default_rng(3)
     vectors, rewards = rng.normal(size=(6, 2, 30)), np.tile([1.0, 0.0], (6, 4))
     rewards[2, 4:7] = np.nan
-    found = jitted(rewards, vectors)
+    result = jitted(rewards, vectors)
     keep = [0, 1, 3, 4, 5]
     other = jitted(rewards[keep], vectors[keep])
-    assert np.isnan(found.squared_norms[2]) and np.isnan(found.cosines[2]).all()
-    for name in ("mean_cosine", "std_cosine", "attenuation", "chi", "m_median"):
-        np.testing.assert_allclose(getattr(found, name), getattr(other, name))
+    assert np.isnan(result.squared_norms[2]) and np.isnan(result.cosines[2]).all()
+    names = ("mean_cosine", "std_cosine", "attenuation", "chi", "m_median")
+    kept, alone = ({n: getattr(x, n) for n in names} for x in (result, other))
+    chex.assert_trees_all_close(kept, alone, rtol=1e-7)
 
 
 # A denominator that noise made negative is no std of 0.
-def test_a_negative_product_of_norms_says_nothing():
+def test_a_negative_product_of_norms_gives_no_std():
     squared, raw = jnp.array([10.0, -1.0]), jnp.array([12.0, 3.0])
     cosines = jnp.array([[1.0, 0.1], [0.1, 1.0]])
-    found = debiased_statistics(
+    result = debiased_statistics(
         cosines, squared, raw, jnp.ones((2, 2)), jnp.ones(2), jnp.ones(2), None
     )
-    assert np.isnan(found.std_cosine) and found.attenuation > 0.5
+    assert np.isnan(result.std_cosine) and result.attenuation > 0.5
 
 
 def test_three_prompts_are_too_few_for_a_phase(x64):
-    found = phase(*geometry_of(spread(3, 0.3)))
-    assert found.label == "unknown" and np.isnan(found.shares).all()
-    assert np.isfinite(found.std_cosine) and np.isnan(found.std_cosine_interval).all()
+    result = phase(*geometry_of(spread(3, 0.3)))
+    assert result.label == "unknown" and np.isnan(result.shares).all()
+    assert np.isfinite(result.std_cosine) and np.isnan(result.std_cosine_interval).all()
 
 
 # sigma of (1, 0, 1, 0) with ddof 1: sqrt(1/3); C = 8/3 of the mean over measurements.
@@ -122,14 +124,14 @@ def test_the_rate_factor(x64):
     geometry, _ = geometry_of(spread(24, 0.05))
     rewards = np.tile([1.0, 0, 1, 0], (24, 1))
     np.testing.assert_allclose(mean_sigma(rewards), 3**-0.5)
-    found = phase(geometry, rewards)
-    np.testing.assert_allclose(found.rate_factor, 8 / 3 * 3**-0.5)
-    assert not found.gain
+    result = phase(geometry, rewards)
+    np.testing.assert_allclose(result.rate_factor, 8 / 3 * 3**-0.5)
+    assert not result.gain
     later = phase(geometry, rewards, sigma_history=(0.1, 0.1))
     np.testing.assert_allclose(later.rate_factor, 8 / 9 * (3**-0.5 + 0.2))
     assert later.gain
-    known = phase(geometry, rewards, sigma=0.3, sigma_history=(float("nan"), 0.1))
-    np.testing.assert_allclose([known.mean_sigma, known.rate_factor], [0.3, 1.6 / 3])
+    given = phase(geometry, rewards, sigma=0.3, sigma_history=(float("nan"), 0.1))
+    np.testing.assert_allclose([given.mean_sigma, given.rate_factor], [0.3, 1.6 / 3])
     missing = np.array([[1.0, 0, np.nan, np.nan], [np.nan] * 4])
     np.testing.assert_allclose(mean_sigma(missing), 0.5**0.5)
 
@@ -140,7 +142,7 @@ def test_the_same_seed_gives_the_same_shares():
     assert one == two
 
 
-def test_what_is_refused():
+def test_bad_arguments_raise():
     geometry, rewards = geometry_of(spread(24, 0.1))
     with pytest.raises(ValueError, match="2 prompts or more, got 1"):
         phase(geometry, rewards[:1])
@@ -160,8 +162,8 @@ def test_change_points():
         change_points(np.array([[np.nan], [1.0], [2.0], [3.0]]))
 
 
-def test_parts_and_gram_say_the_same(x64):
-    """Scores known whole: parts' gradients against the Gram matrix of all scores."""
+# Gradients of parts against the Gram matrix of all scores.
+def test_parts_and_gram_agree(x64):
     rng = np.random.default_rng(5)
     rewards = np.tile([1.0, 0, 1, 0], (5, 4))
     signal = rewards[..., None] * spread(5, 0.3, d=40)[:, None]
@@ -170,10 +172,10 @@ def test_parts_and_gram_say_the_same(x64):
     vectors = np.einsum("phg,phgd->phd", weights, scores.reshape(5, 4, 4, 40))
     parts = jax.jit(parts_geometry)(rewards, vectors)
     gram = np.einsum("pgd,qhd->pgqh", scores, scores)
-    whole = jax.jit(gj.prompt_geometry)(rewards, gram)
+    full = jax.jit(gj.prompt_geometry)(rewards, gram)
     pairs = ~np.eye(5, dtype=bool)
     for name in ("inner", "cosines"):
-        a, b = (np.asarray(getattr(x, name))[pairs] for x in (parts, whole))
+        a, b = (np.asarray(getattr(x, name))[pairs] for x in (parts, full))
         assert np.corrcoef(a, b)[0, 1] > 0.9
 
 
@@ -186,13 +188,13 @@ def test_parts_debias_norms_and_squares(x64):
     @jax.jit
     @partial(jax.vmap, in_axes=(0, None))
     @partial(jax.vmap, in_axes=(None, 0))
-    def look(a, b):
+    def estimates(a, b):
         # Two parts a prompt; part h has noise (a_2h, a_2h+1), of mean 0.
         noisy = jnp.stack([a.reshape(2, 2), b.reshape(2, 2)])
-        found = parts_geometry(rewards, true[:, None] + noisy)
-        return found.squared_norms, found.squared_inner[0, 1], found.inner[0, 1]
+        result = parts_geometry(rewards, true[:, None] + noisy)
+        return result.squared_norms, result.squared_inner[0, 1], result.inner[0, 1]
 
-    squared, square, inner = look(noise, noise)
+    squared, square, inner = estimates(noise, noise)
     np.testing.assert_allclose(squared.mean((0, 1)), (true**2).sum(1))
     np.testing.assert_allclose(square.mean(), (true[0] @ true[1]) ** 2)
     np.testing.assert_allclose(inner.mean(), true[0] @ true[1])

@@ -1,8 +1,9 @@
-"""Gradient geometry from sketches and groups, against scores that are known exactly."""
+"""Gradient geometry from sketches and groups, against exact scores."""
 
 import itertools
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,27 +73,26 @@ def test_debiased_norms_and_inner_products_by_enumeration(x64):
     true = np.einsum("pk,pk,pkd->pd", p, rewards, scores)
 
     @jax.jit
-    def look(groups):
+    def estimates(groups):
         s = jnp.take_along_axis(scores, groups[..., None], 1)
         r = jnp.take_along_axis(rewards, groups, 1)
-        found = prompt_geometry(r, jnp.einsum("pgd,qhd->pgqh", s, s))
+        result = prompt_geometry(r, jnp.einsum("pgd,qhd->pgqh", s, s))
         mass = jnp.take_along_axis(p, groups, 1).prod(1)
-        return found.squared_norms, found.inner, found.raw_squared_norms, mass
+        return result.squared_norms, result.inner, result.raw_squared_norms, mass
 
     groups = np.array(list(itertools.product(range(3), repeat=4)))
     pairs = np.stack([groups, groups], 1)  # the same draw for both prompts
-    squared, _, raw, mass = jax.vmap(look)(pairs)
+    squared, _, raw, mass = jax.vmap(estimates)(pairs)
     expected = (squared * mass).sum(0)
     np.testing.assert_allclose(expected, (true**2).sum(1), rtol=1e-9)
     assert ((raw * mass).sum(0) > 1.2 * expected).all()  # what is debiased away
     first, second = np.meshgrid(np.arange(81), np.arange(81), indexing="ij")
     both = np.stack([groups[first.ravel()], groups[second.ravel()]], 1)
-    _, inner, _, mass = jax.vmap(look)(both)
+    _, inner, _, mass = jax.vmap(estimates)(both)
     total = (inner[:, 0, 1] * mass.prod(1)).sum()
     np.testing.assert_allclose(total, true[0] @ true[1], rtol=1e-9)
 
 
-# A missing sample: the group of the others.
 def test_a_missing_reward_leaves_the_group_of_the_others(x64):
     rng = np.random.default_rng(3)
     scores, rewards = rng.normal(size=(2, 6, 5)), rng.random((2, 6))
@@ -101,16 +101,15 @@ def test_a_missing_reward_leaves_the_group_of_the_others(x64):
     missing[:, 2] = NAN
     gram[:, 2], gram[:, :, :, 2] = 1e3, 1e3
     keep = [0, 1, 3, 4, 5]
-    whole = jax.jit(prompt_geometry)(missing, gram)
+    with_gap = jax.jit(prompt_geometry)(missing, gram)
     part = jax.jit(prompt_geometry)(rewards[:, keep], gram[:, keep][:, :, :, keep])
-    for name in ("inner", "squared_norms", "cosines", "chi", "mean_cosine", "m_median"):
-        np.testing.assert_allclose(
-            getattr(whole, name), getattr(part, name), rtol=1e-9, err_msg=name
-        )
+    names = ("inner", "squared_norms", "cosines", "chi", "mean_cosine", "m_median")
+    actual, expected = ({n: getattr(x, n) for n in names} for x in (with_gap, part))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-9)
 
 
 # Groups of 4 shrink a cosine of .44 to a fraction of it.
-def test_the_debiased_mean_cosine_finds_what_the_raw_one_does_not(x64):
+def test_the_debiased_mean_cosine_is_right_where_the_raw_one_is_not(x64):
     rng = np.random.default_rng(4)
     width, prompts, group = 200, 2, 4
     shared = rng.normal(size=width) * 0.35
@@ -124,8 +123,8 @@ def test_the_debiased_mean_cosine_finds_what_the_raw_one_does_not(x64):
         r = jax.random.bernoulli(a, 0.5, (prompts, group)).astype(float)
         noise = jax.random.normal(b, (prompts, group, width))
         s = (r - 0.5)[..., None] * true[:, None] * 2 + noise
-        found = prompt_geometry(r, jnp.einsum("pgd,qhd->pgqh", s, s))
-        return found.inner[0, 1], found.squared_norms, found.raw_squared_norms
+        result = prompt_geometry(r, jnp.einsum("pgd,qhd->pgqh", s, s))
+        return result.inner[0, 1], result.squared_norms, result.raw_squared_norms
 
     inner, squared, raw = jax.vmap(trial)(jax.random.split(jax.random.key(0), 4000))
     debiased = inner.mean() / np.sqrt(squared.mean(0).prod())
@@ -142,19 +141,19 @@ def test_summaries_by_hand(x64):
     scores[2] = [[5, 5], [5, 5]]
     rewards = np.array([[1.0, 0], [1.0, 0], [1.0, 1.0]])
     gram = np.einsum("pgd,qhd->pgqh", scores, scores)
-    found = jax.jit(partial(prompt_geometry, num_directions=64))(rewards, gram)
-    np.testing.assert_allclose(found.cosines[0, 1], 0.5)
-    assert np.isnan(found.cosines[2]).all() and np.isnan(found.squared_norms).all()
-    np.testing.assert_allclose(found.chi, 1.5)
-    assert found.violating_fraction == 0
-    np.testing.assert_allclose(found.raw_statistics.mean, 0.5)
-    np.testing.assert_allclose(found.noise_floor, (2 / (np.pi * 64)) ** 0.5)
+    result = jax.jit(partial(prompt_geometry, num_directions=64))(rewards, gram)
+    np.testing.assert_allclose(result.cosines[0, 1], 0.5)
+    assert np.isnan(result.cosines[2]).all() and np.isnan(result.squared_norms).all()
+    np.testing.assert_allclose(result.chi, 1.5)
+    assert result.violating_fraction == 0
+    np.testing.assert_allclose(result.raw_statistics.mean, 0.5)
+    np.testing.assert_allclose(result.noise_floor, (2 / (np.pi * 64)) ** 0.5)
     # |X_i g_j|^2 / (|X_i|^2 <g_i, g_j>) = 2 (1/2)^2 / (2 * 1/2), with g of unit length.
-    np.testing.assert_allclose(found.m_median, 0.5)
-    np.testing.assert_allclose([found.norm_ratio, found.sigma_ratio][1], 1)
+    np.testing.assert_allclose(result.m_median, 0.5)
+    np.testing.assert_allclose([result.norm_ratio, result.sigma_ratio][1], 1)
 
 
-def test_what_does_not_fit_is_refused():
+def test_bad_arguments_raise():
     with pytest.raises(ValueError, match=r"gram must be \(2, 3, 2, 3\)"):
         prompt_geometry(np.zeros((2, 3)), np.zeros((2, 3, 3, 2)))
     log_prob_fn, params, _ = linear()
