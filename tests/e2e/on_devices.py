@@ -1,6 +1,8 @@
-"""Run as `python -m tests.e2e.on_devices CHECK ...`: what needs eight devices, whose
-number is fixed when jax starts, in one process or, by PROCESSES="PORT COUNT INDEX",
-spread over several. Prints one line of JSON."""
+"""Checks on eight virtual devices: `python -m tests.e2e.on_devices CHECK ...`.
+
+The number of devices is fixed when jax starts, so each check is a process, or, by
+PROCESSES="PORT COUNT INDEX", several. Prints one line of JSON.
+"""
 
 import dataclasses
 import json
@@ -8,22 +10,19 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
-PORT, COUNT, INDEX = map(int, os.environ.get("PROCESSES", "0 1 0").split())
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // COUNT}"
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from functools import partial  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-import grpo_jax as gj  # noqa: E402
-from grpo_jax.commands.replay import replay  # noqa: E402
-from grpo_jax.objectives.loss import scale_weights  # noqa: E402
-from grpo_jax.parallel.collectives import parse_collectives  # noqa: E402
-from grpo_jax.parallel.processes import LostProcessError, exit_at_once, gather_to_host  # noqa: E402
-from grpo_jax.parallel.sharding import (  # noqa: E402
+import grpo_jax as gj
+from grpo_jax.commands.replay import replay
+from grpo_jax.objectives.loss import scale_weights
+from grpo_jax.parallel.collectives import parse_collectives
+from grpo_jax.parallel.processes import LostProcessError, exit_at_once, gather_to_host
+from grpo_jax.parallel.sharding import (
     AXES,
     make_mesh,
     on_mesh,
@@ -31,10 +30,10 @@ from grpo_jax.parallel.sharding import (  # noqa: E402
     tree_shardings,
     with_shardings,
 )
-from grpo_jax.rollouts.micro_batches import micro_batch  # noqa: E402
-from grpo_jax.rollouts.sampling import sample  # noqa: E402
-from grpo_jax.runs.checkpoints import Checkpoints  # noqa: E402
-from grpo_jax.runs.config import (  # noqa: E402
+from grpo_jax.rollouts.micro_batches import micro_batch
+from grpo_jax.rollouts.sampling import sample
+from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.config import (
     CheckpointConfig,
     DistributedConfig,
     EvaluationConfig,
@@ -45,12 +44,12 @@ from grpo_jax.runs.config import (  # noqa: E402
     OptimizerConfig,
     SamplingConfig,
 )
-from grpo_jax.runs.lines import read_lines  # noqa: E402
-from grpo_jax.runs.paths import use_compile_cache  # noqa: E402
-from grpo_jax.training import journal  # noqa: E402
-from grpo_jax.training.state import Batch  # noqa: E402
-from grpo_jax.training.weighing import weigh  # noqa: E402
-from tests.helpers import (  # noqa: E402
+from grpo_jax.runs.lines import read_lines
+from grpo_jax.runs.paths import use_compile_cache
+from grpo_jax.training import journal
+from grpo_jax.training.state import Batch
+from grpo_jax.training.weighing import weigh
+from tests.helpers import (
     one_update,
     random_prompts,
     random_rollouts,
@@ -58,6 +57,9 @@ from tests.helpers import (  # noqa: E402
     train_step,
     weighed,
 )
+
+PORT, COUNT, INDEX = map(int, os.environ.get("PROCESSES", "0 1 0").split())
+chex.set_n_cpu_devices(8 // COUNT)  # raises if jax has been started
 
 OBJECTIVE = gj.OBJECTIVES["dr_grpo"]
 
@@ -79,7 +81,7 @@ def one_step(mesh, p, g, budget, **changes):
 
 
 def same_step(text, p, g, tied):
-    """Samples and update of a mesh against one device's."""
+    """Largest differences of a mesh's samples and update from one device's."""
     changes = {} if tied == "tied" else {"tie_embeddings": False, "vocab_size": 20}
     p, g = int(p), int(g)
     expected = one_step(None, p, g, 10**6, **changes)
@@ -124,8 +126,9 @@ def programs(text):
         batch = with_shardings(batch, mesh)
         step, init = train_step(policy, OBJECTIVE, micro_batch(p, g, 5, 7, 10**6))
         state = put_on_mesh(init(policy.params), mesh)
-        lies = tree_shardings(state, mesh), None
-        add("update", jax.jit(step, out_shardings=lies).lower(state, batch))
+        out_shardings = tree_shardings(state, mesh), None
+        update = jax.jit(step, out_shardings=out_shardings)
+        add("update", update.lower(state, batch))
     leaves = jax.tree.leaves(policy.params)
     found["parameters"] = sum(x.nbytes for x in leaves)
     found["embedding"] = policy.params["embedding"]["embedding"].nbytes
@@ -185,7 +188,7 @@ def whole_run(directory, text, steps, *options):
     task = dataclasses.replace(task, reward=reward)
     full = [name for name in options if name.startswith("full-")]
     if "unsaved" in options and INDEX == 0:
-        # Nothing can be saved at step 2: a file lies where checkpoints should.
+        # Nothing can be saved at step 2: a file is in place of the directory.
         save = Checkpoints.save
 
         def hindered(self, step, *arguments):
@@ -235,7 +238,7 @@ class Full(journal.JsonLines):
 
 
 def replayed(directory, step):
-    """Of a step of such a run, computed again: what differs from its line."""
+    """Fields of a step's line that differ when the step is replayed."""
     from tests.e2e.test_train import digits_task
 
     return replay(directory, int(step), task=digits_task()).differing

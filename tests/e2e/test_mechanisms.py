@@ -5,6 +5,7 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -123,11 +124,6 @@ def run(config, task=None):
 def assert_nothing_compiled_after_step_1(rows):
     compiled = [row["compiles"] for row in rows[1:]]
     assert len(rows) > 2 and len(set(compiled)) == 1, compiled
-
-
-def assert_trees_equal(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def samples_of(result, step):
@@ -250,7 +246,9 @@ def test_where_nothing_is_informative_the_run_goes_on(tmp_path, capsys):
     for row in rows[1:]:
         assert (row["group/refills"], row["group/refilled"]) == (3, 0)
         assert row["group/informative"] == row["gradient/norm"] == 0
-    assert_trees_equal(seen.updates[0].before.params, seen.updates[-1].after.params)
+    chex.assert_trees_all_equal(
+        seen.updates[0].before.params, seen.updates[-1].after.params
+    )
     assert "informative 0%" in capsys.readouterr().out
 
 
@@ -444,7 +442,7 @@ def test_history_resumes_bit_for_bit(remembered, tmp_path):
     again = tiny(tmp_path / "run", "rt_pg", steps=6, resume=True)
     resumed, rest, other = run(again)
     assert len(rest.updates) == 4
-    assert_trees_equal(rest.updates[-1].after, seen.updates[-1].after)
+    chex.assert_trees_all_equal(rest.updates[-1].after, seen.updates[-1].after)
     # The first part ended there, and was evaluated.
     kept = [r for r in numbers(other.run_dir) if r.pop("step") != 2]
     assert kept == [r for r in numbers(result.run_dir) if r.pop("step") != 2]
@@ -561,7 +559,7 @@ def test_espo_stops_early_and_resumes(tmp_path):
     run(tiny(tmp_path / "parts", "espo", steps=2, **shared))
     config = tiny(tmp_path / "parts", "espo", steps=4, resume=True, **shared)
     _, rest, other = run(config)
-    assert_trees_equal(rest.updates[-1].after, seen.updates[-1].after)
+    chex.assert_trees_all_equal(rest.updates[-1].after, seen.updates[-1].after)
     assert numbers(other.run_dir) == numbers(result.run_dir)
 
 
@@ -685,7 +683,7 @@ def test_posterior_counts_are_kept_over_visits_and_in_the_checkpoint(tmp_path):
         rest.updates[0].before.weights_state.successes,
         seen.updates[2].before.weights_state.successes,
     )
-    assert_trees_equal(rest.updates[-1].after, seen.updates[-1].after)
+    chex.assert_trees_all_equal(rest.updates[-1].after, seen.updates[-1].after)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 
@@ -21,20 +22,19 @@ FLAGS = ("--steps", STEPS, "--checkpoint.every", 3, "--evaluation.every", 4)
 
 
 def final_params(directory):
-    """Every array of the last checkpoint, by path."""
+    """Arrays of the last checkpoint."""
+    import jax
     import orbax.checkpoint as ocp
 
     with ocp.CheckpointManager((directory / "checkpoints").absolute()) as manager:
         assert manager.latest_step() == STEPS
         args = ocp.args.Composite(state=ocp.args.StandardRestore())
-        import jax
-
         leaves = jax.tree.leaves(manager.restore(STEPS, args=args)["state"])
     return [np.asarray(x) for x in leaves]
 
 
 def numbers(directory):
-    """metrics.jsonl without what the clock and the compiler decide."""
+    """Rows of metrics.jsonl without times and compile counts."""
     return [
         {k: v for k, v in row.items() if not k.startswith("time/") and k != "compiles"}
         for row in read_lines(directory / "metrics.jsonl")
@@ -42,7 +42,7 @@ def numbers(directory):
 
 
 def wait_for_step(process, directory, step, seconds=120):
-    """Until metrics.jsonl holds that step; the process must still be running."""
+    """Waits until metrics.jsonl has that step; the process must still be running."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         file = directory / "metrics.jsonl"
@@ -56,9 +56,10 @@ def wait_for_step(process, directory, step, seconds=120):
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [(6,), (1, 3, 6, 9, 12)], ids=len)
 def test_kills_leave_the_same_parameters(grpo_jax, run, tmp_path, steps):
-    code, output = run("train", "--run-dir", tmp_path / "whole", *FLAGS)
+    straight = tmp_path / "straight"
+    code, output = run("train", "--run-dir", straight, *FLAGS)
     assert code == 0, output
-    rows = numbers(tmp_path / "whole")
+    rows = numbers(straight)
     assert max(row.get("group/informative", 0) for row in rows) > 0
     killed, rng = tmp_path / "killed", random.Random(0)
     for i, step in enumerate(steps):
@@ -70,11 +71,8 @@ def test_kills_leave_the_same_parameters(grpo_jax, run, tmp_path, steps):
         process.communicate()
     code, output = run("train", "--run-dir", killed, "--resume", *FLAGS)
     assert code == 0, output
-    for a, b in zip(
-        final_params(tmp_path / "whole"), final_params(killed), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
-    assert numbers(killed) == numbers(tmp_path / "whole")
+    chex.assert_trees_all_equal(final_params(killed), final_params(straight))
+    assert numbers(killed) == numbers(straight)
 
 
 @pytest.mark.slow
@@ -89,7 +87,7 @@ def test_sigterm_saves_and_exits_with_0(grpo_jax, run, tmp_path):
     assert "saved; continue with --resume" in output
     saved = [int(p.name) for p in (directory / "checkpoints").iterdir()]
     assert saved == [read_lines(directory / "metrics.jsonl")[-1]["step"]]
-    # Only what changes: everything else is the run's own.
+    # Only the changed setting: the others are read from the run.
     code, output = run(
         "train", "--run-dir", directory, "--resume", "--steps", saved[0] + 2, bare=True
     )
@@ -99,7 +97,7 @@ def test_sigterm_saves_and_exits_with_0(grpo_jax, run, tmp_path):
 SLOW_REWARD = """
 import sys, time, dataclasses
 from grpo_jax import load_task, TrainConfig, train, ModelConfig
-from grpo_jax.training.config import SamplingConfig, WarmStartConfig
+from grpo_jax.runs.config import SamplingConfig, WarmStartConfig
 def reward(example, completion):
     print("scoring", flush=True)
     time.sleep(2)
@@ -170,7 +168,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_full_disk_loses_checkpoints_and_not_the_run(run, tmp_path):
-    """A file-size limit stands for the full disk: large writes fail, lines pass."""
+    """A file-size limit simulates the full disk: large writes fail, lines pass."""
     directory = tmp_path / "run"
     flags = ("--steps", 6, "--checkpoint.every", 3)
     assert run("train", "--run-dir", directory, *flags)[0] == 0  # fills the caches
@@ -187,7 +185,7 @@ def test_full_disk_loses_checkpoints_and_not_the_run(run, tmp_path):
         "train", "--run-dir", directory, "--resume", "--steps", 4,
         "--checkpoint.every", 2,
     )  # fmt: skip
-    # Whichever checkpoint was small enough to be written is used, and said.
+    # A checkpoint that was small enough to be written is used, with a message.
     assert code == 0, output
     assert "no whole checkpoint" in output or "resumed at step 4" in output
 

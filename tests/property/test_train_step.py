@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,14 +51,10 @@ def gradient(policy, objective, batch, micro=MicroBatch(P, G)):  # noqa: B008
 
 
 def assert_close(actual, expected):
-    """Every leaf to float32's rounding, relative to the gradient's largest entry."""
+    """Asserts equality to float32's rounding, relative to the largest entry."""
     scale = max(abs(x).max() for x in jax.tree.leaves(expected))
-    assert scale > 1e-3  # there is a gradient at all
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale),
-        actual,
-        expected,
-    )
+    assert scale > 1e-3  # the gradient is not zero
+    chex.assert_trees_all_close(actual, expected, rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("name", ["grpo", SLOW("rloo")])
@@ -95,11 +92,10 @@ def test_step_is_the_gradient_of_policy_loss(name):
 def test_any_micro_batch_split_gives_the_same_gradient(name, micro):
     objective, policy = gj.OBJECTIVES[name], tiny_policy()
     batch = full_batch(policy, objective)
-    expected, whole = gradient(policy, objective, batch)
-    actual, split = gradient(policy, objective, batch, MicroBatch(*micro))
+    expected, metrics = gradient(policy, objective, batch)
+    actual, split_metrics = gradient(policy, objective, batch, MicroBatch(*micro))
     assert_close(actual, expected)
-    for key in whole:
-        np.testing.assert_allclose(split[key], whole[key], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(split_metrics, metrics, rtol=1e-4, atol=1e-5)
 
 
 def test_permuting_prompts_changes_no_gradient():
@@ -165,7 +161,7 @@ def test_a_non_finite_gradient_changes_nothing_but_the_count():
     state, metrics = one_update(
         policy, objective, weighed(objective, huge), MicroBatch(P, G)
     )
-    jax.tree.map(np.testing.assert_array_equal, state.params, policy.params)
+    chex.assert_trees_all_equal(state.params, policy.params)
     assert state.skipped_in_a_row == 1 and state.updates == 0
     assert not np.isfinite(metrics["gradient/norm"]) and metrics["update/norm"] == 0
 
@@ -202,5 +198,5 @@ def test_doubling_the_vocabulary_costs_no_more_than_its_weights():
 
     small, large = temp_bytes(2**15), temp_bytes(2**16)
     weights = 64 * 2**15 * 4  # the added [D, V] in bytes
-    logits = 4 * 8 * 128 * 2**15 * 4  # what a whole [P, G, T, V] would add
+    logits = 4 * 8 * 128 * 2**15 * 4  # what [P, G, T, V] logits would add
     assert large - small <= 2.2 * weights < logits / 20

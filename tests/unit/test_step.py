@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +81,7 @@ def test_parts_hold_every_sample_beside_its_prompt(micro):
     parts = jax.jit(lambda x: split_batch(x, micro, True))((prompts, samples))
     rows = split_batch(np.arange(P), micro, False)
     rows = repeat_parts(rows, G // micro.samples)
-    assert parts[0].shape == (len(rows), micro.prompts, micro.samples)
+    chex.assert_shape(parts, (len(rows), micro.prompts, micro.samples))
     expected = np.broadcast_to(np.asarray(rows)[..., None], parts[0].shape)
     np.testing.assert_array_equal(parts[0], expected)
     pairs = set(zip(*(np.asarray(x).ravel().tolist() for x in parts), strict=True))
@@ -90,7 +91,7 @@ def test_parts_hold_every_sample_beside_its_prompt(micro):
 def test_split_keeps_trailing_axes():
     x = np.arange(P * G * T).reshape(P, G, T)
     parts = split_batch({"x": x}, MicroBatch(1, 2), True)["x"]
-    assert parts.shape == (P * G // 2, 1, 2, T)
+    chex.assert_shape(parts, (P * G // 2, 1, 2, T))
     np.testing.assert_array_equal(parts[4, 0, 1], x[1, 3])
 
 
@@ -143,13 +144,26 @@ def test_an_update_counts_and_reports(stepper):
     step, before = stepper
     after, metrics = step(before, weighed(REINFORCE, rollouts()))
     assert (after.updates, after.skipped_in_a_row) == (1, 0)
-    assert set(metrics) <= set(FIELDS) and all(x.ndim == 0 for x in metrics.values())
+    assert set(metrics) <= set(FIELDS)
+    chex.assert_rank(list(metrics.values()), 0)
+    chex.assert_tree_all_finite((after, metrics))
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
     change = jax.tree.map(jnp.subtract, after.params, before.params)
     np.testing.assert_allclose(metrics["update/norm"], optax.tree.norm(change), 1e-4)
     # sgd at rate 1 moves by the gradient.
     np.testing.assert_allclose(metrics["update/norm"], metrics["gradient/norm"], 1e-6)
     assert metrics["gradient/norm"] > 1e-3
     np.testing.assert_allclose(metrics["ratio/mean"], 1, rtol=1e-6)
+
+
+def test_updates_of_one_shape_are_traced_once(policy):
+    chex.clear_trace_counter()
+    step, init = train_step(policy, REINFORCE, MicroBatch(P, 3), max_length=T)
+    step = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
+    state = init(jax.tree.map(jnp.copy, policy.params))
+    for seed in range(3):
+        state, _ = step(state, weighed(REINFORCE, rollouts(seed)))
+    assert state.updates == 3
 
 
 def test_an_update_makes_better_samples_likelier(stepper, policy):
@@ -167,7 +181,7 @@ def test_a_batch_without_signal_changes_nothing(stepper):
     tied = rollouts()._replace(rewards=np.full((P, G), 0.35, np.float32))
     after, metrics = step(state, weighed(REINFORCE, tied))
     assert metrics["gradient/norm"] == 0
-    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    chex.assert_trees_all_equal(after.params, state.params)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped(stepper):
@@ -178,27 +192,28 @@ def test_a_gradient_that_is_not_finite_is_skipped(stepper):
         state, metrics = step(state, weighed(REINFORCE, rollouts()))
         assert (state.updates, state.skipped_in_a_row) == (0, times)
         assert metrics["update/norm"] == 0
-    jax.tree.map(np.testing.assert_array_equal, state.params, spoiled)
+    chex.assert_trees_all_equal(state.params, spoiled)
 
 
 # Under sgd at rate 1 the step from a is a less the gradient at b.
 def test_the_gradient_may_be_taken_elsewhere(stepper):
     step, state = stepper
     batch = weighed(REINFORCE, rollouts())
-    there = jax.tree.map(lambda x: 1.5 * x, state.params)
-    expected, _ = step(state._replace(params=there), batch)
-    after, metrics = step(state, batch, there)
+    elsewhere = jax.tree.map(lambda x: 1.5 * x, state.params)
+    expected, _ = step(state._replace(params=elsewhere), batch)
+    after, metrics = step(state, batch, elsewhere)
 
     def moved(new, old):
         return jax.tree.map(jnp.subtract, new, old)
 
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+    chex.assert_trees_all_close(
         moved(after.params, state.params),
-        moved(expected.params, there),
+        moved(expected.params, elsewhere),
+        rtol=1e-4,
+        atol=1e-6,
     )
-    here, _ = step(state, batch)
-    difference = optax.tree.norm(moved(after.params, here.params))
+    ordinary, _ = step(state, batch)
+    difference = optax.tree.norm(moved(after.params, ordinary.params))
     assert difference > 1e-3 and after.updates == 1
     np.testing.assert_allclose(metrics["ratio/deviation"], 0, atol=1e-6)
 
@@ -252,16 +267,16 @@ def test_weighing_moves_the_weights_state_and_updates_do_not(stepper):
     state = state._replace(weights_state=rule_state)
     for _ in range(2):
         state, _ = step(state, Batch(batch, shaped, weights))
-    jax.tree.map(np.testing.assert_array_equal, state.weights_state, rule_state)
+    chex.assert_trees_all_equal(state.weights_state, rule_state)
 
 
 def marked(value):
-    """(rollouts, weights) that hold one number."""
+    """A batch in which every entry is one number."""
     marks = jax.tree.map(lambda x: np.full_like(x, value), rollouts())
     return Batch(marks, marks.rewards, np.full(P, value, np.float32))
 
 
-# Of three iterates: first alone, then the newest in the place that is still empty.
+# Three iterates: until there are three, the newest one fills the empty places.
 def test_a_history_is_newest_first_and_shifts():
     objective = dataclasses.replace(OBJECTIVES["rt_pg"], history=3)
     history = empty_history(objective, rollouts())
@@ -275,7 +290,7 @@ def test_a_history_is_newest_first_and_shifts():
     ):
         history, batch = call(history, marked(value))
         for x in jax.tree.leaves((batch.rollouts, batch.shaped_rewards, batch.weights)):
-            assert x.shape[0] == 3 * P
+            chex.assert_axis_dimension(x, 0, 3 * P)
             rows = np.asarray(x).reshape(3, -1)
             np.testing.assert_array_equal(rows, np.full_like(rows, 1) * np.c_[expected])
         np.testing.assert_array_equal(
@@ -290,13 +305,8 @@ def test_a_history_keeps_shapes_and_dtypes():
     objective = OBJECTIVES["rt_pg"]
     history = empty_history(objective, rollouts())
     after, batch = jax.jit(partial(push_history, objective))(history, marked(1))
-
-    def kinds(tree):
-        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-
-    assert kinds(after) == kinds(history)
-    dtypes = jax.tree.map(lambda x: x.dtype, (batch.rollouts, rollouts()))
-    assert dtypes[0] == dtypes[1]
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, history)
+    chex.assert_trees_all_equal_dtypes(batch.rollouts, rollouts())
 
 
 def test_one_iterate_needs_no_history():
@@ -381,7 +391,7 @@ def test_weight_decay_is_on_matrices_only():
     assert moved["q"]["bias"] == moved["norm"]["scale"] == 0
 
 
-# A huge Adam eps makes its first step m / eps = grad / eps: what clipping left shows.
+# A huge Adam eps makes its first step m / eps = grad / eps, which shows the clipping.
 @pytest.mark.parametrize(("clip_norm", "factor"), [(1.0, 1 / 5), (10.0, 1), (0.0, 1)])
 def test_clipping_is_by_the_global_norm(clip_norm, factor):
     params = {"a": {"bias": jnp.zeros(1)}, "b": {"bias": jnp.zeros(1)}}
