@@ -1,15 +1,126 @@
-"""The one error a user is meant to read: bad input, found before anything starts."""
+"""Bad input: the error that says what to change, and the rules that fields obey.
 
+A rule is written beside its field and checked by `check_fields`:
+
+    steps: Annotated[int, at_least(1)] = 120
+    surrogate: Annotated[str, OneOf(SURROGATES)]
+"""
+
+import dataclasses
 import difflib
-from collections.abc import Iterable
+import functools
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 
 class ConfigError(ValueError):
-    """A run that cannot start as it was asked for; the message says what to change."""
+    """A run cannot start as it was asked for; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bound:
+    """The values that a number may have.
+
+    Attributes:
+        rule: Ends the sentence "NAME must ...".
+        allows: Whether a value obeys the rule.
+        why: Appended to the error, such as "; a group of one has no baseline".
+    """
+
+    rule: str
+    allows: Callable[[Any], bool]
+    why: str = ""
+
+    def error(self, name: str, value: Any) -> str:
+        return f"{name} must {self.rule}, got {value}{self.why}."
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOf:
+    """The names that a field may have: a tuple of them, or a registry's keys."""
+
+    choices: Collection[str]
+
+    def allows(self, value: Any) -> bool:
+        return value in self.choices
+
+    def error(self, name: str, value: Any) -> str:
+        return f"{name} must be one of {', '.join(self.choices)}, got {value!r}."
+
+
+def at_least(least: int, why: str = "") -> Bound:
+    """The values from `least` up."""
+    return Bound(f"be at least {least}", lambda x: x >= least, why)
+
+
+def positive(why: str = "") -> Bound:
+    """The values above 0."""
+    return Bound("be positive", lambda x: x > 0, why)
+
+
+UP_TO_ONE = Bound("be in (0, 1]", lambda x: 0 < x <= 1)
+
+
+class FieldRules(NamedTuple):
+    """What a field's annotation says about its values."""
+
+    rules: tuple[Bound | OneOf, ...]
+    optional: bool  # None obeys every rule
+
+
+@functools.cache
+def field_rules(cls: type) -> Mapping[str, FieldRules]:
+    """Field name -> rules, from the annotations of a dataclass (Literals included)."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        f.name: FieldRules(tuple(_rules(hints[f.name])), _optional(hints[f.name]))
+        for f in dataclasses.fields(cls)
+    }
+
+
+def _rules(hint: Any) -> Iterator[Bound | OneOf]:
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        yield from (x for x in hint.__metadata__ if isinstance(x, Bound | OneOf))
+        yield from _rules(hint.__origin__)
+    elif origin is Literal:
+        yield OneOf(typing.get_args(hint))
+    elif origin in (Union, types.UnionType):
+        for member in typing.get_args(hint):
+            yield from _rules(member)
+
+
+def _optional(hint: Any) -> bool:
+    return types.NoneType in typing.get_args(hint)
+
+
+def check_fields(
+    record: Any, where: str = "", error: type[ValueError] = ValueError
+) -> None:
+    """Raises `error` for the first field that breaks a rule of its annotation.
+
+    Fields that are dataclasses are checked too; `where` is put before every name.
+    """
+    for name, (rules, optional) in field_rules(type(record)).items():
+        value = getattr(record, name)
+        if dataclasses.is_dataclass(value):
+            check_fields(value, f"{where}{name}.", error)
+        for rule in rules:
+            if not (optional and value is None) and not rule.allows(value):
+                raise error(rule.error(f"{where}{name}", value))
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raises ValueError, listing the choices, unless `value` is one of them."""
+    rule = OneOf(choices)
+    if not rule.allows(value):
+        raise ValueError(rule.error(name, value))
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """'did you mean ...? ' or nothing."""
+    """'did you mean ...? ', or '' where no choice is close."""
     near = difflib.get_close_matches(str(name), list(choices), n=5, cutoff=0.4)
     # Among the close ones, letters in another order are the likeliest slip.
     near.sort(key=lambda choice: sorted(choice) != sorted(str(name)))
@@ -23,12 +134,6 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
         f"unknown {kind} {name!r}; {nearest(name, choices)}"
         f"choices: {', '.join(choices)}."
     )
-
-
-def check_choice(axis: str, value: str, choices: Iterable[str]) -> None:
-    """ValueError, with the choices, unless `value` is one of them."""
-    if value not in choices:
-        raise ValueError(f"{axis} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def first_line(error: Exception) -> str:

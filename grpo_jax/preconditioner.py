@@ -44,12 +44,15 @@ class PromptWeights(NamedTuple):
 
 
 def apply_weights(
-    rule: PromptWeights, rewards: jax.Array, state: Any, prompt_ids=None
+    rule: PromptWeights,
+    rewards: jax.Array,
+    state: Any,
+    prompt_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """(weights [P], new state) of any rule.
+    """(weights [P], new state) of any rule for rewards [P, G] and prompt_ids [P].
 
     Raises:
-        ValueError: the rule remembers prompts and is not told which they are.
+        ValueError: the rule remembers prompts and prompt_ids [P] are missing.
     """
     if not rule.by_prompt:
         return rule.weights(rewards, state)
@@ -62,7 +65,8 @@ def apply_weights(
     return rule.weights(rewards, state, prompt_ids)
 
 
-def _stateless(weights: Callable[[jax.Array], jax.Array]) -> PromptWeights:
+def stateless(weights: Callable[[jax.Array], jax.Array]) -> PromptWeights:
+    """A rule without memory, from rewards [P, G] -> weights [P]."""
     return PromptWeights(
         init=lambda: (), weights=lambda rewards, state: (weights(rewards), state)
     )
@@ -70,7 +74,7 @@ def _stateless(weights: Callable[[jax.Array], jax.Array]) -> PromptWeights:
 
 def unit_weights() -> PromptWeights:
     """w_p = 1: plain REINFORCE."""
-    return _stateless(lambda rewards: jnp.ones_like(group_statistics(rewards).mean))
+    return stateless(lambda rewards: jnp.ones_like(group_statistics(rewards).mean))
 
 
 def std_weights(
@@ -99,7 +103,7 @@ def std_weights(
         return jnp.where(tied, 0.0, jnp.where(tied, 1.0, std + eps) ** -power)
 
     if not callable(power):
-        return _stateless(lambda rewards: weights(rewards, power))
+        return stateless(lambda rewards: weights(rewards, power))
     return PromptWeights(
         init=lambda: jnp.zeros((), jnp.int32),
         weights=lambda rewards, count: (
@@ -110,7 +114,9 @@ def std_weights(
 
 
 class ScaleByPromptWeightsState(NamedTuple):
-    weights_state: Any  # the rule's own
+    """State of `scale_by_prompt_weights`."""
+
+    weights_state: Any  # of the rule
 
 
 def scale_by_prompt_weights(
@@ -162,7 +168,7 @@ def scale_by_group_std(
 
 
 def mean_over_prompts() -> optax.GradientTransformation:
-    """[P, ...] -> [...]: after the weights, before clipping, adam and weight decay."""
+    """The mean of gradients [P, ...] over prompts; chain it right after the weights."""
     return optax.stateless(
         lambda updates, params: jax.tree.map(lambda g: g.mean(0), updates)
     )

@@ -1,8 +1,8 @@
-"""Rules for prompt weights: batch std, group mean, Beta, finite group, posterior."""
+"""Rules for prompt weights, and the registry of those that `--weights` names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,15 @@ from grpo_jax.advantages import (
     inverse_beta_density,
     inverse_group_mean,
 )
-from grpo_jax.preconditioner import Power, PromptWeights, _stateless
+from grpo_jax.preconditioner import (
+    Power,
+    PromptWeights,
+    stateless,
+    std_weights,
+    unit_weights,
+)
 
-# What each peer divides by: `std_weights(**PEER_STD["trl"])`, or an Objective's std_eps
+# What each other library divides by: `std_weights(**PEER_STD["trl"])`, or an Objective's std_eps
 # and std_ddof.
 PEER_STD: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
@@ -34,17 +40,17 @@ PEER_STD: Mapping[str, Mapping[str, float]] = MappingProxyType(
 
 def batch_std_weights(*, eps: float = 1e-6, ddof: int = 0) -> PromptWeights:
     """w_p = 1 / (std of all the batch's rewards + eps): the same for every prompt."""
-    return _stateless(lambda rewards: inverse_batch_std(rewards, eps=eps, ddof=ddof))
+    return stateless(lambda rewards: inverse_batch_std(rewards, eps=eps, ddof=ddof))
 
 
 def group_mean_weights(*, eps: float = 1e-6) -> PromptWeights:
     """w_p = 1 / (mean_p + eps): MaxRL, ascends sum log p_x (`inverse_group_mean`)."""
-    return _stateless(lambda rewards: inverse_group_mean(rewards, eps=eps))
+    return stateless(lambda rewards: inverse_group_mean(rewards, eps=eps))
 
 
 def beta_weights() -> PromptWeights:
     """w_p = 1 / Beta density at mean_p, fitted to the batch: BNPO."""
-    return _stateless(inverse_beta_density)
+    return stateless(inverse_beta_density)
 
 
 def finite_group_weights(group_size: int | None = None) -> PromptWeights:
@@ -73,7 +79,7 @@ def finite_group_weights(group_size: int | None = None) -> PromptWeights:
         scale = expected_group_std(p, g) / (centring * p * (1 - p))
         return jnp.where(inside, scale, 0.0)
 
-    return _stateless(weights)
+    return stateless(weights)
 
 
 class PosteriorWeightsState(NamedTuple):
@@ -136,3 +142,56 @@ def posterior_weights(
         return w, state
 
     return PromptWeights(init, weights, by_prompt=num_prompts is not None)
+
+
+class Rule(NamedTuple):
+    """A row of `WEIGHTS`.
+
+    Attributes:
+        uses: The settings of `WeightsConfig` that it has.
+        build: (settings given, number of trained prompts) -> the rule.
+        text: The weight of a prompt, as a run's first line writes it.
+        pass_rates: It needs rewards that are pass rates, in [0, 1].
+    """
+
+    uses: tuple[str, ...]
+    build: Callable[[dict[str, Any], int], PromptWeights]
+    text: str
+    pass_rates: bool = False
+
+
+WEIGHTS = {
+    "unit": Rule((), lambda s, n: unit_weights(), "1"),
+    "std": Rule(
+        ("power", "power_end", "eps", "ddof"),
+        lambda s, n: std_weights(**s),
+        "(std + eps)^-power",
+    ),
+    "batch_std": Rule(
+        ("eps", "ddof"), lambda s, n: batch_std_weights(**s), "1 / batch's std"
+    ),
+    "group_mean": Rule(
+        ("eps",), lambda s, n: group_mean_weights(**s), "1 / group's mean", True
+    ),
+    "beta": Rule(
+        (), lambda s, n: beta_weights(), "1 / Beta density at group's mean", True
+    ),
+    "finite_group": Rule(
+        ("group_size",),
+        lambda s, n: finite_group_weights(**s),
+        "w_G(mean) / ((1 - 1/n) mean (1 - mean)), n rewards",
+        pass_rates=True,
+    ),
+    "shrunk": Rule(
+        ("power", "power_end", "prior"),
+        lambda s, n: posterior_weights(None, **s),
+        "(posterior std of this group)^-power",
+        pass_rates=True,
+    ),
+    "posterior": Rule(
+        ("power", "power_end", "prior", "discount"),
+        lambda s, n: posterior_weights(n, **s),
+        "(posterior std over visits)^-power",
+        pass_rates=True,
+    ),
+}

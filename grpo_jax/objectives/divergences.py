@@ -6,22 +6,42 @@ zero on policy, so it belongs in the reward; k2's gradient is the exact one in
 expectation on policy; k3 is unbiased in value and non-negative.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.errors import check_choice
 
-DIVERGENCES = ("k1", "k2", "k3")
 _MAX_LOG_RATIO = 20.0
 
 
+class Divergence(NamedTuple):
+    """A row of `DIVERGENCES`.
+
+    Attributes:
+        estimate: log rho -> the estimate, elementwise.
+        in_loss: Its gradient constrains the policy, so it may be a term of the loss.
+    """
+
+    estimate: Callable[[jax.Array], jax.Array]
+    in_loss: bool = True
+
+
+DIVERGENCES = {
+    "k1": Divergence(lambda log_rho: -log_rho, in_loss=False),
+    "k2": Divergence(lambda log_rho: log_rho**2 / 2),
+    "k3": Divergence(lambda log_rho: jnp.expm1(log_rho) - log_rho),
+}
+
+
 def divergence(kind: str, logprobs: jax.Array, reference: jax.Array) -> jax.Array:
-    """[P, G, T]. The log-ratio is clamped to +-20, so exp never overflows, and beyond
-    the clamp the gradient is 0 rather than 0 * inf."""
+    """[P, G, T] nats of log-probs [P, G, T] and those of the reference policy.
+
+    The log-ratio is clamped to +-20, so exp never overflows, and beyond the clamp the
+    gradient is 0 rather than 0 * inf.
+    """
     check_choice("divergence", kind, DIVERGENCES)
     log_rho = jnp.clip(reference - logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    if kind == "k1":
-        return -log_rho
-    if kind == "k2":
-        return log_rho**2 / 2
-    return jnp.expm1(log_rho) - log_rho
+    return DIVERGENCES[kind].estimate(log_rho)

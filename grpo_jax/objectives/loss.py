@@ -1,31 +1,25 @@
 """The algebra put together: advantages, token losses, one loss per prompt.
 
-`per_prompt_losses` is the whole of it on arrays. Its parts are public for a trainer
-that needs them apart: global quantities (advantages, coefficients) once per batch, the
+`per_prompt_losses` does all of it on arrays. Its parts are public for a trainer that
+needs them apart: global quantities (advantages, coefficients) once per batch, the
 differentiable part once per micro-batch, prompt weights on the cotangent.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.advantages import (
-    centred_advantages,
-    group_statistics,
-    leave_one_out_advantages,
-    leave_one_out_inverse_std,
-)
+from grpo_jax.advantages import group_statistics
 from grpo_jax.objectives.aggregation import token_coefficients
+from grpo_jax.objectives.baselines import BASELINES
 from grpo_jax.objectives.divergences import divergence
-from grpo_jax.objectives.presets import Objective
-from grpo_jax.objectives.ratios import SEQUENCE_RATIOS, ratio_level
-from grpo_jax.objectives.surrogates import (
-    bounded_ratio,
-    fisher_rao_penalty,
-    token_losses,
-)
+from grpo_jax.objectives.objective import Objective
+from grpo_jax.objectives.ratios import RATIOS, Level, tokens_of
+from grpo_jax.objectives.scales import SCALES
+from grpo_jax.objectives.surrogates import SURROGATES, bounded_ratio
 from grpo_jax.objectives.token_weights import conflict_weights, mean_entropy
-from grpo_jax.preconditioner import PromptWeights, std_weights, unit_weights
-from grpo_jax.prompt_weights import batch_std_weights, beta_weights, group_mean_weights
+from grpo_jax.preconditioner import PromptWeights
 
 
 def per_prompt_losses(
@@ -90,8 +84,8 @@ def per_prompt_losses(
         scale, _ = scale_weights(objective).weights(rewards, ())
         advantages = baselined(objective, rewards) * scale[:, None]
     weights = [] if token_weights is None else [token_weights]
-    if objective.token_weight == "conflict":
-        signs = _known(advantages, mask > 0).sum(-1)
+    if objective.token_weight == "conflict" and token_ids is not None:
+        signs = _per_term(advantages, mask > 0).sum(-1)
         weights.append(conflict_weights(token_ids, signs, mask))
     surrogate, penalty, metrics = prompt_terms(
         objective,
@@ -109,27 +103,18 @@ def per_prompt_losses(
     return surrogate + penalty, metrics
 
 
-def policy_loss(objective: Objective, **arrays) -> tuple[jax.Array, dict]:
+def policy_loss(objective: Objective, **arrays: Any) -> tuple[jax.Array, dict]:
     """(scalar loss, metrics): the mean of `per_prompt_losses`, same arguments."""
     losses, metrics = per_prompt_losses(objective, **arrays)
     return losses.mean(), metrics
 
 
 def scale_weights(objective: Objective) -> PromptWeights:
-    """The prompt weights that an objective's scale stands for.
+    """The prompt weights of an objective's scale.
 
-    "leave_one_out_std" scales samples, not prompts: `baselined` does it.
+    A scale that differs within a group is left to `baselined`, with prompt weights 1.
     """
-    eps, ddof = objective.std_eps, objective.std_ddof
-    return {
-        "none": unit_weights,
-        "std": lambda: std_weights(eps=eps, ddof=ddof),
-        "length_std": lambda: std_weights(eps=eps, ddof=ddof),
-        "batch_std": lambda: batch_std_weights(eps=eps, ddof=ddof),
-        "group_mean": lambda: group_mean_weights(eps=eps),
-        "beta": beta_weights,
-        "leave_one_out_std": unit_weights,
-    }[objective.scale]()
+    return SCALES[objective.scale].weights(objective)
 
 
 def present_mask(completion_mask: jax.Array, rewards: jax.Array) -> jax.Array:
@@ -138,32 +123,40 @@ def present_mask(completion_mask: jax.Array, rewards: jax.Array) -> jax.Array:
     return completion_mask.astype(float) * present[..., None]
 
 
-def shaped_rewards(objective, rewards, behaviour_logprobs, reference_logprobs, mask):
+def shaped_rewards(
+    objective: Objective,
+    rewards: jax.Array,
+    behaviour_logprobs: jax.Array,
+    reference_logprobs: jax.Array | None,
+    mask: jax.Array,
+) -> jax.Array:
     """[P, G] rewards, less kl_coef * sum_t KL where the objective puts KL there, and
-    divided by their completion's length where it scales by "length_std"."""
+    divided by their completion's length where its scale asks for it.
+
+    Args:
+        rewards: [P, G].
+        behaviour_logprobs, reference_logprobs, mask: [P, G, T].
+    """
     if objective.kl_coef and objective.kl_in == "reward":
+        if reference_logprobs is None:
+            raise ValueError("reference_logprobs must be given for KL in the reward.")
         gap = jnp.where(mask > 0, behaviour_logprobs - reference_logprobs, 0.0)
         kl = divergence(objective.divergence, gap, jnp.zeros_like(gap))  # 0 at gap 0
         rewards = rewards - objective.kl_coef * jax.lax.stop_gradient(kl.sum(-1))
-    if objective.scale == "length_std":
+    if SCALES[objective.scale].by_length:
         rewards = rewards / jnp.maximum(mask.sum(-1), 1)
     return rewards
 
 
 def baselined(objective: Objective, rewards: jax.Array) -> jax.Array:
-    """[P, G] rewards less the objective's baseline, without the prompt's scale; 0 where
-    missing. A scale per sample ("leave_one_out_std") is in it."""
-    if objective.baseline == "mean":
-        advantages = centred_advantages(rewards)
-    elif objective.baseline == "leave_one_out":
-        advantages = leave_one_out_advantages(rewards)
-    else:
-        present = group_statistics(rewards).present
-        advantages = jax.lax.stop_gradient(jnp.where(present, rewards, 0))
-    if objective.scale == "leave_one_out_std":
-        advantages *= leave_one_out_inverse_std(
-            rewards, eps=objective.std_eps, ddof=objective.std_ddof
-        )
+    """[P, G] rewards [P, G] less the objective's baseline, 0 where missing.
+
+    Without the prompt weights of its scale, but with factors per sample, if any.
+    """
+    advantages = BASELINES[objective.baseline].advantages(objective, rewards)
+    per_sample = SCALES[objective.scale].per_sample
+    if per_sample is not None:
+        advantages *= per_sample(objective, rewards)
     return advantages
 
 
@@ -173,6 +166,7 @@ def loss_kl_coef(objective: Objective) -> float:
 
 
 def needs_entropy(objective: Objective) -> bool:
+    """Whether the loss reads each token's entropy."""
     return bool(objective.entropy_coef) or objective.entropy_limit is not None
 
 
@@ -191,6 +185,7 @@ def prompt_terms(
     """The differentiable part, additive over any split of prompts and completions.
 
     Args:
+        logprobs, behaviour_logprobs, reference_logprobs, entropy: [P, G, T].
         advantages: [P, G], or [P, G, T] for one per token; constants.
         coefficients: [P, G, T] from `token_coefficients` of the whole batch.
         token_shares: [P, G, T], 1 / all tokens of the batch on each token, 0 elsewhere.
@@ -202,57 +197,66 @@ def prompt_terms(
         entropy shift, Fisher-Rao. Metrics of all parts of a batch add up to the
         batch's.
     """
-    live = token_shares > 0
-    advantages = _known(advantages, live)
-    level = ratio_level(
-        objective.ratio, logprobs, behaviour_logprobs, live, advantages, objective.clip
-    )
-    coefficients = jnp.where(live, coefficients, 0.0)
-    if objective.ratio in SEQUENCE_RATIOS:  # one term, shared by its tokens
-        coefficients /= jnp.maximum(live.sum(-1, keepdims=True), 1)
+    mask = token_shares > 0
+    ratio, surrogate = RATIOS[objective.ratio], SURROGATES[objective.surrogate]
+    advantages = _per_term(advantages, mask)
+    tokens = tokens_of(logprobs, behaviour_logprobs, mask, advantages)
+    level = ratio.level(objective, tokens)
+    coefficients = jnp.where(mask, coefficients, 0.0)
+    if ratio.sequence:  # one term, shared by its tokens
+        coefficients /= jnp.maximum(mask.sum(-1, keepdims=True), 1)
     factors = coefficients
     for weights in token_weights:
-        factors = factors * jnp.where(live, weights, 0.0)
-    if needs_entropy(objective):
-        level_of = mean_entropy(entropy, live)[..., None]  # [P, G, 1]
+        factors = factors * jnp.where(mask, weights, 0.0)
+    entropies = None
+    if entropy is not None and needs_entropy(objective):
+        entropies = mean_entropy(entropy, mask)[..., None]  # [P, G, 1]
         if objective.entropy_limit is not None:
-            factors = jnp.where(level_of <= objective.entropy_limit, factors, 0.0)
+            factors = jnp.where(entropies <= objective.entropy_limit, factors, 0.0)
     factors = jax.lax.stop_gradient(factors)
-    losses, clipped = token_losses(objective, level, advantages)
-    surrogate = (factors * losses).sum((1, 2))
+    losses, clipped = surrogate.terms(objective, level, advantages)
+    total = (factors * losses).sum((1, 2))
 
-    penalty = jnp.zeros_like(surrogate)
-    if objective.surrogate == "fisher_rao":
-        distance = fisher_rao_penalty(level.z, level.behaviour, objective.tau)
-        penalty += (factors * distance).sum((1, 2))
+    penalty = jnp.zeros_like(total)
+    if surrogate.penalty is not None:
+        penalty += (factors * surrogate.penalty(objective, level)).sum((1, 2))
     if objective.entropy_coef:  # the surrogate is linear: its value at A - coef H
-        shift, _ = token_losses(objective, level, level_of)
+        shift, _ = surrogate.terms(objective, level, entropies)
         penalty -= objective.entropy_coef * (factors * shift).sum((1, 2))
+    metrics = _ratio_metrics(level, clipped, token_shares)
+    if entropy is not None:
+        metrics["entropy/mean"] = (token_shares * jnp.where(mask, entropy, 0)).sum()
+    if reference_logprobs is not None:
+        reference = jax.lax.stop_gradient(reference_logprobs)
+        gap = jnp.where(mask, logprobs - reference, 0.0)
+        kl = divergence(objective.divergence, gap, jnp.zeros_like(gap))
+        metrics["kl/mean"] = (token_shares * kl).sum()
+        penalty += loss_kl_coef(objective) * (coefficients * kl).sum((1, 2))
+    return total, penalty, jax.lax.stop_gradient(metrics)
+
+
+def _ratio_metrics(
+    level: Level, clipped: jax.Array, token_shares: jax.Array
+) -> dict[str, jax.Array]:
     ratio = bounded_ratio(level.z)
-    metrics = {
+    return {
         "ratio/mean": (token_shares * ratio).sum(),
         "ratio/deviation": (token_shares * jnp.abs(ratio - 1)).sum(),
         "ratio/clipped": (token_shares * (clipped | level.clipped)).sum(),
     }
-    if entropy is not None:
-        metrics["entropy/mean"] = (token_shares * jnp.where(live, entropy, 0)).sum()
-    if reference_logprobs is not None:
-        reference = jax.lax.stop_gradient(reference_logprobs)
-        gap = jnp.where(live, logprobs - reference, 0.0)
-        kl = divergence(objective.divergence, gap, jnp.zeros_like(gap))
-        metrics["kl/mean"] = (token_shares * kl).sum()
-        penalty += loss_kl_coef(objective) * (coefficients * kl).sum((1, 2))
-    return surrogate, penalty, jax.lax.stop_gradient(metrics)
 
 
-def _known(advantages, live):
+def _per_term(advantages: jax.Array, mask: jax.Array) -> jax.Array:
     """[P, G, 1] or [P, G, T] constants, 0 where there is no token."""
     if advantages.ndim == 2:
-        advantages, live = advantages[..., None], live.any(-1, keepdims=True)
-    return jax.lax.stop_gradient(jnp.where(live, advantages, 0.0))
+        advantages, mask = advantages[..., None], mask.any(-1, keepdims=True)
+    return jax.lax.stop_gradient(jnp.where(mask, advantages, 0.0))
 
 
-def _check_needed(objective, arrays, given):
+def _check_needed(
+    objective: Objective, arrays: dict[str, jax.Array | None], given: bool
+) -> None:
+    """ValueError for an array that is missing; `given`: advantages are an argument."""
     for name, needed, why in (
         (
             "reference_logprobs",
@@ -281,7 +285,14 @@ def _check_needed(objective, arrays, given):
             raise ValueError(f"{name} must be given, {why}.")
 
 
-def _check(objective, logprobs, rewards, same_shape, advantages):
+def _check(
+    objective: Objective,
+    logprobs: jax.Array,
+    rewards: jax.Array,
+    same_shape: dict[str, jax.Array | None],
+    advantages: jax.Array | None,
+) -> None:
+    """ValueError for shapes that do not fit together."""
     if not isinstance(objective, Objective):
         raise ValueError(
             f"objective must be an Objective, got {objective!r}; look one up in "

@@ -15,8 +15,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.objectives.ratios import Level
-
 _MAX_LOG_RATIO = 20.0  # exp overflows float32 at 88, its products long before
 Clip = tuple[float | None, float]  # (low, high): r in [1 - low, 1 + high]; None: no low
 Terms = tuple[jax.Array, jax.Array]  # (loss, clipped)
@@ -103,21 +101,30 @@ def copg(z: jax.Array, logprobs: jax.Array, advantages: jax.Array, clip: Clip) -
     return loss, above | ((z < low) & (advantages < 0))
 
 
+class Classifier(NamedTuple):
+    """A row of `HINGES`: the function of the log-ratio, and its text in a formula."""
+
+    value: Callable[[jax.Array], jax.Array]
+    text: str
+
+
+HINGES = {
+    "ratio": Classifier(lambda z: jnp.exp(z) - 1, "r - 1"),
+    "log": Classifier(lambda z: z, "log r"),
+    "sqrt": Classifier(lambda z: jnp.exp(z / 2) - 1, "sqrt r - 1"),
+}
+
+
 def hinge(
     z: jax.Array, advantages: jax.Array, clip: Clip, classifier: str = "ratio"
 ) -> Terms:
     """|A| max(0, eps - sign(A) f): HPO (arXiv:2110.13799).
 
-    f is r - 1 ("ratio"), log r ("log") or sqrt r - 1 ("sqrt"); eps is clip's high where
-    A > 0 and its low where A < 0. With "ratio" the gradient is PPO-clip's.
+    f is one of `HINGES`; eps is clip's high where A > 0 and its low where A < 0. With
+    "ratio" the gradient is PPO-clip's.
     """
     low, high = clip
-    bounded = jnp.clip(z, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    f = {
-        "ratio": lambda: jnp.exp(bounded) - 1,
-        "log": lambda: bounded,
-        "sqrt": lambda: jnp.exp(bounded / 2) - 1,
-    }[classifier]()
+    f = HINGES[classifier].value(jnp.clip(z, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
     margin = jnp.where(advantages > 0, high, math.inf if low is None else low)
     room = margin - jnp.sign(advantages) * f
     loss = jnp.abs(advantages) * jnp.where(advantages == 0, 0.0, jnp.maximum(room, 0))
@@ -169,6 +176,21 @@ def relative_pearson(
     return loss, jnp.zeros_like(loss, bool)
 
 
+def binary_tv(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """[...] |p - q| of log-probabilities [...]."""
+    return jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
+
+
+def binary_kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """[...] nats: KL(q || p) of the Bernoullis with log-probabilities [...]."""
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    rest = jnp.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    return q * (log_q - log_p) + (1 - q) * rest
+
+
+MASKS = {"tv": binary_tv, "kl": binary_kl}
+
+
 def masked_importance(
     z: jax.Array,
     logprobs: jax.Array,
@@ -180,18 +202,13 @@ def masked_importance(
 ) -> Terms:
     """-A sg(min(r, cap)) M log pi: DPPO (arXiv:2602.04879).
 
-    M drops a token that already moved in A's direction by more than `limit`: with p
-    and q the probabilities now and at sampling, |p - q| ("tv") or the KL of the two
-    Bernoullis in nats ("kl").
+    M drops a token that already moved in A's direction by more than `limit`, in the
+    distance of `MASKS` between the probabilities now and at sampling.
     """
     log_p = jax.lax.stop_gradient(jnp.minimum(logprobs, 0))
     log_q = jax.lax.stop_gradient(jnp.minimum(logprobs - z, 0))
     p, q = jnp.exp(log_p), jnp.exp(log_q)
-    if mask == "tv":
-        distance = jnp.abs(p - q)
-    else:
-        rest = jnp.log((1 - q + 1e-8) / (1 - p + 1e-8))
-        distance = q * (log_q - log_p) + (1 - q) * rest
+    distance = MASKS[mask](log_p, log_q)
     onward = jnp.where(advantages > 0, p > q, p < q)
     dropped = (distance > limit) & onward
     weight = bounded_ratio(z)
@@ -208,7 +225,7 @@ def fisher_rao_penalty(z: jax.Array, behaviour: jax.Array, tau: float) -> jax.Ar
     return probability * (bounded_ratio(z) - 1) ** 2 / (2 * tau)
 
 
-def _edges(clip):
+def _edges(clip: Clip) -> tuple[float, float]:
     """(log(1 - low), log(1 + high)); -inf without a lower edge."""
     low, high = clip
     return -math.inf if low is None else math.log1p(-low), math.log1p(high)
@@ -219,44 +236,71 @@ class Surrogate(NamedTuple):
 
     Attributes:
         terms: (objective, level, advantages [.., broadcast]) -> (loss, clipped).
-        uses: The objective's fields that it reads.
-        text: The term, as `Objective.formula` prints it.
+        uses: The objective's numbers that it reads.
+        text: objective -> the term, as `Objective.formula` writes it.
         linear: The loss is linear in A, so that a shift of A separates.
+        reads_ratio: It depends on r.
+        penalty: (objective, level) -> a term beside the loss that is not proportional
+            to A, so that prompt weights do not multiply it.
+        check: objective -> ValueError where its numbers do not go together.
     """
 
     terms: Callable[..., Terms]
     uses: tuple[str, ...]
     text: Callable[..., str]
     linear: bool = False
+    reads_ratio: bool = True
+    penalty: Callable[..., jax.Array] | None = None
+    check: Callable[..., None] | None = None
 
 
-def _edges_text(o):
+def _edges_text(o) -> str:
     low, high = o.clip
     return f"{0 if low is None else 1 - low:g}, {1 + high:g}"
 
 
-def _clip_text(o):
+def _clip_text(o) -> str:
     if o.clip[0] is None:
         return f"min(r, {1 + o.clip[1]:g})"
     return f"clip(r, {_edges_text(o)})"
 
 
-def _ppo_text(o):
+def _ppo_text(o) -> str:
     ratio = "r" if o.ratio_cap is None else f"min(r, {o.ratio_cap:g})"
     text = f"-min({ratio} A, {_clip_text(o)} A)"
     return text if o.dual_clip is None else f"{text}, at most -{o.dual_clip:g} A"
 
 
-def _hinge_text(o):
-    f = {"ratio": "r - 1", "log": "log r", "sqrt": "sqrt r - 1"}[o.hinge]
+def _hinge_text(o) -> str:
+    f = HINGES[o.hinge].text
     low, high = o.clip
     margin = f"{high:g}" if low == high else f"({high:g} if A > 0 else {low})"
     return f"|A| max(0, {margin} - sign(A) ({f}))"
 
 
+def _check_ppo(o) -> None:
+    if o.ratio_cap is not None and o.ratio_cap < 1 + o.clip[1]:
+        raise ValueError(
+            f"ratio_cap must be at least 1 + clip's high in ppo, got {o.ratio_cap} and "
+            f"{o.clip}; it is the outer bound."
+        )
+
+
+def _check_rpe(o) -> None:
+    if o.mixture * (1 + o.clip[1]) >= 1:
+        raise ValueError(
+            f"mixture (1 + clip's high) must be below 1, got {o.mixture} and {o.clip}; "
+            "the relative ratio never exceeds 1 / mixture."
+        )
+
+
 SURROGATES = {
     "logp": Surrogate(
-        lambda o, x, a: logp(x.logprobs, a), (), lambda o: "-A log pi", linear=True
+        lambda o, x, a: logp(x.logprobs, a),
+        (),
+        lambda o: "-A log pi",
+        linear=True,
+        reads_ratio=False,
     ),
     "is": Surrogate(
         lambda o, x, a: importance(x.z, a), (), lambda o: "-r A", linear=True
@@ -265,6 +309,7 @@ SURROGATES = {
         lambda o, x, a: ppo(x.z, a, o.clip, o.dual_clip, o.ratio_cap),
         ("clip", "dual_clip", "ratio_cap"),
         _ppo_text,
+        check=_check_ppo,
     ),
     "hard_clip": Surrogate(
         lambda o, x, a: hard_clip(x.z, a, o.clip),
@@ -301,6 +346,7 @@ SURROGATES = {
             f"-r A + C D, gradient 0 where r / ({o.mixture:g} r + "
             f"{1 - o.mixture:g}) leaves [{_edges_text(o)}]"
         ),
+        check=_check_rpe,
     ),
     "masked_is": Surrogate(
         lambda o, x, a: masked_importance(
@@ -317,10 +363,6 @@ SURROGATES = {
         ("tau",),
         lambda o: f"-r A + pi_old (r - 1)^2 / {2 * o.tau:g}",
         linear=True,
+        penalty=lambda o, x: fisher_rao_penalty(x.z, x.behaviour, o.tau),
     ),
 }
-
-
-def token_losses(objective, level: Level, advantages: jax.Array) -> Terms:
-    """The objective's surrogate, broadcast over the terms of its ratio level."""
-    return SURROGATES[objective.surrogate].terms(objective, level, advantages)

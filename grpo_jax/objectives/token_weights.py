@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from grpo_jax.advantages import group_statistics
 from grpo_jax.logprobs import MAX_LOGITS, soft_capped
 
+# Choices of `Objective.token_weight`, and the symbol that its formula writes.
+TOKEN_WEIGHTS = {"none": "", "conflict": "lambda", "nthr": "eta"}
+
 
 def conflict_weights(
     token_ids: jax.Array, advantages: jax.Array, completion_mask: jax.Array
