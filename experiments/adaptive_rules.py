@@ -15,7 +15,7 @@ import optax
 
 import grpo_jax as gj
 from grpo_jax.loglinear import LogLinear
-from grpo_jax.planning.resolve import Rule
+from grpo_jax.prompt_weights import Rule
 
 # ---- what is remembered, and what a rule sees
 

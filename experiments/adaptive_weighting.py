@@ -97,7 +97,7 @@ from loglinear_prompts import make_prompts, stacked
 
 from grpo_jax.intervals import t_interval
 from grpo_jax.loglinear import LogLinear
-from grpo_jax.planning.resolve import WEIGHTS
+from grpo_jax.prompt_weights import WEIGHTS
 from grpo_jax.runs.lines import read_lines
 
 BASES = ("unit", "std 1")  # the better one, on tuning seeds, is what a rule must beat

@@ -37,9 +37,9 @@ _HOMES = {
         "finite_group_weights",
         "posterior_weights",
     ),
-    "grpo_jax.objectives": (
-        "Objective",
-        "OBJECTIVES",
+    "grpo_jax.objectives.objective": ("Objective",),
+    "grpo_jax.objectives.presets": ("OBJECTIVES",),
+    "grpo_jax.objectives.loss": (
         "per_prompt_losses",
         "policy_loss",
     ),

@@ -23,8 +23,8 @@ from grpo_jax.preconditioner import (
     unit_weights,
 )
 
-# What each other library divides by: `std_weights(**PEER_STD["trl"])`, or an Objective's std_eps
-# and std_ddof.
+# What each other library divides by: `std_weights(**PEER_STD["trl"])`, or an
+# Objective's std_eps and std_ddof.
 PEER_STD: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
         "trl": {"ddof": 1, "eps": 1e-4},

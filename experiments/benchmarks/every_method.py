@@ -20,7 +20,7 @@ from pathlib import Path
 import tyro
 
 import grpo_jax as gj
-from grpo_jax.planning.resolve import WEIGHTS
+from grpo_jax.prompt_weights import WEIGHTS
 from grpo_jax.runs.config_files import from_dict
 from grpo_jax.runs.lines import read_lines
 

@@ -109,7 +109,20 @@ def parse_run(kind: type[Settings], argv: Sequence[str], doc: str | None) -> Set
 
             base = from_dict(TrainConfig, read_config_dict(Path(named.run_dir)))
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)}
-    return parse(kind, rest, f"{_first(doc)} {_MORE}", default=kind(**fields))
+    more = f"{_MORE} {_choices()}" if {"-h", "--help"} & {*rest} else _MORE
+    return parse(kind, rest, f"{_first(doc)} {more}", default=kind(**fields))
+
+
+def _choices() -> str:
+    """The names that an objective's axes and --weights may have, from their registries
+    (importing them imports jax, for which a mistyped flag should not wait)."""
+    from grpo_jax.objectives.objective import choices
+    from grpo_jax.prompt_weights import WEIGHTS
+
+    rows = {f"--objective.{name}": names for name, names in choices().items()}
+    rows["--weights"] = ("objective", *WEIGHTS)
+    texts = (f"{k.replace('_', '-')}: {', '.join(v)}" for k, v in rows.items())
+    return f"Choices of {'; '.join(texts)}."
 
 
 def _first(doc: str | None) -> str:

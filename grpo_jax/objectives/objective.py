@@ -9,7 +9,14 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from grpo_jax.errors import UP_TO_ONE, Bound, OneOf, check_fields, positive
+from grpo_jax.errors import (
+    UP_TO_ONE,
+    Bound,
+    OneOf,
+    check_fields,
+    field_rules,
+    positive,
+)
 from grpo_jax.objectives import formula
 from grpo_jax.objectives.aggregation import AGGREGATIONS
 from grpo_jax.objectives.baselines import BASELINES
@@ -144,6 +151,13 @@ class Objective:
     def mechanisms(self) -> list[str]:
         """What the loop around the loss has to do, in words; mostly nothing."""
         return formula.mechanisms(self)
+
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """Field of `Objective` -> the names that it may have, where it is a choice."""
+    rules = field_rules(Objective).items()
+    axes = {name: rule for name, row in rules for rule in row.rules}
+    return {n: tuple(x.choices) for n, x in axes.items() if isinstance(x, OneOf)}
 
 
 _FIELDS = {field.name for field in dataclasses.fields(Objective)} - {"source"}

@@ -16,7 +16,7 @@ from grpo_jax.instrument.weightings import WEIGHTINGS
 from grpo_jax.models.config import ModelConfig, num_factors, num_parameters
 from grpo_jax.models.hub import local_directory
 from grpo_jax.models.pretrained import check_weights, read_config
-from grpo_jax.objectives.presets import Objective
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.planning.devices import check_mesh, device_memory
 from grpo_jax.planning.memory import MemoryInputs, readable
 from grpo_jax.planning.resolve import (

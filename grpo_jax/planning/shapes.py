@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.objectives.presets import Objective
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.sharding import batch_shards
 from grpo_jax.rollouts.encoding import encode_prompts
 from grpo_jax.rollouts.lengths import bucket, completion_buckets, completion_tokens

@@ -5,12 +5,32 @@ No jax here: `--help` and a mistyped flag should answer at once.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from grpo_jax.errors import ConfigError, check_choice
+from grpo_jax.errors import (
+    UP_TO_ONE,
+    Bound,
+    ConfigError,
+    at_least,
+    check_fields,
+    positive,
+)
 from grpo_jax.models.config import ModelConfig
 
-SCHEDULES = ("constant", "linear", "cosine")
+# What the numbers of a field may be; `check_fields` reads it off the annotation.
+Natural = Annotated[int, at_least(0)]
+Count = Annotated[int, at_least(1)]
+NotNegative = Annotated[float, at_least(0)]
+Positive = Annotated[float, positive()]
+Decay = Annotated[float, Bound("be in [0, 1)", lambda x: 0 <= x < 1)]
+GroupSize = Annotated[int, at_least(2, "; a group of one has no baseline")]
+ProbePrompts = Annotated[int, at_least(2, "; one prompt has no angle to another")]
+PolicyTemperature = Annotated[
+    float, positive("; it is part of the policy that is trained")
+]
+Ddof = Annotated[int, Bound("be 0 or 1", lambda x: x in (0, 1))]
+Seed = Annotated[int, at_least(0), Bound("be below 2**63", lambda x: x < 2**63)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,10 +42,10 @@ class TaskConfig:
     name: str = "chains"
     path: str | None = None  # the data's file or directory, for tasks that read one
     heldout_path: str | None = None  # a file only evaluated, such as MATH-500's
-    train_prompts: int | None = None  # prompts trained on; default: the task's
+    train_prompts: Count | None = None  # prompts trained on; default: the task's
     # Prompts only evaluated; default: the task's, 512 at most; 0: all in the file
-    heldout_prompts: int | None = None
-    seed: int = 0  # of the split into trained, held-out and warm-start prompts
+    heldout_prompts: Natural | None = None
+    seed: Seed = 0  # of the split into trained, held-out and warm-start prompts
     # none | qa | r1 | qwen-math | chat; default: chat where the tokenizer has one
     template: str | None = None
     system: str | None = None  # the system prompt of template chat
@@ -38,39 +58,41 @@ class TaskConfig:
     answer_field: str | None = None  # jsonl: the field of the gold answer
     solution_field: str | None = None  # jsonl: the field of a worked text
     tag_fields: tuple[str, ...] = ()  # jsonl: fields that evaluation is split by
-    vocab_size: int | None = None  # of a tokenizer made from the task's own text
+    # Of a tokenizer made from the task's own text
+    vocab_size: Annotated[int, at_least(300)] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """A row of the objectives' table (`grpo-jax objectives` prints it), and overrides.
 
-    Every field of a row can be overridden; None takes the row's.
+    Every field of a row can be overridden; None takes the row's. `Objective` has their
+    ranges, and `grpo-jax train --help` begins with the choices of each axis.
     """
 
     name: str = "grpo"
-    baseline: str | None = None  # none | mean | leave_one_out
-    scale: str | None = None  # none | std | batch_std | group_mean | beta | ...
-    std_eps: float | None = None  # added to the std
+    baseline: str | None = None  # what is taken off a reward
+    scale: str | None = None  # the prompt weights
+    std_eps: NotNegative | None = None  # added to the std
     std_ddof: int | None = None  # 0 population std, 1 sample std
-    ratio: str | None = None  # none | token | sequence_mean | sequence_sum | ...
-    surrogate: str | None = None  # logp | is | ppo | hard_clip | cispo | ...
+    ratio: str | None = None  # policy over behaviour policy, by token or completion
+    surrogate: str | None = None  # the term of a token, with its trust region
     clip: tuple[float | None, float] | None = None  # (low, high); low None: no edge
     dual_clip: float | None = None  # loss at most -dual_clip A where A < 0
     ratio_cap: float | None = None  # the ratio itself is cut here
     mixture: float | None = None  # of the relative ratio
-    mask: str | None = None  # tv | kl
-    mask_limit: float | None = None  # distance past which a token is dropped
-    hinge: str | None = None  # ratio | log | sqrt
+    mask: str | None = None  # distance of probabilities that drops a token
+    mask_limit: float | None = None  # of that distance
+    hinge: str | None = None  # classifier of the hinge loss
     tau: float | None = None  # of the Fisher-Rao penalty
-    token_weight: str | None = None  # none | conflict | nthr
+    token_weight: str | None = None  # factors on tokens
     entropy_coef: float | None = None  # mean entropy taken off the advantage
     entropy_limit: float | None = None  # nats above which a completion has weight 0
-    aggregation: str | None = None  # sequence_mean_token_mean | constant | ...
+    aggregation: str | None = None  # how tokens become a prompt's loss
     first_token_weight: float | None = None  # of a completion's first token
-    divergence: str | None = None  # k1 | k2 | k3
+    divergence: str | None = None  # estimator of KL to the starting policy
     kl_in: str | None = None  # loss | reward
-    kl_coef: float | None = None  # weight of KL to the starting policy
+    kl_coef: NotNegative | None = None  # weight of that KL
     drafts: int | None = None  # per prompt; the best is appended to it
     refills: int | None = None  # times tied groups are sampled again on new prompts
     overlong: str | None = None  # keep | mask | punish completions cut off
@@ -85,14 +107,13 @@ class ObjectiveConfig:
 class WeightsConfig:
     """The prompt weights: the preconditioner. None: the rule's own default."""
 
-    # objective (as its row says) | unit | std | batch_std | group_mean | beta |
-    # finite_group | shrunk (posterior of one group) | posterior (over visits)
-    name: str = "objective"
+    name: str = "objective"  # a rule; objective: the scale of the objective's row
     power: float | None = None  # weight = std^-power: 0 REINFORCE, 1 GRPO, 2 log-odds
     power_end: float | None = None  # the power at the last step, linear from `power`
-    eps: float | None = None  # added to the std
-    ddof: int | None = None  # 0 population std, 1 sample std
-    group_size: int | None = None  # finite_group: whose normalisation is meant
+    eps: NotNegative | None = None  # added to the std
+    ddof: Ddof | None = None  # 0 population std, 1 sample std
+    # Finite_group: whose normalisation is meant
+    group_size: Annotated[int, at_least(2)] | None = None
     prior: float | None = None  # posterior, shrunk: pseudo-counts of either outcome
     discount: float | None = None  # posterior: what a visit leaves of older counts
 
@@ -101,11 +122,11 @@ class WeightsConfig:
 class SamplingConfig:
     """How rollouts are made; a step holds prompts x group_size completions."""
 
-    prompts: int = 16  # P, prompts per step
-    group_size: int = 16  # G, completions per prompt
-    temperature: float = 1.0  # of the policy, in sampling and in training
-    max_prompt_tokens: int | None = None  # longer prompts are left out; default: none
-    max_new_tokens: int | None = None  # T; default: the task's longest answer and EOS
+    prompts: Count = 16  # P, prompts per step
+    group_size: GroupSize = 16  # G, completions per prompt
+    temperature: PolicyTemperature = 1.0  # of the policy, sampled and trained
+    max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
+    max_new_tokens: Count | None = None  # T; default: the task's longest answer and EOS
     # With drafts: how the best one joins its prompt; default: the task's
     refine_template: str | None = None
 
@@ -114,23 +135,24 @@ class SamplingConfig:
 class ScoringConfig:
     """The worker processes that compute rewards by name."""
 
-    workers: int = 2  # processes
-    timeout_s: float = 3.0  # of one check; past it the worker is killed, the reward 0
-    memory_gib: float = 2.0  # of each worker
+    workers: Count = 2  # processes
+    # Of one check; past it the worker is killed, the reward 0
+    timeout_s: Positive = 3.0
+    memory_gib: Positive = 2.0  # of each worker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW behind a global-norm clip."""
 
-    learning_rate: float = 3e-4  # peak
+    learning_rate: Positive = 3e-4  # peak
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up
-    warmup_steps: int = 0  # optimizer updates of linear warm-up
-    weight_decay: float = 0.0  # decoupled, on matrices only
-    b1: float = 0.9  # Adam's decay of the mean
-    b2: float = 0.999  # Adam's decay of the square
-    eps: float = 1e-8  # Adam's
-    clip_norm: float = 1.0  # global gradient norm kept below this; 0: no clipping
+    warmup_steps: Natural = 0  # optimizer updates of linear warm-up
+    weight_decay: NotNegative = 0.0  # decoupled, on matrices only
+    b1: Decay = 0.9  # Adam's decay of the mean
+    b2: Decay = 0.999  # Adam's decay of the square
+    eps: NotNegative = 1e-8  # Adam's
+    clip_norm: NotNegative = 1.0  # global gradient norm kept below this; 0: no clipping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,22 +160,23 @@ class WarmStartConfig:
     """Supervised learning before step 0, stopped by a measured pass rate and cached."""
 
     enabled: bool = True  # False starts from random parameters
-    target_pass_rate: float | None = None  # clean learning stops here; default: task's
-    max_steps: int | None = None  # and here at the latest; default: the task's
-    noisy_steps: int | None = None  # steps on spoiled answers after it; default: task's
-    batch_size: int | None = None  # demonstrations a step; default: the task's
-    learning_rate: float | None = (
-        None  # peak, cosine over max_steps; default: the task's
-    )
+    # Clean learning stops here; default: task's
+    target_pass_rate: Annotated[float, UP_TO_ONE] | None = None
+    max_steps: Count | None = None  # and here at the latest; default: the task's
+    # Steps on spoiled answers after it; default: task's
+    noisy_steps: Natural | None = None
+    batch_size: Count | None = None  # demonstrations a step; default: the task's
+    # Peak, cosine over max_steps; default: the task's
+    learning_rate: Positive | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each axis of the mesh; a run may be continued on another mesh."""
 
-    data: int = 1  # prompts are split, parameters copied
-    fsdp: int = 1  # prompts are split, and parameters with Adam's moments
-    tensor: int = 1  # heads, MLP and vocabulary are split; prompts copied
+    data: Count = 1  # prompts are split, parameters copied
+    fsdp: Count = 1  # prompts are split, and parameters with Adam's moments
+    tensor: Count = 1  # heads, MLP and vocabulary are split; prompts copied
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,51 +185,52 @@ class DistributedConfig:
     pod they find each other, else every one is told. They share the run's directory."""
 
     coordinator: str | None = None  # HOST:PORT of process 0; default: found, or alone
-    processes: int | None = None  # how many there are, beside coordinator
-    process: int | None = None  # which one this is, from 0, beside coordinator
-    join_timeout_s: int = 300  # for all of them to come
-    heartbeat_s: int = 100  # a process that died is noticed within it
-    timeout_s: int = 1800  # longer in one phase or for the others, and it ends
+    processes: Count | None = None  # how many there are, beside coordinator
+    process: Natural | None = None  # which one this is, from 0, beside coordinator
+    join_timeout_s: Count = 300  # for all of them to come
+    # A process that died is noticed within it
+    heartbeat_s: Annotated[int, at_least(10)] = 100
+    timeout_s: Count = 1800  # longer in one phase or for the others, and it ends
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Pass rates on trained and held-out prompts, exact where one answer is right."""
 
-    every: int = 10  # steps; also at the start and at the end; 0: only those two
-    prompts: int = 256  # trained prompts looked at (held-out ones: all)
-    samples: int = 1  # of each prompt, at the policy's temperature
+    every: Natural = 10  # steps; also at the start and at the end; 0: only those two
+    prompts: Count = 256  # trained prompts looked at (held-out ones: all)
+    samples: Count = 1  # of each prompt, at the policy's temperature
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstrumentConfig:
     """Curvature and geometry of prompts' gradients, on a fixed set of probe prompts."""
 
-    every: int = 40  # steps; also at the start and at the end; 0: never
+    every: Natural = 40  # steps; also at the start and at the end; 0: never
     # Of step time, on average; chooses how many probe prompts there are
-    max_overhead: float = 0.1
-    prompts: int | None = None  # probe prompts; default: what max_overhead allows
+    max_overhead: Positive = 0.1
+    prompts: ProbePrompts | None = None  # default: what max_overhead allows
     # Samples of each, a multiple of 4; default: sampling's, at least 8
-    group_size: int | None = None
+    group_size: Annotated[int, at_least(4)] | None = None
     # Steps between looks at what other weightings would have done; 0: never
-    counterfactual_every: int = 0
+    counterfactual_every: Natural = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What can be resumed: the latest `keep` and the best on held-out prompts."""
 
-    every: int = 20  # steps; also at the end and on SIGTERM
-    keep: int = 2  # latest ones kept, besides the best
+    every: Count = 20  # steps; also at the end and on SIGTERM
+    keep: Count = 2  # latest ones kept, besides the best
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What is written beside metrics.jsonl."""
 
-    samples_every: int = 10  # steps between entries of samples.jsonl; 0: never
-    samples_prompts: int = 3  # prompts per entry
-    lines_every: int = 10  # steps between printed lines where there is no terminal
+    samples_every: Natural = 10  # steps between entries of samples.jsonl; 0: never
+    samples_prompts: Count = 3  # prompts per entry
+    lines_every: Count = 10  # steps between printed lines where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,6 +241,7 @@ class TrainConfig:
     # A directory of config.json, safetensors and tokenizer, or a Hub name; of `model`
     # only compute_dtype, remat and lora_* may then be given
     pretrained: str | None = None
+
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     weights: WeightsConfig = WeightsConfig()
@@ -231,38 +256,23 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     run_dir: str | None = None  # default: runs/TASK-OBJECTIVE-seedN, numbered if taken
-    steps: int = 120  # rollouts; each is updates_per_rollout optimizer updates
-    updates_per_rollout: int = 1  # more than 1: behaviour log-probs recomputed once
+    steps: Count = 120  # rollouts; each is updates_per_rollout optimizer updates
+    updates_per_rollout: Count = 1  # more than 1: behaviour log-probs recomputed once
     # Tokens of one backward pass on one device; the split is derived
-    micro_batch_tokens: int = 16384
-    seed: int = 0  # of parameters, order of prompts and sampling
+    micro_batch_tokens: Count = 16384
+    seed: Seed = 0  # of parameters, order of prompts and sampling
     resume: bool = False  # continue the run in run_dir
 
     def __post_init__(self):
-        leaves = _check_ranges(self)
-        for name in ("optimizer.b1", "optimizer.b2"):
-            if not 0 <= leaves[name] < 1:
-                raise ConfigError(f"{name} must be in [0, 1), got {leaves[name]}.")
-        check_choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
+        _check(self)
+        _check_vocabulary(self.model)
+        _check_lora(self.model)
         _check_distributed(self.distributed)
-        plain = ModelConfig()
-        for name in ("lora_alpha", "lora_targets"):
-            value = getattr(self.model, name)
-            if not self.model.lora_rank and value != getattr(plain, name):
-                raise ConfigError(
-                    f"model.{name} changes nothing without LoRA; set model.lora_rank "
-                    "or leave it out."
-                )
         group = self.instrument.group_size
         if group is not None and group % 4:
             raise ConfigError(
                 f"instrument.group_size must be a multiple of 4, got {group}; groups "
                 "are cut into equal parts."
-            )
-        target = self.warm_start.target_pass_rate
-        if target is not None and not 0 < target <= 1:
-            raise ConfigError(
-                f"warm_start.target_pass_rate must be in (0, 1], got {target}."
             )
         if self.resume and not self.run_dir:
             raise ConfigError("resume needs the run to continue: give --run-dir DIR.")
@@ -274,22 +284,25 @@ class EvalConfig:
 
     pretrained: str | None = None  # the policy: a directory or a Hub name; or
     run_dir: str | None = None  # a run's, whose task is then the default
-    step: int | None = None  # of the run; default: its newest checkpoint
+    step: Natural | None = None  # of the run; default: its newest checkpoint
     task: TaskConfig = TaskConfig(heldout_prompts=0)
     part: Literal["heldout", "train"] = "heldout"  # of the task's prompts
-    prompts: int | None = None  # only so many of them, drawn by seed; default: all
+    prompts: Count | None = None  # only so many of them, drawn by seed; default: all
     greedy: bool = True  # one answer of each prompt by greedy decoding
-    samples: int = 0  # k sampled answers of each prompt, for avg@k and pass@k; 0: none
+    # K sampled answers of each prompt, for avg@k and pass@k; 0: none
+    samples: Natural = 0
     pass_at: tuple[int, ...] = ()  # the k's of pass@k; default: 1, 2, 4, ... samples
-    temperature: float = 1.0  # of the samples
-    top_k: int | None = None  # samples are drawn from the k most likely tokens
-    top_p: float | None = None  # or from the fewest that have this much probability
-    max_new_tokens: int | None = None  # default: the run's, or the task's longest
-    max_prompt_tokens: int | None = None  # longer prompts are left out; default: none
-    rows: int = 64  # completions sampled at a time
+    # Of the samples
+    temperature: Annotated[float, positive("; greedy decoding is --greedy")] = 1.0
+    top_k: Count | None = None  # samples are drawn from the k most likely tokens
+    # Or from the fewest that have this much probability
+    top_p: Annotated[float, UP_TO_ONE] | None = None
+    max_new_tokens: Count | None = None  # default: the run's, or the task's longest
+    max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
+    rows: Count = 64  # completions sampled at a time
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     scoring: ScoringConfig = ScoringConfig()
-    seed: int = 0  # of the samples
+    seed: Seed = 0  # of the samples
     output: str | None = None  # a directory; an interrupted evaluation goes on there
 
     def __post_init__(self):
@@ -299,9 +312,7 @@ class EvalConfig:
             )
         if self.step is not None and not self.run_dir:
             raise ConfigError("step is a run's: give it with --run-dir.")
-        _check_ranges(self)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}.")
+        _check(self)
         if not self.greedy and not self.samples:
             raise ConfigError("nothing to evaluate: give --samples K or --greedy.")
         for k in self.pass_at:
@@ -320,67 +331,26 @@ class WarmupConfig:
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
-    max_prompt_tokens: int | None = None  # longer prompts are left out; default: none
-    max_new_tokens: int | None = None  # longer solutions are left out; default: 99 %
-    seed: int = 0  # of parameters and of the order of demonstrations
+    max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
+    max_new_tokens: Count | None = None  # longer solutions are left out; default: 99 %
+    seed: Seed = 0  # of parameters and of the order of demonstrations
 
     def __post_init__(self):
-        _check_ranges(self)
+        _check(self)
+        _check_vocabulary(self.model)
         if not self.warm_start.enabled:
             raise ConfigError("warm_start.enabled is what warmup is for; leave it out.")
 
 
-_AT_LEAST = {
-    "steps": 1, "updates_per_rollout": 1, "micro_batch_tokens": 1, "seed": 0,
-    "task.seed": 0, "task.train_prompts": 1, "task.heldout_prompts": 0,
-    "objective.kl_coef": 0, "objective.std_eps": 0, "model.vocab_size": 0,
-    "sampling.prompts": 1, "sampling.group_size": 2, "sampling.max_prompt_tokens": 1,
-    "sampling.max_new_tokens": 1, "optimizer.warmup_steps": 0, "optimizer.eps": 0,
-    "optimizer.clip_norm": 0, "optimizer.weight_decay": 0, "warm_start.max_steps": 1,
-    "warm_start.noisy_steps": 0, "warm_start.batch_size": 1, "evaluation.every": 0,
-    "evaluation.prompts": 1, "evaluation.samples": 1, "task.vocab_size": 300,
-    "scoring.workers": 1, "instrument.every": 0, "instrument.prompts": 2,
-    "instrument.group_size": 4,
-    "instrument.counterfactual_every": 0, "weights.eps": 0,
-    "weights.group_size": 2,
-    "checkpoint.every": 1, "checkpoint.keep": 1, "log.samples_every": 0,
-    "log.samples_prompts": 1, "log.lines_every": 1,
-    "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1,
-    "distributed.processes": 1, "distributed.process": 0,
-    "distributed.join_timeout_s": 1, "distributed.heartbeat_s": 10,
-    "distributed.timeout_s": 1,
-    # of eval and warmup
-    "samples": 0, "rows": 1, "prompts": 1, "max_new_tokens": 1, "max_prompt_tokens": 1,
-    "top_k": 1, "step": 0,
-}  # fmt: skip
-_POSITIVE = (
-    "instrument.max_overhead", "sampling.temperature", "optimizer.learning_rate",
-    "warm_start.learning_rate", "scoring.timeout_s", "scoring.memory_gib",
-    "temperature",
-)  # fmt: skip
-_WHY = {
-    "sampling.group_size": "; a group of one has no baseline",
-    "sampling.temperature": "; it is part of the policy that is trained",
-    "temperature": "; greedy decoding is --greedy",
-    "instrument.prompts": "; one prompt has no angle to another",
-}
+def _check(config: "TrainConfig | EvalConfig | WarmupConfig") -> None:
+    """ConfigError for a number that is not finite or a field that breaks its rule."""
+    for name, value in _leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} must be a finite number, got {value}.")
+    check_fields(config, error=ConfigError)
 
 
-def _check_distributed(config):
-    given = config.coordinator, config.processes, config.process
-    if given != (None,) * 3 and None in given:
-        raise ConfigError(
-            "distributed.coordinator, .processes and .process belong together, got "
-            f"{', '.join(map(str, given))}; give all three, or none."
-        )
-    if config.processes is not None and config.process >= config.processes:
-        raise ConfigError(
-            f"distributed.process must be below distributed.processes="
-            f"{config.processes}, got {config.process}."
-        )
-
-
-def _leaves(record, where=""):
+def _leaves(record: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """('sampling.prompts', 16), ... of a nested config."""
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
@@ -392,17 +362,36 @@ def _leaves(record, where=""):
             yield f"{where}{field.name}", value
 
 
-def _check_ranges(record) -> dict[str, Any]:
-    """The leaves of a config, every number of which is in its range."""
-    leaves = dict(_leaves(record))
-    for name, value in leaves.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name} must be a finite number, got {value}.")
-        least, why = _AT_LEAST.get(name), _WHY.get(name, "")
-        if least is not None and value is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}{why}.")
-        if name in _POSITIVE and value is not None and not value > 0:
-            raise ConfigError(f"{name} must be positive, got {value}{why}.")
-        if name in ("seed", "task.seed") and value >= 2**63:
-            raise ConfigError(f"{name} must be below 2**63, got {value}.")
-    return leaves
+def _check_vocabulary(model: ModelConfig) -> None:
+    if model.vocab_size < 0:
+        got = model.vocab_size
+        raise ConfigError(f"model.vocab_size must be at least 0, got {got}.")
+
+
+def _check_lora(model: ModelConfig) -> None:
+    plain = ModelConfig()
+    for name in ("lora_alpha", "lora_targets"):
+        value = getattr(model, name)
+        if not model.lora_rank and value != getattr(plain, name):
+            raise ConfigError(
+                f"model.{name} changes nothing without LoRA; set model.lora_rank "
+                "or leave it out."
+            )
+
+
+def _check_distributed(config: DistributedConfig) -> None:
+    coordinator, processes, process = (
+        config.coordinator, config.processes, config.process,
+    )  # fmt: skip
+    if coordinator is None and processes is None and process is None:
+        return
+    if coordinator is None or processes is None or process is None:
+        raise ConfigError(
+            "distributed.coordinator, .processes and .process belong together, got "
+            f"{coordinator}, {processes}, {process}; give all three, or none."
+        )
+    if process >= processes:
+        raise ConfigError(
+            f"distributed.process must be below distributed.processes={processes}, "
+            f"got {process}."
+        )

@@ -9,7 +9,7 @@ import optax
 from grpo_jax.diagnostics.counterfactual import Counterfactual, counterfactual_updates
 from grpo_jax.instrument.weightings import RULES
 from grpo_jax.models.policy import Policy
-from grpo_jax.objectives.presets import Objective
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.rollouts.judging import group_means
 from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch

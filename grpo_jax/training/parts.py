@@ -14,7 +14,7 @@ from grpo_jax.instrument.live import Instrument
 from grpo_jax.instrument.prompts import ProbePrompts
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.loss import needs_entropy
-from grpo_jax.objectives.presets import Objective
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import gather_to_host
 from grpo_jax.rollouts.encoding import answer_rollouts
 from grpo_jax.rollouts.logprobs import batch_logprobs

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax.models.policy import Policy
-from grpo_jax.objectives.presets import Objective
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.sharding import group_sharding, tree_shardings, with_shardings
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.logprobs import batch_logprobs

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.objectives.loss import present_mask, shaped_rewards
-from grpo_jax.objectives.presets import Objective
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.types import Rollouts
 

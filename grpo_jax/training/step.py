@@ -22,7 +22,7 @@ from grpo_jax.objectives.loss import (
     present_mask,
     prompt_terms,
 )
-from grpo_jax.objectives.presets import Objective
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.token_weights import truncated_importance_weights
 from grpo_jax.parallel.sharding import constrain_params
 from grpo_jax.rollouts.micro_batches import MicroBatch, repeat_parts, split_batch

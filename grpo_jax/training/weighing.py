@@ -10,7 +10,7 @@ from grpo_jax.advantages import group_statistics, group_std, overlong_punishment
 from grpo_jax.models.forward import completion_hidden
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.loss import baselined, present_mask
-from grpo_jax.objectives.presets import Objective
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.token_weights import (
     conflict_weights,
     nthr_weights,

@@ -14,7 +14,7 @@ import grpo_jax as gj
 from grpo_jax.cli import main
 from grpo_jax.errors import ConfigError
 from grpo_jax.planning import plan
-from grpo_jax.planning.resolve import WEIGHTS
+from grpo_jax.prompt_weights import WEIGHTS
 from grpo_jax.rollouts.encoding import decode_groups
 from grpo_jax.runs.config import (
     CheckpointConfig,

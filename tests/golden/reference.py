@@ -387,6 +387,7 @@ class Row:
     total: object
     kl: float = 0.0  # k3, in the loss
     reward_kl: float = 0.0  # k1 of the behaviour policy, in the reward
+    by_length: bool = False  # rewards are divided by their completion's length
 
 
 ROWS = {
@@ -444,6 +445,8 @@ def set_advantages(row, batch):
         if row.reward_kl:
             kl = sum(old - ref for old, ref in zip(c.old, c.ref, strict=True))
             c.reward -= row.reward_kl * kl
+        if row.by_length:
+            c.reward /= max(len(c.lp), 1)
     advantages = row.advantages([[c.reward for c in group] for group in batch])
     for group, values in zip(batch, advantages, strict=True):
         for c, value in zip(group, values, strict=True):
@@ -459,7 +462,7 @@ def terms_of(row, c, group):
 
 
 def reference(
-    name,
+    row,
     logprobs,
     behaviour,
     rewards,
@@ -475,7 +478,6 @@ def reference(
     optional |= dict(ids=token_ids, weights=token_weights)
     per_token = {k: x for k, x in optional.items() if x is not None}
     batch = completions(logprobs, behaviour, rewards, mask, **per_token)
-    row = ROWS[name]
     set_advantages(row, batch)
     terms = [[terms_of(row, c, group) for c in group if c.lp] for group in batch]
     losses = row.total(terms, max_length or logprobs.shape[-1])

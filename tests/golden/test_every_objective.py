@@ -13,6 +13,7 @@ import grpo_jax as gj
 from tests.golden import reference as plain
 
 NAMES = tuple(gj.OBJECTIVES)
+WITH_REFERENCE = [name for name in NAMES if name in plain.ROWS]
 SEEDS = range(12)
 # Their gradient is not that of their value: something in it is held constant.
 WITH_CONSTANTS = {"cispo", "gspo_token", "grpo_no_is", "gtpo"}
@@ -78,10 +79,12 @@ def library(name, batch, max_length=None):
     return np.asarray(losses), np.asarray(gradient)
 
 
-def looped(name, batch, max_length=None):
+def looped(row, batch, max_length=None):
+    """The same in loops; `row`: a preset's name, or a `Row`."""
     new_names = dict(behaviour_logprobs="behaviour", completion_mask="mask")
     arrays = {new_names.get(k, k): x for k, x in batch.items()}
-    return plain.reference(name, max_length=max_length, **arrays)
+    row = plain.ROWS[row] if isinstance(row, str) else row
+    return plain.reference(row, max_length=max_length, **arrays)
 
 
 def assert_close(actual, expected):
@@ -115,7 +118,9 @@ def frozen_loss(monkeypatch, name, batch):
 
 
 def test_there_is_a_reference_for_every_objective():
-    assert set(plain.ROWS) == set(NAMES)
+    missing = ", ".join(sorted(set(NAMES) - set(plain.ROWS)))
+    assert not missing, f"add to ROWS in tests/golden/reference.py: {missing}"
+    assert set(plain.ROWS) <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", sorted(plain.ROWS))
@@ -130,7 +135,7 @@ def test_the_references_gradient_is_that_of_its_value(name, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_REFERENCE)
 def test_losses_and_gradients(name):
     for seed in SEEDS:
         batch = random_batch(seed)
@@ -139,13 +144,13 @@ def test_losses_and_gradients(name):
         assert np.abs(gradient).max() > 1e-6
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_REFERENCE)
 def test_another_shape(name):
     batch = random_batch(20, shape=(4, 4, 6))
     assert_close(library(name, batch), looped(name, batch))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_REFERENCE)
 def test_on_policy(name):
     batch = random_batch(8)
     batch["logprobs"] = batch["behaviour_logprobs"]
@@ -321,7 +326,7 @@ def test_padding_and_completions_without_reward_are_never_read(name):
     np.testing.assert_array_equal(clean[1][~read], 0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_REFERENCE)
 def test_groups_without_tokens_or_without_rewards(name):
     batch = random_batch(6)
     batch["completion_mask"][0] = 0
@@ -341,7 +346,7 @@ def test_a_batch_of_nothing_is_zero(name, empty):
         np.testing.assert_array_equal(x, 0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_REFERENCE)
 def test_tied_rewards_everywhere(name):
     batch = random_batch(7)
     batch["rewards"] = np.where(np.isfinite(batch["rewards"]), 1.0, math.nan)
