@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 
 class GroupStatistics(NamedTuple):
-    """What the functions below are made of, per prompt."""
+    """Statistics of each prompt's rewards."""
 
-    present: jax.Array  # [P, G] bool, the reward is there
+    present: jax.Array  # [P, G] bool, the reward is finite
     count: jax.Array  # [P], rewards present, in the rewards' dtype
     mean: jax.Array  # [P], 0 for an empty group
     centred: jax.Array  # [P, G], reward - mean; exactly 0 if missing or tied
@@ -23,7 +23,7 @@ class GroupStatistics(NamedTuple):
 
 
 def group_statistics(rewards: jax.Array) -> GroupStatistics:
-    """Mean, deviations and ties of each prompt's rewards [P, G], missing ones out."""
+    """Mean, deviations and ties of each prompt's rewards [P, G] that are present."""
     if rewards.ndim != 2:
         raise ValueError(
             f"rewards must be [num_prompts, group_size], got {rewards.shape}; "
@@ -79,12 +79,12 @@ def group_std(rewards: jax.Array, *, ddof: int = 0) -> tuple[jax.Array, jax.Arra
 
 
 def centred_advantages(rewards: jax.Array) -> jax.Array:
-    """[P, G] reward minus its group's mean, in reward units."""
+    """[P, G] rewards minus their group's mean, in reward units."""
     return group_statistics(rewards).centred
 
 
 def leave_one_out_advantages(rewards: jax.Array) -> jax.Array:
-    """[P, G] reward minus the mean of the others: `centred_advantages` * G / (G - 1).
+    """[P, G] rewards minus the mean of the others: `centred_advantages` * G / (G - 1).
 
     The baseline is independent of the sample, so the gradient is unbiased
     (Ahmadian et al. 2024, arXiv:2402.14740; as a U-statistic, arXiv:2603.01162).
@@ -105,13 +105,13 @@ def whitened_advantages(
 def inverse_batch_std(
     rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 0
 ) -> jax.Array:
-    """[P], all 1 / (std of every reward of the batch + eps); 0 if they all tie."""
+    """[P] 1 / (std of all rewards [P, G] + eps), repeated; 0 if they all tie."""
     count = len(group_statistics(rewards).count)  # also checks the shape
     return inverse_std(rewards.reshape(1, -1), eps=eps, ddof=ddof).repeat(count)
 
 
 def inverse_group_mean(rewards: jax.Array, *, eps: float = 1e-6) -> jax.Array:
-    """[P] 1 / (mean + eps) of rewards that are not negative; 0 for a tied group.
+    """[P] 1 / (mean + eps) of rewards [P, G], none negative; 0 for a tied group.
 
     With binary rewards the centred gradient times this estimates grad log p_x
     (Tajwar et al. 2026, arXiv:2602.02710). A group whose mean is not positive gets 0.
@@ -154,7 +154,7 @@ def inverse_beta_density(rewards: jax.Array) -> jax.Array:
     return jnp.where(inside, scale, 0.0)
 
 
-def _log_beta_density(p, a, b):
+def _log_beta_density(p: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """log Beta(a, b) density at p in (0, 1), a and b at least 1.
 
     In Stirling's form, where the large terms are cancelled by hand: as the difference
@@ -168,7 +168,7 @@ def _log_beta_density(p, a, b):
     return distance + spread / 2 - rest - jnp.log(p) - jnp.log1p(-p)
 
 
-def _stirling_error(x):
+def _stirling_error(x: jax.Array) -> jax.Array:
     """log Gamma(x) less (x - 1/2) log x - x + log(2 pi) / 2, for x at least 1."""
     small, large = jnp.minimum(x, 16), 1 / jnp.maximum(x, 16)
     direct = jax.scipy.special.gammaln(small) - (small - 0.5) * jnp.log(small) + small
@@ -181,9 +181,9 @@ def _stirling_error(x):
 def leave_one_out_inverse_std(
     rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 1
 ) -> jax.Array:
-    """[P, G] 1 / (std of the others + eps), and 1 where the others tie (NeMo-RL).
+    """[P, G] 1 / (std of the group's other rewards + eps); 1 if they tie (NeMo-RL).
 
-    One factor per sample, not per prompt: no prompt weight stands for it.
+    One factor per sample, so no prompt weight can express it.
     """
     present = group_statistics(rewards).present
     g = rewards.shape[1]
@@ -196,9 +196,9 @@ def leave_one_out_inverse_std(
 
 
 def overlong_punishment(lengths: jax.Array, max_length: int, cache: int) -> jax.Array:
-    """[..] to add to rewards: 0 up to max_length - cache tokens, then down to -1.
+    """[...] to add to rewards: 0 up to max_length - cache tokens, then down to -1.
 
-    DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), linear in the length.
+    DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), linear in lengths [...].
     """
     if not 1 <= cache <= max_length:
         raise ValueError(f"cache must be in [1, {max_length}], got {cache}.")

@@ -9,39 +9,37 @@ _RESAMPLES = 2000  # of the prompts, for a bootstrap interval
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, 2.5 % and 97.5 % points of the means of resampled prompts)."""
-    values = np.asarray(values, float)
-    if not len(values):
-        return (float("nan"),) * 3
+    """(mean, low, high): a 95 % bootstrap interval over prompts, NaN without any."""
+    array = np.asarray(values, float)
+    count = len(array)
+    if not count:
+        return math.nan, math.nan, math.nan
     rng = np.random.default_rng(0)
-    means = [
-        values[rng.integers(len(values), size=len(values))].mean()
-        for _ in range(_RESAMPLES)
-    ]
+    means = [array[rng.integers(count, size=count)].mean() for _ in range(_RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
+    return float(array.mean()), float(low), float(high)
 
 
 def rate_interval(rates: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, and its 95 % interval over prompts) of the prompts' pass rates: by
-    bootstrap; where all are 0 or all are 1, which shows no spread, Wilson's."""
+    """(mean, low, high): a 95 % interval over prompts of their pass rates.
+
+    By bootstrap; Wilson's where all are 0 or all are 1, which shows no spread.
+    """
     if len(rates) and set(rates) in ({0.0}, {1.0}):
         return wilson_interval(round(sum(rates)), len(rates))
     return bootstrap_interval(rates)
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """(mean, low, high): a 95 % normal interval over independent values in [0, 1]."""
-    values = np.asarray(values, float)
-    mean = float(values.mean())
-    half = (
-        1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 1
-    )
+    array = np.asarray(values, float)
+    mean, count = float(array.mean()), len(array)
+    half = 1.96 * float(array.std(ddof=1)) / count**0.5 if count > 1 else 1.0
     return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
-def t_interval(values: np.ndarray) -> tuple[float, float]:
-    """(mean, half width) of 95 % over a few seeds, Student's t; infinite for one."""
+def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """(mean, half width) of a 95 % Student interval over seeds; infinite for one."""
     from scipy import stats
 
     n, mean = len(values), float(np.mean(values))
@@ -54,7 +52,7 @@ def t_interval(values: np.ndarray) -> tuple[float, float]:
 def wilson_interval(successes: int, total: int) -> tuple[float, float, float]:
     """(share, low, high): the 95 % Wilson score interval of a binomial share."""
     if total == 0:
-        return 0.0, 0.0, 1.0  # nothing is known
+        return 0.0, 0.0, 1.0
     z, share = 1.96, successes / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total)

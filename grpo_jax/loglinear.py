@@ -11,7 +11,7 @@ so the family's members turn no prompt's gradient; they only scale it.
 
 References:
     Ge et al. 2026, arXiv:2601.23135 (the setting, theorems 3.1 and 3.2). The sharp
-    constants, the log-odds member and chi are derived here and held by tests.
+    constants, the log-odds member and chi are derived here and tested.
 """
 
 import math
@@ -30,7 +30,7 @@ class LogLinear(NamedTuple):
 
 
 class Exact(NamedTuple):
-    """What the policy is at one theta."""
+    """The policy's expectations at one theta."""
 
     probabilities: jax.Array  # [P, K]
     pass_rates: jax.Array  # [P], expected rewards
@@ -39,7 +39,7 @@ class Exact(NamedTuple):
 
 
 def exact(policy: LogLinear, theta: jax.Array) -> Exact:
-    """Pass rates and gradients at theta [D], exactly."""
+    """Exact pass rates and gradients at theta [D]."""
     logits = policy.features @ theta + policy.offsets
     probabilities = jax.nn.softmax(logits, axis=-1)
     mean = (probabilities * policy.rewards).sum(-1)
@@ -50,19 +50,22 @@ def exact(policy: LogLinear, theta: jax.Array) -> Exact:
 
 
 def hessians(policy: LogLinear, theta: jax.Array) -> jax.Array:
-    """[P, D, D] E[(r - p) s s^T], s the centred features: the Hessian of each J_x."""
-    found = exact(policy, theta)
-    mean = jnp.einsum("pk,pkd->pd", found.probabilities, policy.features)
+    """[P, D, D] the Hessian of each J_x at theta [D]: E[(r - p) s s^T].
+
+    s are the features less their mean.
+    """
+    now = exact(policy, theta)
+    mean = jnp.einsum("pk,pkd->pd", now.probabilities, policy.features)
     scores = policy.features - mean[:, None]
-    centred = policy.rewards - found.pass_rates[:, None]
-    return jnp.einsum("pk,pkd,pke->pde", found.probabilities * centred, scores, scores)
+    centred = policy.rewards - now.pass_rates[:, None]
+    return jnp.einsum("pk,pkd,pke->pde", now.probabilities * centred, scores, scores)
 
 
 def deltas(policy: LogLinear, theta: jax.Array) -> jax.Array:
-    """[P, D] E[x | right] - E[x | wrong], for binary rewards."""
+    """[P, D] E[x | right] - E[x | wrong] at theta [D], for binary rewards."""
     p = exact(policy, theta).probabilities
 
-    def conditional(weights):
+    def conditional(weights: jax.Array) -> jax.Array:
         weights = p * weights
         total = weights.sum(-1, keepdims=True)
         return jnp.einsum("pk,pkd->pd", weights / total, policy.features)
@@ -71,16 +74,19 @@ def deltas(policy: LogLinear, theta: jax.Array) -> jax.Array:
 
 
 def diameters(policy: LogLinear) -> jax.Array:
-    """[P] the largest distance between two responses' features."""
+    """[P] largest distance between the features of two responses."""
     gaps = policy.features[:, :, None] - policy.features[:, None]
     return jnp.sqrt((gaps**2).sum(-1)).max((1, 2))
 
 
-# ---- bounds; every constant is the sharp one
+# ---- bounds, with sharp constants
 
 
 def hessian_bound(p: jax.Array, diameter: jax.Array) -> jax.Array:
-    """The largest ||H_x||_2 at pass rate p, binary rewards: kappa sigma^2 D^2 / 4."""
+    """[P] largest ||H_x||_2 at pass rate p [P], binary rewards: kappa sigma^2 D^2 / 4.
+
+    D is the diameter [P] of the features.
+    """
     q = jnp.minimum(p, 1 - p)
     near_half = 1 / (2 * jnp.maximum(q, 0.25))
     kappa = jnp.where(q <= 0.25, 4 * (1 - 2 * q), near_half)
@@ -88,29 +94,36 @@ def hessian_bound(p: jax.Array, diameter: jax.Array) -> jax.Array:
 
 
 def smoothness(power: int, diameter: jax.Array) -> jax.Array:
-    """Smoothness constant of what power 0, 1 or 2 ascends: `ascended`."""
+    """[P] smoothness constant of what power 0, 1 or 2 ascends (`ascended`).
+
+    diameter: [P], of the features.
+    """
     constant = {0: 1 / (6 * math.sqrt(3)), 1: math.sqrt(3) / 12, 2: 1 / 4}[power]
     return constant * diameter**2
 
 
 def safe_step(power: int, diameter: jax.Array) -> jax.Array:
-    """4 * 2^(2 - power) / D^2: the step of theta += step * sigma^(2 - power) * Delta
-    at which each step's gain in log-odds is bounded below (`log_odds_gain`). The three
-    coincide at p = 1/2."""
+    """[P] 4 * 2^(2 - power) / D^2, D the diameter [P] of the features.
+
+    With this step theta += step * sigma^(2 - power) * Delta gains at least
+    `log_odds_gain`. The three powers coincide at p = 1/2.
+    """
     return 4 * 2 ** (2 - power) / diameter**2
 
 
 def log_odds_gain(
     p: jax.Array, power: int, delta_norm: jax.Array, diameter: jax.Array
 ) -> jax.Array:
-    """What a `safe_step` adds to logit p at least: (2 |Delta|^2 / D^2) s (2 - s), with
-    s = (2 sigma)^(2 - power)."""
+    """[P] least gain of logit p by a `safe_step`: (2 |Delta|^2 / D^2) s (2 - s).
+
+    s = (2 sigma)^(2 - power); p, delta_norm and diameter are [P].
+    """
     s = (2 * jnp.sqrt(p * (1 - p))) ** (2 - power)
     return 2 * delta_norm**2 / diameter**2 * s * (2 - s)
 
 
 def ascended(power: int, p: jax.Array) -> jax.Array:
-    """The function of the pass rate whose gradient the weights sigma^-power follow."""
+    """[...] the function of pass rates p [...] that weights sigma^-power ascend."""
     return {
         0: lambda: p,
         1: lambda: 2 * jnp.arcsin(jnp.sqrt(p)),
@@ -121,7 +134,7 @@ def ascended(power: int, p: jax.Array) -> jax.Array:
 def flow_time(power: int, start: float, end: float) -> float:
     """Time of the gradient flow from pass rate `start` to `end`, at |Delta| = 1."""
 
-    def antiderivative(p):
+    def antiderivative(p: float) -> float:
         odds = math.log(p / (1 - p))
         if power == 2:
             return odds
@@ -133,8 +146,11 @@ def flow_time(power: int, start: float, end: float) -> float:
 
 
 def interference(policy: LogLinear) -> jax.Array:
-    """chi = largest eigenvalue of sum_x P_x in [1, P], P_x the projector onto the span
-    of prompt x's centred features: by how much prompts' curvatures can add up."""
+    """chi in [1, P], a scalar: by how much prompts' curvatures can add up.
+
+    It is the largest eigenvalue of sum_x P_x, P_x the projector onto the span of prompt
+    x's centred features.
+    """
     centred = policy.features - policy.features.mean(1, keepdims=True)
     _, values, rows = jnp.linalg.svd(centred, full_matrices=False)
     kept = values > 1e-9 * values.max(1, keepdims=True)
@@ -145,14 +161,16 @@ def interference(policy: LogLinear) -> jax.Array:
 def ascend(
     policy: LogLinear, theta: jax.Array, power: float, step: jax.Array, steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(theta after, pass rates [steps + 1, P]) of full-batch exact-gradient ascent:
-    theta += step * sum_x sigma_x^-power grad J_x."""
+    """(theta [D] after, pass rates [steps + 1, P]) of ascent by exact gradients.
+
+    theta += step * sum_x sigma_x^-power grad J_x.
+    """
 
     def one(theta, _):
-        found = exact(policy, theta)
-        sigma = jnp.maximum(found.sigma, 1e-30)
-        update = (sigma**-power) @ found.gradients
-        return theta + step * update, found.pass_rates
+        now = exact(policy, theta)
+        sigma = jnp.maximum(now.sigma, 1e-30)
+        update = (sigma**-power) @ now.gradients
+        return theta + step * update, now.pass_rates
 
     theta, rates = jax.lax.scan(one, theta, length=steps)
     return theta, jnp.concatenate([rates, exact(policy, theta).pass_rates[None]])

@@ -1,20 +1,22 @@
 """Log-probabilities and entropy of tokens from hidden states, chunk by chunk.
 
-Logits of shape [..., T, V] never exist: each chunk's are made, reduced and forgotten,
+Logits of shape [..., T, V] never exist: each chunk's are made, reduced and dropped,
 and made again in the backward pass. No custom derivative rules, so reverse mode,
 forward mode and forward-over-forward all work.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-# float32 logits alive at once, at most: a larger vocabulary means shorter chunks,
-# so that peak memory does not grow with V beyond the weights' own share.
+# At most so many float32 logits at once: a larger vocabulary means shorter chunks, so
+# that temporary memory does not grow with V.
 MAX_LOGITS = 2**24
 
 
 def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap): x where it is small, never past +-cap; None leaves x."""
+    """[...] cap * tanh(x / cap) of x [...]: within +-cap; x if cap is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -27,7 +29,7 @@ def token_logprobs(
     softcap: float | None = None,
     chunk_size: int = 512,
     with_entropy: bool = False,
-):
+) -> Any:
     """Log-probs of `token_ids` under softmax(hidden @ unembedding / temperature).
 
     Args:
@@ -36,9 +38,9 @@ def token_logprobs(
         token_ids: [..., T] int32 in [0, V).
         temperature: The policy's, positive; the log-probs are of the tempered policy.
         softcap: The model's `logit_softcap`, applied before the temperature.
-        chunk_size: Tokens whose logits are alive at once (counted over all leading
-            axes); fewer where V is large, so that no more than `MAX_LOGITS` logits
-            are. The T axis is what is cut, so one position of all rows is the least.
+        chunk_size: Tokens of a chunk, counted over all leading axes; fewer where V is
+            large, for at most `MAX_LOGITS` logits. The T axis is cut, so the smallest
+            chunk is one position of all rows.
         with_entropy: Also return the entropy of each token's distribution.
 
     Returns:

@@ -98,7 +98,7 @@ def std_weights(
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}.")
 
-    def weights(rewards, power):
+    def weights(rewards: jax.Array, power: Any) -> jax.Array:
         std, tied = group_std(rewards, ddof=ddof)
         return jnp.where(tied, 0.0, jnp.where(tied, 1.0, std + eps) ** -power)
 
@@ -129,19 +129,25 @@ def scale_by_prompt_weights(
     the prompt axis: chain `mean_over_prompts` after it.
     """
 
-    def init_fn(params):
+    def init_fn(params: Any) -> ScaleByPromptWeightsState:
         del params
         return ScaleByPromptWeightsState(prompt_weights.init())
 
     def update_fn(
-        updates, state, params=None, *, rewards, prompt_ids=None, **extra_args
-    ):
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        rewards: jax.Array,
+        prompt_ids: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, ScaleByPromptWeightsState]:
         del params, extra_args
         weights, weights_state = apply_weights(
             prompt_weights, rewards, state.weights_state, prompt_ids
         )
 
-        def precondition(path, g):  # g: [P, *param_shape]
+        def precondition(path: Any, g: jax.Array) -> jax.Array:  # g: [P, *param_shape]
             if g.shape[:1] != weights.shape:
                 raise ValueError(
                     f"gradient {jax.tree_util.keystr(path)} must be [{weights.size}, "
@@ -153,7 +159,11 @@ def scale_by_prompt_weights(
         updates = jax.tree_util.tree_map_with_path(precondition, updates)
         return updates, ScaleByPromptWeightsState(weights_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # optax's own type of `update` has no required keyword.
+    return optax.GradientTransformationExtraArgs(
+        init_fn,
+        update_fn,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def scale_by_group_std(

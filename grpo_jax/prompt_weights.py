@@ -64,13 +64,13 @@ def finite_group_weights(group_size: int | None = None) -> PromptWeights:
     grows it is 1 / sigma.
 
     Args:
-        group_size: G, whose normalisation is meant; default: as many as there are
-            columns of rewards.
+        group_size: G, the group whose normalisation is meant; default: the columns of
+            rewards.
     """
     if group_size is not None and group_size < 2:
         raise ValueError(f"group_size must be at least 2, got {group_size}.")
 
-    def weights(rewards):
+    def weights(rewards: jax.Array) -> jax.Array:
         statistics = group_statistics(rewards)
         g = group_size or rewards.shape[1]
         inside = ~statistics.tied & (statistics.mean > 0) & (statistics.mean < 1)
@@ -83,9 +83,9 @@ def finite_group_weights(group_size: int | None = None) -> PromptWeights:
 
 
 class PosteriorWeightsState(NamedTuple):
-    """Discounted counts of every prompt, and how often the rule was asked."""
+    """Discounted counts of every prompt, and the number of calls."""
 
-    successes: jax.Array | None  # [num_prompts]; None where nothing is remembered
+    successes: jax.Array | None  # [num_prompts], or None without memory
     failures: jax.Array | None
     count: jax.Array  # int32
 
@@ -101,11 +101,11 @@ def posterior_weights(
 
     The std of a prior Beta(prior, prior) updated by the group: it cannot come near 0
     by luck. With num_prompts the counts are kept across visits of a prompt: at each
-    visit the old ones are discounted and the group's added, so that a prompt visited
-    often is known better than one group could tell.
+    visit the old ones are discounted and the group's are added, so that an often
+    visited prompt is estimated from more than one group.
 
     Args:
-        num_prompts: Prompt ids are below it; None: nothing is remembered.
+        num_prompts: Prompt ids are below it; None: each group counts by itself.
         power: As in `std_weights`.
         prior: Pseudo-counts of success, and of failure.
         discount: What is left of old counts at a visit, in [0, 1].
@@ -117,26 +117,32 @@ def posterior_weights(
     if not 0 <= discount <= 1:
         raise ValueError(f"discount must be in [0, 1], got {discount}.")
 
-    def init():
+    def init() -> PosteriorWeightsState:
         counts = (None, None)
         if num_prompts is not None:  # two arrays, not one twice: they may be donated
             counts = (jnp.zeros(num_prompts, float), jnp.zeros(num_prompts, float))
         return PosteriorWeightsState(*counts, jnp.zeros((), jnp.int32))
 
-    def weights(rewards, state, prompt_ids=None):
+    def weights(
+        rewards: jax.Array,
+        state: PosteriorWeightsState,
+        prompt_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, PosteriorWeightsState]:
         statistics = group_statistics(rewards)
         share = jnp.clip(statistics.mean, 0, 1)
         successes = share * statistics.count
         failures = statistics.count - successes
-        if prompt_ids is not None:
-            successes += discount * state.successes[prompt_ids]
-            failures += discount * state.failures[prompt_ids]
+        before = state.successes, state.failures
+        if prompt_ids is not None and before[0] is not None and before[1] is not None:
+            successes += discount * before[0][prompt_ids]
+            failures += discount * before[1][prompt_ids]
             state = state._replace(
-                successes=state.successes.at[prompt_ids].set(successes),
-                failures=state.failures.at[prompt_ids].set(failures),
+                successes=before[0].at[prompt_ids].set(successes),
+                failures=before[1].at[prompt_ids].set(failures),
             )
         mean = (successes + prior) / (successes + failures + 2 * prior)
-        exponent = -(power(state.count) if callable(power) else power) / 2
+        now: Any = power(state.count) if callable(power) else power
+        exponent = -now / 2
         state = state._replace(count=optax.safe_increment(state.count))
         w = jnp.where(statistics.tied, 0.0, (mean * (1 - mean)) ** exponent)
         return w, state

@@ -67,7 +67,7 @@ def choices(o: "Objective") -> str:
 
 
 def mechanisms(o: "Objective") -> list[str]:
-    """What the loop around the loss has to do, in words; mostly nothing."""
+    """What the loop around the loss has to do, in words; [] for most."""
     punish = f"rewards fall by up to 1 over the last {o.overlong_share:.0%} of T"
     rows = (
         (o.drafts, f"{o.drafts} drafts, the best appended to the prompt"),

@@ -139,7 +139,7 @@ def shaped_rewards(
     """
     if objective.kl_coef and objective.kl_in == "reward":
         if reference_logprobs is None:
-            raise ValueError("reference_logprobs must be given for KL in the reward.")
+            raise ValueError("reference_logprobs must be given, kl_in is 'reward'.")
         gap = jnp.where(mask > 0, behaviour_logprobs - reference_logprobs, 0.0)
         kl = divergence(objective.divergence, gap, jnp.zeros_like(gap))  # 0 at gap 0
         rewards = rewards - objective.kl_coef * jax.lax.stop_gradient(kl.sum(-1))

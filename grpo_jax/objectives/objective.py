@@ -1,7 +1,7 @@
 """Objective: one choice per axis, and the numbers that the choices read.
 
 The choices of an axis are the keys of its registry; what an entry needs (its function,
-text, numbers, properties) stands there. `docs/extending.md` adds one of each kind.
+text, numbers, properties) is there. `docs/extending.md` adds one of each kind.
 """
 
 import dataclasses
@@ -149,7 +149,7 @@ class Objective:
         return formula.choices(self)
 
     def mechanisms(self) -> list[str]:
-        """What the loop around the loss has to do, in words; mostly nothing."""
+        """What the loop around the loss has to do, in words; [] for most."""
         return formula.mechanisms(self)
 
 

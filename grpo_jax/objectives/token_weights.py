@@ -1,4 +1,4 @@
-"""Token weight axis: constant factors on tokens, made from what a batch holds.
+"""Token weight axis: constant factors on tokens, computed from a batch.
 
 A factor multiplies the surrogate's token, never the KL; any number of them combine by
 product. `conflict_weights` is made inside the objective that asks for it; the others
@@ -22,9 +22,9 @@ def conflict_weights(
 ) -> jax.Array:
     """GTPO's lambda [P, G, T]: 2 or 0 on tokens that both good and bad answers share.
 
-    Aligned at the start, and again at the end, positions are looked at until the first
-    where no completion with A > 0 carries the token of one with A < 0. On the way, a
-    shared token gets factor 2 where A > 0 and 0 where A < 0; the two runs multiply.
+    Completions are aligned at their starts, and again at their ends. From there on, as
+    long as some completion with A > 0 has the same token as one with A < 0, a shared
+    token gets factor 2 where A > 0 and 0 where A < 0; the two alignments multiply.
 
     Args:
         token_ids: [P, G, T] int.
@@ -35,15 +35,16 @@ def conflict_weights(
         Simoni et al. 2025, arXiv:2508.03772 (lambda); the paper's code divides the loss
         by a count of conflicts besides, which its formula does not have.
     """
-    live = completion_mask.astype(bool)
-    lengths = live.sum(-1)  # [P, G]
-    places = jnp.arange(live.shape[-1])[None, None]
-    from_end = jnp.clip(lengths[..., None] - 1 - places, 0)  # an involution on the live
+    mask = completion_mask.astype(bool)
+    lengths = mask.sum(-1)  # [P, G]
+    positions = jnp.arange(mask.shape[-1])[None, None]
+    # Its own inverse inside the mask.
+    from_end = jnp.clip(lengths[..., None] - 1 - positions, 0)
     backward = jnp.take_along_axis(token_ids, from_end, -1)
 
-    def run(ids):  # aligned at position 0
+    def factors(ids: jax.Array) -> jax.Array:  # aligned at position 0
         same = ids[:, :, None] == ids[:, None]  # [P, G, G, T]
-        same &= live[:, :, None] & live[:, None]
+        same &= mask[:, :, None] & mask[:, None]
         good, bad = advantages > 0, advantages < 0
         opposed = good[:, :, None] & bad[:, None]
         opposed |= opposed.swapaxes(1, 2)
@@ -52,15 +53,15 @@ def conflict_weights(
         factor = jnp.where(advantages > 0, 2.0, 0.0)[..., None]
         return jnp.where(shared & unbroken, factor, 1.0)
 
-    backward = jnp.take_along_axis(run(backward), from_end, -1)
-    return jnp.where(live, run(token_ids) * backward, 1.0)
+    backward = jnp.take_along_axis(factors(backward), from_end, -1)
+    return jnp.where(mask, factors(token_ids) * backward, 1.0)
 
 
 def mean_entropy(entropy: jax.Array, completion_mask: jax.Array) -> jax.Array:
-    """[P, G] nats: each completion's mean over its tokens of entropy [P, G, T]."""
-    live = completion_mask.astype(bool)
-    total = jnp.where(live, entropy, 0.0).sum(-1)
-    return jax.lax.stop_gradient(total / jnp.maximum(live.sum(-1), 1))
+    """[P, G] nats: the mean over each completion's tokens of entropy [P, G, T]."""
+    mask = completion_mask.astype(bool)
+    total = jnp.where(mask, entropy, 0.0).sum(-1)
+    return jax.lax.stop_gradient(total / jnp.maximum(mask.sum(-1), 1))
 
 
 def nthr_weights(
@@ -95,29 +96,29 @@ def nthr_weights(
         beta, eta: 1 and 0 in the paper's experiments.
         temperature: The policy's.
         softcap: The model's `logit_softcap`. pi is that of the capped logits; the cap's
-            own slope is left out of e, as the temperature's is (not in the paper).
+            slope is left out of e, as the temperature is (not in the paper).
 
     References:
         Deng et al. 2025, arXiv:2505.18830 Eq. 7 and Sec. 5.3. With a single right
-        completion "the others" is empty; its influence on itself stands in (not in the
+        completion "the others" is empty; its influence on itself is used (not in the
         paper).
     """
-    live = completion_mask.astype(bool)
+    mask = completion_mask.astype(bool)
     centred = group_statistics(rewards).centred
     right, wrong = (centred > 0).astype(float), centred < 0
 
     def one_prompt(prompt):
-        hidden, ids, live, right = prompt  # [G, T, D], [G, T], [G, T], [G]
+        hidden, ids, mask, right = prompt  # [G, T, D], [G, T], [G, T], [G]
         g, t, width = hidden.shape
-        alive = live.reshape(-1)
+        amask = mask.reshape(-1)
         h = hidden.reshape(g * t, width).astype(float)
-        h = jnp.where(alive[:, None], h, 0.0)
+        h = jnp.where(amask[:, None], h, 0.0)
         errors = _error_gram(
             h, unembedding.astype(float), ids.reshape(-1), temperature, softcap
         )
         pairs = errors * (h @ h.T)  # 0 where either is not a token
         influence = pairs.reshape(g, t, g, t).sum(1)  # [G, G, T], of each on a token
-        lengths = jnp.maximum(live.sum(-1), 1)
+        lengths = jnp.maximum(mask.sum(-1), 1)
         on_completion = influence.sum(-1) / lengths[None]  # [G, G], mean over tokens
         others = right[:, None] * right[None] * (1 - jnp.eye(g))
         count = others.sum(1)
@@ -126,27 +127,33 @@ def nthr_weights(
         tau = beta * jnp.where(right > 0, mean, jnp.inf).min()
         return jnp.einsum("i,ijt->jt", right, influence), tau
 
-    influence, tau = jax.lax.map(one_prompt, (hidden, token_ids, live, right))
-    damped = wrong[..., None] & (influence > tau[:, None, None]) & live
+    influence, tau = jax.lax.map(one_prompt, (hidden, token_ids, mask, right))
+    damped = wrong[..., None] & (influence > tau[:, None, None]) & mask
     return jax.lax.stop_gradient(jnp.where(damped, eta, 1.0))
 
 
-def _error_gram(hidden, unembedding, token_ids, temperature, softcap):
+def _error_gram(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    token_ids: jax.Array,
+    temperature: float,
+    softcap: float | None,
+) -> jax.Array:
     """[N, N] <e, e'> of e = onehot - softmax, from hidden [N, D] and [D, V]."""
     rows, vocab = hidden.shape[0], unembedding.shape[1]
     width = max(1, min(vocab, MAX_LOGITS // rows))
     chunks = -(-vocab // width)
     columns = jnp.pad(unembedding, [(0, 0), (0, chunks * width - vocab)])
     columns = columns.reshape(-1, chunks, width).swapaxes(0, 1)
-    places = jnp.arange(chunks * width).reshape(chunks, width)
+    positions = jnp.arange(chunks * width).reshape(chunks, width)
 
     def logits_of(chunk):
-        columns, places = chunk
+        columns, positions = chunk
         logits = soft_capped(hidden @ columns, softcap) / temperature
-        return jnp.where(places[None] < vocab, logits, -jnp.inf)
+        return jnp.where(positions[None] < vocab, logits, -jnp.inf)
 
     log_total = jax.lax.map(
-        lambda chunk: jax.nn.logsumexp(logits_of(chunk), axis=-1), (columns, places)
+        lambda chunk: jax.nn.logsumexp(logits_of(chunk), axis=-1), (columns, positions)
     )
     log_total = jax.nn.logsumexp(log_total, axis=0)
 
@@ -156,11 +163,11 @@ def _error_gram(hidden, unembedding, token_ids, temperature, softcap):
         return gram + errors @ errors.T, None
 
     zero = jnp.zeros((rows, rows), hidden.dtype)
-    return jax.lax.scan(add, zero, (columns, places))[0]
+    return jax.lax.scan(add, zero, (columns, positions))[0]
 
 
 def is_eos(token_ids: jax.Array, eos_id: int | Sequence[int] | jax.Array) -> jax.Array:
-    """[...] bool: where tokens [...] are the id, or one of the ids."""
+    """[...] bool: which tokens [...] are the id, or one of the ids."""
     ids = jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
     return (token_ids[..., None] == ids).any(-1)
 
@@ -172,12 +179,15 @@ def overlong_weights(
 ) -> jax.Array:
     """[P, G, T]: 0 on completions cut off before EOS (DAPO's overlong filtering).
 
-    They stay in their group's statistics and in token counts. `eos_id` is the id of
-    the token that ends a completion, or the ids of several that do.
+    They stay in their group's statistics and in token counts.
+
+    Args:
+        token_ids, completion_mask: [P, G, T].
+        eos_id: The id of the token that ends a completion, or several ids.
     """
-    live = completion_mask.astype(bool)
-    ended = (is_eos(token_ids, eos_id) & live).any(-1, keepdims=True)
-    return jnp.broadcast_to(ended, live.shape).astype(float)
+    mask = completion_mask.astype(bool)
+    ended = (is_eos(token_ids, eos_id) & mask).any(-1, keepdims=True)
+    return jnp.broadcast_to(ended, mask.shape).astype(float)
 
 
 def truncated_importance_weights(
@@ -194,12 +204,12 @@ def truncated_importance_weights(
 def dense_step_weights(values: jax.Array, completion_mask: jax.Array) -> jax.Array:
     """[P, G, T] Q_t / mean_t Q of positive per-token values; mean 1 over a completion.
 
-    What carries over of VGPO's temporal weights (arXiv:2512.12387): there Q comes from
-    a flow model's one-step projection, here from any process reward of a prefix. A
-    completion whose values sum to nothing keeps weight 1.
+    The part of VGPO's temporal weights (arXiv:2512.12387) that carries over: its Q is a
+    flow model's one-step projection, values [P, G, T] are any process reward of a
+    prefix. A completion whose values sum to 0 keeps weight 1.
     """
-    live = completion_mask.astype(bool)
-    values = jnp.where(live, jax.lax.stop_gradient(values), 0.0)
-    count = jnp.maximum(live.sum(-1, keepdims=True), 1)
+    mask = completion_mask.astype(bool)
+    values = jnp.where(mask, jax.lax.stop_gradient(values), 0.0)
+    count = jnp.maximum(mask.sum(-1, keepdims=True), 1)
     mean = values.sum(-1, keepdims=True) / count
-    return jnp.where(live & (mean > 0), values / jnp.where(mean > 0, mean, 1.0), 1.0)
+    return jnp.where(mask & (mean > 0), values / jnp.where(mean > 0, mean, 1.0), 1.0)

@@ -1,6 +1,7 @@
 """Which objective and which prompt weights a config asks for, checked."""
 
 import dataclasses
+from typing import Any
 
 import optax
 
@@ -11,7 +12,12 @@ from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.objectives.scales import SCALES
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.prompt_weights import WEIGHTS
-from grpo_jax.runs.config import TrainConfig, WarmStartConfig, WeightsConfig
+from grpo_jax.runs.config import (
+    ObjectiveConfig,
+    TrainConfig,
+    WarmStartConfig,
+    WeightsConfig,
+)
 from grpo_jax.tasks.types import Task, WarmStart
 
 
@@ -25,21 +31,20 @@ def resolve_objective(config: TrainConfig) -> Objective:
     if choice.name not in OBJECTIVES:
         raise unknown_name("objective", choice.name, OBJECTIVES)
     preset = OBJECTIVES[choice.name]
-    given = {k: v for k, v in dataclasses.asdict(choice).items() if v is not None}
-    del given["name"]
+    overrides = _given(choice)
     if config.weights.name != "objective":
-        if "scale" in given:
+        if "scale" in overrides:
             raise ConfigError(
                 "objective.scale changes nothing where weights.name is "
                 f"{config.weights.name}: the weights are the scale; leave one out."
             )
         preset = dataclasses.replace(preset, scale="none")
     try:
-        objective = dataclasses.replace(preset, **given)
+        objective = dataclasses.replace(preset, **overrides)
     except ValueError as error:
         raise ConfigError(f"objective {choice.name}: {error}") from error
     used = objective.uses()
-    for field in given:
+    for field in overrides:
         if field not in used:
             raise ConfigError(
                 f"objective.{field} changes nothing in {choice.name} as configured "
@@ -120,61 +125,68 @@ def resolve_weights(
         ConfigError: an unknown rule, or a setting that it does not have.
     """
     choice = config.weights
-    given = {k: v for k, v in dataclasses.asdict(choice).items() if v is not None}
-    name = given.pop("name")
+    settings, name = _given(choice), choice.name
     rule = WEIGHTS.get(name)
     if rule is None and name != "objective":
         raise unknown_name("weights", name, ["objective", *WEIGHTS])
-    for field in given:
+    for field in settings:
         if rule is None or field not in rule.uses:
-            settings = ", ".join(rule.uses) if rule and rule.uses else "none"
+            uses = ", ".join(rule.uses) if rule and rule.uses else "none"
             raise ConfigError(
                 f"weights.{field} changes nothing in weights {name} (its settings: "
-                f"{settings}); leave it out."
+                f"{uses}); leave it out."
             )
     if rule is None:
         return scale_weights(objective)
-    if "power_end" in given:
-        start, end = given.pop("power", 1.0), given.pop("power_end")
-        given["power"] = optax.linear_schedule(start, end, max(1, config.steps - 1))
+    if "power_end" in settings:
+        start, end = settings.pop("power", 1.0), settings.pop("power_end")
+        settings["power"] = optax.linear_schedule(start, end, max(1, config.steps - 1))
     try:
-        return rule.build(given, num_prompts)
+        return rule.build(settings, num_prompts)
     except ValueError as error:
         raise ConfigError(f"weights.{error}") from error
 
 
 def weights_text(choice: WeightsConfig) -> str:
-    """' | w = ...' for the headline; nothing where the objective's formula says it."""
+    """' | w = ...' for the headline; '' where the formula has the weights."""
     if choice.name == "objective":
         return ""
-    given = {k: v for k, v in dataclasses.asdict(choice).items() if v is not None}
-    del given["name"]
-    settings = ", ".join(f"{k} {v:g}" for k, v in given.items())
+    settings = ", ".join(f"{k} {v:g}" for k, v in _given(choice).items())
     return f" | w = {WEIGHTS[choice.name].text}" + (
         f" ({settings})" if settings else ""
     )
 
 
 def warm_start_settings(config: WarmStartConfig, task: Task) -> WarmStart:
-    """The task's own settings with the config's overrides.
+    """The warm start of a task, with the config's overrides.
 
     Raises:
         ConfigError: a target pass rate where it cannot be measured exactly.
     """
-    overrides = dataclasses.asdict(config)
-    del overrides["enabled"]
-    given = {name: value for name, value in overrides.items() if value is not None}
+    overrides = _given(config)
     defaults = task.warm_start
     if defaults is None:
         raise ConfigError(f"task {task.name} has no warm start.")
-    if "target_pass_rate" in given and defaults.target_pass_rate is None:
+    if "target_pass_rate" in overrides and defaults.target_pass_rate is None:
         raise ConfigError(
             f"warm_start.target_pass_rate needs a task with one right completion, and "
             f"{task.name} has many; set warm_start.max_steps instead."
         )
-    if given.get("noisy_steps") and not defaults.noisy_steps:
+    if overrides.get("noisy_steps") and not defaults.noisy_steps:
         raise ConfigError(
             f"warm_start.noisy_steps changes nothing: task {task.name} has no spoiled "
             "answers; leave it out."
         )
-    return dataclasses.replace(defaults, **given)
+    return dataclasses.replace(defaults, **overrides)
+
+
+def _given(
+    config: ObjectiveConfig | WeightsConfig | WarmStartConfig,
+) -> dict[str, Any]:
+    """The fields that are not None, without the record's name or switch."""
+    values = dataclasses.asdict(config)
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and name not in ("name", "enabled")
+    }

@@ -1,6 +1,6 @@
-"""Everything a run can be told: frozen records, one comment per field, strict loading.
+"""The settings of a run: frozen records, one comment and one range per field.
 
-No jax here: `--help` and a mistyped flag should answer at once.
+Without jax, so that a mistyped flag is answered at once.
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    """The prompt weights: the preconditioner. None: the rule's own default."""
+    """The prompt weights: the preconditioner. None: the rule's default."""
 
     name: str = "objective"  # a rule; objective: the scale of the objective's row
     power: float | None = None  # weight = std^-power: 0 REINFORCE, 1 GRPO, 2 log-odds
@@ -182,9 +182,9 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """The processes of a run, where there are several: under srun, mpirun and on a TPU
-    pod they find each other, else every one is told. They share the run's directory."""
+    pod they find each other, else each needs these. They share the run's directory."""
 
-    coordinator: str | None = None  # HOST:PORT of process 0; default: found, or alone
+    coordinator: str | None = None  # HOST:PORT of process 0; default: detected, or none
     processes: Count | None = None  # how many there are, beside coordinator
     process: Natural | None = None  # which one this is, from 0, beside coordinator
     join_timeout_s: Count = 300  # for all of them to come
@@ -198,7 +198,7 @@ class EvaluationConfig:
     """Pass rates on trained and held-out prompts, exact where one answer is right."""
 
     every: Natural = 10  # steps; also at the start and at the end; 0: only those two
-    prompts: Count = 256  # trained prompts looked at (held-out ones: all)
+    prompts: Count = 256  # trained prompts evaluated (held-out ones: all)
     samples: Count = 1  # of each prompt, at the policy's temperature
 
 
@@ -212,7 +212,7 @@ class InstrumentConfig:
     prompts: ProbePrompts | None = None  # default: what max_overhead allows
     # Samples of each, a multiple of 4; default: sampling's, at least 8
     group_size: Annotated[int, at_least(4)] | None = None
-    # Steps between looks at what other weightings would have done; 0: never
+    # Steps between comparisons with other prompt weights; 0: never
     counterfactual_every: Natural = 0
 
 

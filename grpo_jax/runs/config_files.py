@@ -5,30 +5,32 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from grpo_jax.errors import ConfigError, nearest
 from grpo_jax.runs.config import TrainConfig
 
+T = TypeVar("T")
+
 
 def to_dict(config: Any) -> dict:
-    """As it is written; where a run's processes met is no part of it."""
-    found = json.loads(json.dumps(dataclasses.asdict(config)))
-    found.pop("distributed", None)
-    return found
+    """The config as JSON types, without `distributed` (it may change on resume)."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    values.pop("distributed", None)
+    return values
 
 
-def from_dict(cls: type, values: Any, base: Any = None, where: str = ""):
+def from_dict(cls: type[T], values: Any, base: T | None = None, where: str = "") -> T:
     """A `cls` from nested dicts, over `base`; strict about keys and types.
 
     Raises:
         ConfigError: an unknown key (the nearest is named) or a value of another type.
     """
-    base = cls() if base is None else base
+    record: Any = cls() if base is None else base  # a dataclass; types have no bound
     if not isinstance(values, dict):
         raise ConfigError(f"{where or 'the config'} must be a mapping, got {values!r}.")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(record)}
     changes = {}
     for key, value in values.items():
         name = f"{where}{key}"
@@ -38,20 +40,22 @@ def from_dict(cls: type, values: Any, base: Any = None, where: str = ""):
                 f"keys here: {', '.join(fields)}."
             )
         if dataclasses.is_dataclass(fields[key]):
-            changes[key] = from_dict(fields[key], value, getattr(base, key), f"{name}.")
+            changes[key] = from_dict(
+                fields[key], value, getattr(record, key), f"{name}."
+            )
         else:
             changes[key] = _coerce(fields[key], value, name)
     try:
-        return dataclasses.replace(base, **changes)
+        return dataclasses.replace(record, **changes)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"{where}{error}") from error
 
 
-def _coerce(kind, value, name):
-    """A value of a file as the field's type; YAML reads 1e-5 as a string."""
-    if isinstance(kind, types.UnionType):
+def _coerce(kind: Any, value: Any, name: str) -> Any:
+    """The value of a file as a field's type; YAML reads 1e-5 as a string."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if value is None:
             return None
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
