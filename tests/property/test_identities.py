@@ -238,7 +238,7 @@ def test_the_relative_ratio_is_bounded(mixture):
 
 # At the edges of its relative ratio: r = e (1 - m) / (1 - m e), e = 1.2 and 0.8.
 @pytest.mark.parametrize(("edge", "reward"), [(1.2, 1.0), (0.8, -1.0)])
-def test_ppo_rpe_stands_still_at_its_edges(edge, reward):
+def test_ppo_rpe_has_no_gradient_at_its_edges(edge, reward):
     r = edge * 0.5 / (1 - 0.5 * edge)
     arrays = dict(
         logprobs=np.array([[[math.log(r) - 3], [0.0]]]),

@@ -44,9 +44,9 @@ def spectral(hessians):
 # A1: gradients and Hessians are those of the pass rate itself.
 def test_gradients_and_hessians_are_exact():
     policy, theta = instances(20)
-    found = jax.jit(loglinear.exact)(policy, theta)
+    now = jax.jit(loglinear.exact)(policy, theta)
     rate = jax.jit(partial(pass_rates, policy))
-    CLOSE(found.gradients, jax.jacrev(rate)(theta))
+    CLOSE(now.gradients, jax.jacrev(rate)(theta))
     CLOSE(jax.jit(loglinear.hessians)(policy, theta), jax.hessian(rate)(theta))
 
 
@@ -54,14 +54,14 @@ def test_gradients_and_hessians_are_exact():
 @pytest.mark.parametrize("power", [0, 1, 2])
 def test_the_family_ascends_three_functions_of_the_pass_rate(power):
     policy, theta = instances(20)
-    found = loglinear.exact(policy, theta)
+    now = loglinear.exact(policy, theta)
     delta = loglinear.deltas(policy, theta)
-    CLOSE(found.gradients, found.sigma[:, None] ** 2 * delta)
+    CLOSE(now.gradients, now.sigma[:, None] ** 2 * delta)
     gradients = jax.jacrev(lambda t: loglinear.ascended(power, pass_rates(policy, t)))(
         theta
     )
-    CLOSE(gradients, found.sigma[:, None] ** (2 - power) * delta, rtol=1e-8)
-    CLOSE(gradients, found.sigma[:, None] ** -power * found.gradients, rtol=1e-8)
+    CLOSE(gradients, now.sigma[:, None] ** (2 - power) * delta, rtol=1e-8)
+    CLOSE(gradients, now.sigma[:, None] ** -power * now.gradients, rtol=1e-8)
 
 
 # A1, B8: the Hessians in terms of the covariances given right and wrong.
@@ -98,8 +98,8 @@ def test_the_hessian_is_a_difference_of_covariances():
 # A2: kappa sigma^2 D^2 / 4, and its looser relatives, on 3,000 instances.
 def test_the_hessian_bound_holds():
     policy, theta = instances(3000, scale=2.5)
-    found = loglinear.exact(policy, theta)
-    p, sigma = np.asarray(found.pass_rates), np.asarray(found.sigma)
+    now = loglinear.exact(policy, theta)
+    p, sigma = np.asarray(now.pass_rates), np.asarray(now.sigma)
     keep = sigma**2 > 1e-6
     norm = spectral(loglinear.hessians(policy, theta))[keep]
     diameter = np.asarray(loglinear.diameters(policy))[keep]
@@ -112,7 +112,7 @@ def test_the_hessian_bound_holds():
         diameter**2 / (6 * 3**0.5) + 0 * p,
     ):
         assert (bound <= looser * (1 + 1e-8)).all()
-    gradient = np.linalg.norm(np.asarray(found.gradients)[keep], axis=1)
+    gradient = np.linalg.norm(np.asarray(now.gradients)[keep], axis=1)
     assert (gradient <= sigma**2 * diameter * (1 + 1e-9)).all()
 
 
@@ -135,11 +135,11 @@ def test_bounds_for_general_rewards():
     policy, theta = instances(3000)
     rewards = np.random.default_rng(1).normal(size=policy.rewards.shape)
     policy = policy._replace(rewards=rewards)
-    found = loglinear.exact(policy, theta)
-    diameter, sigma = loglinear.diameters(policy), found.sigma
+    now = loglinear.exact(policy, theta)
+    diameter, sigma = loglinear.diameters(policy), now.sigma
     norm = spectral(loglinear.hessians(policy, theta))
     assert (norm <= sigma * diameter**2 / 4 * (1 + 1e-9)).all()
-    gradient = np.linalg.norm(found.gradients, axis=1)
+    gradient = np.linalg.norm(now.gradients, axis=1)
     assert (gradient <= sigma * diameter / 2 * (1 + 1e-9)).all()
 
 
@@ -162,11 +162,11 @@ def test_smoothness(power):
 @pytest.mark.parametrize("power", [0, 1, 2])
 def test_a_safe_step_gains_log_odds(power):
     policy, theta = instances(1500, scale=3.0)
-    found = loglinear.exact(policy, theta)
-    p = np.asarray(found.pass_rates)
+    now = loglinear.exact(policy, theta)
+    p = np.asarray(now.pass_rates)
     keep = (p > 1e-5) & (p < 1 - 1e-5)
     policy = jax.tree.map(lambda x: x[keep], policy)
-    p, sigma = p[keep], found.sigma[keep]
+    p, sigma = p[keep], now.sigma[keep]
     delta = loglinear.deltas(policy, theta)
     diameter = loglinear.diameters(policy)
     step = loglinear.safe_step(power, diameter) * sigma ** (2 - power)
@@ -235,8 +235,8 @@ def test_interference():
 @pytest.mark.parametrize("group_size", [2, 3, 5])
 def test_what_a_finite_group_estimates(group_size):
     policy, theta = instances(1, responses=3, right=1)
-    found = loglinear.exact(policy, theta)
-    p = np.asarray(found.probabilities)[0]
+    now = loglinear.exact(policy, theta)
+    p = np.asarray(now.probabilities)[0]
     scores = policy.features[0] - p @ policy.features[0]
     total = 0
     for group in np.ndindex(*[3] * group_size):
@@ -244,5 +244,5 @@ def test_what_a_finite_group_estimates(group_size):
         if r.std() > 0:
             a = (r - r.mean()) / r.std()
             total = total + p[list(group)].prod() * (a @ scores[list(group)])
-    weight = expected_group_std(found.pass_rates, group_size)[0] * group_size
+    weight = expected_group_std(now.pass_rates, group_size)[0] * group_size
     CLOSE(total, weight * np.asarray(loglinear.deltas(policy, theta))[0])

@@ -251,7 +251,7 @@ def test_permuting_prompts_and_samples_permutes_gradients(name):
 
 
 @pytest.mark.parametrize("name", list(gj.OBJECTIVES))
-def test_what_stands_in_the_padding_changes_nothing(name):
+def test_padding_changes_nothing(name):
     arrays = problem(np.float32)[2] | extras()
     objective, live = gj.OBJECTIVES[name], arrays["completion_mask"] > 0
     clean = [random_logprobs(i) for i in range(3)]

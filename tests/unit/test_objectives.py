@@ -57,7 +57,7 @@ def test_every_registry_is_an_axis_and_the_rest_are_few():
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_an_entry_reads_fields_that_there_are(axis):
+def test_an_entry_reads_fields_that_exist(axis):
     numbers = {field.name for field in dataclasses.fields(GRPO)} - set(AXES)
     numbers |= {"mask", "hinge"}
     for entry in AXES[axis].values():
@@ -141,7 +141,7 @@ def test_a_missing_reference_is_refused():
         jax.jit(lambda a: policy_loss(GRPO, **a))(arrays)
 
 
-def test_a_name_is_no_objective():
+def test_a_name_in_place_of_an_objective_is_refused():
     with pytest.raises(ValueError, match="must be an Objective, got 'grpo'; look"):
         policy_loss("grpo", **batch())
 
@@ -173,7 +173,7 @@ def test_only_the_policys_logprobs_have_a_gradient(name, constant):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("garbage", [1e4, -1e4])
-def test_what_padding_holds_changes_nothing(name, garbage):
+def test_the_content_of_padding_changes_nothing(name, garbage):
     arrays = batch()
     padding = arrays["completion_mask"] == 0
     spoiled = dict(arrays)

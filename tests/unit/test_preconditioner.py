@@ -88,7 +88,7 @@ def test_a_gradient_without_the_prompt_axis_is_refused(shape):
         jax.jit(partial(tx.update, rewards=REWARDS))(grads, tx.init(grads))
 
 
-def test_a_rule_of_ones_own_keeps_its_state():
+def test_a_new_rule_keeps_its_state():
     counting = PromptWeights(
         init=lambda: jnp.zeros(()),
         weights=lambda rewards, n: (jnp.full(rewards.shape[:1], n), n + 1),
@@ -289,7 +289,7 @@ def test_a_posteriors_numbers_have_a_range(settings, message):
 
 
 @pytest.mark.parametrize(("ids", "got"), [(None, "None"), (np.arange(3), r"\(3,\)")])
-def test_weights_that_remember_prompts_are_told_which(ids, got):
+def test_weights_that_remember_prompts_need_their_ids(ids, got):
     message = rf"prompt_ids must be \[2\], one per prompt, got {got}; these weights"
     rule = RULES["posterior"]
     with pytest.raises(ValueError, match=message):
@@ -322,7 +322,7 @@ def test_what_each_peer_divides_by(peer, of_four, of_two):
         np.testing.assert_allclose(advantages.sum(), 0, atol=1e-6)
 
 
-def test_every_peer_is_looked_at_and_the_table_is_read_only():
+def test_every_peer_is_tested_and_the_table_is_read_only():
     assert len(PEER_STD) == 7
     with pytest.raises(TypeError):
         PEER_STD["mine"] = {}

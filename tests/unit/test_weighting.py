@@ -51,7 +51,7 @@ def test_every_field_of_an_objective_can_be_overridden():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_row_stands_without_overrides(name):
+def test_a_row_needs_no_overrides(name):
     assert resolve_objective(config(name)) == OBJECTIVES[name]
 
 
