@@ -153,11 +153,10 @@ def three_forms_over_two_batches(rule, dtype):
         update, update_state = transform.update(
             grads, states[1], rewards=rewards, prompt_ids=ids
         )
-        _, cotangent, state, _ = weigh(
-            PLAIN, rule, rollouts, None, ids, states[2], max_length=T
-        )
+        result = weigh(PLAIN, rule, rollouts, None, ids, states[2], max_length=T)
         advantages = gj.centred_advantages(rewards) * on_losses[:, None]
-        return (advantages, update, cotangent), (losses_state, update_state, state)
+        states = losses_state, update_state, result.weights_state
+        return (advantages, update, result.weights), states
 
     states = rule.init(), transform.init(params), rule.init()
     other = np.random.default_rng(5).choice([0.0, 0.5, 1.0], (P, G)).astype(dtype)
