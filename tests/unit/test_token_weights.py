@@ -144,9 +144,9 @@ def plain_nthr(
         for i in right
     )
     for j, k in np.ndindex(g, t):
-        if rewards[j] < mean and mask[j, k]:
-            if sum(influence(i, j, k) for i in right) > tau:
-                factors[j, k] = eta
+        wrong = rewards[j] < mean and mask[j, k]
+        if wrong and sum(influence(i, j, k) for i in right) > tau:
+            factors[j, k] = eta
     return factors
 
 
