@@ -20,7 +20,7 @@ from grpo_jax.intervals import mean_interval
 from grpo_jax.models.policy import Policy
 from grpo_jax.models.pretrained import load_pretrained
 from grpo_jax.parallel.processes import Processes
-from grpo_jax.rewards.pool import verifier_pool
+from grpo_jax.rewards.pool import VerifierPool, verifier_pool
 from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_prompts
@@ -41,81 +41,92 @@ from grpo_jax.runs.snapshots import load_policy, pick_step
 from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.types import Task
 
-# What does not change an answer, and may differ when an evaluation is gone on with.
+# Settings that change no answer and may differ when an evaluation is continued.
 _FREE = ("output", "rows", "scoring.")
 
 
-class _Asked(NamedTuple):
-    """Who is asked what."""
+class _Evaluation(NamedTuple):
+    """A policy and the prompts that it is to answer."""
 
-    source: str
+    config: EvalConfig
+    source: str  # of the policy, in words
     policy: Policy
     task: Task
-    examples: list[Example]
-    indices: np.ndarray  # of the examples that are asked
-    prompts: tuple[np.ndarray, np.ndarray]  # token ids and mask, of all examples
-    length: int  # tokens of an answer, at most
+    examples: list[Example]  # N, of the task's part
+    prompts: tuple[np.ndarray, np.ndarray]  # their token ids and mask, [N, L]
+    indices: np.ndarray  # of the examples to answer
+    max_new_tokens: int
+
+
+class _Decoding(NamedTuple):
+    """One way to answer: a file of answers and a table of figures."""
+
+    name: str
+    samples: int  # answers to each prompt
+    settings: dict[str, Any]  # of `sample`
 
 
 def evaluate(
     config: EvalConfig, *, say: Callable[[str], None] = print
 ) -> tuple[Path, dict[str, Any]]:
-    """Asks, scores and counts; goes on where an earlier call was interrupted.
+    """Answers a task's prompts, scores the answers and summarises the scores.
+
+    An evaluation that was interrupted is continued.
+
+    Args:
+        config: The policy, the prompts and how they are answered.
+        say: Gets lines of progress and warnings.
 
     Returns:
-        The output directory, and what its eval.json holds: `figures` per way of asking
-        (`greedy`, `samples`), each by `summarise`.
+        The output directory, and the content of its eval.json: `figures` of each way
+        to answer (`greedy`, `samples`), made by `summarise`.
 
     Raises:
-        ConfigError: the policy or the task cannot be had, or `output` holds another
+        ConfigError: the policy or the task cannot be loaded, or `output` has another
             evaluation.
     """
     use_compile_cache()
     if config.run_dir:
         step = pick_step(Path(config.run_dir), config.step)
         config = dataclasses.replace(config, step=step)
-    asked = _opened(config, say)
-    task, count = asked.task, len(asked.indices)
+    evaluation = _prepare(config, say)
+    task, count = evaluation.task, len(evaluation.indices)
     say(
-        f"{asked.source} on {count} {config.part} prompts of {task.name}, at most "
-        f"{asked.length} tokens an answer"
+        f"{evaluation.source} on {count} {config.part} prompts of {task.name}, at most "
+        f"{evaluation.max_new_tokens} tokens an answer"
     )
-    _warn_of_training(config, asked, say)
+    _warn_of_trained_prompts(evaluation, say)
     directory = _directory(config, task)
-    results: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     with verifier_pool(task.reward, config.scoring) as pool:
-        _claim(directory, config, task, asked.policy, say)
-        for number, (way, samples, settings) in enumerate(_ways(config)):
+        _claim(directory, evaluation, say)
+        for number, decoding in enumerate(_decodings(config)):
             key = jax.random.fold_in(jax.random.key(config.seed), number)
-            file = directory / f"{way}.jsonl"
-            rows = _answers(config, asked, samples, settings, key, file, pool, say)
-            results[way] = summarise(rows, asked.examples, _ks(config))
+            answers = _answers(evaluation, decoding, key, directory, pool, say)
+            figures[decoding.name] = summarise(
+                answers, evaluation.examples, _pass_at(config)
+            )
     if task.single_answer:
-        results["exact"] = _exact(asked, config.temperature)
-    found = {
-        "policy": asked.source,
+        figures["exact"] = _exact_figures(evaluation)
+    result = {
+        "policy": evaluation.source,
         "task": task.name,
         "part": config.part,
         "prompts": count,
-        "max_new_tokens": asked.length,
+        "max_new_tokens": evaluation.max_new_tokens,
         "config": to_dict(config),
-        "figures": results,
+        "figures": figures,
     }
-    write_json(directory / "eval.json", found)
-    text = "\n\n".join(f"{way}\n{table(figures)}" for way, figures in results.items())
+    write_json(directory / "eval.json", result)
+    text = "\n\n".join(f"{name}\n{table(f)}" for name, f in figures.items())
     (directory / "eval.txt").write_text(text + "\n")
     say(f"\n{text}\n\nwritten to {directory}")
-    return directory, found
+    return directory, result
 
 
-def _opened(config, say) -> _Asked:
-    """The policy, the prompts and what fits them; nothing is written."""
-    if config.run_dir:
-        source = f"step {config.step} of {config.run_dir}"
-        task = task_for_run(config.task, Path(config.run_dir))
-    else:
-        source = config.pretrained
-        task = task_of(config.task, config.pretrained)
+def _prepare(config: EvalConfig, say: Callable[[str], None]) -> _Evaluation:
+    """Loads the policy and encodes the prompts; writes nothing."""
+    source, task = _task(config)
     check_language(task)
     if config.max_prompt_tokens is not None:
         task, left_out = drop_long_prompts(task, config.max_prompt_tokens)
@@ -123,10 +134,7 @@ def _opened(config, say) -> _Asked:
     examples = getattr(task, config.part)
     if not examples:
         raise ConfigError(f"task {task.name} has no {config.part} prompts to ask.")
-    if config.run_dir:
-        policy = load_policy(config.run_dir, config.step)
-    else:
-        policy = load_pretrained(config.pretrained, dtype=config.compute_dtype)
+    policy = _policy(config)
     check_language(task, policy.config)
     policy = policy.reconfigured(compute_dtype=config.compute_dtype)
     indices = np.arange(len(examples))
@@ -135,125 +143,155 @@ def _opened(config, say) -> _Asked:
         indices = np.sort(rng.permutation(len(examples))[: config.prompts])
     encoded = encode_prompts(task, examples)
     width = bucket(max(map(len, encoded)))
-    prompts = pad_left(encoded, width, task.tokenizer.pad_token_id)
-    length = config.max_new_tokens or completion_tokens(task)
-    return _Asked(source, policy, task, examples, indices, prompts, length)
+    return _Evaluation(
+        config=config,
+        source=source,
+        policy=policy,
+        task=task,
+        examples=examples,
+        prompts=pad_left(encoded, width, task.tokenizer.pad_token_id),
+        indices=indices,
+        max_new_tokens=config.max_new_tokens or completion_tokens(task),
+    )
 
 
-def _ways(config) -> list[tuple[str, int, dict[str, Any]]]:
-    """(name, answers of each prompt, how they are drawn)."""
-    ways = [("greedy", 1, dict(top_k=1))] if config.greedy else []
+def _task(config: EvalConfig) -> tuple[str, Task]:
+    """(name of the policy's source, task in the policy's language)."""
+    if config.run_dir:
+        source = f"step {config.step} of {config.run_dir}"
+        return source, task_for_run(config.task, Path(config.run_dir))
+    pretrained = _pretrained(config)
+    return pretrained, task_of(config.task, pretrained)
+
+
+def _policy(config: EvalConfig) -> Policy:
+    if config.run_dir:
+        return load_policy(config.run_dir, config.step)
+    return load_pretrained(_pretrained(config), dtype=config.compute_dtype)
+
+
+def _pretrained(config: EvalConfig) -> str:
+    """The model's directory or name, of a config without a run."""
+    assert config.pretrained is not None  # EvalConfig has one of the two
+    return config.pretrained
+
+
+def _decodings(config: EvalConfig) -> list[_Decoding]:
+    decodings = [_Decoding("greedy", 1, dict(top_k=1))] if config.greedy else []
     if config.samples:
         settings = dict(
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
         )
-        ways.append(("samples", config.samples, settings))
-    return ways
+        decodings.append(_Decoding("samples", config.samples, settings))
+    return decodings
 
 
 def _answers(
-    config, asked, samples, settings, key, file, pool, say
+    evaluation: _Evaluation,
+    decoding: _Decoding,
+    key: jax.Array,
+    directory: Path,
+    pool: VerifierPool | None,
+    say: Callable[[str], None],
 ) -> list[PromptAnswers]:
-    """Every prompt's answers: those in the file; others are written as they come."""
-    done = {row["index"]: PromptAnswers(**row) for row in read_lines(file)}
-    rewrite(file, [row._asdict() for row in done.values()])
-    draw = partial(
-        sample,
-        max_new_tokens=asked.length,
-        eos_id=asked.task.ends,
-        pad_id=asked.task.tokenizer.pad_token_id,
-        **settings,
-    )
-    parts = answer_prompts(
-        draw,
-        asked.policy,
-        asked.task,
-        asked.examples,
-        asked.prompts,
-        samples=samples,
-        rows=config.rows,
+    """Answers to every prompt: those in the file are read, new ones are appended."""
+    file, task = directory / f"{decoding.name}.jsonl", evaluation.task
+    answers = {row["index"]: PromptAnswers(**row) for row in read_lines(file)}
+    rewrite(file, [row._asdict() for row in answers.values()])
+    batches = answer_prompts(
+        partial(
+            sample,
+            max_new_tokens=evaluation.max_new_tokens,
+            eos_id=task.ends,
+            pad_id=task.tokenizer.pad_token_id,
+            **decoding.settings,
+        ),
+        evaluation.policy,
+        task,
+        evaluation.examples,
+        evaluation.prompts,
+        samples=decoding.samples,
+        rows=evaluation.config.rows,
         key=key,
         pool=pool,
         processes=Processes(),
         warn=lambda text: say(f"warning: {text}"),
-        indices=[i for i in asked.indices if i not in done],
+        indices=[i for i in evaluation.indices if i not in answers],
     )
     lines = JsonLines(file)
     try:
-        for part in parts:
-            for row in part:
+        for batch in batches:
+            for row in batch:
                 lines.write(row._asdict())
-                done[row.index] = row
-            say(f"{file.stem}: {len(done)} of {len(asked.indices)} prompts")
+                answers[row.index] = row
+            say(f"{file.stem}: {len(answers)} of {len(evaluation.indices)} prompts")
     finally:
         lines.close()
-    return [done[i] for i in asked.indices]
+    return [answers[i] for i in evaluation.indices]
 
 
-def _ks(config):
+def _pass_at(config: EvalConfig) -> list[int]:
+    """The k's of pass@k."""
     if config.pass_at:
         return sorted(set(config.pass_at))
     powers = {2**i for i in range(config.samples.bit_length())}
     return sorted({k for k in powers if k < config.samples} | {config.samples})
 
 
-def _exact(asked, temperature):
-    """The exact pass rate, where one completion is right."""
-    chosen = [asked.examples[i] for i in asked.indices]
-    width, length = asked.prompts[0].shape[1], completion_tokens(asked.task)
-    answers = answer_rollouts(asked.task, chosen, width, length)
-    value, low, high = mean_interval(
-        exact_pass_rates(asked.policy, answers, temperature)
-    )
-    entry = {"value": value, "low": low, "high": high, "prompts": len(chosen)}
+def _exact_figures(evaluation: _Evaluation) -> dict[str, Any]:
+    """The exact pass rate, for a task of which one completion is right."""
+    examples = [evaluation.examples[i] for i in evaluation.indices]
+    width, length = evaluation.prompts[0].shape[1], completion_tokens(evaluation.task)
+    answers = answer_rollouts(evaluation.task, examples, width, length)
+    temperature = evaluation.config.temperature
+    rates = exact_pass_rates(evaluation.policy, answers, temperature)
+    value, low, high = mean_interval(rates)
+    entry = {"value": value, "low": low, "high": high, "prompts": len(examples)}
     return {"pass rate": {"all": entry}}
 
 
-def _directory(config, task):
+def _directory(config: EvalConfig, task: Task) -> Path:
     if config.output:
         return Path(config.output)
     if config.run_dir:
         return Path(config.run_dir) / f"eval-{task.name}-step{config.step}"
-    name = Path(config.pretrained.rstrip("/")).name
+    name = Path(_pretrained(config).rstrip("/")).name
     return Path("runs") / f"eval-{task.name}-{name}"
 
 
-def _warn_of_training(config, asked, say):
-    """Says how many held-out prompts a run was trained on: with other data or another
-    split than its own there may be some."""
+def _warn_of_trained_prompts(
+    evaluation: _Evaluation, say: Callable[[str], None]
+) -> None:
+    """Warns of held-out prompts that the run was trained on: other data or another
+    split than the run's may have some."""
+    config = evaluation.config
     if not config.run_dir or config.part != "heldout":
         return
     run_dir = Path(config.run_dir)
-    own = from_dict(TrainConfig, read_config_dict(run_dir)).task
+    trained_on = from_dict(TrainConfig, read_config_dict(run_dir)).task
     try:
-        trained = {example.prompt for example in task_for_run(own, run_dir).train}
+        trained = {e.prompt for e in task_for_run(trained_on, run_dir).train}
     except ConfigError as error:
         say(f"warning: which prompts the run was trained on is not known ({error})")
         return
-    seen = sum(asked.examples[i].prompt in trained for i in asked.indices)
+    seen = sum(evaluation.examples[i].prompt in trained for i in evaluation.indices)
     if seen:
         say(f"warning: the run was trained on {seen} of these prompts.")
 
 
-def _claim(directory, config, task, policy, say):
-    """The directory is new, or holds this very evaluation, begun."""
+def _claim(
+    directory: Path, evaluation: _Evaluation, say: Callable[[str], None]
+) -> None:
+    """Makes the directory, or checks that it has an interrupted run of this very
+    evaluation."""
     file = directory / "config.json"
     facts = {
-        "config": to_dict(config),
-        "data": data_fingerprint(task),
-        "policy": params_digest(policy.params),
+        "config": to_dict(evaluation.config),
+        "data": data_fingerprint(evaluation.task),
+        "policy": params_digest(evaluation.policy.params),
     }
     if file.exists():
-        try:
-            old = json.loads(file.read_text())
-            rows = differences(old["config"], facts["config"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file} is damaged ({error}); give --output.") from error
-        changed = [row for row in rows if not row.startswith(_FREE)]
-        for name, what in (("data", "the task's data"), ("policy", "the policy")):
-            if old.get(name) != facts[name]:
-                changed.append(what)
-        if changed:
+        if changed := _changes(file, facts):
             raise ConfigError(
                 f"{directory} holds another evaluation ({'; '.join(changed)}); give "
                 "another --output."
@@ -265,6 +303,21 @@ def _claim(directory, config, task, policy, say):
         )
     directory.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(facts, indent=2))
+
+
+def _changes(file: Path, facts: dict[str, Any]) -> list[str]:
+    """How this evaluation differs from the one in `file`, as far as answers depend on
+    it."""
+    try:
+        old = json.loads(file.read_text())
+        rows = differences(old["config"], facts["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged ({error}); give --output.") from error
+    changed = [row for row in rows if not row.startswith(_FREE)]
+    for name, what in (("data", "the task's data"), ("policy", "the policy")):
+        if old.get(name) != facts[name]:
+            changed.append(what)
+    return changed
 
 
 def main(argv: Sequence[str]) -> int:
@@ -282,8 +335,9 @@ def config_like_run(run_dir: str, task_name: str | None = None) -> EvalConfig:
     """The settings that evaluate a run the way it evaluated itself.
 
     Args:
-        task_name: None, or the run's own: its task with all held-out prompts. Another
-            one is asked with that task's own settings.
+        run_dir: The run.
+        task_name: The run's task by default, with all held-out prompts of its data.
+            Any other task is evaluated with that task's default settings.
     """
     facts = read_facts(Path(run_dir))
     run = from_dict(TrainConfig, facts["config"])

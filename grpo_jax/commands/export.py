@@ -44,11 +44,13 @@ def export(
     """Writes a run's policy and tokenizer as a model directory; returns its step.
 
     Args:
+        run_dir: The run.
+        directory: The model directory to write.
         step: One of `saved_steps`; None: the newest.
-        adapter: Write the LoRA factors alone, as PEFT reads them.
+        adapter: Write only the LoRA factors, as PEFT reads them.
 
     Raises:
-        ConfigError: no such step, or no factors to write.
+        ConfigError: the step was not saved, or the run has no LoRA factors.
     """
     run_dir, directory = Path(run_dir), Path(directory)
     facts = read_facts(run_dir)

@@ -9,7 +9,7 @@ import jax
 
 from grpo_jax.commands._arguments import parse, spelled_out
 from grpo_jax.errors import ConfigError
-from grpo_jax.models.policy import init_policy
+from grpo_jax.models.policy import Policy, init_policy
 from grpo_jax.models.pretrained import read_config, save_pretrained
 from grpo_jax.parallel.processes import Processes
 from grpo_jax.planning.resolve import warm_start_settings
@@ -23,6 +23,7 @@ from grpo_jax.runs.policies import (
     task_of,
     with_settings,
 )
+from grpo_jax.tasks.types import Task, WarmStart
 from grpo_jax.training.warm_start import warm_start
 
 
@@ -32,36 +33,26 @@ def warm_up(
     say: Callable[[str], None] = print,
     stop: Callable[[], bool] = lambda: False,
 ) -> Path | None:
-    """Supervised learning of a task's solutions; the policy as a model directory.
+    """Teaches a model a task's solutions and saves it as a model directory.
+
+    Args:
+        config: The model, the task and the directory.
+        say: Gets lines of progress and warnings.
+        stop: Asked between steps whether to stop.
 
     Returns:
         The directory; None if stopped, with nothing written.
 
     Raises:
-        ConfigError: the task has nothing to imitate, or `output` is taken.
+        ConfigError: the task has no solutions, or `output` is not empty.
     """
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output must be a new or empty directory, got {output}.")
     use_compile_cache()
-    task = task_of(config.task, config.pretrained)
-    if task.warm_start is None:
-        raise ConfigError(f"task {task.name} has no solutions to imitate.")
-    settings = warm_start_settings(config.warm_start, task)
-    if config.model.lora_rank:
-        raise ConfigError("model.lora_rank is for train; warmup trains whole models.")
-    check_language(task)
-    if config.max_prompt_tokens is not None:
-        task, (left_out, _) = drop_long_prompts(task, config.max_prompt_tokens)
-        say(f"left out for their length: {left_out} prompts")
-    if config.pretrained:
-        model = with_settings(read_config(config.pretrained), config.model)
-        policy = pretrained_policy(config.pretrained, model)
-    else:
-        size = config.model.vocab_size or len(task.tokenizer)
-        model = dataclasses.replace(config.model, vocab_size=size)
-        policy = init_policy(model, jax.random.key(config.seed))
-    check_language(task, model)
+    task, settings = _task(config, say)
+    policy = _policy(config, task)
+    check_language(task, policy.config)
     examples = task.train + ([settings.longest] if settings.longest else [])
     prompts = encode_prompts(task, examples)
     result = warm_start(
@@ -86,10 +77,35 @@ def warm_up(
         tokenizer=task.tokenizer,
         eos_ids=task.ends,
     )
-    usual = "chat" if task.tokenizer.chat_template else "none"
-    asked = "" if task.template == usual else f" --task.template {task.template}"
-    say(f"written to {output}; train it with --pretrained {output}{asked}")
+    default = "chat" if task.tokenizer.chat_template else "none"
+    template = "" if task.template == default else f" --task.template {task.template}"
+    say(f"written to {output}; train it with --pretrained {output}{template}")
     return output
+
+
+def _task(config: WarmupConfig, say: Callable[[str], None]) -> tuple[Task, WarmStart]:
+    """The task and its settings of supervised learning."""
+    task = task_of(config.task, config.pretrained)
+    if task.warm_start is None:
+        raise ConfigError(f"task {task.name} has no solutions to imitate.")
+    settings = warm_start_settings(config.warm_start, task)
+    if config.model.lora_rank:
+        raise ConfigError("model.lora_rank is for train; warmup trains whole models.")
+    check_language(task)
+    if config.max_prompt_tokens is not None:
+        task, (left_out, _) = drop_long_prompts(task, config.max_prompt_tokens)
+        say(f"left out for their length: {left_out} prompts")
+    return task, settings
+
+
+def _policy(config: WarmupConfig, task: Task) -> Policy:
+    """The policy to teach: a pretrained one, or a new one."""
+    if config.pretrained:
+        model = with_settings(read_config(config.pretrained), config.model)
+        return pretrained_policy(config.pretrained, model)
+    size = config.model.vocab_size or len(task.tokenizer)
+    model = dataclasses.replace(config.model, vocab_size=size)
+    return init_policy(model, jax.random.key(config.seed))
 
 
 def main(argv: Sequence[str]) -> int:
