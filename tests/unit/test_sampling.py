@@ -13,6 +13,7 @@ from grpo_jax import (
     next_token_logits,
     sample,
 )
+from grpo_jax.rollouts import sampling
 from grpo_jax.rollouts.draw import inverse_cdf
 from grpo_jax.rollouts.sampling import cache_lengths
 
@@ -222,6 +223,20 @@ def test_samples_differ_within_a_group_and_between_keys(policy, rollouts):
     assert len({tuple(row) for row in rollouts.completions[0]}) > 3
     other = draw(policy, key=jax.random.key(2))
     assert (np.asarray(other.completions) != rollouts.completions).any()
+
+
+# What `sample` traces, it traces through `prefill`: once, whatever the values.
+def test_steps_of_one_shape_are_traced_once(policy, monkeypatch):
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(sampling.prefill, n=1)
+    monkeypatch.setattr(sampling, "prefill", counted)
+    shape, updated = dict(group_size=2, max_new_tokens=3), policy
+    for step in range(3):
+        updated = policy.replace(jax.tree.map(lambda x: x + 0.1, updated.params))
+        settings = dict(key=jax.random.key(step), temperature=1 + step / 2)
+        draw(updated, PROMPTS[step:] + PROMPTS[:step], **shape, **settings)
+    with pytest.raises(AssertionError, match="prefill' is traced > 1 times"):
+        draw(policy, PROMPTS[1:], **shape)
 
 
 def test_pad_and_eos_may_be_one_token(policy, rollouts):

@@ -1,6 +1,5 @@
 """Every public function of diagnostics, with and without jit: shapes, finite, equal."""
 
-import inspect
 from functools import partial
 
 import chex
@@ -17,6 +16,7 @@ from grpo_jax.diagnostics import (
     probe,
     sketch,
 )
+from tests.variants import public_functions
 
 P, G, K, D, H = 3, 8, 16, 5, 2  # prompts, samples, coordinates, parameters, parts
 ON_THE_HOST = {"phase", "change_points", "num_parts"}
@@ -153,11 +153,7 @@ class DiagnosticsTest(chex.TestCase):
 
 def test_every_public_function_has_a_case():
     modules = (counterfactual, curvature, geometry, phases, probe, sketch)
-    public = {
-        name
-        for module in modules
-        for name, x in vars(module).items()
-        if inspect.isfunction(x) and x.__module__ == module.__name__
-        if not name.startswith("_")
-    }
-    assert public - ON_THE_HOST == {name for name, *_ in CASES}
+    public = {name.rpartition(".")[2] for name in public_functions(*modules)}
+    missing = public - ON_THE_HOST - {name for name, *_ in CASES}
+    assert not missing, f"add to CASES: {', '.join(sorted(missing))}"
+    assert public >= ON_THE_HOST
