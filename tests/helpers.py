@@ -29,7 +29,7 @@ TINY = gj.ModelConfig(
 def tiny_policy(seed=0, **changes):
     config = dataclasses.replace(TINY, **changes)
     policy = gj.init_policy(config, jax.random.key(seed))
-    # Larger weights: at their initial size every distribution is nearly uniform.
+    # Larger weights: at their initial size distributions are nearly uniform.
     return policy.replace(jax.tree.map(lambda x: x * 2.0, policy.params))
 
 
@@ -46,7 +46,7 @@ def random_prompts(num_prompts, length, *, seed=0, shortest=1, side="left"):
 
 
 def random_rollouts(policy, num_prompts=4, group_size=6, length=5, tokens=7, seed=0):
-    """Sampled from the policy (EOS 1, padding 0), with rewards in {0, .5, 1}."""
+    """Samples of the policy (EOS 1, padding 0), with random rewards in {0, .5, 1}."""
     ids, mask = random_prompts(num_prompts, length, seed=seed)
     rollouts = gj.sample(
         policy,
@@ -64,7 +64,7 @@ def random_rollouts(policy, num_prompts=4, group_size=6, length=5, tokens=7, see
 
 
 def weighed(objective, rollouts, old=None, reference=None):
-    """A Batch under the weights that the objective's scale stands for."""
+    """A Batch under the weights of the objective's scale."""
     rule = scale_weights(objective)
     ids = np.arange(len(rollouts.rewards))
     call = jax.jit(partial(weigh, objective, rule, max_length=7))

@@ -1,4 +1,4 @@
-"""What the loop does around the loss, method by method, in whole runs."""
+"""What training does around the loss, method by method, in runs from start to end."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ MODEL = gj.ModelConfig(
 
 
 def tiny(run_dir, name, *, group_size=G, max_new_tokens=None, temperature=1.0, **more):
-    """A config of that objective; an ObjectiveConfig stands for its own name."""
+    """A config of that objective, given by name or as an ObjectiveConfig."""
     objective = ObjectiveConfig(name=name) if isinstance(name, str) else name
     sampling = SamplingConfig(
         prompts=P,
@@ -70,8 +70,8 @@ def starts_with_a_digit(example, completion):
 
 @contextlib.contextmanager
 def watched():
-    """Lists of what runs updated with, sampled and appended to prompts, and of their
-    contexts and parts."""
+    """Records, while it is open, the updates, samples and refined prompts of runs, and
+    their contexts and parts."""
     seen = SimpleNamespace(updates=[], sampled=[], refined=[], runs=[])
     update, sample, refine = Learner.update, parts.sample, collector.refined_prompts
     make_parts = whole_run.make_parts
@@ -132,7 +132,7 @@ def samples_of(result, step):
 
 
 class Redone:
-    """What a run's update does, by the public functions on whole arrays."""
+    """A run's update recomputed by the public functions, without micro-batches."""
 
     def __init__(self, run, objective=None):
         settings = run.settings
@@ -143,14 +143,14 @@ class Redone:
             return gj.completion_logprobs(policy.replace(params), rollouts)
 
         def loss(params, rollouts, arrays):
-            here = logprobs(params, rollouts)
+            current = logprobs(params, rollouts)
             return gj.policy_loss(
                 objective,
-                logprobs=here,
+                logprobs=current,
                 rewards=rollouts.rewards,
                 completion_mask=rollouts.completion_mask,
                 max_length=length,
-                **({"behaviour_logprobs": jax.lax.stop_gradient(here)} | arrays),
+                **({"behaviour_logprobs": jax.lax.stop_gradient(current)} | arrays),
             )[0]
 
         self._gradient = jax.jit(jax.grad(loss))
@@ -214,14 +214,14 @@ def test_refills_replace_tied_groups_by_informative_ones(refilled):
         assert len({prompt for prompt, _ in batch}) == P
         assert row["group/informative"] == np.mean([not tied(r) for _, r in batch])
         texts = (x["completions"] for x in logged)
-        said = [[starts_with_a_digit(None, t) for t in group] for group in texts]
-        assert said == [rewards for _, rewards in batch]
+        recomputed = [[starts_with_a_digit(None, t) for t in group] for group in texts]
+        assert recomputed == [rewards for _, rewards in batch]
     assert not groups
     assert {row["group/refills"] for row in rows[1:]} > {1}
     assert sum(row["group/refilled"] for row in rows[1:]) >= 4
 
 
-def test_refilled_groups_are_trained_on_whole(refilled):
+def test_refilled_groups_are_trained_on_as_sampled(refilled):
     rows, seen, _, _ = refilled
     run = seen.runs[0]
     task = run.context.plan.task
@@ -296,8 +296,9 @@ def test_overlong_mask_leaves_cut_off_completions_out(tmp_path):
         ended = (rollouts.completions == 1).any(-1, keepdims=True)
         assert 0 < ended.sum() < ended.size
         weights = np.broadcast_to(ended, rollouts.completions.shape).astype(np.float32)
-        live = rollouts.completion_mask > 0
-        np.testing.assert_array_equal(update.batch.token_weights[live], weights[live])
+        sampled = rollouts.completion_mask > 0
+        actual = update.batch.token_weights
+        np.testing.assert_array_equal(actual[sampled], weights[sampled])
         arrays = (update.before.params, rollouts)
         masked = norm(redone.gradient(*arrays, token_weights=weights))
         assert update.metrics["gradient/norm"] == pytest.approx(masked, rel=1e-4)
@@ -311,10 +312,10 @@ def test_tis_cap_weighs_by_the_samplers_error(tmp_path, monkeypatch):
     sample, rng = parts.sample, np.random.default_rng(0)
 
     def wrong(*arguments, **how):
-        found = sample(*arguments, **how)
-        shift = rng.uniform(-1.5, 1.5, found.behaviour_logprobs.shape)
-        shift = np.where(found.completion_mask > 0, shift, 0).astype(np.float32)
-        return found._replace(behaviour_logprobs=found.behaviour_logprobs + shift)
+        rollouts = sample(*arguments, **how)
+        shift = rng.uniform(-1.5, 1.5, rollouts.behaviour_logprobs.shape)
+        shift = np.where(rollouts.completion_mask > 0, shift, 0).astype(np.float32)
+        return rollouts._replace(behaviour_logprobs=rollouts.behaviour_logprobs + shift)
 
     monkeypatch.setattr(parts, "sample", wrong)
     norms = {}
@@ -328,8 +329,7 @@ def test_tis_cap_weighs_by_the_samplers_error(tmp_path, monkeypatch):
         redone = Redone(seen.runs[0])
         gap = redone.logprobs(params, rollouts) - rollouts.behaviour_logprobs
         weights = np.minimum(np.exp(gap), cap) if cap else np.ones_like(gap)
-        found = redone.gradient(params, rollouts, token_weights=weights)
-        norms[cap] = norm(found)
+        norms[cap] = norm(redone.gradient(params, rollouts, token_weights=weights))
         assert update.metrics["gradient/norm"] == pytest.approx(norms[cap], rel=1e-4)
     assert abs(norms[2.0] / norms[None] - 1) > 1e-3
 
@@ -376,8 +376,8 @@ def test_the_best_draft_joins_the_prompt_of_the_update(refined):
 
 
 @pytest.mark.slow
-def test_drafts_have_keys_of_their_own(refined):
-    """With the keys of the completions they would be what the plain prompts get."""
+def test_drafts_have_separate_keys(refined):
+    """With the keys of the completions they would equal samples of plain prompts."""
     _, seen, _ = refined
     run_key = jax.random.fold_in(jax.random.key(0), 1)
     for step, (call, update) in enumerate(zip(seen.refined, seen.updates, strict=True)):
@@ -410,7 +410,7 @@ def test_drafts_compile_nothing_later(refined):
 
 
 @pytest.mark.slow
-def test_missing_rewards_of_drafts_are_said(tmp_path, capsys):
+def test_missing_rewards_of_drafts_are_reported(tmp_path, capsys):
     calls = iter(range(10**6))
 
     def reward(example, completion):  # 20 at the start, 16 drafts, then completions
@@ -424,7 +424,7 @@ def test_missing_rewards_of_drafts_are_said(tmp_path, capsys):
 
 # ---- history
 
-# A mismatch of 0 has no place on the report's logarithmic axis.
+# A mismatch of 0 cannot be drawn on the report's logarithmic axis.
 ALL_ZERO = pytest.mark.filterwarnings("ignore:Data has no positive values")
 
 
@@ -436,7 +436,7 @@ def remembered(tmp_path_factory):
 
 @ALL_ZERO
 def test_history_resumes_bit_for_bit(remembered, tmp_path):
-    """Stopped at step 2, when two of three past iterates are there."""
+    """Stopped at step 2, with two of three past iterates."""
     rows, seen, result = remembered
     run(tiny(tmp_path / "run", "rt_pg", steps=2))
     again = tiny(tmp_path / "run", "rt_pg", steps=6, resume=True)
@@ -451,7 +451,7 @@ def test_history_resumes_bit_for_bit(remembered, tmp_path):
 
 @ALL_ZERO
 def test_history_before_and_after_it_is_full(remembered):
-    """The mean over four places; the newest rollouts stand in the empty ones."""
+    """The mean over four places; the newest rollouts fill the empty ones."""
     rows, seen, _ = remembered
     redone = Redone(seen.runs[0])
     for step, update in enumerate(seen.updates):
@@ -498,8 +498,8 @@ def test_mismatch_is_measured_with_a_history(remembered):
     ],
 )
 def test_each_update_has_its_own_prompts(tmp_path, name, updates):
-    """Parameters after K updates, redone one by one by the public loss: without a
-    ratio every gradient is taken where the rollout was."""
+    """Parameters after K updates, recomputed one by one with the public loss: without a
+    ratio every gradient is taken at the parameters that sampled."""
     optimizer = OptimizerConfig(learning_rate=1e-2)
     config = tiny(
         tmp_path / "run",
@@ -517,9 +517,9 @@ def test_each_update_has_its_own_prompts(tmp_path, name, updates):
         for i in range(updates):
             part = slice(i * size, (i + 1) * size)
             rollouts = jax.tree.map(lambda x, part=part: x[part], batch.rollouts)
-            stay = name == "grpo_no_is"
-            behaviour = {} if stay else {"behaviour_logprobs": old[part]}
-            at = start if stay else params
+            without_ratio = name == "grpo_no_is"
+            behaviour = {} if without_ratio else {"behaviour_logprobs": old[part]}
+            at = start if without_ratio else params
             grads = redone.gradient(at, rollouts, **behaviour)
             changes, opt_state = jax.device_get(
                 redone.changes(grads, opt_state, params)
@@ -529,7 +529,7 @@ def test_each_update_has_its_own_prompts(tmp_path, name, updates):
         wrong = jax.tree.map(lambda a, b: a - b, params, update.after.params)
         assert norm(wrong) < 1e-3 * norm(moved)
         assert row["update/applied"] == updates * row["step"]
-        if stay:
+        if without_ratio:
             assert row["ratio/mean"] == pytest.approx(1, abs=1e-6)
             assert row["ratio/deviation"] == 0
         else:
@@ -569,8 +569,8 @@ def test_espo_stops_early_and_resumes(tmp_path):
 @pytest.mark.slow
 def test_gtpos_entropy_filter_goes_where_the_start_is_above_it(tmp_path, capsys):
     rows, seen, _ = run(tiny(tmp_path / "high", "gtpo", steps=2))
-    said = capsys.readouterr().out
-    assert "mean entropy at the start is" in said and "limit of 0.693" in said
+    output = capsys.readouterr().out
+    assert "mean entropy at the start is" in output and "limit of 0.693" in output
     assert seen.runs[0].settings.objective.entropy_limit is None
     assert rows[1]["entropy/mean"] > math.log(2) and rows[1]["gradient/norm"] > 0
     again = tiny(tmp_path / "high", "gtpo", steps=3, resume=True)
@@ -596,13 +596,13 @@ def test_token_weights_change_the_gradient(tmp_path, name):
     redone = Redone(first, plain)
     for update in seen.updates:
         rollouts, weights = update.batch.rollouts, update.batch.token_weights
-        live = rollouts.completion_mask > 0
+        sampled = rollouts.completion_mask > 0
         centred = rollouts.rewards - rollouts.rewards.mean(1, keepdims=True)
         if name == "nthr":
-            assert set(np.unique(weights[live])) <= {0.0, 1.0}
-            assert (weights[(centred >= 0)[..., None] & live] == 1).all()
+            assert set(np.unique(weights[sampled])) <= {0.0, 1.0}
+            assert (weights[(centred >= 0)[..., None] & sampled] == 1).all()
         else:
-            assert set(np.unique(weights[live])) <= {0.0, 1.0, 2.0, 4.0}
+            assert set(np.unique(weights[sampled])) <= {0.0, 1.0, 2.0, 4.0}
         arrays = (update.before.params, rollouts)
         with_them = redone.gradient(*arrays, token_weights=weights)
         without = redone.gradient(*arrays)
@@ -617,7 +617,7 @@ def test_token_weights_change_the_gradient(tmp_path, name):
 
 
 def expected_weights(name, update):
-    """By hand, for rewards 0 and 1; None where a unit test is the better place."""
+    """Weights by hand, for rewards 0 and 1; None for rules that unit tests cover."""
     rewards = update.batch.rollouts.rewards
     std = rewards.std(1)
     inside = std > 0
@@ -801,20 +801,20 @@ def compared(tmp_path_factory):
         objective = ObjectiveConfig(name="grpo", kl_coef=0.0)
         return run(tiny(directory / name, objective, instrument=looks, **more), task)
 
-    whole = start("whole", steps=6)
+    straight = start("straight", steps=6)
     start("parts", steps=3)
-    return whole, start("parts", steps=6, resume=True)
+    return straight, start("parts", steps=6, resume=True)
 
 
 @pytest.mark.slow
 def test_counterfactual_rows(compared):
     (rows, seen, result), (_, _, resumed) = compared
-    found = read_lines(result.run_dir / "counterfactual.jsonl")
-    assert [row["step"] for row in found] == [2, 4, 6]
-    assert all(set(row) == KEYS for row in found)
-    assert read_lines(resumed.run_dir / "counterfactual.jsonl") == found
+    lines = read_lines(result.run_dir / "counterfactual.jsonl")
+    assert [row["step"] for row in lines] == [2, 4, 6]
+    assert all(set(row) == KEYS for row in lines)
+    assert read_lines(resumed.run_dir / "counterfactual.jsonl") == lines
     names = ["this run", "reinforce", "std", "shrunk", "1/std^2"]
-    for row in found:
+    for row in lines:
         assert row["weightings"] == names and row["norm_ratio"][1] == 1
         update = seen.updates[row["step"] - 1]
         length = rows[row["step"]]["update/norm"]
@@ -835,8 +835,8 @@ def test_counterfactual_compiles_nothing_later(compared):
 
 @pytest.mark.slow
 def test_counterfactual_row_recomputed(compared):
-    """Gradients by the public loss, slopes and curvatures by differences of log-probs
-    along the update that the optimizer makes of them."""
+    """Gradients by the public loss; slopes and curvatures by differences of log-probs
+    along the optimizer's updates."""
     (rows, seen, result), _ = compared
     row, first, update = (
         read_lines(result.run_dir / "counterfactual.jsonl")[0],
@@ -865,7 +865,7 @@ def test_counterfactual_row_recomputed(compared):
     def logprobs(params):
         return np.asarray(redone.logprobs(params, rollouts).sum(-1), float)
 
-    here = logprobs(params)
+    current = logprobs(params)
     for w in weights:
         advantages = (centred * w[:, None]).astype(np.float32)
         grads.append(redone.gradient(params, rollouts, advantages=advantages))
@@ -876,7 +876,7 @@ def test_counterfactual_row_recomputed(compared):
             for h in (-2.0, 2.0)
         ]
         slope = (sides[1] - sides[0]) / 4
-        second = (sides[1] - 2 * here + sides[0]) / 4 + slope**2
+        second = (sides[1] - 2 * current + sides[0]) / 4 + slope**2
         loo = centred * (count / np.maximum(count - 1, 1))[:, None]
         predicted.append((loo * (slope + second / 2)).sum(1) / count)
 

@@ -1,4 +1,4 @@
-"""Eight virtual devices: the same samples and updates as one, and what is sent."""
+"""Eight virtual devices: the same samples and updates as one, and what they send."""
 
 import json
 import os
@@ -32,14 +32,14 @@ def on_devices(*arguments):
 @pytest.mark.parametrize(("p", "g"), [(8, 4), (2, 8)])
 @pytest.mark.parametrize("mesh", ["1x8x1", "8x1x1", "2x2x2"])
 def test_a_mesh_samples_and_learns_the_same(mesh, p, g, tied):
-    """In as many micro-batches as there can be, against one on one device."""
+    """In as many micro-batches as possible, against one on a single device."""
     gaps = on_devices("same_step", mesh, p, g, tied)
     assert gaps["tokens"] == 0
     assert gaps["params"] < 1e-5 and gaps["moments"] < 1e-5
 
 
-def sent(found, name):
-    return [Collective(*row) for row in found[name]]
+def collectives_of(results, name):
+    return [Collective(*row) for row in results[name]]
 
 
 @pytest.fixture(scope="module", params=["8x1x1", "1x8x1", "2x2x2"])
@@ -48,13 +48,13 @@ def programs(request):
 
 
 def test_group_statistics_and_weights_send_scalars_only(programs):
-    assert all(x.nbytes <= 64 for x in sent(programs[1], "weigh"))
+    assert all(x.nbytes <= 64 for x in collectives_of(programs[1], "weigh"))
 
 
 def test_a_sampled_token_sends_what_tensor_needs_only(programs):
-    """Without a tensor axis nothing but whether all are done."""
-    mesh, found = programs
-    each = [x for x in sent(found, "sample") if x.times >= 1000]
+    """Without a tensor axis only whether all completions have ended."""
+    mesh, results = programs
+    each = [x for x in collectives_of(results, "sample") if x.times >= 1000]
     if mesh.endswith("x1"):
         assert [(x.place, x.kind, x.nbytes) for x in each] == [
             ("condition", "all-reduce", 1)
@@ -62,38 +62,40 @@ def test_a_sampled_token_sends_what_tensor_needs_only(programs):
     kinds = {x.kind for x in each}
     assert kinds <= {"all-reduce", "all-gather"}
     if mesh == "8x1x1":
-        assert {x.place for x in sent(found, "sample")} == {"condition"}
+        assert {x.place for x in collectives_of(results, "sample")} == {"condition"}
 
 
 def test_an_update_sends_every_gradient_once(programs):
-    mesh, found = programs
-    update = sent(found, "update")
+    mesh, results = programs
+    update = collectives_of(results, "update")
     assert {x.kind for x in update} <= {"all-reduce", "all-gather", "reduce-scatter"}
     if mesh.endswith("x1"):
-        # Beside scalars: all-reduced, or of what fsdp cuts each device its part.
+        # Besides scalars: all-reduced, or reduce-scattered in parts over fsdp.
         added = sum(
             x.nbytes * x.times * (x.devices if x.kind == "reduce-scatter" else 1)
             for x in update
             if x.kind != "all-gather"
         )
-        assert found["parameters"] <= added <= found["parameters"] + 1000
+        assert results["parameters"] <= added <= results["parameters"] + 1000
     if mesh == "8x1x1":
         assert {x.kind for x in update} == {"all-reduce"}
 
 
 def test_parameters_are_gathered_twice(programs):
     """For prompts and for tokens; forward and backward."""
-    mesh, found = programs
+    mesh, results = programs
     if mesh != "1x8x1":
         return
     for name in ("sample", "update"):
         gathered = sum(
-            x.nbytes * x.times for x in sent(found, name) if x.kind == "all-gather"
+            x.nbytes * x.times
+            for x in collectives_of(results, name)
+            if x.kind == "all-gather"
         )
-        assert gathered <= 2 * found["parameters"]
+        assert gathered <= 2 * results["parameters"]
 
 
-def test_a_run_goes_on_on_another_mesh(tmp_path):
+def test_a_run_resumes_on_another_mesh(tmp_path):
     expected = on_devices("whole_run", tmp_path / "one", "1x1x1", 4, "new")
     on_devices("whole_run", tmp_path / "moved", "2x2x2", 2, "new")
     actual = on_devices("whole_run", tmp_path / "moved", "1x8x1", 4, "resume")
@@ -106,7 +108,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
 @pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2"])
 def test_the_plan_of_a_mesh_is_what_xla_says(mesh):
-    """Of each device; with several prompts on it."""
+    """Bytes of each device, with several prompts on it."""
     for name, (predicted, actual) in on_devices("memory", mesh).items():
         print(f"{mesh} {name}: {predicted / 1e6:.1f} MB, XLA {actual / 1e6:.1f} MB")
         assert predicted == pytest.approx(actual, rel=0.15), name

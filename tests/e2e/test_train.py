@@ -1,9 +1,10 @@
-"""Whole runs in this process: what they write, learn, survive and refuse."""
+"""Runs from start to end in this process: files, learning, failures, refusals."""
 
 import dataclasses
 import json
 import math
 
+import chex
 import numpy as np
 import pytest
 
@@ -23,7 +24,9 @@ from grpo_jax.runs.config import (
 )
 from grpo_jax.runs.fields import FIELDS
 from grpo_jax.runs.lines import read_lines
+from grpo_jax.training import programs
 from grpo_jax.training.saving import NonFiniteGradientsError
+from grpo_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -57,7 +60,8 @@ def digits_task(reward=None):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One run with everything on: three updates a rollout, instrument, KL."""
+    """One run with everything on: three updates a rollout, instrument, KL. Its update,
+    for completions of one padded length, may be traced once."""
     directory = tmp_path_factory.mktemp("runs") / "finished"
     config = small_config(
         directory,
@@ -66,10 +70,17 @@ def finished(tmp_path_factory):
         micro_batch_tokens=100,
         warm_start=WarmStartConfig(max_steps=20, noisy_steps=0),
     )
-    return gj.train(config)
+
+    def traced_once(*arguments, **options):
+        return chex.assert_max_traces(make_train_step(*arguments, **options), n=1)
+
+    chex.clear_trace_counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "make_train_step", traced_once)
+        return gj.train(config)
 
 
-def test_run_directory_holds_what_it_should(finished):
+def test_files_of_a_run_directory(finished):
     names = {path.name for path in finished.run_dir.iterdir()}
     assert names >= {
         "config.json", "metrics.jsonl", "samples.jsonl", "instrument.jsonl",
@@ -79,7 +90,7 @@ def test_run_directory_holds_what_it_should(finished):
     assert steps == list(range(7)) and finished.finished
 
 
-def test_every_field_is_documented_and_the_promised_ones_are_there(finished):
+def test_every_field_is_documented_and_the_promised_ones_are_present(finished):
     rows = read_lines(finished.run_dir / "metrics.jsonl")
     assert {field for row in rows for field in row} <= set(FIELDS)
     promised = {
@@ -94,7 +105,7 @@ def test_every_field_is_documented_and_the_promised_ones_are_there(finished):
     assert max(row["mismatch/max_abs"] for row in rows[1:]) < 1e-5
 
 
-def test_a_look_of_the_instrument_is_in_its_file(finished):
+def test_measurements_of_the_instrument_are_in_their_file(finished):
     rows = read_lines(finished.run_dir / "instrument.jsonl")
     assert [row["step"] for row in rows] == [0, 3, 6]
     assert all(set(row) == set(ROW_FIELDS) for row in rows)
@@ -194,7 +205,7 @@ def test_five_non_finite_gradients_end_the_run_with_the_batch_saved(tmp_path):
     assert rows[-1]["update/skipped_in_a_row"] == 5
 
 
-# ---- what cannot start, and leaves nothing behind
+# ---- runs that are refused, and leave nothing behind
 
 
 def refused(config, task=None):
@@ -207,8 +218,8 @@ def test_another_runs_directory_is_refused(finished, tmp_path):
     config = small_config(finished.run_dir, seed=3)
     message = refused(config)
     assert "seed: 0 -> 3" in message and "another --run-dir" in message
-    held = json.loads((finished.run_dir / "config.json").read_text())["config"]
-    assert held["seed"] == 0
+    saved = json.loads((finished.run_dir / "config.json").read_text())["config"]
+    assert saved["seed"] == 0
 
 
 def test_the_same_run_without_resume_is_refused(tmp_path):
