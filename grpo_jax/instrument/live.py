@@ -137,7 +137,7 @@ class Instrument:
         began = time.monotonic()
         pending = self.pending
         if pending is None:
-            raise RuntimeError("compare_update needs a measurement before.")
+            raise RuntimeError("compare_update needs a pending measurement.")
         effect = gather_to_host(
             self._update_effect(
                 self.policy.replace(before),

@@ -9,7 +9,7 @@ from grpo_jax.runs.config import TrainConfig
 # Costs in forward passes over tokens, measured on a CPU (BUILD_NOTES.md). A step is
 # counted low: without what the host and the optimizer do.
 SAMPLING, GRADIENT, SECOND_ORDER = 2, 4, 6
-FLOOR = 160  # tokens that a pass over one prompt's few samples costs besides its own
+FLOOR = 160  # fixed cost, in tokens, of a pass over one prompt's few samples
 MOST_PROMPTS = 32  # unless more are asked for: they cost memory and file size
 VECTOR_BYTES = 128 * 2**20  # limit of `ProbePlan.vector_bytes`
 

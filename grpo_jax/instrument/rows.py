@@ -246,7 +246,7 @@ def rank_correlation(x: Any, y: Any) -> float:
 
 
 def finite_mean(x: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over the finite entries of one axis; NaN, without a warning, of none."""
+    """[...] mean of the finite entries along an axis; NaN of none, unwarned."""
     finite = np.isfinite(x)
     count = finite.sum(axis)
     total = np.where(finite, x, 0.0).sum(axis)

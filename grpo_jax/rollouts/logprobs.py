@@ -40,7 +40,7 @@ def completion_logprobs(
 def batch_logprobs(
     policy: Policy,
     rollouts: Rollouts,
-    temperature: float,
+    temperature: float | jax.Array,
     micro: MicroBatch,
     with_entropy: bool = False,
 ) -> Any:

@@ -41,7 +41,7 @@ FIELDS: dict[str, str] = {
     "time/sample_s": "seconds until the completions were on the host; drafts included",
     "time/score_s": "seconds of reward functions, refills and recomputed log-probs",
     "time/update_s": "seconds of the update, until the device has finished it",
-    "time/step_s": "seconds of the whole step, evaluation and instrument included",
+    "time/step_s": "seconds of the step, evaluation and instrument included",
     "compiles": "programs compiled since this process began the run",
     "eval/train_pass_rate": "pass rate of trained prompts: the mean of the exact ones "
     "where one answer is right, else the share solved (first reward 1) by samples",
