@@ -176,7 +176,7 @@ def checkpoints(directory: Path) -> list[int]:
 
 def start_of(text: str) -> int | None:
     """The step that an attempt says it began at."""
-    if "no whole checkpoint to resume from" in text:
+    if "no readable checkpoint to resume from" in text:
         return 0
     match = re.search(r"resumed at step (\d+)", text)
     return int(match[1]) if match else None

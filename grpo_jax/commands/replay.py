@@ -264,7 +264,7 @@ def _arrays(
     """What went into the step's first update, and its gradient's norm by parameter.
 
     Args:
-        parts: Of the run.
+        parts: The parts of the run.
         state: Before the update.
         collected: The step's rollouts.
         batch: The same, weighed.

@@ -235,7 +235,7 @@ class Processes:
 
         data = pickle.dumps(value)
         while True:
-            # Of a fixed size, so that nothing is compiled again: length, bytes.
+            # A fixed size, so that nothing is compiled again: length, bytes.
             message = np.zeros(8 + self._message_bytes, np.uint8)
             message[:8] = np.frombuffer(len(data).to_bytes(8, "little"), np.uint8)
             part = data[: self._message_bytes]

@@ -26,8 +26,9 @@ class Checkpoints:
         directory: One checkpoint a subdirectory, by step.
         keep: Latest checkpoints to keep, besides the best one.
         warn: Called with a sentence.
-        processes: Of the run; `save` and `restore` are calls of all of them together.
-        read_only: Leave the directory as it is: a run may be writing there.
+        processes: The processes of the run, which must call `save` and `restore`
+            together.
+        read_only: Leave the directory as it is: a run may be writing to it.
 
     Attributes:
         saved: The newest step that is saved, or being saved; None where saving failed.
@@ -135,9 +136,10 @@ class Checkpoints:
             self._failed(step, error)
 
     def _obstacle(self, step: int, state: Any) -> str | None:
-        """Why saving would fail, as far as it can be foreseen; None for a single
-        process, which is told by the failure. Of several, the others would wait for the
-        one that fails."""
+        """Why saving would fail, as far as it can be foreseen; else None.
+
+        Several processes would wait for the one that fails. A single process gets the
+        error itself, so nothing is foreseen for it."""
         if self._processes.count == 1:
             return None
         reason = self._no_room(step, state) if self._processes.is_writer else None
@@ -174,7 +176,9 @@ class Checkpoints:
     def _failed(self, step: int | None, error: Exception) -> None:
         self.saved = None
         steps = self._steps_on_disk()
-        newest = f"the newest whole one is of step {max(steps)}" if steps else "none is"
+        newest = (
+            f"the newest complete one is of step {max(steps)}" if steps else "none is"
+        )
         self._warn(f"checkpoint of step {step} failed ({summary(error)}); {newest}.")
 
     def restore(

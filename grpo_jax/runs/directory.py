@@ -23,7 +23,7 @@ def claim(config: TrainConfig, facts: dict[str, Any]) -> Path:
     """The directory this run may write to, created; a new run's config is in it.
 
     Args:
-        config: Of the run.
+        config: The run's config.
         facts: What config.json has besides: `note`, what the report should say of the
             task; `eos_ids`; and `data` and `base`, fingerprints of the task's prompts
             and answers and of the pretrained model.
@@ -144,7 +144,9 @@ def read_facts(directory: Path) -> dict[str, Any]:
         if not isinstance(facts["config"], dict):
             raise ValueError("its config is no mapping")
     except FileNotFoundError as error:
-        raise ConfigError(f"{directory} holds no run: no config.json there.") from error
+        raise ConfigError(
+            f"{directory} holds no run: it has no config.json."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged ({error}); it cannot be used.") from error
     return facts

@@ -177,8 +177,8 @@ def load_base(
     """The policy that a run started from, without factors.
 
     Args:
-        run_dir: Of the run, with initial.safetensors for a model that began as new.
-        model: Of the run, with the vocabulary of its tokenizer.
+        run_dir: The run's directory, with initial.safetensors for a new model.
+        model: The run's model, with the vocabulary size of its tokenizer.
         pretrained: The model directory (or Hub name) that the run began with.
         mesh: None for a single device.
 

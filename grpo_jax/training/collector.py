@@ -83,8 +83,8 @@ class Collector:
         draft_template: Pieces that join a prompt and its draft; [] without drafts.
         train_prompt_tokens: Padded length of prompts in the update, with their drafts.
         buckets: Padded completion lengths of the update, shortest first.
-        seed: Of the run.
-        keys: Of the run.
+        seed: The run's seed.
+        keys: The run's PRNG keys.
         counts_failures: Whether checks can hang or die, and are counted.
     """
 

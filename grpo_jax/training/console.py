@@ -113,7 +113,7 @@ class Console:
 
         Args:
             done: Steps so far.
-            metrics: Of that step, on the host.
+            metrics: The metrics of that step, on the host.
         """
         elapsed = time.monotonic() - self._began
         rate = (done - self._first) / max(elapsed, 1e-9)

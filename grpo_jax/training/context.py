@@ -21,7 +21,7 @@ class RunContext:
         config: As given.
         plan: What was resolved of it, every shape included.
         directory: Where the run writes.
-        processes: Of the run.
+        processes: The processes of the run.
         pool: Worker processes for rewards; None where a Python function scores.
         mesh: None for a single device.
         console: What prints.

@@ -32,13 +32,13 @@ def compare_weights(
     """The run's weights and those of `RULES`, on one batch and optimizer state; pure.
 
     Args:
-        objective: Of the run.
-        optimizer: Of the run.
+        objective: The run's objective.
+        optimizer: The run's optimizer.
         policy: Without trained parameters: those are the state's.
         state: Before the update.
         batch: [P, G, T] rollouts with their weights [P].
         micro: Prompts and samples per backward pass.
-        temperature: Of sampling.
+        temperature: The sampling temperature.
         max_length: Tokens that a completion may have.
     """
     params, rollouts = state.params, batch.rollouts

@@ -7,7 +7,10 @@ from grpo_jax.runs.config import TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Due:
-    """What is due after a number of steps; step 0 is the start of the run.
+    """What follows a number of steps; step 0 is the start of the run.
+
+    Evaluation and measurement are due at the start, at the end and every so many steps
+    between; the others every so many steps.
 
     Attributes:
         with_instrument: Whether the run has probe prompts.
@@ -17,24 +20,24 @@ class Due:
     with_instrument: bool
 
     def evaluation(self, step: int) -> bool:
-        """At the start, at the end, and every so many steps between."""
+        """Whether pass rates are evaluated."""
         return self._ends(step) or _every(self.config.evaluation.every, step)
 
     def measurement(self, step: int) -> bool:
-        """Of the probe prompts: at the start, at the end, and between."""
+        """Whether the probe prompts are measured."""
         every = self.config.instrument.every
         return self.with_instrument and (self._ends(step) or _every(every, step))
 
     def comparison(self, step: int) -> bool:
-        """Of prompt weights, by a counterfactual update."""
+        """Whether prompt weights are compared by a counterfactual update."""
         return _every(self.config.instrument.counterfactual_every, step)
 
     def samples(self, step: int) -> bool:
-        """An entry of samples.jsonl."""
+        """Whether samples.jsonl gets an entry."""
         return _every(self.config.log.samples_every, step)
 
     def checkpoint(self, step: int) -> bool:
-        """A checkpoint in the middle of the run."""
+        """Whether a checkpoint is saved in the middle of the run."""
         return _every(self.config.checkpoint.every, step)
 
     def _ends(self, step: int) -> bool:

@@ -50,11 +50,11 @@ class Journal:
     be written when the checkpoint was saved.
 
     Args:
-        directory: Of the run.
-        processes: Of the run.
+        directory: The run's directory.
+        processes: The processes of the run.
         console: Shows the rows.
         make_row: Makes the rows of metrics.jsonl.
-        step: Of the checkpoint; 0 at the start.
+        step: The step of the checkpoint; 0 at the start.
         unwritten: By file, rows that the checkpoint kept.
 
     Attributes:

@@ -94,7 +94,7 @@ class Loop:
         self._keep_measurement, self._warned_of_ties = keep_measurement, False
 
     def run(self) -> TrainResult:
-        """Makes the steps that are left, or as many as there are before a stop."""
+        """Makes the remaining steps, or as many as fit before a stop."""
         processes, config = self.context.processes, self.context.config
         try:
             self._prepare()

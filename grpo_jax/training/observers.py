@@ -33,8 +33,8 @@ class Observers:
         learner: Makes the counterfactual updates.
         journal: Where the rows go.
         watchdog: Names the phases.
-        processes: Of the run. Asked to stop, nothing new is started: the resumed run
-            makes up for it.
+        processes: The processes of the run. If asked to stop, they start nothing new:
+            the resumed run makes up for it.
     """
 
     def __init__(

@@ -41,10 +41,10 @@ class PassRates:
         samples: Completions of each prompt, where they are sampled.
         rows: Completions sampled at a time.
         prompt_tokens, max_new_tokens: L and T.
-        temperature: Of the policy.
+        temperature: The sampling temperature.
         micro_batch_tokens: Tokens per forward pass, on each device.
         pool: Worker processes for rewards; None where a Python function scores.
-        processes: Of the run; `measure` is a call of all of them together.
+        processes: The processes of the run, which must call `measure` together.
         warn: Called with a sentence about missing rewards.
 
     Attributes:

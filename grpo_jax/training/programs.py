@@ -36,7 +36,7 @@ class UpdateSettings:
         reference: The policy at step 0, where the objective has a KL term.
         prompts, group_size, prompt_tokens, max_new_tokens: P, G, L and the largest T.
         stop_ids: Tokens that end a completion.
-        updates: Of one rollout.
+        updates: Updates made of one rollout.
         micro_batch_tokens: Tokens per backward pass, on each device.
         with_counterfactual: Also compile the comparison with other prompt weights.
         mesh: None for a single device.

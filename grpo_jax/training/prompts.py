@@ -23,12 +23,12 @@ class TrainedPrompts:
 
     Args:
         task: Whose trained prompts.
-        token_ids: Of every trained prompt.
+        token_ids: Token ids of every trained prompt.
         prompt_tokens: Padded length of a prompt.
         sample: `gj.sample` with everything but prompts, group size and key.
         policy: Without trained parameters.
         pool: Worker processes for rewards; None where a Python function scores.
-        processes: Of the run; `score` is a call of all of them together.
+        processes: The processes of the run, which must call `score` together.
     """
 
     def __init__(

@@ -152,7 +152,7 @@ def _make_loop(
     resumed: Resumed,
     compiles: Callable[[], int],
 ) -> "Loop":
-    """The loop from `resumed` on, with the files of the run opened there."""
+    """The loop that starts at `resumed`, with the run's files opened at its step."""
     step, processes = resumed.step, context.processes
     rows = [  # of earlier measurements, what later ones have to know
         {name: row[name] for name in ("step", "phase")}

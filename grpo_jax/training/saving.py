@@ -49,7 +49,7 @@ class Saver:
         Args:
             state: After `step` steps.
             step: Names the checkpoint.
-            row: Of the step; its held-out pass rate is the checkpoint's score.
+            row: The row of the step; its held-out pass rate is the checkpoint's score.
             more: JSON, kept beside the state.
         """
         score = row.get("eval/heldout_pass_rate")

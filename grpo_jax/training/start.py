@@ -168,7 +168,7 @@ def resume(context: RunContext, checkpoints: Checkpoints, state: TrainState) -> 
 
     Args:
         context: The run.
-        checkpoints: Of the run.
+        checkpoints: The checkpoints of the run.
         state: The one before any update.
 
     Raises:
@@ -179,7 +179,9 @@ def resume(context: RunContext, checkpoints: Checkpoints, state: TrainState) -> 
         return start
     restored = checkpoints.restore(state)
     if restored is None:
-        context.console.warn("no whole checkpoint to resume from; starting at step 0.")
+        context.console.warn(
+            "no readable checkpoint to resume from; starting at step 0."
+        )
         return start
     state, data = restored
     if data["step"] > context.config.steps:

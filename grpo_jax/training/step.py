@@ -63,7 +63,7 @@ class Part(NamedTuple):
 
 
 def batch_terms(objective: Objective, batch: Batch, max_length: int) -> Part:
-    """The whole batch as one `Part`: what the loss needs, computed over all of it."""
+    """The full batch as one `Part`: the arrays of the loss, with batch statistics."""
     rollouts, weights = batch.rollouts, batch.weights
     mask = present_mask(rollouts.completion_mask, rollouts.scored_rewards)
     prompts = len(weights)
@@ -155,7 +155,7 @@ def make_gradients(
     Args:
         objective: Whose loss, under the batch's prompt weights.
         micro: Prompts and samples per backward pass.
-        temperature: Of sampling.
+        temperature: The sampling temperature.
         max_length: Tokens that a completion may have.
     """
 
@@ -219,7 +219,7 @@ def make_train_step(
         objective: Whose loss.
         optimizer: What turns gradients into updates.
         micro: Prompts and samples per backward pass.
-        temperature: Of sampling.
+        temperature: The sampling temperature.
         max_length: Tokens that a completion may have.
 
     The step's `at` is where the gradient is taken, by default at the state's

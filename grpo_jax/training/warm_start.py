@@ -83,14 +83,14 @@ def warm_start(
         policy: What to start from; it keeps its parameters.
         task: Whose prompts.
         settings: How to learn.
-        seed: Of the order of demonstrations.
+        seed: The seed of the order of demonstrations.
         prompt_length, length: Padded tokens of prompts and of answers with EOS; longer
             demonstrations are left out.
         temperature: At which pass rates are measured.
         cache: Directory of earlier results.
         report: Called with (stage, step, "pass rate 0.250") at every measurement.
         warn: Called with a sentence where the cache cannot be used.
-        processes: Of the run; where they are asked to stop, nothing is kept.
+        processes: The processes of the run; if asked to stop, nothing is kept.
 
     Returns:
         None if asked to stop.
@@ -151,8 +151,7 @@ def _cached(
 
 
 def _both_stages(student: "_Student", settings: WarmStart) -> dict[str, Any] | None:
-    """Learns clean, then spoiled answers; what there is to say of it, or None if asked
-    to stop."""
+    """Facts about learning clean, then spoiled answers; None if asked to stop."""
     rate, target = settings.learning_rate, settings.target_pass_rate
     decaying = optax.cosine_decay_schedule(rate, settings.max_steps)
     clean = student.learn(
@@ -195,11 +194,11 @@ class _Student:
         policy: What to start from; it keeps its parameters.
         demonstrations: What to imitate.
         measured: [N, 1, T] answers whose pass rate, or loss, is the figure.
-        temperature: Of the pass rate.
+        temperature: The temperature at which the pass rate is measured.
         by_pass_rate: Whether the figure is the pass rate.
         rng: Draws the batches.
         report: Called with (stage, step, figure as text).
-        processes: Of the run.
+        processes: The processes of the run.
     """
 
     def __init__(
@@ -241,10 +240,10 @@ class _Student:
 
         Args:
             stage: As reported.
-            optimizer: Of this stage, from its initial state.
+            optimizer: This stage's optimizer, from its initial state.
             steps: At most.
             spoiled: Whether answers are spoiled on purpose.
-            target: Of the figure; None: all steps are made.
+            target: The figure to reach; None makes all steps.
             done: Steps of earlier stages, for the report.
 
         Returns:

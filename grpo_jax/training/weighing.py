@@ -40,7 +40,7 @@ def token_weights(
         objective: Its `token_weight` and `overlong` choose the factors.
         policy: The policy that sampled, for NTHR's hidden states.
         rollouts: [P, G, T] completions with rewards [P, G].
-        temperature: Of sampling.
+        temperature: The sampling temperature.
         eos_id: Tokens that end a completion.
     """
     mask = present_mask(rollouts.completion_mask, rollouts.scored_rewards)

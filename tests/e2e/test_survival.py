@@ -187,7 +187,7 @@ def test_full_disk_loses_checkpoints_and_not_the_run(run, tmp_path):
     )  # fmt: skip
     # A checkpoint that was small enough to be written is used, with a message.
     assert code == 0, output
-    assert "no whole checkpoint" in output or "resumed at step 4" in output
+    assert "no readable checkpoint" in output or "resumed at step 4" in output
 
 
 @pytest.mark.slow
