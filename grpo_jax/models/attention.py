@@ -72,8 +72,8 @@ class ByLayer(NamedTuple):
         """The version of one layer.
 
         Args:
-            slides: Whether the layer's window slides; may be traced, None if no layer's
-                does.
+            slides: Scalar, whether the layer's window slides; may be traced, None if no
+                layer's does.
         """
         if slides is None or isinstance(slides, bool):
             return self.sliding if slides else self.full

@@ -288,8 +288,8 @@ def with_shardings(shapes: Any, mesh: Mesh | None) -> Any:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """x with a sharding constraint by its logical axes; trailing axes without a name
-    are replicated."""
+    """x [...] with a sharding constraint by its logical axes; trailing axes without a
+    name are replicated."""
     mesh = current_mesh()
     if mesh is None:
         return x

@@ -116,7 +116,7 @@ def prefill(
 
 
 def write(cache: jax.Array, x: jax.Array, t: jax.Array, axis: int) -> jax.Array:
-    """The cache with x, of size 1 along `axis`, at index t of that axis."""
+    """The cache [...] with x, of size 1 along `axis`, at index t (scalar) of it."""
     return jax.lax.dynamic_update_slice_in_dim(cache, x, t, axis=axis)
 
 

@@ -42,7 +42,7 @@ def encode_imitated(task: Task, examples: Sequence[Example]) -> list[list[int]]:
 def pad_left(
     rows: Sequence[Sequence[int]], length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask), each [P, L = length] int32, of P rows padded on the left."""
+    """(ids, mask), each [P, length] int32, of P rows padded on the left."""
     ids = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
