@@ -44,8 +44,9 @@ def cosines_by_phase(rows: Rows) -> Figure | None:
 
     caption = (
         "Raw sampled cosines (filled) of the n measurements in each phase, and exact "
-        "ones (outline). Dotted: sampling noise alone, from differences between a "
-        "group's parts; sampled cosines no wider than that could be noise."
+        "ones (outline, if one answer is right). Dotted: sampling noise alone, from "
+        "differences between a group's parts; sampled cosines no wider than that could "
+        "be noise."
     )
     return svg_figure(
         "Cosines by phase",
