@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +13,18 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:con
 
 
 class Row(NamedTuple):
+    """A row of a data file or data set."""
+
     where: str  # "rows.jsonl, line 3"
     values: dict[str, Any]
 
 
 def read_rows(path: Path, fields: Sequence[str] = ()) -> list[Row]:
-    """The objects of a .jsonl, .json (an array) or .parquet file, each with the given
-    text fields.
+    """Reads the objects of a .jsonl, .json (an array) or .parquet file.
+
+    Args:
+        path: The file; an unknown ending is read as .jsonl.
+        fields: Text fields that each row must have.
 
     Raises:
         ConfigError: the file cannot be read, is empty, or a row is not such an object
@@ -27,8 +32,8 @@ def read_rows(path: Path, fields: Sequence[str] = ()) -> list[Row]:
     """
     readers = {".json": _read_array, ".parquet": _read_parquet}
     try:
-        found = readers.get(path.suffix, _read_lines)(path, fields)
-        rows = [Row(f"{path}, {place}", values) for place, values in found]
+        objects = readers.get(path.suffix, _read_lines)(path, fields)
+        rows = [Row(f"{path}, {place}", values) for place, values in objects]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the data file {path}: {error}.") from error
     if not rows:
@@ -40,7 +45,10 @@ def read_rows(path: Path, fields: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def _read_lines(path, fields):
+_Objects = Iterable[tuple[str, Any]]  # place in the file, such as "line 3", and value
+
+
+def _read_lines(path: Path, fields: Sequence[str]) -> _Objects:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
@@ -52,7 +60,8 @@ def _read_lines(path, fields):
                 ) from error
 
 
-def _read_array(path, fields):
+def _read_array(path: Path, fields: Sequence[str]) -> _Objects:
+    del fields
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -67,7 +76,8 @@ def _read_array(path, fields):
     return ((f"row {i}", value) for i, value in enumerate(values, 1))
 
 
-def _read_parquet(path, fields):
+def _read_parquet(path: Path, fields: Sequence[str]) -> _Objects:
+    del fields
     import pyarrow
     import pyarrow.parquet
 
@@ -78,21 +88,22 @@ def _read_parquet(path, fields):
     return ((f"row {i}", value) for i, value in enumerate(values, 1))
 
 
-def _expected(fields):
+def _expected(fields: Sequence[str]) -> str:
+    """What a row must be, in words."""
     named = f" with text fields {', '.join(fields)}" if fields else ""
     return f"expected a JSON object{named}"
 
 
-def _check(row, fields):
-    """ConfigError unless the row is an object with those fields as text."""
+def _check(row: Row, fields: Sequence[str]) -> None:
+    """Raises ConfigError unless the row is an object with those fields as text."""
     where, values = row
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {_expected(fields)}.")
     for field in fields:
         if not isinstance(values.get(field), str):
-            found = repr(values[field]) if field in values else "missing"
+            actual = repr(values[field]) if field in values else "missing"
             raise ConfigError(
-                f"{where}: field {field!r} is {found}; {_expected(fields)}."
+                f"{where}: field {field!r} is {actual}; {_expected(fields)}."
             )
 
 
@@ -102,13 +113,14 @@ def read_parts(
     hub_name: tuple[str, ...] | None = None,
     fields: Sequence[str] = (),
 ) -> tuple[list[Row], list[Row] | None]:
-    """Rows to train on, and rows only to be evaluated (None: there is one file alone).
+    """(rows to train on, rows only to evaluate); the latter None for a single file.
 
     Args:
         path: A directory with train and test files (.jsonl, .json or .parquet), one
             file, or a data set's name for `datasets` ("owner/name" or
             "owner/name:config"); None loads `hub_name`.
-        heldout_path: A file that takes the place of the test part.
+        heldout_path: A file used in place of the test part.
+        hub_name: The arguments of `datasets.load_dataset`.
         fields: Text fields that each row must have.
     """
     if path is None:
@@ -117,17 +129,17 @@ def read_parts(
                 "task.path must name the data: a file, a directory or a data set."
             )
         parts = _from_hub(hub_name, fields, test=heldout_path is None)
-    elif (found := Path(path)).is_dir():
-        parts = [read_rows(_part(found, "train"), fields)]
+    elif (local := Path(path)).is_dir():
+        parts = [read_rows(_part(local, "train"), fields)]
         if heldout_path is None:
-            parts.append(read_rows(_part(found, "test"), fields))
-    elif found.is_file() or not _HUB.fullmatch(path) or found.suffix in SUFFIXES:
-        if not found.is_file():
+            parts.append(read_rows(_part(local, "test"), fields))
+    elif local.is_file() or not _HUB.fullmatch(path) or local.suffix in SUFFIXES:
+        if not local.is_file():
             raise ConfigError(
                 f"task.path must be a file or a directory with train.jsonl and "
                 f"test.jsonl, got {path}, which is not there."
             )
-        parts = [read_rows(found, fields)]
+        parts = [read_rows(local, fields)]
     else:
         parts = _from_hub(tuple(path.split(":")), fields, test=heldout_path is None)
     if heldout_path is not None:
@@ -137,30 +149,35 @@ def read_parts(
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
-def _part(directory, name):
-    """The directory's file of that part; .jsonl where there is none, to be missed."""
+def _part(directory: Path, name: str) -> Path:
+    """The directory's file of a part; the .jsonl file where none exists, for the
+    error."""
     files = [directory / f"{name}{suffix}" for suffix in SUFFIXES]
     return next((file for file in files if file.is_file()), files[0])
 
 
-def _from_hub(hub_name, fields, test):
+def _from_hub(
+    hub_name: tuple[str, ...], fields: Sequence[str], test: bool
+) -> list[list[Row]]:
+    """Rows of the data set's train part and, if wanted, of its test part."""
     name = "/".join(hub_name)
     try:
         from datasets import load_dataset
 
-        data = load_dataset(*hub_name)
+        dataset, *config = hub_name
+        data = load_dataset(dataset, next(iter(config), None))
         names = [n for n in ("train", "test") if n == "train" or (test and n in data)]
         parts = [data[part].to_list() for part in names]
-    except Exception as error:  # datasets raises a dozen kinds for one fact
+    except Exception as error:  # datasets raises a dozen types for a missing data set
         reason = (str(error).splitlines() or [""])[0][:120]
         raise ConfigError(
             f"cannot load {name} through `datasets` ({type(error).__name__}: {reason});"
             " give --task.path DIR with train.jsonl and test.jsonl."
         ) from error
-    found = [
+    rows = [
         [Row(f"{name}, row {i}", values) for i, values in enumerate(part, 1)]
         for part in parts
     ]
-    for row in (row for part in found for row in part):
+    for row in (row for part in rows for row in part):
         _check(row, fields)
-    return found
+    return rows

@@ -1,18 +1,18 @@
 """How a prompt becomes tokens: one function for training, evaluation and warm starts.
 
-A template is text around the user's text. The control tokens of the template are that;
-the same characters inside the user's text are spelt out like any others, so that no
-question can end a turn, start one, or stop a completion.
+A template is text around the user's text. Names of control tokens become these tokens
+where the template has them; inside the user's text the same characters are spelt out
+like any others, so that no question can end a turn, start one, or stop a completion.
 """
 
 import re
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from grpo_jax.errors import ConfigError, check_choice
 
-# What stands before and after the user's text. r1 and qwen-math are the texts of Liu et
+# Name -> text before and after the user's text. r1 and qwen-math are taken from Liu et
 # al. 2025, arXiv:2503.20783 (Dr. GRPO, Templates 1 and 2).
 FIXED = MappingProxyType(
     {
@@ -40,12 +40,12 @@ CHATML = (
     "message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Stands for the user's text where the template is looked at: no template strips it.
-_PLACE = "\ue000text\ue001"
+# Stands for the user's text while a chat template is analysed; no template strips it.
+_PLACEHOLDER = "\ue000text\ue001"
 
 
-def check_template(tokenizer, template: str, system: str | None = None) -> None:
-    """Raises ConfigError unless the tokenizer can do that template."""
+def check_template(tokenizer: Any, template: str, system: str | None = None) -> None:
+    """Raises ConfigError unless the tokenizer supports the template."""
     try:
         check_choice("task.template", template, TEMPLATES)
     except ValueError as error:
@@ -68,15 +68,18 @@ def check_template(tokenizer, template: str, system: str | None = None) -> None:
             )
 
 
-def encode_all(tokenizer, texts: Sequence[str], what: str) -> list[list[int]]:
-    """Token ids of each text as it stands: nothing added, no control token in it.
+def encode_all(tokenizer: Any, texts: Sequence[str], what: str) -> list[list[int]]:
+    """Token ids of each text without any template and without control tokens.
+
+    Args:
+        what: Name of a text in errors, such as "an answer".
 
     Raises:
-        ConfigError: a text is empty or holds what the tokenizer cannot encode.
+        ConfigError: a text is empty or has what the tokenizer cannot encode.
     """
     if not texts:
         return []
-    encoded = _plain(tokenizer, list(texts))
+    encoded = _encode_plain(tokenizer, list(texts))
     control = _control_ids(tokenizer)
     for text, ids in zip(texts, encoded, strict=True):
         _check_plain(tokenizer, text, ids, control, what)
@@ -84,7 +87,7 @@ def encode_all(tokenizer, texts: Sequence[str], what: str) -> list[list[int]]:
 
 
 def encode_templated(
-    tokenizer,
+    tokenizer: Any,
     template: str,
     texts: Sequence[str],
     *,
@@ -94,68 +97,80 @@ def encode_templated(
     """Token ids of each text in its template.
 
     For template chat, exactly `apply_chat_template(..., add_generation_prompt=True)`
-    wherever the text spells no control token. Fixed templates begin with BOS if the
+    wherever the text has no control token's name. Fixed templates begin with BOS if the
     tokenizer itself puts one before a text; a chat template prints its own.
 
+    Args:
+        template: One of `TEMPLATES`.
+        system: The system turn of a chat template.
+        what: Name of a text in errors.
+
     Raises:
-        ConfigError: a text is empty or holds what the tokenizer cannot encode, or the
-            chat template does not print it once, as it is or stripped.
+        ConfigError: a text is empty or has what the tokenizer cannot encode, or the
+            chat template does not print it once, unchanged or stripped.
     """
     check_template(tokenizer, template, system)
     if not texts:
         return []
     frame = _frame(tokenizer, template, system)
-    rendered = _rendered(tokenizer, template, texts, system)
-    whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    rendered = _render(tokenizer, template, texts, system)
+    encoded = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     control = _control_ids(tokenizer)
-    own = [tokenizer.convert_tokens_to_ids(name) for name in frame.names()]
-    rows, cuts = [], None
-    for text, full, ids in zip(texts, rendered, whole, strict=True):
+    expected = [tokenizer.convert_tokens_to_ids(name) for name in frame.names()]
+    rows, by_pieces = [], None
+    for text, full, ids in zip(texts, rendered, encoded, strict=True):
         inner = _inner(frame, text, full)
         if not inner:
             raise ConfigError(f"{what} must not be empty, got {text!r}.")
-        spoken = [i for i in ids if i in control]
-        if spoken != own or frame.spans(full) != frame.own_spans(inner):
-            ids = _cut(tokenizer, frame, inner, what)
-            cuts = _cuts_well(tokenizer, frame) if cuts is None else cuts
-            if not cuts or [i for i in ids if i in control] != own:
-                raise _unspeakable(text, what)
-        if tokenizer.unk_token_id not in own and tokenizer.unk_token_id in ids:
-            raise _unknown(text, what)
+        present = [i for i in ids if i in control]
+        if present != expected or frame.spans(full) != frame.template_spans(inner):
+            ids = _encode_pieces(tokenizer, frame, inner, what)
+            if by_pieces is None:
+                by_pieces = _can_encode_pieces(tokenizer, frame)
+            if not by_pieces or [i for i in ids if i in control] != expected:
+                raise _control_token_error(text, what)
+        if tokenizer.unk_token_id not in expected and tokenizer.unk_token_id in ids:
+            raise _unknown_character_error(text, what)
         rows.append([*frame.bos, *ids])
     return rows
 
 
+_Span = tuple[int, int]  # start and end of a control token's name in a text
+
+
 class _Frame(NamedTuple):
+    """The text that a template puts around the user's text."""
+
     before: str
     after: str
     bos: tuple[int, ...]
-    pattern: re.Pattern | None  # control tokens' names
+    pattern: re.Pattern[str] | None  # matches the names of control tokens
 
-    def spans(self, text):
+    def spans(self, text: str) -> list[_Span]:
+        """Names of control tokens in a text."""
         return [m.span() for m in self.pattern.finditer(text)] if self.pattern else []
 
-    def names(self):
-        """The template's own control tokens in order."""
+    def names(self) -> list[str]:
+        """The template's control tokens in order."""
         return [
             part[a:b] for part in (self.before, self.after) for a, b in self.spans(part)
         ]
 
-    def own_spans(self, inner):
-        """Places of the template's own control tokens around that text."""
+    def template_spans(self, inner: str) -> list[_Span]:
+        """The template's control tokens in the template around the text `inner`."""
         shift = len(self.before) + len(inner)
         after = [(a + shift, b + shift) for a, b in self.spans(self.after)]
         return self.spans(self.before) + after
 
 
-def _frame(tokenizer, template, system):
+def _frame(tokenizer: Any, template: str, system: str | None) -> _Frame:
     names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     names.sort(key=len, reverse=True)  # the longest name wins, as in the tokenizer
     pattern = re.compile("|".join(map(re.escape, names))) if names else None
     if template != "chat":
         return _Frame(*FIXED[template], _bos(tokenizer), pattern)
-    (text,) = _rendered(tokenizer, template, [_PLACE], system)
-    before, *rest = text.split(_PLACE)
+    (text,) = _render(tokenizer, template, [_PLACEHOLDER], system)
+    before, *rest = text.split(_PLACEHOLDER)
     if len(rest) != 1:
         raise ConfigError(
             f"the chat template must print the user's text once, printed it "
@@ -164,7 +179,10 @@ def _frame(tokenizer, template, system):
     return _Frame(before, rest[0], (), pattern)
 
 
-def _rendered(tokenizer, template, texts, system):
+def _render(
+    tokenizer: Any, template: str, texts: Sequence[str], system: str | None
+) -> list[str]:
+    """Each text in its template, as text."""
     if template != "chat":
         before, after = FIXED[template]
         return [before + text + after for text in texts]
@@ -183,8 +201,8 @@ def _rendered(tokenizer, template, texts, system):
         ) from error
 
 
-def _inner(frame, text, full):
-    """The user's text as the template prints it."""
+def _inner(frame: _Frame, text: str, full: str) -> str:
+    """The user's text as the template printed it in `full`: unchanged or stripped."""
     inner = full[len(frame.before) : len(full) - len(frame.after)]
     around = full == frame.before + inner + frame.after
     if not around or inner.strip() != text.strip():
@@ -195,21 +213,24 @@ def _inner(frame, text, full):
     return inner
 
 
-def _cut(tokenizer, frame, inner, what=None):
-    """Ids of the template around a text, cut at the template's control tokens."""
+def _encode_pieces(
+    tokenizer: Any, frame: _Frame, inner: str, what: str | None = None
+) -> list[int]:
+    """Token ids of the template around a text, encoded piece by piece between the
+    template's control tokens; the pieces have none. `what` None: unchecked."""
     full = frame.before + inner + frame.after
     added = {t.content: t for t in tokenizer.added_tokens_decoder.values()}
     ids, at = [], 0
-    for start, end in [*frame.own_spans(inner), (len(full), len(full))]:
+    for start, end in [*frame.template_spans(inner), (len(full), len(full))]:
         token = added.get(full[start:end])
         piece = full[at:start]
         if token is not None and token.lstrip:
             piece = piece.rstrip()
         if piece:
-            (found,) = _plain(tokenizer, [piece])
+            (encoded,) = _encode_plain(tokenizer, [piece])
             if what is not None:
-                _check_plain(tokenizer, piece, found, _control_ids(tokenizer), what)
-            ids += found
+                _check_plain(tokenizer, piece, encoded, _control_ids(tokenizer), what)
+            ids += encoded
         at = end
         if token is not None:
             ids.append(tokenizer.convert_tokens_to_ids(token.content))
@@ -218,50 +239,54 @@ def _cut(tokenizer, frame, inner, what=None):
     return ids
 
 
-def _cuts_well(tokenizer, frame):
-    """Whether cutting changes nothing where nothing has to be spelt out; a tokenizer
-    that marks the start of every piece is another matter."""
-    text = frame.before + _PLACE + frame.after
-    (whole,) = tokenizer([text], add_special_tokens=False)["input_ids"]
-    return _cut(tokenizer, frame, _PLACE) == whole
+def _can_encode_pieces(tokenizer: Any, frame: _Frame) -> bool:
+    """Whether a template without names of control tokens in its text has the same ids
+    piece by piece; not so where a tokenizer marks the start of the first piece only."""
+    text = frame.before + _PLACEHOLDER + frame.after
+    (ids,) = tokenizer([text], add_special_tokens=False)["input_ids"]
+    return _encode_pieces(tokenizer, frame, _PLACEHOLDER) == ids
 
 
-def _plain(tokenizer, texts):
+def _encode_plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts whose names of control tokens are spelt out."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)[
         "input_ids"
     ]
 
 
-def _control_ids(tokenizer):
+def _control_ids(tokenizer: Any) -> set[int]:
     added = tokenizer.added_tokens_decoder.items()
     return {i for i, token in added if token.special}
 
 
-def _check_plain(tokenizer, text, ids, control, what):
+def _check_plain(
+    tokenizer: Any, text: str, ids: list[int], control: set[int], what: str
+) -> None:
+    """Raises ConfigError where the ids are not the text spelt out."""
     if not ids:
         raise ConfigError(f"{what} must not be empty, got {text!r}.")
     absent = tokenizer.unk_token_id
     if absent is None:  # a tokenizer of characters puts its padding there
         absent = tokenizer.pad_token_id
     if absent is not None and absent in ids:
-        raise _unknown(text, what)
+        raise _unknown_character_error(text, what)
     if not control.isdisjoint(ids):
-        raise _unspeakable(text, what)
+        raise _control_token_error(text, what)
 
 
-def _unspeakable(text, what):
+def _control_token_error(text: str, what: str) -> ConfigError:
     return ConfigError(
         f"{what} {text[:200]!r} holds a control token's name, which this tokenizer "
         "cannot spell out; remove the row."
     )
 
 
-def _unknown(text, what):
+def _unknown_character_error(text: str, what: str) -> ConfigError:
     return ConfigError(f"{what} {text!r} has a character without a token.")
 
 
-def _bos(tokenizer):
-    """(BOS,) if the tokenizer itself puts it before a text."""
+def _bos(tokenizer: Any) -> tuple[int, ...]:
+    """(BOS,) if the tokenizer itself puts it before a text, else ()."""
     bos = tokenizer.bos_token_id
     ids = tokenizer(["a"])["input_ids"][0]
     plain = tokenizer(["a"], add_special_tokens=False)["input_ids"][0]

@@ -1,19 +1,21 @@
-"""Tokenizers made here, as Hugging Face fast tokenizers like any other."""
+"""Tokenizers made for a task: characters or a trained BPE, as Hugging Face fast
+tokenizers."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.hub import quiet_transformers
 from grpo_jax.tasks.templates import CHATML
 
 PAD, EOS = "<pad>", "<eos>"
-# Of trained tokenizers: padding, end of a turn, its start, in this order from id 0.
+# Of trained tokenizers, from id 0: padding, end of a turn, start of a turn.
 CHAT_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
 VOCAB_SIZE = 2048
 _SMALLEST = 256 + len(CHAT_TOKENS)
 
 
-def character_tokenizer(alphabet: str):
+def character_tokenizer(alphabet: str) -> Any:
     """One token per character of `alphabet`, after <pad> (0) and <eos> (1).
 
     Text with any other character has no encoding: `encode_all` says so.
@@ -36,15 +38,15 @@ def character_tokenizer(alphabet: str):
     )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None):
-    """A byte-level BPE of those texts: any text has an encoding, digits go one by one.
+def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Any:
+    """A byte-level BPE of those texts: any text has an encoding, each digit a token.
 
     The same texts in the same order give the same tokenizer. Its chat template is
     ChatML, whose <|im_end|> (1) is the EOS; <|endoftext|> (0) is the padding.
 
     Args:
-        vocab_size: Tokens at most, the 256 bytes and 3 control tokens included; default
-            2,048. Few texts have fewer.
+        vocab_size: Most tokens, the 256 bytes and 3 control tokens included; default
+            2,048. Short texts give fewer.
     """
     vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
     if vocab_size < _SMALLEST:
@@ -81,16 +83,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None):
     )
 
 
-def spellings(tokenizer, text: str, limit: int = 2) -> int:
-    """How many token sequences decode to exactly `text`, counted up to `limit`.
+def spellings(tokenizer: Any, text: str, limit: int = 2) -> int:
+    """Number of token sequences that decode to exactly `text`, counted up to `limit`.
 
     1 for every answer is what makes exp(log-prob of the answer) an exact pass rate.
     """
     return _count(_pieces(tokenizer, set(text)), text, limit)
 
 
-def check_single_spelling(tokenizer, answers: Iterable[str], task: str) -> None:
-    """Raises ConfigError unless each answer is one token sequence and no other."""
+def check_single_spelling(tokenizer: Any, answers: Iterable[str], task: str) -> None:
+    """Raises ConfigError unless each answer has exactly one token sequence."""
     answers = sorted(set(answers))
     pieces = _pieces(tokenizer, set("".join(answers)))
     for answer in answers:
@@ -102,10 +104,11 @@ def check_single_spelling(tokenizer, answers: Iterable[str], task: str) -> None:
             )
 
 
-def _pieces(tokenizer, alphabet):
-    """(texts at the start, texts after another token), one per token of the alphabet.
+def _pieces(tokenizer: Any, alphabet: set[str]) -> tuple[list[str], list[str]]:
+    """(texts at the start, texts after another token) of the tokens that have only
+    characters of the alphabet.
 
-    A token's text may depend on its place: some decoders drop the space it begins with.
+    The two may differ: some decoders drop the space that the first token begins with.
     """
     ids = sorted(tokenizer.get_vocab().values())
     lead = tokenizer("x", add_special_tokens=False)["input_ids"][-1]
@@ -114,11 +117,15 @@ def _pieces(tokenizer, alphabet):
     first = tokenizer.batch_decode([[i] for i in ids], **options)
     later = tokenizer.batch_decode([[lead, i] for i in ids], **options)
     later = [text.removeprefix(before) for text in later]
-    return tuple([t for t in part if set(t) <= alphabet] for part in (first, later))
+    first, later = (
+        [text for text in part if set(text) <= alphabet] for part in (first, later)
+    )
+    return first, later
 
 
-def _count(pieces, text, limit):
-    """Ways to write the text as pieces; a piece without text makes them endless."""
+def _count(pieces: tuple[list[str], list[str]], text: str, limit: int) -> int:
+    """Number of ways to write the text as pieces, at most `limit`; with an empty piece
+    there is no end of ways."""
     first, later = pieces
     if "" in first or "" in later:
         return limit

@@ -11,18 +11,19 @@ from grpo_jax.rewards.types import Example, Reward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WarmStart:
-    """How a task's model learns to answer at all, before reinforcement learning.
+    """Supervised learning that gives a policy some success, before reinforcement
+    learning.
 
     `demonstrations(rng, count, spoiled)` returns that many Examples to imitate, with
     answers spoiled on purpose in the second stage.
     """
 
     demonstrations: Callable[[np.random.Generator, int, bool], list[Example]]
-    # No demonstration has a longer prompt or a longer answer; None: they are examples
-    # of the trained prompts, and those too long for a completion are left out.
+    # Has the longest prompt and the longest answer of all demonstrations; None: they
+    # are the trained examples, without those too long for a completion.
     longest: Example | None = None
-    # Clean learning stops when this is measured: of tasks where one completion is
-    # right. None: it takes max_steps, and its loss is reported in place of pass rates.
+    # Where one completion is right, the first stage stops at this exact pass rate.
+    # None: it takes max_steps, and the loss is reported in place of pass rates.
     target_pass_rate: float | None = None
     max_steps: int
     noisy_steps: int = 0
@@ -35,21 +36,21 @@ class Task:
     """Prompts to train on and prompts only to be evaluated.
 
     Attributes:
-        train, heldout: Disjoint examples.
+        train, heldout: Examples, without a common prompt.
         tokenizer: A Hugging Face fast tokenizer with padding and EOS tokens.
         reward: (example, completion text without EOS) -> float, called in this process,
-            or `Reward`s, computed in worker processes; NaN or an exception mean that
+            or `Reward`s, computed in worker processes; NaN or an exception means that
             the reward is missing.
         eos_ids: Tokens that end a completion; empty: the tokenizer's EOS.
-        template: How a prompt becomes tokens, a name of `templates.py`; the same in
-            training and evaluation.
-        system: What a chat template is told before the prompt; None: nothing, or what
-            the template itself says.
+        template: How a prompt becomes tokens, one of `templates.TEMPLATES`; the same
+            in training and evaluation.
+        system: The system turn of a chat template; None: the template's default.
         single_answer: Exactly one completion is right, `example.answer` and EOS, so the
             pass rate exp(log-prob of the answer) is exact without sampling.
-        warm_start: None where the model must come with a policy worth training.
+        warm_start: None where there is nothing to imitate: the model must be one that
+            earns rewards.
         refine_template: How a draft joins its prompt, where drafts are refined.
-        note: One sentence for the report on what held-out figures can show.
+        note: What held-out figures can show, for the report.
     """
 
     name: str
@@ -72,17 +73,16 @@ class Task:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The same as a set."""
+        """Tokens that end a completion, as a set."""
         return frozenset(self.ends)
 
     @property
     def end_id(self) -> int:
-        """The one of them that answers to be imitated end with."""
+        """The token that ends an answer to be imitated."""
         eos = self.tokenizer.eos_token_id
         return eos if eos in self.stop_ids else self.eos_ids[0]
 
     @staticmethod
     def imitated(example: Example) -> str:
-        """What a model may imitate of an example: the worked text where there is one,
-        the answer otherwise."""
+        """The text to imitate: the worked solution if there is one, else the answer."""
         return example.solution or example.answer
