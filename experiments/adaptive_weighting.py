@@ -256,7 +256,7 @@ def task_sweep(c: Config, rule: str) -> dict[float, float]:
         for i in missing:
             runs = [task_run(c, rule, rates[i], s)["mean"] for s in c.task_tuning_seeds]
             means[i] = float(np.mean(runs))
-        best = max(means, key=means.get)
+        best = max(means, key=means.__getitem__)
         missing = {i for i in (best - 1, best + 1) if 0 <= i < len(rates)} - {*means}
     return {rates[i]: means[i] for i in sorted(means)}
 
@@ -266,7 +266,7 @@ def run_task(c: Config) -> None:
     best = {}
     for rule in c.task_rules:
         sweep = task_sweep(c, rule)
-        best[rule] = max(sweep, key=sweep.get)
+        best[rule] = max(sweep, key=sweep.__getitem__)
     for seed, rule in itertools.product(c.task_seeds, c.task_rules):
         for rate in {best[rule], c.task_common_rate}:
             task_run(c, rule, rate, seed)
@@ -277,7 +277,7 @@ def run_task(c: Config) -> None:
 
 def gains(values: dict, tuned: dict) -> dict[str, np.ndarray]:
     """rule -> gains [seeds] over the base that is better on the tuning seeds."""
-    base = max(BASES, key=tuned.get)
+    base = max(BASES, key=tuned.__getitem__)
     return {rule: np.array(x) - values[base] for rule, x in values.items()}
 
 
@@ -313,7 +313,7 @@ def task_summary(c: Config, rows: list[dict]) -> dict[str, dict]:
             means = over_seeds(rule, rate, c.task_tuning_seeds, "mean")
             if means is not None:
                 sweep[rate] = float(means.mean())
-        best = max(sweep, key=sweep.get, default=None)
+        best = max(sweep, key=sweep.__getitem__, default=None)
         if best and over_seeds(rule, best, c.task_seeds, "mean") is not None:
             fields = ("mean", "final", "heldout", "curve")
             out[rule] = {x: over_seeds(rule, best, c.task_seeds, x) for x in fields}

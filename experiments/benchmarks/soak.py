@@ -41,6 +41,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -213,7 +214,7 @@ class Exact:
         if kind == "full disk" and metrics.exists():
             limits["file_size"] = metrics.stat().st_size + self.rng.randint(500, 4000)
         attempt = self.start(self.directory, **limits)
-        row = {"run": "exact", "fault": kind}
+        row: dict[str, Any] = {"run": "exact", "fault": kind}
         if limits:
             row |= {"code": attempt.end(), "said": error_line(attempt.text())}
         elif kind == "kill early":
@@ -439,7 +440,7 @@ def main(config: Config) -> None:
         print(json.dumps(row), flush=True)
 
     exact, checks = plan(config)
-    summary = {"exact": exact_run(config, output, exact, log)}
+    summary: dict[str, Any] = {"exact": exact_run(config, output, exact, log)}
     if checks:
         summary["checks"] = checks_run(output, checks, log)
     summary |= {

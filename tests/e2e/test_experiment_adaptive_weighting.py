@@ -1,15 +1,13 @@
 """The adaptive-weighting experiment in its smoke form: its files, and its rules."""
 
-import json
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tyro
 
 from experiments import adaptive_rules, adaptive_weighting
 from experiments.adaptive_rules import RULES, Seen
 from experiments.adaptive_weighting import Config
+from tests.e2e.experiments import check_config, check_plot, rows_of, run_smoke
 
 pytestmark = pytest.mark.slow
 
@@ -17,34 +15,26 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "adaptive_weighting"
-    argv = ["--smoke", "--results", str(path)]
-    adaptive_weighting.main(tyro.cli(Config, args=argv))
-    return path
-
-
-def rows(results, kind):
-    lines = (results / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+    return run_smoke(adaptive_weighting, path)
 
 
 def test_files_and_what_is_redrawn_from_them(results):
-    config = json.loads((results / "config.json").read_text())
-    assert config["smoke"] and config["git"] and config["task_path"] is None
+    assert check_config(results)["task_path"] is None
     before = (results / "metrics.jsonl").stat()
     (results / "plot.png").unlink()
     adaptive_weighting.main(Config(smoke=True, plot_only=True, results=results))
-    assert (results / "plot.png").read_bytes().startswith(b"\x89PNG")
+    check_plot(results)
     assert (results / "metrics.jsonl").stat().st_mtime_ns == before.st_mtime_ns
     assert "hard posterior" in (results / "table.md").read_text()
 
 
 def test_rates_are_chosen_on_other_seeds(results):
-    trained = rows(results, "loglinear")
+    trained = rows_of(results, "loglinear")
     assert [row["rule"] for row in trained] == list(RULES)
     for row in trained:
         assert 4.0 <= row["log2_rate"] <= 6.0
         assert len(row["mean"]) == 3 and 0 < np.mean(row["mean"]) < 1
-    runs = rows(results, "task")
+    runs = rows_of(results, "task")
     assert {row["seed"] for row in runs} == {0, 1, 2}
     assert {row["rule"] for row in runs} == {"unit", "std 1", "hard posterior"}
 

@@ -1,11 +1,9 @@
 """The group-size experiment in its smoke form: its files and what they must show."""
 
-import json
-
 import pytest
-import tyro
 
 from experiments import group_size
+from tests.e2e.experiments import check_config, check_plot, rows_of, run_smoke
 
 pytestmark = pytest.mark.slow
 
@@ -13,24 +11,16 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "group_size"
-    argv = ["--smoke", "--results", str(path)]
-    group_size.main(tyro.cli(group_size.Config, args=argv))
-    return path
-
-
-def rows(results, kind):
-    lines = (results / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+    return run_smoke(group_size, path)
 
 
 def test_files(results):
-    config = json.loads((results / "config.json").read_text())
-    assert config["smoke"] and config["git"]
-    assert (results / "plot.png").read_bytes().startswith(b"\x89PNG")
+    check_config(results)
+    check_plot(results)
 
 
 def test_exact_mse_is_the_enumerated_one(results):
-    enumerated = rows(results, "enumerated")
+    enumerated = rows_of(results, "enumerated")
     assert {row["group_size"] for row in enumerated} == {2, 3, 4}
     for row in enumerated:
         assert row["measured"] == pytest.approx(row["exact"], rel=1e-10)
@@ -38,8 +28,8 @@ def test_exact_mse_is_the_enumerated_one(results):
 
 
 def test_sampled_mse_follows_the_law(results):
-    (pool,) = rows(results, "pool")
-    for row in [pool, *rows(results, "one prompt")]:
+    (pool,) = rows_of(results, "pool")
+    for row in [pool, *rows_of(results, "one prompt")]:
         for measured, se, exact in zip(
             *(sum(row[k], []) for k in ("measured", "se", "exact")), strict=True
         ):

@@ -1,41 +1,21 @@
 """The experiments on curvature and on the relaxed assumptions, in their smoke form."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PNG = b"\x89PNG"
+from tests.e2e.experiments import check_config, check_plot, rows_of, run_script
 
 pytestmark = pytest.mark.slow
 
 
 def smoke(name, directory):
     """(results, rows of metrics.jsonl); a second call only draws the plot again."""
-    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--smoke"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
-    results = directory / "results" / name / "chains"
     for flags in ([], ["--plot-only"]):
-        (results / "plot.png").unlink(missing_ok=True)
-        process = subprocess.run(
-            command + flags,
-            capture_output=True,
-            text=True,
-            cwd=directory,
-            env=environment,
-            timeout=600,
-        )
-        assert process.returncode == 0, process.stdout + process.stderr
-        assert (results / "plot.png").read_bytes().startswith(PNG)
-    config = json.loads((results / "config.json").read_text())
-    assert config["smoke"] and config["git"]
-    lines = (results / "metrics.jsonl").read_text().splitlines()
-    return results, [json.loads(line) for line in lines]
+        results = run_script(name, directory, *flags) / "chains"
+        check_plot(results)
+        (results / "plot.png").unlink()
+    check_config(results)
+    return results, rows_of(results)
 
 
 def test_local_curvature(tmp_path):
@@ -58,7 +38,7 @@ def test_relaxed_assumptions(tmp_path):
     assert kinds == [(step, g) for step in (0, 2) for g in (None, 8, 16)]
     for row in rows:
         if row["group_size" if "step" in row else "dimension"] is None:
-            assert row["prompts"] == 6  # the exact gradients know no tie
+            assert row["prompts"] == 6  # exact gradients are never tied
             assert row["agree"] == 1 and row["false"] == row["missed"] == 0
         if row["violating"] is not None:
             assert 0 <= row["violating"] <= 1

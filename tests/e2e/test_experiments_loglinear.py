@@ -1,21 +1,18 @@
 """The experiments on the solvable policy in smoke form: files and what they show."""
 
-import json
 import math
 
 import pytest
-import tyro
 
 from experiments import convergence_rates, finite_group
+from tests.e2e.experiments import check_config, check_plot, rows_of, run_smoke
 
 pytestmark = pytest.mark.slow
 
 
 def run(experiment, tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / experiment.__name__
-    argv = ["--smoke", "--results", str(path)]
-    experiment.main(tyro.cli(experiment.Config, args=argv))
-    return path
+    return run_smoke(experiment, path)
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +25,11 @@ def groups(tmp_path_factory):
     return run(finite_group, tmp_path_factory)
 
 
-def rows(results, kind):
-    lines = (results / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
 def check_files(experiment, results):
-    config = json.loads((results / "config.json").read_text())
-    assert config["smoke"] and config["git"]
+    check_config(results)
     before = (results / "metrics.jsonl").stat()
     for _ in range(2):  # as written by the run, then from the metrics alone
-        assert (results / "plot.png").read_bytes().startswith(b"\x89PNG")
+        check_plot(results)
         (results / "plot.png").unlink()
         experiment.main(experiment.Config(results=results, plot_only=True))
     assert (results / "metrics.jsonl").stat().st_mtime_ns == before.st_mtime_ns
@@ -50,37 +41,37 @@ def test_files(rates, groups):
 
 
 def test_normalising_takes_fewer_safe_steps_on_orthogonal_prompts(rates):
-    found = [r for r in rows(rates, "steps") if r["features"] == "orthogonal"]
-    for row in [r for r in found if r["step"] == "safe"]:
+    orthogonal = [r for r in rows_of(rates, "steps") if r["features"] == "orthogonal"]
+    for row in [r for r in orthogonal if r["step"] == "safe"]:
         assert row["chi"] == pytest.approx([1, 1])
         for plain, std, log_odds in zip(*row["mean"].values(), strict=True):
             assert plain > std > log_odds > 0
     # The best step is one of a grid that has the safe step.
-    for safe, best in zip(found[::2], found[1::2], strict=True):
+    for safe, best in zip(orthogonal[::2], orthogonal[1::2], strict=True):
         for method, steps in best["mean"].items():
             pairs = zip(steps, safe["mean"][method], strict=True)
             assert all(few <= many for few, many in pairs)
 
 
 def test_bounds_hold_but_for_the_sum_in_theorem_3_2(rates):
-    bounds = rows(rates, "bound")
+    bounds = rows_of(rates, "bound")
     assert len(bounds) == 20
     for row in bounds:
         assert row["violated"] == 0 or row["name"].startswith("3.2 sum")
         assert row["median"] <= row["worst"] < 1 + 1e-9 or row["violated"]
     assert any(row["violated"] for row in bounds)
-    (example,) = rows(rates, "counterexample")
+    (example,) = rows_of(rates, "counterexample")
     assert example["first"] == 36 and example["always_after"]
     assert example["min_violated"] == 0
 
 
 def test_effective_weight_is_the_expected_std(groups):
-    enumerated = rows(groups, "enumerated")
+    enumerated = rows_of(groups, "enumerated")
     assert {row["group_size"] for row in enumerated} == {2, 3, 4}
     for row in enumerated:
         assert row["error"] < 1e-12
         assert (row["not_a_rescale"] < 1e-12) == (row["group_size"] < 4)
-    for row in rows(groups, "weight"):
+    for row in rows_of(groups, "weight"):
         g = row["group_size"]
         columns = (row[k] for k in ("measured", "se", "expected"))
         for measured, se, expected in zip(*columns, strict=True):
@@ -91,7 +82,7 @@ def test_effective_weight_is_the_expected_std(groups):
 
 
 def test_training_at_g_2_and_3_is_rescaled_reinforce(groups):
-    for row in rows(groups, "training"):
+    for row in rows_of(groups, "training"):
         assert (row["rescaled_difference"] < 1e-9) == (row["group_size"] < 4)
 
 

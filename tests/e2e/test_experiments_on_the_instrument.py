@@ -1,36 +1,20 @@
-"""The experiments that look at runs, in their smoke form."""
+"""The experiments that measure runs, in their smoke form."""
 
-import json
 import math
 
 import pytest
-import tyro
 
 from experiments import exact_truth, three_phases
+from tests.e2e.experiments import check_config, check_plot, rows_of, run_smoke
 
 pytestmark = pytest.mark.slow
 
 
-def run(experiment, path, *flags):
-    argv = ["--smoke", "--results", str(path), *flags]
-    experiment.main(tyro.cli(experiment.Config, args=argv))
-    return path
-
-
-def lines_of(path):
-    return [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def check_plot(path):
-    assert (path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    config = json.loads((path / "config.json").read_text())
-    assert config["smoke"] and config["git"]
-
-
 def test_three_phases(tmp_path, capsys):
-    directory = run(three_phases, tmp_path / "results") / "chains"
+    directory = run_smoke(three_phases, tmp_path / "results") / "chains"
+    check_config(directory)
     check_plot(directory)
-    rows = lines_of(directory)
+    rows = rows_of(directory)
     assert [(r["method"], r["seed"]) for r in rows] == [
         ("std", 0), ("std", 1), ("none", 0), ("none", 1)
     ]  # fmt: skip
@@ -40,19 +24,20 @@ def test_three_phases(tmp_path, capsys):
     # One start for both methods: only the weights differ.
     assert rows[0]["exact"][0] == rows[2]["exact"][0]
     assert "std less none" in capsys.readouterr().out
-    # Nothing is trained again, and other settings are not taken for these.
+    # Nothing is trained again, and runs of other settings are refused.
     before = (directory / "run-std-lr0.0003-seed0" / "metrics.jsonl").stat().st_mtime
-    run(three_phases, tmp_path / "results")
+    run_smoke(three_phases, tmp_path / "results")
     after = (directory / "run-std-lr0.0003-seed0" / "metrics.jsonl").stat().st_mtime
     assert before == after
     with pytest.raises(SystemExit, match="sampling.group_size: 16 -> 8"):
-        run(three_phases, tmp_path / "results", "--group-size", "8")
+        run_smoke(three_phases, tmp_path / "results", "--group-size", "8")
 
 
 def test_exact_truth(tmp_path):
-    path = run(exact_truth, tmp_path / "results")
+    path = run_smoke(exact_truth, tmp_path / "results")
+    check_config(path)
     check_plot(path)
-    rows = lines_of(path)
+    rows = rows_of(path)
     assert {(r["group_size"], r["width"]) for r in rows} == {
         (8, None), (16, None), (16, 256)
     }  # fmt: skip

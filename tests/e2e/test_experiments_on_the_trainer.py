@@ -1,45 +1,21 @@
 """The experiments that train, in their smoke form: their files and what these hold."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PNG = b"\x89PNG"
+from tests.e2e.experiments import check_config, check_plot, rows_of, run_script
 
 pytestmark = pytest.mark.slow
 
 
-def smoke(name, directory, *flags):
-    """(results, rows of metrics.jsonl) of `experiments/name.py --smoke`."""
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--smoke", *flags],
-        capture_output=True,
-        text=True,
-        cwd=directory,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"},
-        timeout=600,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    results = directory / "results" / name
-    lines = (results / "metrics.jsonl").read_text().splitlines()
-    return results, [json.loads(line) for line in lines]
-
-
 def check_files_and_resumption(name, directory):
     """A second call trains nothing, and draws the plot again."""
-    results, rows = smoke(name, directory)
-    config = json.loads((results / "config.json").read_text())
-    assert config["smoke"] and config["git"]
-    assert (results / "plot.png").read_bytes().startswith(PNG)
+    results = run_script(name, directory)
+    rows = rows_of(results)
+    check_config(results)
+    check_plot(results)
     (results / "plot.png").unlink()
-    again, same = smoke(name, directory)
-    assert same == rows
-    assert (again / "plot.png").read_bytes().startswith(PNG)
+    assert rows_of(run_script(name, directory)) == rows
+    check_plot(results)
     return results, rows
 
 
