@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -91,8 +92,7 @@ def run(data, pretrained, tmp_path_factory):
 
 def test_a_run_starts_from_the_pretrained_weights(run, pretrained):
     ours, theirs = load_policy(run.run_dir, 0), gj.load_pretrained(pretrained)
-    same = jax.tree.map(np.array_equal, ours.params, theirs.params)
-    assert all(jax.tree.leaves(same))
+    chex.assert_trees_all_equal(ours.params, theirs.params)
     assert not (run.run_dir / "initial.safetensors").exists()
 
 
@@ -132,8 +132,7 @@ def test_another_base_is_not_resumed(run, data, pretrained, tmp_path):
 def test_the_export_is_the_policy(run, pretrained, tmp_path):
     assert gj.export(run.run_dir, tmp_path / "out") == 4
     exported, policy = gj.load_pretrained(tmp_path / "out"), load_policy(run.run_dir)
-    same = jax.tree.map(np.array_equal, exported.params, policy.params)
-    assert all(jax.tree.leaves(same))
+    chex.assert_trees_all_equal(exported.params, policy.params)
     assert gj.eos_ids(tmp_path / "out") == gj.eos_ids(pretrained)
     tokenizer = gj.load_tokenizer(tmp_path / "out")
     assert tokenizer.chat_template == gj.load_tokenizer(pretrained).chat_template
@@ -157,8 +156,7 @@ def test_lora_trains_factors_alone(data, pretrained, tmp_path):
     policy, base = load_policy(result.run_dir), gj.load_pretrained(pretrained)
     names = {p[-1].key for p, _ in jax.tree_util.tree_leaves_with_path(policy.params)}
     assert names == {"lora_a", "lora_b"}
-    same = jax.tree.map(np.array_equal, policy.frozen, base.params)
-    assert all(jax.tree.leaves(same))
+    chex.assert_trees_all_equal(policy.frozen, base.params)
 
     gj.export(result.run_dir, tmp_path / "whole")
     ids = np.arange(2, 12, dtype=np.int32)[None]

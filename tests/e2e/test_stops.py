@@ -8,8 +8,7 @@ import signal
 import time
 from contextlib import contextmanager
 
-import jax
-import numpy as np
+import chex
 import pytest
 
 import grpo_jax as gj
@@ -62,7 +61,7 @@ def whole(tmp_path_factory):
 def check_same(directory, whole):
     """Parameters to the last bit, and every line of every file."""
     a, b = (restore_params(d / "checkpoints" / str(STEPS)) for d in (directory, whole))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
     assert numbers(directory) == numbers(whole)
     for name in ("instrument.jsonl", "samples.jsonl"):
         assert read_lines(directory / name) == read_lines(whole / name)

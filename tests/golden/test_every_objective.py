@@ -4,6 +4,7 @@ import functools
 import math
 from collections import Counter
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,8 +89,7 @@ def looped(row, batch, max_length=None):
 
 
 def assert_close(actual, expected):
-    for a, b in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+    chex.assert_trees_all_close(list(actual), list(expected), rtol=1e-10, atol=1e-10)
 
 
 def directional_difference(loss, logprobs, direction, step=1e-6):
@@ -296,7 +296,7 @@ def test_far_log_ratios_are_finite(name, dtype):
     with jax.enable_x64(dtype is np.float64):
         losses, gradient = library(name, extreme_batch(dtype))
     assert losses.dtype == gradient.dtype == dtype
-    assert np.isfinite(losses).all() and np.isfinite(gradient).all()
+    chex.assert_tree_all_finite((losses, gradient))
 
 
 @pytest.mark.parametrize(
@@ -304,9 +304,8 @@ def test_far_log_ratios_are_finite(name, dtype):
 )
 def test_log_ratios_count_up_to_twenty(name):
     batch = extreme_batch(np.float64)
-    pairs = zip(library(name, batch), looped(name, batch), strict=True)
-    for actual, expected in pairs:
-        np.testing.assert_allclose(actual, expected, rtol=1e-8, atol=1e-8)
+    actual, expected = library(name, batch), looped(name, batch)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -360,7 +359,7 @@ def test_bnpo_where_every_group_has_the_same_mean(order):
     rewards = np.array([0.1, 0.2, 0.7, 0.4, 0.3])
     batch["rewards"] = np.stack([rewards, rewards[order], np.roll(rewards[order], 2)])
     losses, gradient = library("bnpo", batch)
-    assert np.isfinite(losses).all() and np.isfinite(gradient).all()
+    chex.assert_tree_all_finite((losses, gradient))
     assert np.abs(gradient).max() > 0
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,22 +85,16 @@ def three_forms(objective, dtype):
 @pytest.mark.parametrize("name", ["reinforce", "grpo", "dr_grpo"])
 def test_three_forms_are_equal_in_float32(name):
     objective = dataclasses.replace(gj.OBJECTIVES[name], kl_coef=0.0)
-    first, *others = three_forms(objective, np.float32)
-    for other in others:
-        jax.tree.map(
-            partial(np.testing.assert_allclose, rtol=0, atol=1e-6), other, first
-        )
+    forms = three_forms(objective, np.float32)
+    chex.assert_trees_all_close(*forms, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["reinforce", "grpo", "dr_grpo"])
 def test_three_forms_are_equal_in_float64(name, x64):
     objective = dataclasses.replace(gj.OBJECTIVES[name], kl_coef=0.0)
-    first, *others = three_forms(objective, np.float64)
-    assert max(abs(x).max() for x in jax.tree.leaves(first)) > 0.01
-    for other in others:
-        jax.tree.map(
-            partial(np.testing.assert_allclose, rtol=0, atol=1e-12), other, first
-        )
+    forms = three_forms(objective, np.float64)
+    assert max(abs(x).max() for x in jax.tree.leaves(forms[0])) > 0.01
+    chex.assert_trees_all_close(*forms, rtol=0, atol=1e-12)
 
 
 RULES = {
@@ -173,21 +168,15 @@ def three_forms_over_two_batches(rule, dtype):
 
 @pytest.mark.parametrize("name", ["std", "beta", "posterior"])
 def test_three_forms_of_a_rule_are_equal_in_float32(name):
-    for first, *others in three_forms_over_two_batches(RULES[name], np.float32):
-        for other in others:
-            jax.tree.map(
-                partial(np.testing.assert_allclose, rtol=0, atol=1e-6), other, first
-            )
+    for forms in three_forms_over_two_batches(RULES[name], np.float32):
+        chex.assert_trees_all_close(*forms, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_three_forms_of_every_rule_are_equal_in_float64(name, x64):
-    for first, *others in three_forms_over_two_batches(RULES[name], np.float64):
-        assert max(abs(x).max() for x in jax.tree.leaves(first)) > 0.01
-        for other in others:
-            jax.tree.map(
-                partial(np.testing.assert_allclose, rtol=0, atol=1e-12), other, first
-            )
+    for forms in three_forms_over_two_batches(RULES[name], np.float64):
+        assert max(abs(x).max() for x in jax.tree.leaves(forms[0])) > 0.01
+        chex.assert_trees_all_close(*forms, rtol=0, atol=1e-12)
 
 
 def grads_of(objective, arrays, logprobs, behaviour, **more):

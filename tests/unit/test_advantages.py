@@ -3,6 +3,7 @@ import itertools
 import math
 from functools import partial
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_a_near_tie_keeps_its_sign():
     high = np.nextafter(np.float32(1), np.float32(2))
     actual = jax.jit(whitened_advantages)(np.array([[1, high]], np.float32))
     assert actual[0, 0] <= 0 <= actual[0, 1]
-    assert np.isfinite(np.asarray(actual)).all()
+    chex.assert_tree_all_finite(actual)
 
 
 def test_group_statistics_of_an_empty_group():
@@ -266,7 +267,7 @@ def test_leave_one_out_inverse_std():
     np.testing.assert_allclose(scale(np.float32([[0, 2, 4]]))[0], expected, rtol=1e-6)
     gap = np.asarray(scale(np.float32([[0, 2, NAN, 4]])))[0]
     np.testing.assert_allclose(gap[[0, 1, 3]], expected, rtol=1e-6)
-    assert np.isfinite(gap).all()
+    chex.assert_tree_all_finite(gap)
     np.testing.assert_array_equal(scale(np.float32([[3, 5]])), [[1, 1]])
 
 

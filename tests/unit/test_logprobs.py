@@ -1,5 +1,6 @@
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,8 @@ def test_any_chunking_equals_the_full_log_softmax(chunk_size):
     actual = jax.jit(chunked)(*inputs())
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5, atol=1e-6)
-    assert actual[0].shape == (*LEAD, T) and actual[0].dtype == jnp.float32
+    chex.assert_shape(actual, (*LEAD, T))
+    chex.assert_type(actual, jnp.float32)
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (2, 1, 2)])
@@ -75,7 +77,8 @@ def test_entropy_of_the_uniform_and_of_the_certain():
 def test_large_logits_do_not_overflow():
     hidden, unembedding, token_ids = inputs()
     actual = jax.jit(token_logprobs)(1e4 * hidden, unembedding, token_ids)
-    assert np.isfinite(actual).all() and (np.asarray(actual) <= 0).all()
+    chex.assert_tree_all_finite(actual)
+    assert (np.asarray(actual) <= 0).all()
 
 
 def test_gradients_equal_the_definitions():

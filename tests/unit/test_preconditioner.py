@@ -1,6 +1,7 @@
 import itertools
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,7 @@ def test_the_prompt_axis_stays_and_so_does_the_dtype():
     tx = scale_by_group_std(eps=0.0)
     grads = {"w": jnp.ones((2, 3, 4), jnp.bfloat16)}
     updates, _ = jax.jit(partial(tx.update, rewards=REWARDS))(grads, tx.init(grads))
-    assert updates["w"].shape == (2, 3, 4) and updates["w"].dtype == jnp.bfloat16
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
     np.testing.assert_array_equal(updates["w"][:, 0, 0].astype(np.float32), [0.5, 0])
 
 
@@ -150,17 +151,17 @@ def test_missing_rewards_are_as_if_never_sampled(name):
     if name == "finite_group":  # its G is the group's size as sampled
         present = gaps[:, [0, 2, 4, 1, 3]]
     actual, expected = apply(name, gaps), apply(name, present)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
-    assert np.isfinite(actual[0]).all()
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+    chex.assert_tree_all_finite(actual)
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_weights_are_float32_constants_that_broadcast_openly(name):
     with jax.numpy_rank_promotion("raise"):
         weights, state = apply(name, binary(1, 2, 3))
-    assert weights.shape == (3,) and weights.dtype == np.float32
-    before = RULES[name].init()
-    assert jax.tree.map(jnp.result_type, state) == jax.tree.map(jnp.result_type, before)
+    chex.assert_shape(weights, (3,))
+    chex.assert_type(weights, np.float32)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, RULES[name].init())
     grad = jax.jit(jax.grad(lambda r: apply(name, r)[0].sum()))(binary(1, 2, 3))
     assert not np.asarray(grad).any()
 

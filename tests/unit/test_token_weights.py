@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,7 +252,7 @@ def test_truncated_importance_weights():
     weights = jax.jit(truncated_importance_weights, static_argnums=2)
     np.testing.assert_allclose(weights(now, sampled, 2.0)[0, 0], [2, 1, 0.5, 1.5], 1e-5)
     np.testing.assert_allclose(weights(now, sampled, 1.0)[0, 0], [1, 1, 0.5, 1], 1e-5)
-    assert np.isfinite(weights(now + 1e4, sampled, 2.0)).all()
+    chex.assert_tree_all_finite(weights(now + 1e4, sampled, 2.0))
     grad = jax.jit(jax.grad(lambda x: truncated_importance_weights(x, sampled).sum()))
     assert not np.asarray(grad(now)).any()
 

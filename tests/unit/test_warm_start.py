@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import chex
 import numpy as np
 import pytest
 
@@ -95,8 +96,8 @@ def test_batches_show_no_solution_set_aside_and_none_too_long(task, long):
     rng, seen = np.random.default_rng(1), set()
     for _ in range(20):
         batch = shown.batch(rng, False)
-        assert batch.prompts.shape == (32, 32)
-        assert batch.completions.shape == (32, 1, 14)
+        chex.assert_shape(batch.prompts, (32, 32))
+        chex.assert_shape(batch.completions, (32, 1, 14))
         assert (batch.completion_mask[:, 0, 0] == 1).all()
         seen |= {tuple(row[row > 0]) for row in batch.prompts}
     assert kept.isdisjoint(seen) and len(seen) == 80 - 8 - long
