@@ -34,6 +34,7 @@ class Bound:
     why: str = ""
 
     def error(self, name: str, value: Any) -> str:
+        """The message for a field's value that the rule does not allow."""
         return f"{name} must {self.rule}, got {value}{self.why}."
 
 
@@ -44,9 +45,11 @@ class OneOf:
     choices: Collection[str]
 
     def allows(self, value: Any) -> bool:
+        """Whether the value is a choice."""
         return value in self.choices
 
     def error(self, name: str, value: Any) -> str:
+        """The message for a field's value that is not a choice."""
         return f"{name} must be one of {', '.join(self.choices)}, got {value!r}."
 
 

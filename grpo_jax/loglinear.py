@@ -166,7 +166,7 @@ def ascend(
     theta += step * sum_x sigma_x^-power grad J_x.
     """
 
-    def one(theta, _):
+    def one(theta: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         now = exact(policy, theta)
         sigma = jnp.maximum(now.sigma, 1e-30)
         update = (sigma**-power) @ now.gradients

@@ -73,13 +73,13 @@ def token_logprobs(
     step = -(-length // num_chunks)
     padding = [(0, 0)] * len(lead) + [(0, num_chunks * step - length)]
 
-    def chunked(x, padding):
+    def chunked(x: jax.Array, padding: list[tuple[int, int]]) -> jax.Array:
         x = jnp.pad(x, padding)
         x = x.reshape(*lead, num_chunks, step, *x.shape[len(lead) + 1 :])
         return jnp.moveaxis(x, len(lead), 0)
 
     @jax.checkpoint
-    def one_chunk(hidden, token_ids):
+    def one_chunk(hidden: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, ...]:
         logits = jnp.matmul(
             hidden.reshape(-1, width), unembedding, preferred_element_type=dtype
         ).reshape(*hidden.shape[:-1], -1)

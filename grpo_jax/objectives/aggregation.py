@@ -6,12 +6,15 @@ before any micro-batching, so every split of the batch gives the same gradient.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.errors import check_choice
+
+if TYPE_CHECKING:  # objective.py imports this module
+    from grpo_jax.objectives.objective import Objective
 
 
 def sequence_mean_token_sum(mask: jax.Array) -> jax.Array:
@@ -85,7 +88,7 @@ class Aggregation(NamedTuple):
     """
 
     coefficients: Callable[[jax.Array, int, float], jax.Array]
-    text: Callable[..., str]
+    text: Callable[["Objective"], str]
     sequence_text: str | None = None
     uses: tuple[str, ...] = ()
 

@@ -1,7 +1,7 @@
 """Baseline axis: what is taken off each reward of a group."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ from grpo_jax.advantages import (
     group_statistics,
     leave_one_out_advantages,
 )
+
+if TYPE_CHECKING:  # objective.py imports this module
+    from grpo_jax.objectives.objective import Objective
 
 
 class Baseline(NamedTuple):
@@ -23,7 +26,7 @@ class Baseline(NamedTuple):
         uses: The objective's numbers that it reads.
     """
 
-    advantages: Callable[..., jax.Array]
+    advantages: Callable[["Objective", jax.Array], jax.Array]
     text: str
     uses: tuple[str, ...] = ()
 

@@ -39,7 +39,7 @@ def per_prompt_losses(
     """One loss per prompt; their mean is the objective's loss (minimise it).
 
     Args:
-        objective: A row of `OBJECTIVES`, or one of your own.
+        objective: A row of `OBJECTIVES`, or another one.
         logprobs: [P, G, T] float32, the current policy's; the one input differentiated.
         behaviour_logprobs: [P, G, T] float32, of the policy that sampled; constants.
         rewards: [P, G] float32; NaN for a missing one, whose completion is left out.
@@ -209,7 +209,9 @@ def prompt_terms(
     for weights in token_weights:
         factors = factors * jnp.where(mask, weights, 0.0)
     entropies = None
-    if entropy is not None and needs_entropy(objective):
+    if needs_entropy(objective):
+        if entropy is None:
+            raise ValueError("entropy must be given, the objective has entropy terms.")
         entropies = mean_entropy(entropy, mask)[..., None]  # [P, G, 1]
         if objective.entropy_limit is not None:
             factors = jnp.where(entropies <= objective.entropy_limit, factors, 0.0)
@@ -220,7 +222,8 @@ def prompt_terms(
     penalty = jnp.zeros_like(total)
     if surrogate.penalty is not None:
         penalty += (factors * surrogate.penalty(objective, level)).sum((1, 2))
-    if objective.entropy_coef:  # the surrogate is linear: its value at A - coef H
+    if objective.entropy_coef and entropies is not None:
+        # The surrogate is linear: its value at A - coef H.
         shift, _ = surrogate.terms(objective, level, entropies)
         penalty -= objective.entropy_coef * (factors * shift).sum((1, 2))
     metrics = _ratio_metrics(level, clipped, token_shares)

@@ -5,10 +5,13 @@ levels (`Ratio.sequence`) the completion is one action and has one term.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:  # objective.py imports this module
+    from grpo_jax.objectives.objective import Objective
 
 
 class Level(NamedTuple):
@@ -120,15 +123,15 @@ class Ratio(NamedTuple):
         reads_sign: It depends on the sign of the advantages.
     """
 
-    level: Callable[..., Level]
-    text: Callable[..., str]
+    level: Callable[["Objective", Tokens], Level]
+    text: Callable[["Objective"], str]
     uses: tuple[str, ...] = ()
     sequence: bool = False
     corrects: bool = True
     reads_sign: bool = False
 
 
-def _geometric_text(o) -> str:
+def _geometric_text(o: "Objective") -> str:
     low, high = o.clip
     floor = "" if low is None else f" (A < 0: at least {-low:g})"
     return f"exp mean_t d, d = log pi / pi_old cut at {high:g}{floor}"

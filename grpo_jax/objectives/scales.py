@@ -1,13 +1,16 @@
 """Scale axis: the prompt weights that are part of an objective."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
 from grpo_jax.advantages import leave_one_out_inverse_std
 from grpo_jax.preconditioner import PromptWeights, std_weights, unit_weights
 from grpo_jax.prompt_weights import batch_std_weights, beta_weights, group_mean_weights
+
+if TYPE_CHECKING:  # objective.py imports this module
+    from grpo_jax.objectives.objective import Objective
 
 
 class Scale(NamedTuple):
@@ -23,20 +26,20 @@ class Scale(NamedTuple):
         pass_rates: It needs rewards that are pass rates, in [0, 1].
     """
 
-    weights: Callable[..., PromptWeights]
-    divisor: Callable[..., str | None]
+    weights: Callable[["Objective"], PromptWeights]
+    divisor: Callable[["Objective"], str | None]
     uses: tuple[str, ...] = ()
-    per_sample: Callable[..., jax.Array] | None = None
+    per_sample: Callable[["Objective", jax.Array], jax.Array] | None = None
     by_length: bool = False
     pass_rates: bool = False
 
 
-def _std(o) -> dict[str, Any]:
+def _std(o: "Objective") -> dict[str, Any]:
     return {"eps": o.std_eps, "ddof": o.std_ddof}
 
 
-def _std_text(of: str) -> Callable[..., str]:
-    def text(o):
+def _std_text(of: str) -> Callable[["Objective"], str]:
+    def text(o: "Objective") -> str:
         ddof = f", ddof {o.std_ddof}" if o.std_ddof else ""
         return f"{of} + {o.std_eps:g}{ddof}"
 

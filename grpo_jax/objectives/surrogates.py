@@ -10,10 +10,15 @@ outside the weights. `sg` below is stop_gradient, r = exp z.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from grpo_jax.objectives.ratios import Level
+
+if TYPE_CHECKING:  # objective.py imports this module
+    from grpo_jax.objectives.objective import Objective
 
 _MAX_LOG_RATIO = 20.0  # exp overflows float32 at 88, its products long before
 Clip = tuple[float | None, float]  # (low, high): r in [1 - low, 1 + high]; None: no low
@@ -162,7 +167,9 @@ def relative_pearson(
     """
     low, high = clip
 
-    def strength(edge):  # 1 / |dD/dr| where the relative ratio is `edge`
+    def strength(
+        edge: float,
+    ) -> float:  # 1 / |dD/dr| where the relative ratio is `edge`
         r = edge * (1 - mixture) / (1 - mixture * edge)
         u = mixture * r + 1 - mixture
         slope = (1 - mixture) ** 2 * ((r - 1) / u - mixture * (r - 1) ** 2 / (2 * u**2))
@@ -245,40 +252,40 @@ class Surrogate(NamedTuple):
         check: objective -> ValueError where its numbers do not go together.
     """
 
-    terms: Callable[..., Terms]
+    terms: Callable[["Objective", Level, jax.Array], Terms]
     uses: tuple[str, ...]
-    text: Callable[..., str]
+    text: Callable[["Objective"], str]
     linear: bool = False
     reads_ratio: bool = True
-    penalty: Callable[..., jax.Array] | None = None
-    check: Callable[..., None] | None = None
+    penalty: Callable[["Objective", Level], jax.Array] | None = None
+    check: Callable[["Objective"], None] | None = None
 
 
-def _edges_text(o) -> str:
+def _edges_text(o: "Objective") -> str:
     low, high = o.clip
     return f"{0 if low is None else 1 - low:g}, {1 + high:g}"
 
 
-def _clip_text(o) -> str:
+def _clip_text(o: "Objective") -> str:
     if o.clip[0] is None:
         return f"min(r, {1 + o.clip[1]:g})"
     return f"clip(r, {_edges_text(o)})"
 
 
-def _ppo_text(o) -> str:
+def _ppo_text(o: "Objective") -> str:
     ratio = "r" if o.ratio_cap is None else f"min(r, {o.ratio_cap:g})"
     text = f"-min({ratio} A, {_clip_text(o)} A)"
     return text if o.dual_clip is None else f"{text}, at most -{o.dual_clip:g} A"
 
 
-def _hinge_text(o) -> str:
+def _hinge_text(o: "Objective") -> str:
     f = HINGES[o.hinge].text
     low, high = o.clip
     margin = f"{high:g}" if low == high else f"({high:g} if A > 0 else {low})"
     return f"|A| max(0, {margin} - sign(A) ({f}))"
 
 
-def _check_ppo(o) -> None:
+def _check_ppo(o: "Objective") -> None:
     if o.ratio_cap is not None and o.ratio_cap < 1 + o.clip[1]:
         raise ValueError(
             f"ratio_cap must be at least 1 + clip's high in ppo, got {o.ratio_cap} and "
@@ -286,7 +293,7 @@ def _check_ppo(o) -> None:
         )
 
 
-def _check_rpe(o) -> None:
+def _check_rpe(o: "Objective") -> None:
     if o.mixture * (1 + o.clip[1]) >= 1:
         raise ValueError(
             f"mixture (1 + clip's high) must be below 1, got {o.mixture} and {o.clip}; "

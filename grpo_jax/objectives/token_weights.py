@@ -107,7 +107,7 @@ def nthr_weights(
     centred = group_statistics(rewards).centred
     right, wrong = (centred > 0).astype(float), centred < 0
 
-    def one_prompt(prompt):
+    def one_prompt(prompt: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, ids, mask, right = prompt  # [G, T, D], [G, T], [G, T], [G]
         g, t, width = hidden.shape
         amask = mask.reshape(-1)
@@ -147,7 +147,7 @@ def _error_gram(
     columns = columns.reshape(-1, chunks, width).swapaxes(0, 1)
     positions = jnp.arange(chunks * width).reshape(chunks, width)
 
-    def logits_of(chunk):
+    def logits_of(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         columns, positions = chunk
         logits = soft_capped(hidden @ columns, softcap) / temperature
         return jnp.where(positions[None] < vocab, logits, -jnp.inf)
@@ -157,7 +157,9 @@ def _error_gram(
     )
     log_total = jax.nn.logsumexp(log_total, axis=0)
 
-    def add(gram, chunk):
+    def add(
+        gram: jax.Array, chunk: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
         softmax = jnp.exp(logits_of(chunk) - log_total[:, None])
         errors = (token_ids[:, None] == chunk[1][None]) - softmax
         return gram + errors @ errors.T, None

@@ -339,7 +339,7 @@ class WarmupConfig:
         _check(self)
         _check_vocabulary(self.model)
         if not self.warm_start.enabled:
-            raise ConfigError("warm_start.enabled is what warmup is for; leave it out.")
+            raise ConfigError("warm_start.enabled must be true here; leave it out.")
 
 
 def _check(config: "TrainConfig | EvalConfig | WarmupConfig") -> None:

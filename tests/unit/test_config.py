@@ -1,10 +1,18 @@
 import dataclasses
 import json
+from typing import Annotated, Literal
 
 import pytest
 
 from grpo_jax import TrainConfig
-from grpo_jax.errors import ConfigError, nearest, unknown_name
+from grpo_jax.errors import (
+    UP_TO_ONE,
+    ConfigError,
+    at_least,
+    check_fields,
+    nearest,
+    unknown_name,
+)
 from grpo_jax.runs.config import ObjectiveConfig, OptimizerConfig, SamplingConfig
 from grpo_jax.runs.config_files import differences, from_dict, load_config_file, to_dict
 
@@ -234,3 +242,34 @@ def test_nearest_and_unknown_name():
     error = unknown_name("objective", "grop", ["rloo", "grpo"])
     expected = "unknown objective 'grop'; did you mean 'grpo'? choices: grpo, rloo."
     assert str(error) == expected and isinstance(error, ValueError)
+
+
+@dataclasses.dataclass
+class Inner:
+    share: Annotated[float, UP_TO_ONE] | None = None
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclasses.dataclass
+class Outer:
+    count: Annotated[int, at_least(2, "; why")] = 2
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    plain: float | None = -1.0
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (Outer(1), r"count must be at least 2, got 1; why\.$"),
+        (Outer(inner=Inner(0.0)), r"inner.share must be in \(0, 1\], got 0\.0\.$"),
+        (Outer(inner=Inner(kind="c")), r"inner.kind must be one of a, b, got 'c'"),
+        (
+            Outer(inner=Inner(kind=None)),
+            r"inner.kind must be one of a, b, got None",
+        ),
+    ],
+)
+def test_rules_are_read_from_annotations(record, message):
+    check_fields(Outer(), "x.")
+    with pytest.raises(ConfigError, match=rf"^x\.{message}"):
+        check_fields(record, "x.", ConfigError)
