@@ -49,21 +49,8 @@ def token_logprobs(
     Raises:
         ValueError: shapes do not fit together, or chunk_size < 1.
     """
+    _check(hidden, unembedding, token_ids, chunk_size)
     *lead, length, width = hidden.shape
-    if unembedding.ndim != 2 or unembedding.shape[0] != width:
-        raise ValueError(
-            f"unembedding must be [{width}, V] to fit hidden {hidden.shape}, "
-            f"got {unembedding.shape}; transpose an embedding matrix."
-        )
-    if token_ids.shape != (*lead, length):
-        raise ValueError(
-            f"token_ids must be {(*lead, length)} to fit hidden {hidden.shape}, "
-            f"got {token_ids.shape}."
-        )
-    if length < 1:
-        raise ValueError(f"hidden must hold at least one token, got {hidden.shape}.")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     # float32 even from bfloat16, float64 from float64.
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     rows = max(1, hidden.size // max(1, length * width))
@@ -100,3 +87,24 @@ def token_logprobs(
         for x in outputs
     ]
     return tuple(outputs) if with_entropy else outputs[0]
+
+
+def _check(
+    hidden: jax.Array, unembedding: jax.Array, token_ids: jax.Array, chunk_size: int
+) -> None:
+    """ValueError for shapes that do not fit together."""
+    *lead, length, width = hidden.shape
+    if unembedding.ndim != 2 or unembedding.shape[0] != width:
+        raise ValueError(
+            f"unembedding must be [{width}, V] to fit hidden {hidden.shape}, "
+            f"got {unembedding.shape}; transpose an embedding matrix."
+        )
+    if token_ids.shape != (*lead, length):
+        raise ValueError(
+            f"token_ids must be {(*lead, length)} to fit hidden {hidden.shape}, "
+            f"got {token_ids.shape}."
+        )
+    if length < 1:
+        raise ValueError(f"hidden must hold at least one token, got {hidden.shape}.")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")

@@ -26,19 +26,6 @@ from grpo_jax.objectives.scales import SCALES
 from grpo_jax.objectives.surrogates import HINGES, MASKS, SURROGATES
 from grpo_jax.objectives.token_weights import TOKEN_WEIGHTS
 
-# Every axis that can be extended: its field of `Objective` and its registry.
-AXES: Mapping[str, Mapping[str, Any]] = {
-    "baseline": BASELINES,
-    "scale": SCALES,
-    "ratio": RATIOS,
-    "surrogate": SURROGATES,
-    "mask": MASKS,
-    "hinge": HINGES,
-    "token_weight": TOKEN_WEIGHTS,
-    "aggregation": AGGREGATIONS,
-    "divergence": DIVERGENCES,
-}
-
 _NotNegative = Annotated[float, Bound("not be negative", lambda x: x >= 0)]
 _Count = Annotated[int, Bound("not be negative", lambda x: x >= 0)]
 _Positive = Annotated[float, positive()]
@@ -153,14 +140,24 @@ class Objective:
         return formula.mechanisms(self)
 
 
+_CHOICES = {
+    name: rule
+    for name, row in field_rules(Objective).items()
+    for rule in row.rules
+    if isinstance(rule, OneOf)
+}
+# Every axis that can be extended: its field of `Objective` and its registry.
+AXES: dict[str, Mapping[str, Any]] = {
+    name: rule.choices
+    for name, rule in _CHOICES.items()
+    if isinstance(rule.choices, Mapping)
+}
+_FIELDS = {field.name for field in dataclasses.fields(Objective)} - {"source"}
+
+
 def choices() -> dict[str, tuple[str, ...]]:
     """Field of `Objective` -> the names that it may have, where it is a choice."""
-    rules = field_rules(Objective).items()
-    axes = {name: rule for name, row in rules for rule in row.rules}
-    return {n: tuple(x.choices) for n, x in axes.items() if isinstance(x, OneOf)}
-
-
-_FIELDS = {field.name for field in dataclasses.fields(Objective)} - {"source"}
+    return {name: tuple(rule.choices) for name, rule in _CHOICES.items()}
 
 
 def _sometimes_read() -> set[str]:
