@@ -39,7 +39,7 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, f
 
 
 def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """(mean, half width) of a 95 % Student interval over seeds; infinite for one."""
+    """(mean, half width) of a 95 % Student interval over seeds [n]; inf for one."""
     from scipy import stats
 
     n, mean = len(values), float(np.mean(values))

@@ -5,7 +5,8 @@ method uses it, the policy's log-probs; it returns (loss, clipped), `clipped` be
 where the trust region left no gradient. All are positively homogeneous in A, so a
 positive weight on a prompt may be applied to its advantages, its loss or its gradient
 alike. What is not proportional to A is a penalty (`fisher_rao_penalty`) and stays
-outside the weights. `sg` below is stop_gradient, r = exp z.
+outside the weights. `sg` below is stop_gradient, r = exp z. Arrays are [P, G, T], or
+[P, G, 1] under a sequence ratio.
 """
 
 import math
@@ -26,18 +27,18 @@ Terms = tuple[jax.Array, jax.Array]  # (loss, clipped)
 
 
 def bounded_ratio(z: jax.Array) -> jax.Array:
-    """exp z with z cut at +-20: beyond it the gradient is 0, never 0 * inf."""
+    """[...] exp z with z cut at +-20: beyond it the gradient is 0, never 0 * inf."""
     return jnp.exp(jnp.clip(z, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
 
 
 def logp(logprobs: jax.Array, advantages: jax.Array) -> Terms:
-    """-A log pi: REINFORCE."""
+    """[...] -A log pi: REINFORCE."""
     loss = -advantages * logprobs
     return loss, jnp.zeros_like(loss, bool)
 
 
 def importance(z: jax.Array, advantages: jax.Array) -> Terms:
-    """-A r, unclipped."""
+    """[...] -A r, unclipped."""
     loss = -advantages * bounded_ratio(z)
     return loss, jnp.zeros_like(loss, bool)
 
@@ -49,7 +50,7 @@ def ppo(
     dual_clip: float | None = None,
     ratio_cap: float | None = None,
 ) -> Terms:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) (arXiv:1707.06347).
+    """[...] -min(r A, clip(r, 1 - low, 1 + high) A) (arXiv:1707.06347).
 
     Args:
         dual_clip: c > 1; where A < 0 the loss is at most -c A (arXiv:1912.09729).
@@ -72,7 +73,7 @@ def ppo(
 
 
 def hard_clip(z: jax.Array, advantages: jax.Array, clip: Clip) -> Terms:
-    """-clip(r) A: no gradient outside the edges, whatever the sign of A.
+    """[...] -clip(r) A: no gradient outside the edges, whatever the sign of A.
 
     Cut in log space, and the edge itself keeps its gradient: with no lower edge this is
     TIC-GRPO's min{w, 1 + high} A (arXiv:2508.02833, eq. 8).
@@ -87,16 +88,16 @@ def hard_clip(z: jax.Array, advantages: jax.Array, clip: Clip) -> Terms:
 def cispo(
     z: jax.Array, logprobs: jax.Array, advantages: jax.Array, clip: Clip
 ) -> Terms:
-    """-sg(clip(r)) A log pi: every token keeps a gradient (arXiv:2506.13585)."""
+    """[...] -sg(clip(r)) A log pi: every token keeps a gradient (arXiv:2506.13585)."""
     low, high = _edges(clip)
     weight = jnp.exp(jnp.clip(z, max(low, -_MAX_LOG_RATIO), high))
     return logp(logprobs, jax.lax.stop_gradient(weight) * advantages)
 
 
 def copg(z: jax.Array, logprobs: jax.Array, advantages: jax.Array, clip: Clip) -> Terms:
-    """-min(A log pi, A clip(log pi, log pi_old + log(1 -+ eps))) (arXiv:2311.05846).
+    """[...] -min(A log pi, A clip(log pi, log pi_old + log(1 -+ eps))).
 
-    PPO's clipped region with r replaced by 1 in the gradient.
+    PPO's clipped region with r replaced by 1 in the gradient (arXiv:2311.05846).
     """
     low, high = _edges(clip)
     behaviour = jax.lax.stop_gradient(logprobs - z)
@@ -123,7 +124,7 @@ HINGES = {
 def hinge(
     z: jax.Array, advantages: jax.Array, clip: Clip, classifier: str = "ratio"
 ) -> Terms:
-    """|A| max(0, eps - sign(A) f): HPO (arXiv:2110.13799).
+    """[...] |A| max(0, eps - sign(A) f): HPO (arXiv:2110.13799).
 
     f is one of `HINGES`; eps is clip's high where A > 0 and its low where A < 0. With
     "ratio" the gradient is PPO-clip's.
@@ -137,7 +138,7 @@ def hinge(
 
 
 def relative_ratio(z: jax.Array, mixture: float) -> jax.Array:
-    """r / (mixture r + 1 - mixture), at most 1 / mixture.
+    """[...] r / (mixture r + 1 - mixture), at most 1 / mixture.
 
     One algebra, three names: the power-mean correction of reused rollouts
     (arXiv:2506.06178), the weight against a defensive mixture
@@ -151,7 +152,7 @@ def relative_ratio(z: jax.Array, mixture: float) -> jax.Array:
 def relative_importance(
     z: jax.Array, logprobs: jax.Array, advantages: jax.Array, mixture: float
 ) -> Terms:
-    """-sg(w) A log pi, w the `relative_ratio`: RT-PG (arXiv:2506.06178)."""
+    """[...] -sg(w) A log pi, w the `relative_ratio`: RT-PG (arXiv:2506.06178)."""
     weight = jax.lax.stop_gradient(relative_ratio(z, mixture))
     return logp(logprobs, weight * advantages)
 
@@ -159,7 +160,7 @@ def relative_importance(
 def relative_pearson(
     z: jax.Array, advantages: jax.Array, clip: Clip, mixture: float
 ) -> Terms:
-    """-A r + C D, D = (1 - m)^2 (r - 1)^2 / (2 (m r + 1 - m)): PPO-RPE's penalty.
+    """[...] -A r + C D, D = (1 - m)^2 (r - 1)^2 / (2 (m r + 1 - m)): PPO-RPE's penalty.
 
     C >= 0, one per sign of A and proportional to |A|, makes the gradient vanish where
     the `relative_ratio` reaches 1 + high (A > 0) or 1 - low (A < 0). Past that point
@@ -207,7 +208,7 @@ def masked_importance(
     limit: float,
     ratio_cap: float | None,
 ) -> Terms:
-    """-A sg(min(r, cap)) M log pi: DPPO (arXiv:2602.04879).
+    """[...] -A sg(min(r, cap)) M log pi: DPPO (arXiv:2602.04879).
 
     M drops a token that already moved in A's direction by more than `limit`, in the
     distance of `MASKS` between the probabilities now and at sampling.
@@ -227,7 +228,7 @@ def masked_importance(
 
 
 def fisher_rao_penalty(z: jax.Array, behaviour: jax.Array, tau: float) -> jax.Array:
-    """pi_old (r - 1)^2 / (2 tau): FR-PPO's term beside -A r (arXiv:2506.03757)."""
+    """[...] pi_old (r - 1)^2 / (2 tau): FR-PPO's term beside -A r (2506.03757)."""
     probability = jnp.exp(jnp.minimum(jax.lax.stop_gradient(behaviour), 0))
     return probability * (bounded_ratio(z) - 1) ** 2 / (2 * tau)
 
