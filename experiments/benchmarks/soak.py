@@ -32,7 +32,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -44,10 +43,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from attempt import Attempt, wait_for
 
-# Imported for the attempts, which are forked: nothing here may touch a device.
-import grpo_jax.training.run  # noqa: F401
-from grpo_jax.cli import main as grpo_jax_main
 from grpo_jax.runs.lines import read_lines
 
 Log = Callable[[dict], None]  # of a fault's row
@@ -91,61 +88,6 @@ class Config:
     smoke: bool = False  # one of each in the exact run, none in the other
 
 
-class Attempt:
-    """A forked process that runs `grpo-jax train`, its output in a file."""
-
-    def __init__(self, arguments: list[str], log: Path, file_size: int | None = None):
-        self.log, self.code = log, None
-        # Through a pipe, so that a limit on file sizes does not cut the output.
-        with log.open("wb") as file:
-            self._cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._train(arguments, file_size)
-        self._cat.stdin.close()
-
-    def _train(self, arguments: list[str], file_size: int | None) -> None:
-        """Runs the command in the forked process, and ends it."""
-        code = 70
-        try:
-            os.dup2(self._cat.stdin.fileno(), 1)
-            os.dup2(self._cat.stdin.fileno(), 2)
-            self._cat.stdin.close()
-            if file_size is not None:
-                limit = (file_size, resource.RLIM_INFINITY)
-                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-            code = grpo_jax_main(["train", *arguments])
-            sys.stdout.flush()
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            os._exit(code if isinstance(code, int) else 70)
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def running(self) -> bool:
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self._cat.wait()
-                self.code = os.waitstatus_to_exitcode(status)
-        return self.code is None
-
-    def end(self, seconds: float = 300.0) -> int:
-        """The exit code; -9 where it had to be killed for taking longer."""
-        deadline = time.monotonic() + seconds
-        while self.running():
-            if time.monotonic() > deadline:
-                self.signal(signal.SIGKILL)
-            time.sleep(0.01)
-        return self.code
-
-    def signal(self, number: int) -> None:
-        if self.running():
-            os.kill(self.pid, number)
-
-
 def last_step(directory: Path) -> int:
     """Step of the last complete line of metrics.jsonl; -1 without one."""
     with (
@@ -155,18 +97,6 @@ def last_step(directory: Path) -> int:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 5000))
         return json.loads(file.read().rsplit(b"\n", 2)[-2])["step"]
     return -1
-
-
-def wait_for(
-    attempt: Attempt, reached: Callable[[], bool], seconds: float = 300.0
-) -> bool:
-    """Whether `reached()` came true while the attempt ran."""
-    deadline = time.monotonic() + seconds
-    while not reached():
-        if not attempt.running() or time.monotonic() > deadline:
-            return reached()
-        time.sleep(0.005)
-    return True
 
 
 def checkpoints(directory: Path) -> list[int]:
