@@ -1,4 +1,4 @@
-"""Streams of random numbers: every generator and every key that a seed stands for.
+"""Streams of random numbers: every generator and every key made from a seed.
 
 A stream's number decides all its draws. Changing one breaks the exact resumption of
 runs that exist; a new stream takes a number that no other has.

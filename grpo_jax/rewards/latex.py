@@ -153,7 +153,7 @@ def _without_unit(text: str) -> tuple[str, str]:
     units = {_UNITS[word] for word in words if word in _UNITS}
     if not units and len(match.group(2).strip()) < 2:  # 3\text{A} is no three amperes
         return text, ""
-    # "square feet" has the unit foot; "miles per hour" has a unit of its own.
+    # "square feet" has the unit foot; "miles per hour" the unit "hour mile".
     return match.group(1).rstrip(".,;: "), " ".join(sorted(units))
 
 
@@ -167,11 +167,11 @@ def rational(body: str) -> Fraction | None:
     match = re.fullmatch(r"(-?)([0-9]*)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}", text)
     if match is None:
         return None
-    sign, whole, above, below = match.groups()
+    sign, integer, above, below = match.groups()
     part = rational_of(above, below)
-    if part is None or (whole and not 0 <= part < 1) or len(whole) > MAX_DIGITS:
+    if part is None or (integer and not 0 <= part < 1) or len(integer) > MAX_DIGITS:
         return None
-    return (-1 if sign else 1) * (int(whole or 0) + part)
+    return (-1 if sign else 1) * (int(integer or 0) + part)
 
 
 def same_answer(gold: Answer, answer: Answer) -> bool | None:

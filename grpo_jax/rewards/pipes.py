@@ -112,7 +112,7 @@ def _environment(users: bool) -> dict[str, str]:
         paths.append(os.getcwd())
     return {name: os.environ[name] for name in keep if name in os.environ} | {
         "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONHASHSEED": "0",  # sympy orders terms by hash here and there
+        "PYTHONHASHSEED": "0",  # sympy orders some terms by hash
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",

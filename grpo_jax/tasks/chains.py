@@ -71,15 +71,16 @@ def _pick_prompts(
     """(training, held-out) prompts, all different."""
     train, heldout = [], []
     for i, operations in enumerate(LENGTHS):
-        held, trained = (
+        heldout_count, train_count = (
             n // len(LENGTHS) + (i < n % len(LENGTHS))
             for n in (heldout_prompts, train_prompts)
         )
-        prompts = _distinct_prompts(rng, operations, held + trained)
-        if len(prompts) < held + trained:  # too few: a tenth of them is held out
-            held = min(held, len(prompts) // 10)
-        heldout += prompts[:held]
-        train += prompts[held : held + trained]
+        count = heldout_count + train_count
+        prompts = _distinct_prompts(rng, operations, count)
+        if len(prompts) < count:  # too few: a tenth of them is held out
+            heldout_count = min(heldout_count, len(prompts) // 10)
+        heldout += prompts[:heldout_count]
+        train += prompts[heldout_count : heldout_count + train_count]
     return train, heldout
 
 

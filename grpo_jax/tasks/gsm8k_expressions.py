@@ -35,23 +35,23 @@ def make_gsm8k_expressions(request: TaskRequest) -> Task:
     train_rows, test_rows = read_parts(
         path, hub_name=("openai/gsm8k", "main"), fields=["answer"]
     )
-    known, unseen = _expressions(train_rows), _expressions(test_rows or [])
-    known_prompts = {example.prompt for example in known}
-    unseen = [example for example in unseen if example.prompt not in known_prompts]
+    pool, test_pool = _expressions(train_rows), _expressions(test_rows or [])
+    pool_prompts = {example.prompt for example in pool}
+    test_pool = [e for e in test_pool if e.prompt not in pool_prompts]
     train_prompts = request.train_prompts or 256
     heldout_prompts = request.heldout_prompts or 512
-    _check_count("train_prompts", train_prompts, len(known))
-    _check_count("heldout_prompts", heldout_prompts, len(unseen))
+    _check_count("train_prompts", train_prompts, len(pool))
+    _check_count("heldout_prompts", heldout_prompts, len(test_pool))
     rng = host_rng(request.seed, Stream.DATA_PARTS)
-    # `pick` draws nothing where all are taken; here every order is the seed's.
-    train = [known[i] for i in rng.permutation(len(known))[:train_prompts]]
-    heldout = [unseen[i] for i in rng.permutation(len(unseen))[:heldout_prompts]]
+    # Not `pick`, which keeps the order where all are taken: these are shuffled then.
+    train = [pool[i] for i in rng.permutation(len(pool))[:train_prompts]]
+    heldout = [test_pool[i] for i in rng.permutation(len(test_pool))[:heldout_prompts]]
 
     def demonstrations(
         rng: np.random.Generator, count: int, spoiled: bool
     ) -> list[Example]:
         del spoiled  # every demonstration is right: facts half learned are noisy enough
-        return [known[i] for i in rng.integers(len(known), size=count)]
+        return [pool[i] for i in rng.integers(len(pool), size=count)]
 
     return single_answer_task(
         request,
@@ -62,8 +62,8 @@ def make_gsm8k_expressions(request: TaskRequest) -> Task:
         warm_start=WarmStart(
             demonstrations=demonstrations,
             longest=Example(
-                max((e.prompt for e in known), key=len),
-                max((e.answer for e in known), key=len),
+                max((e.prompt for e in pool), key=len),
+                max((e.answer for e in pool), key=len),
             ),
             target_pass_rate=0.22,
             max_steps=1500,
