@@ -9,7 +9,8 @@ in three equal places, and a property test holds them together:
 1. on the advantages: `whitened_advantages`, or an `Objective` with scale="std";
 2. on per-prompt gradients [P, ...]: `scale_by_group_std` in an optax chain (this file);
 3. on the cotangent of the [P] losses: `jax.vjp(per_prompt_losses, ...)` pulled back
-   through w / P. One backward pass, no [P, params] memory; the trainer does this.
+   through w / P. One backward pass, no [P, params] memory; the trainer does this
+   (`weigh` in training/weighing.py, `batch_terms` in training/step.py).
 
 Where it stops holding: KL, entropy and weight-decay terms are not proportional to the
 advantage, so they are added after the weights. And the mean divides by P, tied groups

@@ -56,7 +56,7 @@ class Collected(NamedTuple):
     """A step's scored rollouts, on the host."""
 
     indices: np.ndarray  # [P] of the trained prompts
-    scored: ScoredRollouts  # cut to the shortest bucket
+    scored: ScoredRollouts  # rollouts cut to the shortest bucket that holds them
     owned: np.ndarray  # [P, G] bool, samples that this process scored
     metrics: dict[str, float]
     cost: Cost
@@ -77,7 +77,7 @@ class Collector:
 
     Args:
         prompts: The trained prompts.
-        objective: Its drafts and refills.
+        objective: Only its drafts and refills are read.
         num_prompts: P, prompts of a step.
         group_size: G.
         draft_template: Pieces that join a prompt and its draft; [] without drafts.
@@ -110,7 +110,7 @@ class Collector:
         self._order = -1, np.empty(0, int)  # (epoch, its permutation of the prompts)
 
     def sample(self, params: Any, step: int) -> Sampling:
-        """Starts sampling a step's completions on the device."""
+        """Starts sampling a step's completions; drafts are sampled and scored first."""
         indices = self.prompts_of(step)
         key = jax.random.fold_in(self._keys.samples, step)
         rollouts, cost = self._sample(params, indices, key)
@@ -162,7 +162,7 @@ class Collector:
     def _sample(
         self, params: Any, indices: np.ndarray, key: jax.Array
     ) -> tuple[Rollouts, Cost]:
-        """(completions, cost of drafts); with drafts, of prompts joined with theirs."""
+        """(completions, cost of drafts); with drafts, prompts are extended by them."""
         objective, prompts = self._objective, self._prompts
         if not objective.drafts:
             rollouts = prompts.sample(params, indices, key, self._group_size)

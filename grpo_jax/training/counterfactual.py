@@ -69,7 +69,7 @@ def counterfactual_row(
     """A row of counterfactual.jsonl; rows and columns of tables are `weightings`.
 
     Args:
-        step: The update that was made.
+        step: As metrics.jsonl counts.
         result: On the host.
         rewards: [P, G] as scored; `group_mean` is null for a group without rewards.
     """

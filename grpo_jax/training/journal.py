@@ -35,19 +35,19 @@ class RowMaker(NamedTuple):
         """The row of a step, of metrics on the device and on the host."""
         row = {"step": step} | to_numbers(metrics) | host
         if step:
-            applied = row["update/applied"]
+            applied = row["update/applied"]  # the rate is that of the last one
             rate = self.schedule(max(0, applied - 1))
             row["learning_rate"] = float(np.asarray(rate))
         return row | {"compiles": self.compiles()}
 
 
 class Journal:
-    """Writes a run's jsonl files; one process writes, the others pass through.
+    """Writes a run's jsonl files in process 0; in the others every call does nothing.
 
-    A step's row of metrics.jsonl is recorded when its update is made and written while
-    the device samples the next step. Opening the files drops the rows after the step of
-    the checkpoint, which the resumed run writes again, and adds the rows that could not
-    be written when the checkpoint was saved.
+    A step's row of metrics.jsonl is kept when its update is made and written by
+    `flush`: while the device samples the next step, before a checkpoint, at the end.
+    Opening the files drops the rows after the step of the checkpoint, which the resumed
+    run writes again, and adds the rows that could not be written when it was saved.
 
     Args:
         directory: The run's directory.
@@ -58,7 +58,7 @@ class Journal:
         unwritten: By file, rows that the checkpoint kept.
 
     Attributes:
-        last_row: The newest row of metrics.jsonl that was written.
+        last_row: The newest row of metrics.jsonl made by this process; {} before.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class Journal:
             last = step - 1 if name == "instrument" else step or -1
             self._files[name] = self._open(name, last, unwritten.get(name, []))
 
-    def _open(self, name: str, last: int, unwritten: Sequence[dict]) -> Any:
+    def _open(
+        self, name: str, last: int, unwritten: Sequence[dict]
+    ) -> JsonLines | NoLines:
         if not self._processes.is_writer:
             return NoLines()
         path, file = self._path(name), None
@@ -91,28 +93,31 @@ class Journal:
             if path.exists():
                 keep_until(path, last)
             file = JsonLines(path)
-            # An earlier resume from the same checkpoint may have written them.
-            present = read_lines(path) if unwritten else []
-            for row in unwritten:
-                if row not in present:
+        if file is None:
+            return NoLines()  # all processes end at the next exchange
+        # An earlier resume from the same checkpoint may have written them.
+        present = read_lines(path) if unwritten else []
+        for row in unwritten:
+            if row not in present:
+                with self._processes.writing():
                     file.write(row)
-        return NoLines() if file is None else file  # all end at the next exchange
+        return file
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.jsonl"
 
-    def record(self, step: int, metrics: dict[str, Any], host: dict[str, Any]) -> None:
+    def keep(self, step: int, metrics: dict[str, Any], host: dict[str, Any]) -> None:
         """Keeps a step's row for `flush`, in place of one that was kept before.
 
         Args:
-            step: Updates made, in rollouts.
-            metrics: Scalars on the device; reading them would wait for the update.
+            step: As metrics.jsonl counts.
+            metrics: Scalars still on the device; `flush` copies them.
             host: Numbers on the host.
         """
         self._pending = step, metrics, host
 
     def flush(self) -> None:
-        """Writes the recorded row of metrics.jsonl, if there is one."""
+        """Writes the row of metrics.jsonl that was kept, if any."""
         if self._pending is None:
             return
         (step, metrics, host), self._pending = self._pending, None
@@ -158,7 +163,7 @@ class Journal:
         """Entries of samples.jsonl: completions that this process scored.
 
         Args:
-            step: Updates made, the one with these completions included.
+            step: As metrics.jsonl counts.
             collected: [P, G] completions with texts and rewards.
             examples: The trained examples.
             max_prompts: Entries at most.

@@ -25,7 +25,7 @@ class WeighedBatch(NamedTuple):
 
 
 class Learner:
-    """The train state's initial value, weights and updates.
+    """Makes the initial state, weighs rollouts and updates the state.
 
     Args:
         settings: What the programs are made from.
@@ -44,7 +44,7 @@ class Learner:
         return put_on_mesh(state, s.mesh)
 
     def compile(self, state: TrainState, stopping: Callable[[], bool]) -> None:
-        """Compiles every program, so that no step waits for one; until `stopping`."""
+        """Compiles every program, so that no step waits for one; less if `stopping`."""
         for tokens in self._buckets:
             if stopping():
                 return
@@ -86,9 +86,11 @@ class Learner:
     def update(
         self, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """(new state, scalar metrics of the last update): all updates of one rollout
-        [P, G, T], or fewer where the objective stops early. The state given is
-        donated."""
+        """(new state, scalar metrics) after the updates of one batch [P, G, T], all or
+        those before the objective's stop. The state given is donated.
+
+        Metrics are those of the last update, but for the mismatch, of the first.
+        """
         s, programs = self.settings, self._programs_of(batch.rollouts)
         if programs.push_history is not None:
             history, batch = programs.push_history(state.history, batch)
@@ -110,7 +112,9 @@ class Learner:
         """What other prompt weights would do with the batch, on the host."""
         compare = self._programs_of(batch.rollouts).counterfactual
         if compare is None:
-            raise ValueError("the learner was made with with_counterfactual=False.")
+            raise ValueError(
+                "UpdateSettings.with_counterfactual must be True, got False."
+            )
         return gather_to_host(compare(self.settings.policy, state, batch))
 
     def _programs_of(self, rollouts: Rollouts) -> Programs:

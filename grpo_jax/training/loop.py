@@ -1,8 +1,8 @@
 """The training loop: one step is sample, score, weigh, update.
 
 The device's results are waited for where they are needed: completions before scoring,
-new parameters before they are sampled from. A step's row is written while the device
-samples the next step.
+new parameters at the end of the update. A step's row is written while the device
+samples the next step, or at once where a checkpoint or the end follows.
 """
 
 import time
@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.training.collector import Collected, Collector, tied_groups
+from grpo_jax.training.collector import Collected, tied_groups
 from grpo_jax.training.context import RunContext
 from grpo_jax.training.due import Due
 from grpo_jax.training.journal import Journal
-from grpo_jax.training.learner import Learner
-from grpo_jax.training.observers import BeforeUpdate, Observers
+from grpo_jax.training.observers import Observers
 from grpo_jax.training.parts import Parts
 from grpo_jax.training.saving import SKIPPED_LIMIT, Saver
 from grpo_jax.training.start import (
@@ -59,17 +58,18 @@ class Loop:
     Args:
         context: The run.
         parts: What samples, scores, weighs and updates.
-        observers: What is measured on the way.
+        observers: Evaluation, probe measurements, counterfactual updates.
         journal: Where rows go.
         saver: Where the state goes.
-        watchdog: Names the phases.
-        due: What follows which step.
+        watchdog: Warns of slow phases.
+        due: Says which steps are evaluated, measured, saved.
         resumed: The first state and step.
-        keep_measurement: Whether the measurement at the first step belongs into
-            instrument.jsonl.
+        keep_measurement: Whether instrument.jsonl gets the measurement at the first
+            step.
 
     Attributes:
         state, step: After the newest update.
+        journal: As given; closed by whoever made it.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class Loop:
     ):
         self.context, self.journal = context, journal
         self.state, self.step = resumed.state, resumed.step
-        self._collector: Collector = parts.collector
-        self._learner: Learner = parts.learner
+        self._collector = parts.collector
+        self._learner = parts.learner
         self._observers, self._saver = observers, saver
         self._watchdog, self._due = watchdog, due
         self._keep_measurement, self._warned_of_ties = keep_measurement, False
@@ -106,48 +106,54 @@ class Loop:
             processes.synchronise()
         except OSError as error:
             if not processes.knows(error):
-                raise  # the others learn of it at the end of this process
+                raise  # not exchanged: the others only see that this process ends
             raise self._saver.save_unwritten(self.state, self.step, error) from error
         return self._end()
 
     def _make_step(self) -> None:
         """Samples, scores, weighs and updates; returns early if asked to stop."""
         collector, learner, observers = self._collector, self._learner, self._observers
-        watch = Stopwatch()
+        timer = Stopwatch()
         with self._watchdog.phase("sampling"):
             sampling = collector.sample(self.state.params, self.step)
             self.journal.flush()  # the last step's row, while the device samples
             sampled = collector.fetch(sampling)
-        watch.lap("time/sample_s")
+        timer.lap("time/sample_s")
         if self.context.processes.stopping:
             return  # the resumed run makes the step again, identically
         with self._watchdog.phase("scoring"):
             collected = collector.score(self.state.params, self.step, sampling, sampled)
             weighed = learner.weigh(self.state, collected.rollouts, collected.indices)
-        watch.lap("time/score_s")
+        timer.lap("time/score_s")
         if self.context.processes.stopping:
             return
         with self._watchdog.phase("update"):
             before = observers.before_update(weighed, self.state.params, self.step + 1)
-            watch.restart()
+            timer.restart()
             self.state, updated = learner.update(weighed.state, weighed.batch)
-        watch.lap("time/update_s")
+        timer.lap("time/update_s")
         self.step += 1  # the step is made, whatever fails from here on
-        metrics = weighed.metrics | updated
-        self.journal.record(self.step, metrics, watch.times | collected.metrics)
-        observed = self._observe(before, collected, watch)
-        self.journal.record(
-            self.step, metrics, watch.times | collected.metrics | observed
-        )
+        metrics, host = weighed.metrics | updated, collected.metrics
+        # Kept now in case observing fails, and again with what it measured.
+        self.journal.keep(self.step, metrics, timer.times | host)
+        rewards = collected.rollouts.scored_rewards
+        compared = observers.after_update(before, self.state.params, rewards, self.step)
+        del before  # a copy of the parameters
+        observed = self._observe(collected, compared, timer)
+        self.journal.keep(self.step, metrics, timer.times | host | observed)
         self._save_if_due(collected.rollouts)
 
     def _observe(
-        self, before: BeforeUpdate, collected: Collected, watch: Stopwatch
+        self, collected: Collected, compared: dict[str, float], timer: Stopwatch
     ) -> dict[str, Any]:
-        """Everything that follows an update: warnings, samples, measurements."""
+        """Metrics measured after an update; warns, logs samples and ends the timer too.
+
+        Args:
+            collected: The step's rollouts.
+            compared: Times of comparing the update with its prediction.
+            timer: The step's timer.
+        """
         step, params, spent_s = self.step, self.state.params, "time/instrument_s"
-        rewards = collected.rollouts.scored_rewards
-        compared = self._observers.after_update(before, params, rewards, step)
         self._warn(collected)
         if self._due.samples(step):
             log, train = self.context.config.log, self.context.plan.task.train
@@ -155,8 +161,8 @@ class Loop:
         observed = self._observers.observe(params, step)
         spent = observed.pop(spent_s, 0) + compared.get(spent_s, 0)
         if spent:
-            watch.times[spent_s] = spent
-        watch.total("time/step_s")
+            timer.times[spent_s] = spent
+        timer.total("time/step_s")
         return observed
 
     def _save_if_due(self, rollouts: Rollouts) -> None:
@@ -184,9 +190,9 @@ class Loop:
         if processes.stopping:
             return
         if step == 0:
-            self.journal.record(0, {}, observed)
+            self.journal.keep(0, {}, observed)
             self.journal.flush()
-        else:  # a stop may have left them out of the step's row
+        else:  # the row may lack them: a stop ends a step early
             evaluated, measured = (
                 self._due.evaluation(step),
                 self._due.measurement(step),
@@ -207,7 +213,7 @@ class Loop:
             self._saver.wait()
         context.console.stop()
         last = self.journal.last_metrics()
-        # A stop may have left the last measurement out.
+        # A stop may have left out the last evaluation or measurement.
         wanted = {"eval/heldout_pass_rate"}
         if self._due.measurement(step):
             wanted.add("phase/label")

@@ -17,7 +17,7 @@ from grpo_jax.training.watchdog import Watchdog
 
 
 class BeforeUpdate(NamedTuple):
-    """What is kept from before an update, to be compared with after it."""
+    """What is measured or copied before an update, for `after_update`."""
 
     counterfactual: Counterfactual | None
     params: Any  # a copy; None where no measurement waits for the update
@@ -30,9 +30,9 @@ class Observers:
         due: What is due when.
         pass_rates: Evaluation.
         instrument: None where it is off.
-        learner: Makes the counterfactual updates.
+        learner: Computes the counterfactual updates.
         journal: Where the rows go.
-        watchdog: Names the phases.
+        watchdog: Warns of slow phases.
         processes: The processes of the run. If asked to stop, they start nothing new:
             the resumed run makes up for it.
     """
@@ -73,7 +73,7 @@ class Observers:
     def before_update(
         self, weighed: WeighedBatch, params: Any, step: int
     ) -> BeforeUpdate:
-        """What the update of `step` is compared with; it donates `params`."""
+        """To be called before the update of `step`, which donates `params`."""
         compared = None
         if self._due.comparison(step):
             compared = self._learner.compare_weights(weighed.state, weighed.batch)
@@ -85,7 +85,8 @@ class Observers:
     def after_update(
         self, before: BeforeUpdate, params: Any, rewards: Any, step: int
     ) -> dict[str, float]:
-        """Metrics of the update that was made; writes what waited for it."""
+        """Times spent on comparing the update with its prediction; writes the rows that
+        waited for the update."""
         metrics: dict[str, float] = {}
         if before.params is not None and self._instrument is not None:
             with self._watchdog.phase("measurement"):
@@ -108,7 +109,7 @@ class Observers:
         return metrics
 
     def write_measurement(self) -> None:
-        """Writes the measurement in progress, with or without the update after it."""
+        """Writes the measurement in progress; its `update` is null if none followed."""
         row = None if self._instrument is None else self._instrument.take_row()
         if row is not None:
             self._journal.measurement(row)

@@ -43,10 +43,11 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         task: A task made in code, instead of the one config.task names.
 
     Returns:
-        `TrainResult`: the run's directory and the last step's metrics.
+        `TrainResult`: the run's directory, the last step's metrics, and whether the run
+        made all its steps (a signal may have stopped it).
 
     Raises:
-        ConfigError: the run cannot start as configured; nothing was written.
+        ConfigError: the run cannot start as configured; no step was made.
         NonFiniteGradientsError: five updates in a row had to be skipped.
         OSError: a row could not be written (a full disk); what was computed is in a
             checkpoint where that could be saved.

@@ -28,7 +28,7 @@ class Saver:
         context: The run.
         checkpoints: Where the state goes.
         journal: Whose rows may be unwritten.
-        watchdog: Names the phases.
+        watchdog: Warns of slow phases.
     """
 
     def __init__(

@@ -1,4 +1,10 @@
-"""SIGTERM and SIGINT as a request to save and end."""
+"""SIGTERM and SIGINT as a request to save and end.
+
+A signal sets `StopSignals.received`, which `Processes.stopping` reads (with several
+processes at their next exchange). `Loop` sees it between the phases of a step and does
+not start the next one; `Loop._end` saves and writes the report; `grpo-jax train` exits
+with 0.
+"""
 
 import signal
 from types import FrameType, TracebackType

@@ -21,64 +21,6 @@ from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.state import shape_rewards
 
 
-def has_token_weights(objective: Objective) -> bool:
-    """Whether the objective weighs tokens once per rollout, by `token_weights`."""
-    return objective.token_weight != "none" or objective.overlong == "mask"
-
-
-def token_weights(
-    objective: Objective,
-    policy: Policy,
-    rollouts: Rollouts,
-    *,
-    temperature: float,
-    eos_id: int | Sequence[int],
-) -> jax.Array:
-    """[P, G, T] float32: the product of the factors that the objective asks for.
-
-    Args:
-        objective: Its `token_weight` and `overlong` choose the factors.
-        policy: The policy that sampled, for NTHR's hidden states.
-        rollouts: [P, G, T] completions with rewards [P, G].
-        temperature: The sampling temperature.
-        eos_id: Tokens that end a completion.
-    """
-    mask = present_mask(rollouts.completion_mask, rollouts.scored_rewards)
-    weights = jnp.ones_like(mask)
-    if objective.token_weight == "conflict":
-        signs = baselined(objective, rollouts.scored_rewards)
-        weights *= conflict_weights(rollouts.completions, signs, mask)
-    if objective.token_weight == "nthr":
-        weights *= _nthr_weights(policy, rollouts, mask, temperature)
-    if objective.overlong == "mask":
-        weights *= overlong_weights(rollouts.completions, mask, eos_id)
-    return weights
-
-
-def _nthr_weights(
-    policy: Policy, rollouts: Rollouts, mask: jax.Array, temperature: float
-) -> jax.Array:
-    """[P, G, T] `nthr_weights`, one prompt at a time: influences are [G T, G T]."""
-
-    def one_prompt(group: tuple[jax.Array, ...]) -> jax.Array:
-        prompt, prompt_mask, completions, rewards, mask = (x[None] for x in group)
-        model = policy.module()
-        hidden = completion_hidden(model, prompt, prompt_mask, completions)
-        return nthr_weights(
-            hidden,
-            model.unembedding_matrix(),
-            completions,
-            rewards,
-            mask,
-            temperature=temperature,
-            softcap=policy.config.logit_softcap,
-        )[0]
-
-    r = rollouts
-    groups = (r.prompts, r.prompt_mask, r.completions, r.rewards, mask)
-    return jax.lax.map(one_prompt, groups)
-
-
 class Weighed(NamedTuple):
     """Rollouts to train on, weighed."""
 
@@ -147,3 +89,61 @@ def group_metrics(rollouts: Rollouts, weights: jax.Array) -> dict[str, jax.Array
         "completion/length_mean": lengths.mean(),
         "tokens/completion": lengths.sum(),
     }
+
+
+def has_token_weights(objective: Objective) -> bool:
+    """Whether the objective weighs tokens once per rollout, by `token_weights`."""
+    return objective.token_weight != "none" or objective.overlong == "mask"
+
+
+def token_weights(
+    objective: Objective,
+    policy: Policy,
+    rollouts: Rollouts,
+    *,
+    temperature: float,
+    eos_id: int | Sequence[int],
+) -> jax.Array:
+    """[P, G, T] float32: the product of the factors that the objective asks for.
+
+    Args:
+        objective: Its `token_weight` and `overlong` choose the factors.
+        policy: The policy that sampled, for NTHR's hidden states.
+        rollouts: [P, G, T] completions with rewards [P, G].
+        temperature: The sampling temperature.
+        eos_id: Tokens that end a completion.
+    """
+    mask = present_mask(rollouts.completion_mask, rollouts.scored_rewards)
+    weights = jnp.ones_like(mask)
+    if objective.token_weight == "conflict":
+        signs = baselined(objective, rollouts.scored_rewards)
+        weights *= conflict_weights(rollouts.completions, signs, mask)
+    if objective.token_weight == "nthr":
+        weights *= _nthr_weights(policy, rollouts, mask, temperature)
+    if objective.overlong == "mask":
+        weights *= overlong_weights(rollouts.completions, mask, eos_id)
+    return weights
+
+
+def _nthr_weights(
+    policy: Policy, rollouts: Rollouts, mask: jax.Array, temperature: float
+) -> jax.Array:
+    """[P, G, T] `nthr_weights`, one prompt at a time: influences are [G T, G T]."""
+
+    def one_prompt(group: tuple[jax.Array, ...]) -> jax.Array:
+        prompt, prompt_mask, completions, rewards, mask = (x[None] for x in group)
+        model = policy.module()
+        hidden = completion_hidden(model, prompt, prompt_mask, completions)
+        return nthr_weights(
+            hidden,
+            model.unembedding_matrix(),
+            completions,
+            rewards,
+            mask,
+            temperature=temperature,
+            softcap=policy.config.logit_softcap,
+        )[0]
+
+    r = rollouts
+    groups = (r.prompts, r.prompt_mask, r.completions, r.rewards, mask)
+    return jax.lax.map(one_prompt, groups)
