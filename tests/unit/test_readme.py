@@ -1,4 +1,4 @@
-"""What the README shows runs, and prints what it says."""
+"""What the README shows runs, prints what it says and names files that exist."""
 
 import re
 import subprocess
@@ -9,10 +9,21 @@ import pytest
 
 import grpo_jax as gj
 from grpo_jax.prompt_weights import WEIGHTS
+from tests.unit.test_layers import LAYERS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-FOLDERS = ("grpo_jax", "experiments", "tests", "docs")
+DOCUMENTS = ["README.md", "BUILD_NOTES.md"]
+DOCUMENTS += sorted(str(f.relative_to(ROOT)) for f in (ROOT / "docs").glob("*.md"))
+IN_A_RUN_DIRECTORY = {"checkpoints/", "tokenizer/"}
+
+
+def files_and_folders():
+    """Paths below the root, folders with a / at their end."""
+    for top in ("grpo_jax", "tests", "experiments", "docs"):
+        for path in [ROOT / top, *(ROOT / top).rglob("*")]:
+            yield f"/{path.relative_to(ROOT)}" + "/" * path.is_dir()
+    yield from (f"/{path.name}" for path in ROOT.iterdir() if path.is_file())
 
 
 def test_snippet_shows_one_method_two_ways():
@@ -27,15 +38,29 @@ def test_snippet_shows_one_method_two_ways():
     assert max(abs(float(x)) for x in numbers) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["README.md", "BUILD_NOTES.md", "docs/extending.md"])
-def test_every_path_that_a_document_names_exists(name):
-    """Paths in backticks with a slash: from the root, or as in a table of a folder."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    endings = r"(?:\.py|\.md|\.sh|\.yaml|\.html|/)"
-    paths = re.findall(rf"`((?:\.?\w[\w.-]*/)+(?:[\w.-]+{endings})?)`", text)
-    ours = [p for p in paths if p.split("/")[0] in FOLDERS]
-    assert len(ours) > 5
-    assert not [path for path in ours if not (ROOT / path).exists()]
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_path_named_exists(document):
+    text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(), flags=re.M | re.S)
+    named = re.findall(r"`(?:python )?([\w./-]+(?:\.(?:py|md|sh)|/))(?: [^`]*)?`", text)
+    named += re.findall(r"\b(?:grpo_jax|tests|experiments|docs)/[\w./]+\w", text)
+    assert len(named) > 10
+    present = [path.rstrip("/") for path in files_and_folders()]
+    missing = []
+    for name in set(named) - IN_A_RUN_DIRECTORY:
+        end = "/" + name.rstrip("/")
+        if not any(path.endswith(end) for path in present):
+            missing.append(name)
+    assert not missing
+
+
+def test_the_map_lists_the_packages_in_their_order():
+    table = README[README.index("| package |") :].split("\n\n")[0]
+    named = re.findall(r"`grpo_jax/(\w+)(?:/|\.py)`", table)
+    assert len(named) == len(set(named))
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    assert {*named, "__main__"} == set(level)
+    levels = [level[name] for name in named]
+    assert levels == sorted(levels)
 
 
 def test_the_tables_name_every_objective_and_no_rule_that_is_gone():
