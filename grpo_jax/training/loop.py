@@ -17,9 +17,7 @@ from grpo_jax.training.journal import Journal
 from grpo_jax.training.observers import Observers
 from grpo_jax.training.parts import Parts
 from grpo_jax.training.saving import SKIPPED_LIMIT, Saver
-from grpo_jax.training.start import (
-    Resumed,
-)
+from grpo_jax.training.start import Resumed
 from grpo_jax.training.watchdog import Watchdog
 
 

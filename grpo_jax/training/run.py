@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 
+from grpo_jax.errors import first_line
 from grpo_jax.parallel.processes import LostProcessError, Processes, exit_at_once, join
 from grpo_jax.parallel.sharding import make_mesh, on_mesh
 from grpo_jax.planning.plan import make_plan
@@ -66,7 +67,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         except jax.errors.JaxRuntimeError as error:
             raise LostProcessError(
                 f"process {processes.index} cannot go on "
-                f"({str(error).strip().splitlines()[0][:300]}); where that is no fault "
+                f"({first_line(error)[:300]}); where that is no fault "
                 "of its own, another process ended, whose output says why. Continue "
                 "with the same command and --resume."
             ) from error
@@ -152,10 +153,10 @@ def _make_loop(
     watchdog: Watchdog,
     resumed: Resumed,
     compiles: Callable[[], int],
-) -> "Loop":
+) -> Loop:
     """The loop that starts at `resumed`, with the run's files opened at its step."""
     step, processes = resumed.step, context.processes
-    rows = [  # of earlier measurements, what later ones have to know
+    rows = [  # what later measurements need of earlier ones
         {name: row[name] for name in ("step", "phase")}
         for row in read_lines(context.directory / "instrument.jsonl")
     ]

@@ -1,4 +1,4 @@
-"""From a config to the first step: the directory, the starting policy, the parts."""
+"""From a config to a state: the directory, the starting policy, a resumed checkpoint."""
 
 import dataclasses
 import time
