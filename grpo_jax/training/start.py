@@ -1,4 +1,4 @@
-"""From a config to a state: the directory, the starting policy, a resumed checkpoint."""
+"""From a config to a first state: directory, starting policy, resumed checkpoint."""
 
 import dataclasses
 import time
