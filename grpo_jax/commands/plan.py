@@ -1,6 +1,6 @@
-"""`grpo-jax plan [--json FILE] [--device-gib N] [--pass-rates FILE]`: with train's
-settings, the memory, the shapes and the informative groups of that run, before it
-starts."""
+"""`grpo-jax plan [--json FILE] [--device-gib N] [--pass-rates FILE]`:
+print what `train` with the same settings will need: memory, shapes, and the share of
+groups with a learning signal; start nothing."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ class PlanOptions(TrainConfig):
 
     json: str | None = None  # also write the plan to this file
     device_gib: float | None = None  # memory planned for; default: this device's
-    # A directory of `grpo-jax eval --samples K`, its samples.jsonl, or a JSON list of
-    # rates: how many groups will be informative; default: a table of examples
+    # Pass rates to count informative groups by: a directory of `grpo-jax eval --samples
+    # K`, its samples.jsonl, or a JSON list; default: a table of examples
     pass_rates: str | None = None
 
 

@@ -22,4 +22,4 @@ def main(argv: Sequence[str]) -> int:
         return 1
     except LostProcessError as error:
         exit_at_once(str(error))
-    return 0  # also when a signal stopped it: what was done is saved
+    return 0  # also when a signal stopped it: the steps made are saved

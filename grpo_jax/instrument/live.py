@@ -76,7 +76,7 @@ class Instrument:
         self.sigma_history = sigma_history
         self.micro_batch_tokens = micro_batch_tokens
         self.pending: Pending | None = None
-        # A step that no measurement folds in: its key differs from those of samples.
+        # No step has this number, so the hash differs from every sampling key.
         self._hash_key = jax.random.fold_in(key, 2**31 - 1)
         shape = {"width": plan.width, "exact": plan.exact}
         self._measure = jax.jit(
@@ -160,14 +160,14 @@ class Instrument:
     def compile(self, params: Any) -> None:
         """Compiles the programs of `compare_update`, so that no step waits for them.
 
-        After `measure`, whose row stays without an update.
+        To be called after `measure`; the row's `update` is None again afterwards.
         """
         self.compare_update(params, params)
         if self.pending is not None:
             self.pending.row["update"] = None
 
     def discard(self) -> None:
-        """Drops the pending measurement, and its part in later phases."""
+        """Drops the pending measurement, and its entry in `sigma_history`."""
         if self.sigma_history:
             self.sigma_history.pop()
         self.pending = None

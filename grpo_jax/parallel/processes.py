@@ -169,7 +169,7 @@ class Processes:
         """
         self.exchange(None)
 
-    def knows(self, error: OSError) -> bool:
+    def is_shared(self, error: OSError) -> bool:
         """Whether every process is handling this error now."""
         return self.count == 1 or isinstance(error, SharedError)
 

@@ -1,8 +1,7 @@
 """Sampling: one prefill per prompt, one compiled loop for all completions.
 
 The loop is one `while_loop` per cache length (32, 64, 128, ... tokens), so that early
-tokens do not pay for reading the cache of late ones; each ends as soon as every
-completion has. A token's randomness is a function of (key, prompt, sample, token)
+tokens attend over a short cache; each ends as soon as every completion has ended. A token's randomness is a function of (key, prompt, sample, token)
 alone, so a sample does not depend on the rest of its batch.
 """
 
@@ -176,7 +175,11 @@ def _sample_keys(key: jax.Array, prompts: jax.Array, group_size: int) -> jax.Arr
 
 
 class _LoopState(NamedTuple):
-    """What the sampling loop carries from token to token."""
+    """What the sampling loop carries from token to token.
+
+    KV: key-value heads, d: their width, U: length of the cache. Keys are stored
+    transposed: so the score product of one token is fast on a CPU.
+    """
 
     t: jax.Array  # [], tokens drawn
     token: jax.Array  # [P, G], the last ones

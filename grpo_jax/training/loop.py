@@ -62,8 +62,8 @@ class Loop:
         watchdog: Warns of slow phases.
         due: Says which steps are evaluated, measured, saved.
         resumed: The first state and step.
-        keep_measurement: Whether instrument.jsonl gets the measurement at the first
-            step.
+        keep_measurement: Whether instrument.jsonl gets a row for the step that this
+            process starts at; a resumed run measures there in any case.
 
     Attributes:
         state, step: After the newest update.
@@ -103,8 +103,8 @@ class Loop:
             self._observers.write_measurement()
             processes.synchronise()
         except OSError as error:
-            if not processes.knows(error):
-                raise  # not exchanged: the others only see that this process ends
+            if not processes.is_shared(error):
+                raise  # the others were not told of it; they see this process end
             raise self._saver.save_unwritten(self.state, self.step, error) from error
         return self._end()
 
@@ -135,20 +135,22 @@ class Loop:
         # Kept now in case observing fails, and again with what it measured.
         self.journal.keep(self.step, metrics, timer.times | host)
         rewards = collected.rollouts.scored_rewards
-        compared = observers.after_update(before, self.state.params, rewards, self.step)
+        compare_times = observers.after_update(
+            before, self.state.params, rewards, self.step
+        )
         del before  # a copy of the parameters
-        observed = self._observe(collected, compared, timer)
+        observed = self._observe(collected, compare_times, timer)
         self.journal.keep(self.step, metrics, timer.times | host | observed)
         self._save_if_due(collected.rollouts)
 
     def _observe(
-        self, collected: Collected, compared: dict[str, float], timer: Stopwatch
+        self, collected: Collected, compare_times: dict[str, float], timer: Stopwatch
     ) -> dict[str, Any]:
         """Metrics measured after an update; warns, logs samples and ends the timer too.
 
         Args:
             collected: The step's rollouts.
-            compared: Times of comparing the update with its prediction.
+            compare_times: Times of comparing the update with its prediction.
             timer: The step's timer.
         """
         step, params, spent_s = self.step, self.state.params, "time/instrument_s"
@@ -157,7 +159,7 @@ class Loop:
             log, train = self.context.config.log, self.context.plan.task.train
             self.journal.samples(step, collected, train, log.samples_prompts)
         observed = self._observers.observe(params, step)
-        spent = observed.pop(spent_s, 0) + compared.get(spent_s, 0)
+        spent = observed.pop(spent_s, 0) + compare_times.get(spent_s, 0)
         if spent:
             timer.times[spent_s] = spent
         timer.total("time/step_s")
@@ -212,10 +214,10 @@ class Loop:
         context.console.stop()
         last = self.journal.last_metrics()
         # A stop may have left out the last evaluation or measurement.
-        wanted = {"eval/heldout_pass_rate"}
+        required = {"eval/heldout_pass_rate"}
         if self._due.measurement(step):
-            wanted.add("phase/label")
-        finished = step >= context.config.steps and wanted <= last.keys()
+            required.add("phase/label")
+        finished = step >= context.config.steps and required <= last.keys()
         if not finished:
             saved = ", saved" if step else ""
             context.console.say(
@@ -224,7 +226,7 @@ class Loop:
             )
         with self._watchdog.phase("report"):
             self._saver.report(finished)
-            context.processes.synchronise()  # no process ends before the others
+            context.processes.synchronise()  # none exits while another still works
         return TrainResult(context.directory, last, finished)
 
     def _warn(self, collected: Collected) -> None:

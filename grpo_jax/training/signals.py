@@ -2,7 +2,7 @@
 
 A signal sets `StopSignals.received`, which `Processes.stopping` reads (with several
 processes at their next exchange). `Loop` sees it between the phases of a step and does
-not start the next one; `Loop._end` saves and writes the report; `grpo-jax train` exits
+not start the next one; `Loop._end` saves the steps made and writes the report; `grpo-jax train` exits
 with 0.
 """
 
