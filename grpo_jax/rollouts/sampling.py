@@ -1,8 +1,9 @@
 """Sampling: one prefill per prompt, one compiled loop for all completions.
 
 The loop is one `while_loop` per cache length (32, 64, 128, ... tokens), so that early
-tokens attend over a short cache; each ends as soon as every completion has ended. A token's randomness is a function of (key, prompt, sample, token)
-alone, so a sample does not depend on the rest of its batch.
+tokens attend over a short cache; each ends as soon as every completion has ended. A
+token's randomness is a function of (key, prompt, sample, token) alone, so a sample does
+not depend on the rest of its batch.
 """
 
 from collections.abc import Sequence

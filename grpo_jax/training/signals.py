@@ -2,8 +2,8 @@
 
 A signal sets `StopSignals.received`, which `Processes.stopping` reads (with several
 processes at their next exchange). `Loop` sees it between the phases of a step and does
-not start the next one; `Loop._end` saves the steps made and writes the report; `grpo-jax train` exits
-with 0.
+not start the next one; `Loop._end` saves the steps made and writes the report;
+`grpo-jax train` exits with 0. Of a warm start nothing is kept.
 """
 
 import signal
