@@ -130,7 +130,7 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
         if moved:
             console.say(
-                "the run was on more devices than there are here and is replayed on "
+                "the run used more devices than this process has and is replayed on "
                 "one: numbers differ by rounding, which may change a sample."
             )
         context = RunContext(config, plan, run_dir, Processes(), pool, mesh, console)

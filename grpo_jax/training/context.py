@@ -1,6 +1,7 @@
 """What every part of a run refers to."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -35,7 +36,7 @@ class RunContext:
     mesh: Mesh | None
     console: Console
 
-    @property
+    @functools.cached_property
     def keys(self) -> RunKeys:
         """PRNG keys of the run's seed."""
         return run_keys(self.config.seed)

@@ -77,7 +77,8 @@ class Observers:
         compared = None
         if self._due.comparison(step):
             compared = self._learner.compare_weights(weighed.state, weighed.batch)
-        waiting = self._instrument is not None and self._instrument.pending
+        instrument = self._instrument
+        waiting = instrument is not None and instrument.pending is not None
         return BeforeUpdate(
             compared, jax.tree.map(jnp.copy, params) if waiting else None
         )

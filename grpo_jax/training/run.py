@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 
@@ -77,13 +78,15 @@ def _train(config: TrainConfig, task: Task | None, processes: Processes) -> Trai
     plan = processes.together(lambda: make_plan(config, task))
     mesh = processes.together(lambda: make_mesh(config.mesh))
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
-        directory = claim_directory(config, facts_of(config, plan), processes)
+        facts = facts_of(config, plan)
+        directory = claim_directory(config, facts, processes)
         use_compile_cache()
         console = Console(config.log.lines_every, process=processes.index)
-        return _run(RunContext(config, plan, directory, processes, pool, mesh, console))
+        context = RunContext(config, plan, directory, processes, pool, mesh, console)
+        return _run(context, facts)
 
 
-def _run(context: RunContext) -> TrainResult:
+def _run(context: RunContext, facts: dict[str, Any]) -> TrainResult:
     """The run, from its headline to its result."""
     compiles, watchdog = count_compiles(), _watchdog(context)
     _announce(context)
@@ -106,7 +109,6 @@ def _run(context: RunContext) -> TrainResult:
         with watchdog.phase("restoring"):
             resumed = resume(context, checkpoints, state)
         if context.config.resume:  # a new run was recorded when it was claimed
-            facts = facts_of(context.config, context.plan)
             context.processes.on_writer(
                 partial(record, context.directory, context.config, facts)
             )
