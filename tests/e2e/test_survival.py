@@ -160,8 +160,17 @@ def test_stray_directory_is_no_checkpoint(run, tmp_path):
 
 LIMITED = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, resource.RLIM_INFINITY))
 from grpo_jax.cli import main
+from grpo_jax.runs.checkpoints import Checkpoints
+
+save = Checkpoints.save
+
+def save_on_a_full_disk(*args, **more):
+    # Below the size of one compressed kernel, however files are put together.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, resource.RLIM_INFINITY))
+    return save(*args, **more)
+
+Checkpoints.save = save_on_a_full_disk
 sys.exit(main(sys.argv[1:]))
 """
 
