@@ -16,7 +16,7 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.evaluation.exact import exact_pass_rates
 from grpo_jax.evaluation.figures import summarise, table
 from grpo_jax.evaluation.sampled import PromptAnswers, answer_prompts
-from grpo_jax.intervals import mean_interval
+from grpo_jax.intervals import rate_interval
 from grpo_jax.models.policy import Policy
 from grpo_jax.models.pretrained import load_pretrained
 from grpo_jax.parallel.processes import Processes
@@ -245,7 +245,7 @@ def _exact_figures(evaluation: _Evaluation) -> dict[str, Any]:
     answers = answer_rollouts(evaluation.task, examples, width, length)
     temperature = evaluation.config.temperature
     rates = exact_pass_rates(evaluation.policy, answers, temperature)
-    value, low, high = mean_interval(rates)
+    value, low, high = rate_interval(rates)
     entry = {"value": value, "low": low, "high": high, "prompts": len(examples)}
     return {"pass rate": {"all": entry}}
 

@@ -7,18 +7,15 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.evaluation.sampled import PromptAnswers
-from grpo_jax.intervals import bootstrap_interval, rate_interval, wilson_interval
+from grpo_jax.intervals import mean_interval, rate_interval
 from grpo_jax.rewards.types import Example
 
 
 def pass_rate_interval(answered: Sequence[PromptAnswers]) -> tuple[float, float, float]:
-    """(share solved, low, high), a 95 % interval: Wilson's for one sample of each
-    prompt, else `rate_interval`; missing rewards are left out."""
-    if all(len(row.solved) == 1 for row in answered):
-        solved = [verdict for row in answered for verdict in _verdicts(row)]
-        if not solved:
-            return math.nan, math.nan, math.nan
-        return wilson_interval(sum(solved), len(solved))
+    """(share solved, low, high), a 95 % interval over prompts (`rate_interval`).
+
+    Each prompt counts once; missing rewards are left out.
+    """
     return rate_interval(_rates(answered))
 
 
@@ -54,9 +51,8 @@ def summarise(
 
     Returns:
         name -> {"all": entry, "level=3": entry, ...}; an entry has `value`, `low`,
-        `high` and `prompts`. One sample of each prompt: `pass rate` (Wilson); k of
-        them: `avg@k` and `pass@j` for j in `pass_at` (bootstrap over prompts).
-        `tokens` is the mean length.
+        `high` and `prompts`. One sample of each prompt: `pass rate`; k of them:
+        `avg@k` and `pass@j` for j in `pass_at`. `tokens` is the mean length.
     """
     groups: dict[str, list[PromptAnswers]] = {"all": list(answered)}
     for row in answered:
@@ -84,7 +80,7 @@ def summarise(
                 values = [pass_at_k(sum(s), len(s), k) for s in verdicts if len(s) >= k]
                 add(f"pass@{k}", name, rate_interval(values), len(values))
         lengths = [float(np.mean(row.tokens)) for row in rows]
-        add("tokens", name, bootstrap_interval(lengths), len(rows))
+        add("tokens", name, mean_interval(lengths), len(rows))
     return figures
 
 

@@ -45,13 +45,13 @@ FIELDS: dict[str, str] = {
     "compiles": "programs compiled since this process began the run",
     "eval/train_pass_rate": "pass rate of trained prompts: the mean of the exact ones "
     "where one answer is right, else the share solved (first reward 1) by samples",
-    "eval/train_low": "lower end of its 95 % interval over prompts; Wilson if sampled",
+    "eval/train_low": "lower end of its 95 % interval over prompts",
     "eval/train_high": "upper end of it",
     "eval/heldout_pass_rate": "pass rate of the held-out prompts, as of trained ones",
     "eval/heldout_low": "lower end of its 95 % interval",
     "eval/heldout_high": "upper end of it",
     "eval/heldout_sampled": "share of held-out prompts solved by one sample each",
-    "eval/heldout_sampled_low": "lower end of its 95 % Wilson interval",
+    "eval/heldout_sampled_low": "lower end of its 95 % interval over prompts",
     "eval/heldout_sampled_high": "upper end of it",
     "phase/label": "I, II or III, by the probe prompts' debiased cosines; unknown "
     "where these hold too little signal",

@@ -8,7 +8,7 @@ import jax
 from grpo_jax.evaluation.exact import exact_pass_rates
 from grpo_jax.evaluation.figures import pass_rate_interval
 from grpo_jax.evaluation.sampled import answer_prompts
-from grpo_jax.intervals import mean_interval
+from grpo_jax.intervals import rate_interval
 from grpo_jax.models.policy import Policy
 from grpo_jax.parallel.processes import Processes
 from grpo_jax.rewards.pool import VerifierPool
@@ -106,7 +106,7 @@ class PassRates:
 
     def _exact(self, params: Any, answers: Rollouts) -> tuple[float, float, float]:
         policy = self._policy.replace(params)
-        return mean_interval(
+        return rate_interval(
             exact_pass_rates(policy, answers, self._temperature, self._tokens)
         )
 

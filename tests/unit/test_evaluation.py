@@ -7,7 +7,6 @@ import pytest
 from grpo_jax import Example
 from grpo_jax.evaluation.figures import pass_at_k, pass_rate_interval, summarise, table
 from grpo_jax.evaluation.sampled import PromptAnswers
-from grpo_jax.intervals import bootstrap_interval
 
 
 def answered(index, solved, tokens=None):
@@ -29,11 +28,11 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(solved, k):
     assert pass_at_k(solved, 5, k) == pytest.approx(expected)
 
 
-def test_one_sample_of_each_prompt_has_wilsons_interval():
+def test_one_sample_of_each_prompt_has_the_exact_binomial_interval():
     rows = [answered(i, [i < 8]) for i in range(10)]
     value, low, high = pass_rate_interval(rows)
-    # Wilson 1927 at n = 10, 8 successes: (0.490, 0.943).
-    assert (value, round(low, 3), round(high, 3)) == (0.8, 0.490, 0.943)
+    # Clopper and Pearson 1934 at n = 10, 8 successes: (0.444, 0.975).
+    assert (value, round(low, 3), round(high, 3)) == (0.8, 0.444, 0.975)
 
 
 def test_a_missing_reward_is_left_out():
@@ -54,21 +53,10 @@ def test_several_samples_count_by_prompt():
     assert pass_rate_interval(rows)[0] == pytest.approx(0.5)
 
 
-def test_bootstrap_interval_is_about_two_standard_errors():
-    values = np.random.default_rng(1).random(400)
-    mean, low, high = bootstrap_interval(values)
-    error = values.std() / math.sqrt(400)
-    assert mean == pytest.approx(values.mean())
-    assert high - mean == pytest.approx(1.96 * error, rel=0.1)
-    assert mean - low == pytest.approx(1.96 * error, rel=0.1)
-    assert bootstrap_interval(values) == (mean, low, high)
-    assert all(math.isnan(x) for x in bootstrap_interval([]))
-
-
 def test_no_spread_is_no_certainty():
     rows = [answered(i, [False, False]) for i in range(10)]
     value, low, high = pass_rate_interval(rows)
-    assert (value, low) == (0, 0) and 0.2 < high < 0.3  # Wilson's at 0 of 10: .278
+    assert (value, low) == (0, 0) and high == pytest.approx(1 - 0.025**0.1)
     entry = summarise(rows, [example()] * 10, [2])["pass@2"]["all"]
     assert entry["high"] == pytest.approx(high)
 

@@ -5,45 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.intervals import mean_interval, wilson_interval
 from grpo_jax.runs.fields import FIELDS
 from grpo_jax.runs.lines import JsonLines, keep_until, read_lines, to_numbers
 from grpo_jax.runs.paths import count_compiles
-
-
-# z = 1.96, z^2 = 3.8416. 0 of 10: high = z^2 / (10 + z^2) = 3.8416 / 13.8416.
-# 5 of 10: 1/2 +- (z / (1 + z^2 / 10)) sqrt(1 / 40 + z^2 / 400) = 1/2 +- 0.26341.
-# 1 of 4: centre (0.25 + 0.4802) / 1.9604 = 0.37248, half 0.99980 * sqrt(0.1069...).
-@pytest.mark.parametrize(
-    ("successes", "total", "low", "high"),
-    [
-        (0, 10, 0.0, 0.27754),
-        (10, 10, 0.72246, 1.0),
-        (5, 10, 0.23659, 0.76341),
-        (1, 4, 0.04559, 0.69936),
-    ],
-)
-def test_wilson_interval(successes, total, low, high):
-    actual = wilson_interval(successes, total)
-    expected = successes / total, low, high
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
-
-
-# The ends are the shares q whose distance to the observed one is 1.96 of q's own std.
-def test_wilson_interval_solves_its_equation():
-    share, *ends = wilson_interval(137, 512)
-    for q in ends:
-        np.testing.assert_allclose(abs(share - q), 1.96 * (q * (1 - q) / 512) ** 0.5)
-
-
-# Mean 1/2, std (ddof 1) sqrt(1/3): half of the interval 1.96 sqrt(1/12).
-def test_mean_interval():
-    mean, low, high = mean_interval(np.array([0.0, 1.0, 0.0, 1.0]))
-    assert mean == 0.5 and low == 0.0 and high == 1.0  # cut to [0, 1]
-    mean, low, high = mean_interval(np.array([0.0, 1.0] * 50))
-    half = 1.96 * (0.25 * 100 / 99) ** 0.5 / 10
-    np.testing.assert_allclose((mean, low, high), (0.5, 0.5 - half, 0.5 + half))
-    assert mean_interval(np.array([0.3])) == (0.3, 0.0, 1.0)
 
 
 def written(path, rows):
