@@ -150,8 +150,8 @@ def simulate(c: Config) -> Iterator[dict]:
 def table(c: Config, rows: list[dict]) -> str:
     """Markdown: worst and mean coverage over distributions and samples a prompt."""
     lines = [
-        "Coverage: the lowest over distributions and samples a prompt / the mean; width:"
-        " the mean of ours over that of outcomes as many as prompts.",
+        "Coverage: the lowest over distributions and samples a prompt / the mean. "
+        "Width: the mean of ours over that of outcomes as many as prompts.",
         "",
         "| p | n | bootstrap, Wilson | normal | ours | width |",
         "|---|---|---|---|---|---|",

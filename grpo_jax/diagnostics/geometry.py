@@ -156,25 +156,30 @@ def parts_geometry(
 def first_order_changes(
     inner: jax.Array, squared_norms: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """First-order change of every prompt by a gradient step of length 1.
+    """First-order change of every prompt by a step of length 1 along sampled gradients.
 
     The step is along g = sum_y w_y g_y; prompt x's expected reward changes by
     <g_x, g> / |g|: w_x |g_x|^2 / |g| by its own gradient, the rest by the others'.
+    Numerators are unbiased. |g| is the length of the sampled sum, noise included: the
+    sign of no estimate decides what is kept, so that signs over many measurements show
+    the true one.
 
     Args:
-        inner: [P, P] of a `PromptGeometry`, so unbiased.
+        inner: [P, P] of a `PromptGeometry`: unbiased off the diagonal, on which there
+            are the raw squared norms.
         squared_norms: [P] of the same, debiased.
         weights: [P] prompt weights; a prompt of NaN norm is left out.
 
     Returns:
-        (own [P], others [P]) in reward units; all NaN where |g|^2 is not positive.
+        (own [P], others [P]) in reward units; all NaN if every sampled gradient is 0.
     """
     usable = jnp.isfinite(squared_norms)
     w = jnp.where(usable, weights, 0.0)
     squares = jnp.where(usable, squared_norms, 0.0)
     between = jnp.where(jnp.eye(len(w), dtype=bool), 0.0, inner)
     others = jnp.where(usable[None], between, 0.0) @ w
-    total = w @ jnp.where(usable, others, 0.0) + (w**2) @ squares
+    raw = jnp.where(usable, jnp.diagonal(inner), 0.0)
+    total = w @ jnp.where(usable, others, 0.0) + (w**2) @ raw  # a sampled |g|^2, >= 0
     length = jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), jnp.nan)
     own, others = w * squares / length, others / length
     return jnp.where(usable, own, jnp.nan), jnp.where(usable, others, jnp.nan)

@@ -44,8 +44,8 @@ class Phase(NamedTuple):
     mean_cosine: float
     mean_cosine_interval: tuple[float, float]
     mean_sigma: float  # mean std of a prompt's reward: `sigma`, or the groups' (ddof 1)
-    rate_factor: float  # C = (8/3) mean sigma, over `sigma_history` and now
-    gain: bool  # C < 1: std-normalisation has the better bound (0/1 rewards)
+    rate_factor: float  # C = (8/3) mean sigma, over `sigma_history` and now. For 0/1
+    # rewards std-normalisation has the better bound where the true C is below 1
     prompts: int  # with signal
 
 
@@ -120,7 +120,6 @@ def phase(
         mean_cosine_interval=_interval(mean[1:][finite]),
         mean_sigma=sigma,
         rate_factor=factor,
-        gain=factor < 1,
         prompts=prompts,
     )
 
@@ -181,55 +180,3 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
         return (float("nan"), float("nan"))
     low, high = np.percentile(values, INTERVAL)
     return (float(low), float(high))
-
-
-def change_points(series: np.ndarray, *, most: int = 2) -> list[int]:
-    """Change points of a full run: where its measurements change level.
-
-    Least squares over every split of the measurements into at most `most` + 1 stretches
-    of constant level, of two measurements or more; their number by the Bayesian
-    information criterion. Independent of thresholds.
-
-    Args:
-        series: [N, S], S statistics at N measurements, finite; each is divided by its
-            std.
-        most: The largest number of change points.
-
-    Returns:
-        Indices of the first measurement of every stretch but the first.
-
-    Raises:
-        ValueError: `series` is not of rank 2, or not finite.
-    """
-    series = np.asarray(series, float)
-    if series.ndim != 2 or not np.isfinite(series).all():
-        raise ValueError("series must be [measurements, statistics], all finite.")
-    n, statistics = series.shape
-    if n < 4:
-        return []
-    scale = series.std(0)
-    x = (series - series.mean(0)) / np.where(scale > 0, scale, 1.0)
-    sums = np.concatenate([np.zeros((1, statistics)), np.cumsum(x, 0)])
-    squares = np.concatenate([[0.0], np.cumsum((x**2).sum(1))])
-
-    def cost(a: int, b: int) -> float:  # of measurements a .. b - 1 about their mean
-        return squares[b] - squares[a] - ((sums[b] - sums[a]) ** 2).sum() / (b - a)
-
-    # (change points, end) -> the least cost up to there, and where it changes.
-    best: dict[tuple[int, int], tuple[float, list[int]]] = {
-        (0, b): (cost(0, b), []) for b in range(2, n + 1)
-    }
-    for k in range(1, most + 1):
-        for b in range(2 * (k + 1), n + 1):
-            best[k, b] = min(
-                (best[k - 1, a][0] + cost(a, b), [*best[k - 1, a][1], a])
-                for a in range(2 * k, b - 1)
-            )
-    size = n * statistics
-
-    def criterion(k: int) -> float:
-        fit = size * np.log(max(best[k, n][0], 1e-9) / size)
-        return fit + (k + 1) * statistics * np.log(size) + k * np.log(n)
-
-    chosen = min((k for k in range(most + 1) if (k, n) in best), key=criterion)
-    return best[chosen, n][1]

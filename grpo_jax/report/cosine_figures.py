@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.diagnostics.phases import PHASES, THRESHOLDS, change_points
+from grpo_jax.diagnostics.phases import PHASES, THRESHOLDS
 from grpo_jax.instrument.rows import Row, pairs, values, with_exact
 from grpo_jax.report.svg import BLACK, BLUE, GREY, ORANGE, SAND, Figure, svg_figure
 
@@ -88,14 +88,12 @@ def phase_shares(rows: Rows) -> Figure | None:
     """Shares of bootstrap samples in each phase over the run, and the labels."""
     if not any(_label(row) in PHASES for row in rows):
         return None
-    breaks = _breaks(rows)
 
     def draw(axes: Any) -> None:
         steps = values(rows, "step")
         gap = np.diff(steps).min() if len(steps) > 1 else 1.0
         _stacked_shares(axes, rows, steps, gap)
         _labels(axes, rows, steps)
-        _draw_breaks(axes, breaks)
         axes.set(xlabel="step", ylabel="share of bootstrap samples", ylim=(0, 1.12))
         axes.set_xlim(steps[0] - gap, steps[-1] + gap)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
@@ -112,7 +110,7 @@ def phase_shares(rows: Rows) -> Figure | None:
 
     caption = (
         "Share of bootstrap samples of the probe prompts in each phase, and the label "
-        f"of all of them above (?: unknown); {_breaks_text(rows, breaks)}."
+        "of all of them above (?: unknown)."
     )
     return svg_figure("Phases", caption, draw)
 
@@ -138,29 +136,6 @@ def _labels(axes: Any, rows: Rows, steps: np.ndarray) -> None:
             axes.plot(step, 1.05, "s", ms=3, color=PHASE_COLOURS[label])
 
 
-def _breaks(rows: Rows) -> list[float]:
-    """Steps halfway between two measurements where the figures change level."""
-    names = ("std_cosine", "small_fraction", "mean_sigma")
-    series = np.stack([values(rows, "phase", name) for name in names], 1)
-    finite = np.isfinite(series).all(1)
-    steps = values(rows, "step")[finite]
-    return [(steps[i - 1] + steps[i]) / 2 for i in change_points(series[finite])]
-
-
-def _draw_breaks(axes: Any, breaks: list[float]) -> None:
-    for step in breaks:
-        axes.axvline(step, color=BLACK, ls="--", lw=1)
-
-
-def _breaks_text(rows: Rows, breaks: list[float]) -> str:
-    if breaks:
-        return "dashed: change points of cosines and sigma, which need no thresholds"
-    labelled = sum(_label(row) in PHASES for row in rows)
-    if labelled < 4:
-        return f"{labelled} labelled measurements are too few for change points"
-    return "no change points"
-
-
 def phase_measures(rows: Rows) -> Figure | None:
     """The two statistics that decide the phase, over the run."""
     measures = (  # (field, field of the exact statistics, threshold, label)
@@ -170,7 +145,7 @@ def phase_measures(rows: Rows) -> Figure | None:
     measured = [values(rows, "phase", name) for name, *_ in measures]
     if not np.isfinite(measured).any():
         return None
-    breaks, exact, steps = _breaks(rows), with_exact(rows), values(rows, "step")
+    exact, steps = with_exact(rows), values(rows, "step")
 
     def draw(panels: list[Any]) -> None:
         style = {"ms": 3, "lw": 1}
@@ -180,13 +155,13 @@ def phase_measures(rows: Rows) -> Figure | None:
             interval = values(rows, "phase", f"{name}_interval")
             finite = np.isfinite(y) & np.isfinite(interval).all(1)
             axes.vlines(steps[finite], *interval[finite].T, color=BLUE, alpha=0.4)
-            axes.plot(steps, y, "o-", color=BLUE, label="sampled", **style)
+            axes.plot(steps, y, "o", color=BLUE, label="sampled", **style)
+            axes.plot(*smooth(steps, y), color=BLUE, lw=1.6)
             if exact:
                 true = values(exact, "exact", "statistics", exact_name)
                 x = values(exact, "step")
                 axes.plot(x, true, "s-", color=ORANGE, label="exact", **style)
             axes.axhline(threshold, color=BLACK, ls=":", lw=1)
-            _draw_breaks(axes, breaks)
             axes.set_ylabel(label)
             axes.margins(y=0.08)
         panels[1].legend().set_visible(False)
@@ -194,7 +169,26 @@ def phase_measures(rows: Rows) -> Figure | None:
 
     caption = (
         "Debiased sampled values with 95 % bootstrap intervals over prompts. Dotted: "
-        "the thresholds; I above the upper one, else III above the lower one, else II."
+        "the thresholds; I above the upper one, else III above the lower one, else II. "
+        "The curve is a local linear fit through five sampled values or more: they are "
+        "too few to show whether a change was sudden or gradual."
     )
     title = "The statistics that decide the phase"
     return svg_figure(title, caption, draw, rows=2, height=3.6)
+
+
+def smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Local linear fit through the finite (x, y) [N]: places [101] and values [101].
+
+    Weights are normal, of std a sixth of the range of x. Empty for fewer than five.
+    """
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
+    if len(x) < 5 or np.ptp(x) == 0:
+        return np.zeros(0), np.zeros(0)
+    grid = np.linspace(x.min(), x.max(), 101)
+    offset = (x - grid[:, None]) / (np.ptp(x) / 6)  # [101, N]
+    weight = np.exp(-(offset**2) / 2)
+    s0, s1, s2 = (np.sum(weight * offset**k, 1) for k in range(3))
+    weight *= s2[:, None] - s1[:, None] * offset
+    return grid, weight @ y / (s0 * s2 - s1**2)

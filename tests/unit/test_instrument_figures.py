@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.instrument.rows import exact_label, is_binary, usable
+from grpo_jax.report.cosine_figures import smooth
 from grpo_jax.report.instrument_figures import FIGURES, instrument_section
 from grpo_jax.report.instrument_text import kind, reading, sampled_kind, table
 from grpo_jax.runs.lines import without_nan
@@ -51,7 +52,6 @@ def made_row(step, *, prompts=6, exact=True, binary=True, label="II", update=Tru
             "mean_cosine_interval": [-0.1, 0.1] if labelled else [NAN, NAN],
             "mean_sigma": 0.3,
             "rate_factor": 0.8,
-            "gain": True,
             "prompts": int(signal.sum()),
         },
         "prompts": list(range(prompts)),
@@ -239,3 +239,13 @@ def test_exact_label_by_the_thresholds():
 def test_table_gives_intervals():
     line = table(usable([made_row(0)]))[0]
     assert line[3] == "0.80\n[0.10, 0.90]" and line[2] == "0.20 / 0.50 / 0.30"
+
+
+def test_the_smooth_curve_keeps_a_line_and_turns_a_jump_into_a_slope():
+    x = np.array([0.0, 5, 20, 30, 35, 60])
+    places, line = smooth(x, 2 - 0.1 * x)
+    np.testing.assert_allclose(line, 2 - 0.1 * places)
+    assert (places[0], places[-1], len(places)) == (0, 60, 101)
+    places, step = smooth(x, np.array([0, 0, 0, 1, 1, np.nan]))
+    assert places[-1] == 35 and np.all(np.abs(np.diff(step)) < 0.1)
+    assert all(len(z) == 0 for z in smooth(x, np.array([0, 0, 1, 1, np.nan, np.nan])))

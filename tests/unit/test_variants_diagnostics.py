@@ -19,7 +19,7 @@ from grpo_jax.diagnostics import (
 from tests.variants import public_functions
 
 P, G, K, D, H = 3, 8, 16, 5, 2  # prompts, samples, coordinates, parameters, parts
-ON_THE_HOST = {"phase", "change_points", "num_parts"}
+ON_THE_HOST = {"phase", "num_parts"}
 RNG = np.random.default_rng(0)
 
 
