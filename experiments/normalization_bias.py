@@ -140,6 +140,11 @@ def settings_of(c: Config, task: str, variant: str, seed: int) -> dict:
     }
 
 
+def task_settings(c: Config, task: str) -> dict:
+    """What a run depends on besides the settings of the trainer."""
+    return {} if task == "chains" else {"restate": c.restate}
+
+
 def variants_of(c: Config, task: str) -> tuple[str, ...]:
     """On restated, which is about lengths only, the two without std."""
     return c.variants if task == "chains" else PAIRS[1]
@@ -190,8 +195,8 @@ def rows_of(c: Config) -> dict[tuple, dict]:
         settings = settings_of(c, *run)
         labels = dict(zip(("task", "variant", "seed"), run, strict=True))
         train = None if c.plot_only else partial(one_run, c, run[0], settings)
-        path = c.results / "metrics.jsonl"
-        rows[run] = once_by_settings(path, labels, settings, train)
+        path, kept = c.results / "metrics.jsonl", settings | task_settings(c, run[0])
+        rows[run] = once_by_settings(path, labels, kept, train)
     return rows
 
 

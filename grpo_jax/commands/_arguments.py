@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.runs.config import TrainConfig
-from grpo_jax.runs.config_files import from_dict, load_config_file
+from grpo_jax.runs.config_files import load_config_file
 
 T = TypeVar("T")
 Settings = TypeVar("Settings", bound=TrainConfig)
@@ -93,9 +93,15 @@ def parse(
         )
 
 
-def parse_run(kind: type[Settings], argv: Sequence[str], doc: str | None) -> Settings:
+def parse_run(
+    kind: type[Settings], argv: Sequence[str], doc: str | None, *, begun: bool = False
+) -> Settings:
     """The settings of a run: flags, over those of --config FILE or, with --resume, over
     those that the run in --run-dir began with.
+
+    Args:
+        kind, argv, doc: As `parse`.
+        begun: A run that --run-dir holds is meant without --resume too.
 
     Raises:
         ConfigError, SystemExit: as `parse`.
@@ -104,13 +110,18 @@ def parse_run(kind: type[Settings], argv: Sequence[str], doc: str | None) -> Set
     base = TrainConfig() if file is None else load_config_file(file)
     if base == TrainConfig():
         named = named_run(rest)
-        if named.resume and named.run_dir is not None:
-            from grpo_jax.runs.directory import read_config_dict
+        run_dir = named.run_dir
+        if run_dir is not None and (named.resume or (begun and _holds_run(run_dir))):
+            from grpo_jax.runs.recorded import run_config
 
-            base = from_dict(TrainConfig, read_config_dict(Path(named.run_dir)))
+            base = run_config(run_dir)
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)}
     more = f"{_MORE} {_choices()}" if {"-h", "--help"} & {*rest} else _MORE
     return parse(kind, rest, f"{_first(doc)} {more}", default=kind(**fields))
+
+
+def _holds_run(directory: str) -> bool:
+    return (Path(directory) / "config.json").exists()
 
 
 def _choices() -> str:

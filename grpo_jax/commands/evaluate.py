@@ -25,9 +25,8 @@ from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_prompts
 from grpo_jax.rollouts.sampling import sample
-from grpo_jax.runs.config import EvalConfig, TrainConfig
-from grpo_jax.runs.config_files import differences, from_dict, to_dict
-from grpo_jax.runs.directory import read_config_dict, read_facts
+from grpo_jax.runs.config import EvalConfig, TaskConfig
+from grpo_jax.runs.config_files import differences, to_dict
 from grpo_jax.runs.lines import JsonLines, read_lines, rewrite, write_json
 from grpo_jax.runs.params import params_digest
 from grpo_jax.runs.paths import use_compile_cache
@@ -37,12 +36,17 @@ from grpo_jax.runs.policies import (
     task_for_run,
     task_of,
 )
+from grpo_jax.runs.recorded import eval_settings, run_config
 from grpo_jax.runs.snapshots import load_policy, pick_step
 from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.types import Task
 
 # Settings that change no answer and may differ when an evaluation is continued.
-_FREE = ("output", "rows", "scoring.")
+# Nor do paths: fingerprints tell whether the policy and the data are the same.
+_FREE = (
+    "output", "rows", "scoring.", "pretrained", "run_dir", "task.path",
+    "task.heldout_path",
+)  # fmt: skip
 
 
 class _Evaluation(NamedTuple):
@@ -74,7 +78,8 @@ def evaluate(
     An evaluation that was interrupted is continued.
 
     Args:
-        config: The policy, the prompts and how they are answered.
+        config: The policy, the prompts and how they are answered. With `run_dir`, what
+            it leaves open is the run's: its task, template, temperature, lengths.
         say: Gets lines of progress and warnings.
 
     Returns:
@@ -86,6 +91,7 @@ def evaluate(
             evaluation.
     """
     use_compile_cache()
+    config = eval_settings(config)
     if config.run_dir:
         step = pick_step(Path(config.run_dir), config.step)
         config = dataclasses.replace(config, step=step)
@@ -244,6 +250,7 @@ def _exact_figures(evaluation: _Evaluation) -> dict[str, Any]:
     width, length = evaluation.prompts[0].shape[1], completion_tokens(evaluation.task)
     answers = answer_rollouts(evaluation.task, examples, width, length)
     temperature = evaluation.config.temperature
+    assert temperature is not None  # `eval_settings` has filled it in
     rates = exact_pass_rates(evaluation.policy, answers, temperature)
     value, low, high = rate_interval(rates)
     entry = {"value": value, "low": low, "high": high, "prompts": len(examples)}
@@ -268,7 +275,7 @@ def _warn_of_trained_prompts(
     if not config.run_dir or config.part != "heldout":
         return
     run_dir = Path(config.run_dir)
-    trained_on = from_dict(TrainConfig, read_config_dict(run_dir)).task
+    trained_on = run_config(run_dir).task
     try:
         trained = {e.prompt for e in task_for_run(trained_on, run_dir).train}
     except ConfigError as error:
@@ -339,20 +346,6 @@ def config_like_run(run_dir: str, task_name: str | None = None) -> EvalConfig:
         task_name: The run's task by default, with all held-out prompts of its data.
             Any other task is evaluated with that task's default settings.
     """
-    facts = read_facts(Path(run_dir))
-    run = from_dict(TrainConfig, facts["config"])
-    settings: dict[str, Any] = {}
-    if task_name in (None, run.task.name):
-        # All held-out prompts, where training evaluated some of a file's.
-        heldout = run.task.heldout_prompts or 0
-        settings = dict(
-            task=dataclasses.replace(run.task, heldout_prompts=heldout),
-            max_new_tokens=facts.get("max_new_tokens"),
-            max_prompt_tokens=run.sampling.max_prompt_tokens,
-        )
-    return EvalConfig(
-        run_dir=run_dir,
-        compute_dtype=run.model.compute_dtype,
-        temperature=run.sampling.temperature,
-        **settings,
-    )
+    if task_name is None:
+        return eval_settings(EvalConfig(run_dir=run_dir))
+    return eval_settings(EvalConfig(run_dir=run_dir, task=TaskConfig(name=task_name)))

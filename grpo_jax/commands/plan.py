@@ -24,7 +24,7 @@ class PlanOptions(TrainConfig):
 
 def main(argv: Sequence[str]) -> int:
     """The subcommand; returns the exit code."""
-    options = parse_run(PlanOptions, argv, __doc__)
+    options = parse_run(PlanOptions, argv, __doc__, begun=True)
     from grpo_jax.planning.forecast import forecast, forecast_text
 
     result = forecast(

@@ -26,12 +26,12 @@ from grpo_jax.parallel.sharding import make_mesh, on_mesh
 from grpo_jax.planning.plan import make_plan
 from grpo_jax.rewards.pool import verifier_pool
 from grpo_jax.runs.checkpoints import Checkpoints
-from grpo_jax.runs.config import MeshConfig, TrainConfig
-from grpo_jax.runs.config_files import from_dict
-from grpo_jax.runs.directory import read_config_dict, read_facts
+from grpo_jax.runs.config import MeshConfig
+from grpo_jax.runs.directory import read_facts
 from grpo_jax.runs.lines import read_lines, without_nan
 from grpo_jax.runs.params import named_arrays
 from grpo_jax.runs.paths import count_compiles, use_compile_cache
+from grpo_jax.runs.recorded import run_config
 from grpo_jax.tasks.types import Task
 from grpo_jax.training.collector import Collected
 from grpo_jax.training.console import Console
@@ -112,7 +112,7 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
         ConfigError: no such step, or other data or another model than the run had.
     """
     run_dir = Path(run_dir)
-    config = from_dict(TrainConfig, read_config_dict(run_dir))
+    config = run_config(run_dir)
     moved = math.prod(dataclasses.astuple(config.mesh)) > len(jax.devices())
     if moved:
         config = dataclasses.replace(config, mesh=MeshConfig())

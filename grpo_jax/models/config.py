@@ -1,15 +1,15 @@
 """The shape of a decoder: one frozen record that checks itself."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from grpo_jax.errors import check_choice
+from grpo_jax.records import Dtype, Record
 
 LINEAR_MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Record):
     """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, gated MLP.
 
     The fields are independent of each other. Together they cover Qwen2 and 2.5, Qwen3,
@@ -59,13 +59,13 @@ class ModelConfig:
     max_positions: int = 32_768  # written into an exported config; not a limit here
     # Of the layers; log-probs and statistics are float32, and so are parameters,
     # unless they were loaded as bfloat16.
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] = "float32"
     # What a layer saves for its backward pass: everything, matmul results, nothing.
     remat: Literal["none", "dots", "full"] = "full"
 
     def __post_init__(self):
+        super().__post_init__()
         self._check_sizes()
-        self._check_choices()
         self._check_positive()
         self._check_windows()
         self._check_lora()
@@ -86,15 +86,6 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}.")
-
-    def _check_choices(self) -> None:
-        for name, choices in (
-            ("rope_scaling", ("none", "linear", "llama3")),
-            ("activation", ("silu", "gelu_tanh")),
-            ("compute_dtype", ("float32", "bfloat16")),
-            ("remat", ("none", "dots", "full")),
-        ):
-            check_choice(name, getattr(self, name), choices)
 
     def _check_positive(self) -> None:
         positive = (

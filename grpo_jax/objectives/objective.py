@@ -25,6 +25,7 @@ from grpo_jax.objectives.ratios import RATIOS
 from grpo_jax.objectives.scales import SCALES
 from grpo_jax.objectives.surrogates import HINGES, MASKS, SURROGATES
 from grpo_jax.objectives.token_weights import TOKEN_WEIGHTS
+from grpo_jax.records import Record
 
 _NotNegative = Annotated[float, Bound("not be negative", lambda x: x >= 0)]
 _Count = Annotated[int, Bound("not be negative", lambda x: x >= 0)]
@@ -35,7 +36,7 @@ _CapOrNone = Annotated[float, Bound("be at least 1 or None", lambda x: x >= 1)] 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(Record):
     """One member of the GRPO family: only choices of maths, no engineering knobs.
 
     The loss of a prompt is sum_(i,t) C_it (w_it l_it) + kl_coef sum_(i,t) C_it kl_it:
@@ -93,6 +94,7 @@ class Objective:
     source: str  # where each choice is printed, or that it is a convention
 
     def __post_init__(self):
+        super().__post_init__()
         check_fields(self)
         _check_clip(self)
         _check_kl(self)

@@ -32,6 +32,7 @@ class Checkpoints:
 
     Attributes:
         saved: The newest step that is saved, or being saved; None where saving failed.
+        failure: Why it failed, last time it did.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Checkpoints:
             options = self._keeping(keep)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         self.saved: int | None = self._manager.latest_step()
+        self.failure: str | None = None
 
     def _keeping(self, keep: int) -> Any:
         """Orbax's options: the latest `keep`, and the best of those with a score."""
@@ -174,7 +176,7 @@ class Checkpoints:
         return list(self._manager.all_steps())
 
     def _failed(self, step: int | None, error: Exception) -> None:
-        self.saved = None
+        self.saved, self.failure = None, summary(error)
         steps = self._steps_on_disk()
         newest = (
             f"the newest complete one is of step {max(steps)}" if steps else "none is"

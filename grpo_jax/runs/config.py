@@ -17,6 +17,7 @@ from grpo_jax.errors import (
     positive,
 )
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.records import Dtype, Record
 
 # What the numbers of a field may be; `check_fields` reads it off the annotation.
 Natural = Annotated[int, at_least(0)]
@@ -34,7 +35,7 @@ Seed = Annotated[int, at_least(0), Bound("be below 2**63", lambda x: x < 2**63)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskConfig:
+class TaskConfig(Record):
     """What is asked and how it is scored; an option that a task does not know is an
     error."""
 
@@ -63,7 +64,7 @@ class TaskConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Record):
     """A row of the objectives' table (`grpo-jax objectives` prints it), and overrides.
 
     Every field of a row can be overridden; None takes the row's. `Objective` has their
@@ -104,7 +105,7 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightsConfig:
+class WeightsConfig(Record):
     """The prompt weights: the preconditioner. None: the rule's default."""
 
     name: str = "objective"  # a rule; objective: the scale of the objective's row
@@ -119,7 +120,7 @@ class WeightsConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Record):
     """How rollouts are made; a step holds prompts x group_size completions."""
 
     prompts: Count = 16  # P, prompts per step
@@ -132,7 +133,7 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoringConfig:
+class ScoringConfig(Record):
     """The worker processes that compute rewards by name."""
 
     workers: Count = 2  # processes
@@ -142,7 +143,7 @@ class ScoringConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Record):
     """AdamW behind a global-norm clip."""
 
     learning_rate: Positive = 3e-4  # peak
@@ -156,7 +157,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmStartConfig:
+class WarmStartConfig(Record):
     """Supervised learning before step 0, stopped by a measured pass rate and cached."""
 
     enabled: bool = True  # False starts from random parameters
@@ -171,7 +172,7 @@ class WarmStartConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Record):
     """Devices along each axis of the mesh; a run may be continued on another mesh."""
 
     data: Count = 1  # prompts are split, parameters copied
@@ -180,7 +181,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistributedConfig:
+class DistributedConfig(Record):
     """The processes of a run, where there are several: under srun, mpirun and on a TPU
     pod they find each other, else each needs these. They share the run's directory."""
 
@@ -194,7 +195,7 @@ class DistributedConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Record):
     """Pass rates on trained and held-out prompts, exact where one answer is right."""
 
     every: Natural = 10  # steps; also at the start and at the end; 0: only those two
@@ -203,7 +204,7 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InstrumentConfig:
+class InstrumentConfig(Record):
     """Curvature and geometry of prompts' gradients, on a fixed set of probe prompts."""
 
     every: Natural = 40  # steps; also at the start and at the end; 0: never
@@ -217,7 +218,7 @@ class InstrumentConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Record):
     """What can be resumed: the latest `keep` and the best on held-out prompts."""
 
     every: Count = 20  # steps; also at the end and on SIGTERM
@@ -225,7 +226,7 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(Record):
     """What is written beside metrics.jsonl."""
 
     samples_every: Natural = 10  # steps between entries of samples.jsonl; 0: never
@@ -234,7 +235,7 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Record):
     """One run: a policy, a task, an objective, and how long."""
 
     task: TaskConfig = TaskConfig()
@@ -264,6 +265,7 @@ class TrainConfig:
     resume: bool = False  # continue the run in run_dir
 
     def __post_init__(self):
+        super().__post_init__()
         _check(self)
         _check_vocabulary(self.model)
         _check_lora(self.model)
@@ -279,7 +281,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Record):
     """What a policy is asked, how often, and where the answers go."""
 
     pretrained: str | None = None  # the policy: a directory or a Hub name; or
@@ -293,19 +295,24 @@ class EvalConfig:
     samples: Natural = 0
     pass_at: tuple[int, ...] = ()  # the k's of pass@k; default: 1, 2, 4, ... samples
     # Of the samples
-    temperature: Annotated[float, positive("; greedy decoding is --greedy")] = 1.0
+    # default: the run's, or 1
+    temperature: Annotated[float, positive("; greedy decoding is --greedy")] | None = (
+        None
+    )
     top_k: Count | None = None  # samples are drawn from the k most likely tokens
     # Or from the fewest that have this much probability
     top_p: Annotated[float, UP_TO_ONE] | None = None
     max_new_tokens: Count | None = None  # default: the run's, or the task's longest
     max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
     rows: Count = 64  # completions sampled at a time
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    # default: the run's, or float32
+    compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] | None = None
     scoring: ScoringConfig = ScoringConfig()
     seed: Seed = 0  # of the samples
     output: str | None = None  # a directory; an interrupted evaluation goes on there
 
     def __post_init__(self):
+        super().__post_init__()
         if bool(self.pretrained) == bool(self.run_dir):
             raise ConfigError(
                 "eval needs one policy: give --pretrained DIR or --run-dir DIR."
@@ -323,7 +330,7 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmupConfig:
+class WarmupConfig(Record):
     """Supervised learning of a task's solutions, saved as a model directory."""
 
     output: str  # the directory to write: config.json, safetensors, tokenizer
@@ -336,6 +343,7 @@ class WarmupConfig:
     seed: Seed = 0  # of parameters and of the order of demonstrations
 
     def __post_init__(self):
+        super().__post_init__()
         _check(self)
         _check_vocabulary(self.model)
         if not self.warm_start.enabled:

@@ -2,13 +2,14 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.runs.config import TrainConfig
-from grpo_jax.runs.config_files import differences, to_dict
+from grpo_jax.runs.config_files import differences, to_dict, with_paths
 
 # Settings that may change on resume: those that the maths does not depend on. `steps`
 # may as long as neither the learning rate nor the weights depend on it. Paths of data
@@ -101,10 +102,35 @@ def _check_same_run(
 
 def record(directory: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     """Writes config.json; for a resumed run, once it is certain to go on."""
-    content = {"config": to_dict(config), "versions": versions()} | facts
+    origin = None
+    if config.resume:  # modules are still found where it began
+        origin = began_in(directory, read_facts(directory))
+        config = with_paths(config, _absolute)
+    content = {
+        "config": to_dict(config),
+        "versions": versions(),
+        "began_in": str(origin or Path.cwd()),
+    }
+    content |= facts
     temporary = directory / "config.tmp"
     temporary.write_text(json.dumps(content, indent=2))
     temporary.replace(directory / "config.json")
+
+
+def began_in(run_dir: Path, facts: dict[str, Any]) -> Path | None:
+    """The directory in which a run began; None where that is not known."""
+    if "began_in" in facts:
+        return Path(facts["began_in"])
+    named = facts["config"].get("run_dir")
+    tail = Path(named).parts if named else ("runs", run_dir.name)
+    parts = run_dir.absolute().parts
+    if Path(*tail).is_absolute() or ".." in tail or parts[-len(tail) :] != tail:
+        return None
+    return Path(*parts[: -len(tail)])
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path) if os.path.exists(path) else path
 
 
 def _default_directory(config: TrainConfig) -> Path:

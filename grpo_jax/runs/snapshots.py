@@ -7,11 +7,10 @@ import jax
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.lora import without_lora
 from grpo_jax.models.policy import Policy, abstract_policy
-from grpo_jax.runs.config import TrainConfig
-from grpo_jax.runs.config_files import from_dict
-from grpo_jax.runs.directory import read_config_dict, read_facts
+from grpo_jax.runs.directory import read_facts
 from grpo_jax.runs.params import restore_params
 from grpo_jax.runs.policies import load_base, model_of_run, with_factors
+from grpo_jax.runs.recorded import run_config
 
 
 def saved_steps(run_dir: Path | str) -> list[int]:
@@ -48,7 +47,7 @@ def load_policy(run_dir: Path | str, step: int | None = None) -> Policy:
         ConfigError: that step was not saved, or cannot be read.
     """
     run_dir = Path(run_dir)
-    config = from_dict(TrainConfig, read_config_dict(run_dir))
+    config = run_config(run_dir)
     step = pick_step(run_dir, step)
     model = model_of_run(run_dir, config)
     policy = abstract_policy(without_lora(model))

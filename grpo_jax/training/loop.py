@@ -206,11 +206,16 @@ class Loop:
         self.context.console.say(f"ready after {time.monotonic() - began:.1f} s")
 
     def _end(self) -> TrainResult:
-        """Saves the last step and reports the run."""
-        step, context = self.step, self.context
+        """Saves the last step and reports the run.
+
+        Raises:
+            OSError: the last step could not be saved.
+        """
+        step, context, unsaved = self.step, self.context, None
         if step:
             self._saver.save(self.state, step, self.journal.last_row)
             self._saver.wait()
+            unsaved = self._saver.unsaved(step)
         context.console.stop()
         last = self.journal.last_metrics()
         # A stop may have left out the last evaluation or measurement.
@@ -218,7 +223,7 @@ class Loop:
         if self._due.measurement(step):
             required.add("phase/label")
         finished = step >= context.config.steps and required <= last.keys()
-        if not finished:
+        if not finished and unsaved is None:
             saved = ", saved" if step else ""
             context.console.say(
                 f"stopped at step {step}{saved}; continue with --resume "
@@ -227,6 +232,8 @@ class Loop:
         with self._watchdog.phase("report"):
             self._saver.report(finished)
             context.processes.synchronise()  # none exits while another still works
+        if unsaved is not None:
+            raise unsaved
         return TrainResult(context.directory, last, finished)
 
     def _warn(self, collected: Collected) -> None:

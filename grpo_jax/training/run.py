@@ -17,6 +17,7 @@ from grpo_jax.runs.config import TrainConfig
 from grpo_jax.runs.directory import record
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.runs.paths import count_compiles, use_compile_cache
+from grpo_jax.runs.recorded import continued
 from grpo_jax.tasks.types import Task
 from grpo_jax.training.console import Console
 from grpo_jax.training.context import RunContext
@@ -41,7 +42,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
     """Runs (or continues) a training run, from prompts to a finished report.
 
     Args:
-        config: What to run.
+        config: What to run. With `resume`, what it was not made with is the run's.
         task: A task made in code, instead of the one config.task names.
 
     Returns:
@@ -51,10 +52,11 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
     Raises:
         ConfigError: the run cannot start as configured; no step was made.
         NonFiniteGradientsError: five updates in a row had to be skipped.
-        OSError: a row could not be written (a full disk); what was computed is in a
-            checkpoint where that could be saved.
+        OSError: a row or the last checkpoint could not be written (a full disk); what
+            was computed is in a checkpoint where that could be saved.
         LostProcessError: another process of the run ended; to be resumed.
     """
+    config = continued(config)
     if task is not None:
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)

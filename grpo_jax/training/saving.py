@@ -86,6 +86,19 @@ class Saver:
             f"--resume --run-dir {context.directory}"
         )
 
+    def unsaved(self, step: int) -> OSError | None:
+        """The error to raise where the last save failed; None where `step` is saved."""
+        checkpoints, context = self._checkpoints, self._context
+        if not any(context.processes.exchange(checkpoints.saved != step)):
+            return None
+        why = f" ({checkpoints.failure})" if checkpoints.failure else ""
+        newest = checkpoints.newest()
+        kept = "no step is" if newest is None else f"the newest saved is {newest}"
+        return OSError(
+            f"step {step} could not be saved{why}; {kept}. Make room, then continue "
+            f"with --resume --run-dir {context.directory}"
+        )
+
     def save_rollouts(self, rollouts: Rollouts, step: int) -> NonFiniteGradientsError:
         """The error to raise where updates have no finite gradient; the rollouts
         [P, G, T] of the last one are saved."""

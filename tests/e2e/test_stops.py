@@ -203,6 +203,25 @@ def test_line_that_cannot_be_written_loses_nothing(
     check_same(resumed(tmp_path / "run"), whole)
 
 
+def test_a_last_step_that_is_not_saved_is_an_error(tmp_path, whole, monkeypatch):
+    """Stopped or finished: nobody hears "saved", and the run goes on from before."""
+
+    def fails(self, step, *arguments):
+        if step < STEPS:
+            save(self, step, *arguments)
+        else:
+            self._failed(step, OSError("No space left on device"))
+
+    save = Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", fails)
+        message = r"step 8 could not be saved \(OSError: No space.*newest saved is 6\. "
+        with pytest.raises(OSError, match=message):
+            gj.train(config_of(tmp_path / "run"), task=short_task())
+    assert (tmp_path / "run" / "report.html").exists()
+    check_same(resumed(tmp_path / "run"), whole)
+
+
 def test_full_disk_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
     from grpo_jax import cli
 

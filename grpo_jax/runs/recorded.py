@@ -1,0 +1,103 @@
+"""The config that a run recorded, as it is read later and from elsewhere.
+
+config.json has paths as they were given, and the directory in which the run began; a
+path is looked for there first, then where it is read. Runs that recorded no such
+directory are taken to have begun above their own, if that is what their `run_dir` says.
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.records import from_dict, overlaid
+from grpo_jax.runs.config import EvalConfig, TaskConfig, TrainConfig
+from grpo_jax.runs.config_files import with_paths
+from grpo_jax.runs.directory import began_in, read_facts
+
+
+def run_config(run_dir: Path | str) -> TrainConfig:
+    """The config of a run, with paths that lead to its data from here too.
+
+    Its own rewards, "module:function", can be imported afterwards as they were where it
+    began.
+
+    Raises:
+        ConfigError: the directory holds no run.
+    """
+    return recorded_config(Path(run_dir), read_facts(Path(run_dir)))
+
+
+def recorded_config(run_dir: Path, facts: dict[str, Any]) -> TrainConfig:
+    """`run_config` of the content of a config.json."""
+    config = from_dict(TrainConfig, facts["config"])
+    origin = began_in(run_dir, facts)
+    if origin is None:
+        return config
+    own_rewards = any(":" in reward for reward in config.task.rewards)
+    if own_rewards and str(origin) not in sys.path:
+        sys.path.append(str(origin))
+    return with_paths(config, lambda path: _found(origin, path))
+
+
+def _found(directory: Path, path: str) -> str:
+    """The path from the directory, if something is there; else as it is (it may be a
+    name on the Hub)."""
+    there = directory / path
+    return os.path.normpath(there) if there.exists() else path
+
+
+def continued(config: TrainConfig) -> TrainConfig:
+    """The config of a run to resume: the one it began with, and on top of it the
+    settings that `config` was made with."""
+    if not config.resume or not config.run_dir:
+        return config
+    if not (Path(config.run_dir) / "config.json").exists():
+        return config  # refused where the directory is claimed
+    return overlaid(run_config(config.run_dir), config)
+
+
+def eval_settings(config: EvalConfig) -> EvalConfig:
+    """The config with what it leaves open taken from its run, or from the defaults.
+
+    The task is the run's, with the fields that `config.task` was made with on top, with
+    all held-out prompts of its data where training evaluated some. Another task, by its
+    name, has that task's defaults.
+
+    Raises:
+        ConfigError: the directory holds no run.
+    """
+    given = None if config.task is EvalConfig.task else config.task
+    if not config.run_dir:
+        return dataclasses.replace(
+            config,
+            task=_all_heldout(config.task),
+            temperature=1.0 if config.temperature is None else config.temperature,
+            compute_dtype=config.compute_dtype or "float32",
+        )
+    run_dir = Path(config.run_dir)
+    facts = read_facts(run_dir)
+    run = recorded_config(run_dir, facts)
+    settings: dict[str, Any] = {
+        "compute_dtype": run.model.compute_dtype,
+        "temperature": run.sampling.temperature,
+    }
+    named = given is not None and "name" in given.given
+    if given is not None and named and given.name != run.task.name:
+        task = _all_heldout(given)
+    else:
+        heldout = run.task.heldout_prompts or 0
+        task = dataclasses.replace(run.task, heldout_prompts=heldout)
+        task = task if given is None else overlaid(task, given)
+        settings["max_new_tokens"] = facts.get("max_new_tokens")
+        settings["max_prompt_tokens"] = run.sampling.max_prompt_tokens
+    open_ones = {k: v for k, v in settings.items() if getattr(config, k) is None}
+    return dataclasses.replace(config, task=task, **open_ones)
+
+
+def _all_heldout(task: TaskConfig) -> TaskConfig:
+    """The task with all held-out prompts of its data, unless their number was given."""
+    if "heldout_prompts" in task.given:
+        return task
+    return dataclasses.replace(task, heldout_prompts=0)
