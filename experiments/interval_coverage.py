@@ -131,12 +131,13 @@ def simulate(c: Config) -> Iterator[dict]:
                 row[method] = coverage(np.array(ends)[:, i], p)
             yield row
     for n in c.prompts:
-        drawn = [rare(rng, n) for _ in range(c.repeats)]
-        ends = [intervals(outcomes(rng, x, 4), rng, c) for x, _ in drawn]
-        row = {"kind": RARE, "n": n}
-        for i, method in enumerate(METHODS):
-            row[method] = coverage(np.array(ends)[:, i], drawn[0][1])
-        yield row
+        for samples in (4, EXACT):
+            drawn = [rare(rng, n) for _ in range(c.repeats)]
+            ends = [intervals(outcomes(rng, x, samples), rng, c) for x, _ in drawn]
+            row = {"kind": RARE, "samples": samples, "n": n}
+            for i, method in enumerate(METHODS):
+                row[method] = coverage(np.array(ends)[:, i], drawn[0][1])
+            yield row
         for p in c.rates:
             seeds = rng.binomial(n, p, (c.repeats, 5)) / n
             mean, half = np.transpose([t_interval(x) for x in seeds])
@@ -166,11 +167,12 @@ def table(c: Config, rows: list[dict]) -> str:
             text = [f"{min(x):.3f} / {np.mean(x):.3f}" for x in shown]
             width = np.mean([r["ours"]["width"] for r in same]) / outcome
             lines.append(f"| {p:g} | {n} | {' | '.join(text)} | {width:.2f} |")
-    lines += ["", f"Rates .02, and .9 for {RARE}, 4 samples each:", ""]
+    lines += ["", f"Rates .02, and .9 for {RARE}:", ""]
     for row in rows:
         if row["kind"] == RARE:
             text = ", ".join(f"{m} {row[m]['covers']:.3f}" for m in METHODS)
-            lines.append(f"* {row['n']} prompts: {text}")
+            each = f"{row['samples']} samples" if row["samples"] else "exact rates"
+            lines.append(f"* {row['n']} prompts, {each}: {text}")
     lines += [
         "",
         "Student's interval over five seeds, each of n prompts of rate p:",

@@ -156,13 +156,13 @@ def parts_geometry(
 def first_order_changes(
     inner: jax.Array, squared_norms: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """First-order change of every prompt by a step of length 1 along sampled gradients.
+    """First-order change of every prompt by a gradient step.
 
-    The step is along g = sum_y w_y g_y; prompt x's expected reward changes by
-    <g_x, g> / |g|: w_x |g_x|^2 / |g| by its own gradient, the rest by the others'.
-    Numerators are unbiased. |g| is the length of the sampled sum, noise included: the
-    sign of no estimate decides what is kept, so that signs over many measurements show
-    the true one.
+    The step is sum_y w_y g_y / L; prompt x's expected reward changes by
+    w_x |g_x|^2 / L by its own gradient, and by the rest of <g_x, sum_y w_y g_y> / L by
+    the others'. Numerators are unbiased. L^2 = sum_y w_y^2 |g_y|^2, of raw norms: the
+    step has length 1 but for what gradients have in common. No estimate's sign decides
+    what is kept or changes L, so a mean of signs over measurements is not biased.
 
     Args:
         inner: [P, P] of a `PromptGeometry`: unbiased off the diagonal, on which there
@@ -171,15 +171,14 @@ def first_order_changes(
         weights: [P] prompt weights; a prompt of NaN norm is left out.
 
     Returns:
-        (own [P], others [P]) in reward units; all NaN if every sampled gradient is 0.
+        (own [P], others [P]) in reward units; NaN if every sampled gradient is 0.
     """
     usable = jnp.isfinite(squared_norms)
     w = jnp.where(usable, weights, 0.0)
     squares = jnp.where(usable, squared_norms, 0.0)
     between = jnp.where(jnp.eye(len(w), dtype=bool), 0.0, inner)
     others = jnp.where(usable[None], between, 0.0) @ w
-    raw = jnp.where(usable, jnp.diagonal(inner), 0.0)
-    total = w @ jnp.where(usable, others, 0.0) + (w**2) @ raw  # a sampled |g|^2, >= 0
+    total = (w**2) @ jnp.where(usable, jnp.diagonal(inner), 0.0)
     length = jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), jnp.nan)
     own, others = w * squares / length, others / length
     return jnp.where(usable, own, jnp.nan), jnp.where(usable, others, jnp.nan)

@@ -84,9 +84,9 @@ class Row(TypedDict):
     ]
     weightings: Annotated[
         dict[str, dict[str, Floats]],
-        "first-order change of each prompt's expected reward by a gradient step of "
-        "length 1 under other prompt weights: the part of its own gradient (own) and "
-        "of the other prompts' (others)",
+        "first-order change of each prompt's expected reward by a gradient step under "
+        "other prompt weights, of length 1 but for what gradients have in common: the "
+        "part of its own gradient (own) and of the other prompts' (others)",
     ]
     exact: Annotated[
         ExactFields | None,

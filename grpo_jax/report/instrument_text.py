@@ -9,12 +9,13 @@ from grpo_jax.instrument.rows import (
     Row,
     curvature_correlations,
     exact_label,
-    first_order,
+    finite_mean,
     is_binary,
-    pass_rates,
     values,
     with_exact,
 )
+from grpo_jax.intervals import mean_interval
+from grpo_jax.report.interference import Effect, effect_on_hard
 
 WIDE = 0.5  # width of a share's interval that leaves its phase open
 SURE = 0.95  # share of bootstrap samples in one phase
@@ -70,22 +71,49 @@ def _certainty_text(labelled: Rows) -> str:
 
 
 def _rate_text(rows: Rows) -> str:
-    factor = values(rows, "phase", "rate_factor")[-1]
-    if not np.isfinite(factor):
-        return "C is unknown: no prompt has two rewards."
-    text = f"C = 8/3 of the mean sigma so far is {factor:.2f} at the last measurement: "
+    low, high = rate_factor_interval(rows)
+    if not np.isfinite([low, high]).all():
+        return "C is unknown: no two prompts have two rewards each."
+    text = "C = 8/3 of the mean sigma so far is "
+    if low == high:
+        text += f"{low:.2f} at the last measurement: "
+    else:
+        text += (
+            f"between {low:.2f} and {high:.2f} at the last measurement (95 %, over "
+            "prompts; a group's sigma is too low on average, that of its square is "
+            "too high): "
+        )
     if not is_binary(rows):
         return text + "without meaning here, since the theorem is for rewards 0 and 1."
-    if factor < 1:
+    if high < 1:
         text += "below 1, so the upper bound for std-normalisation is the lower one."
-    else:
+    elif low >= 1:
         text += "not below 1, so the theorem claims no gain from std-normalisation."
+    else:
+        text += "whether it is below 1, as the theorem wants for a gain, is not known."
     return text + " It compares two upper bounds, for orthogonal prompts, and no more."
+
+
+def rate_factor_interval(rows: Rows) -> tuple[float, float]:
+    """(low, high) of C: equal where pass rates are exact, else of 95 %.
+
+    With E s <= sigma and E s^2 = sigma^2 (ddof 1), the lower end of the mean s and the
+    root of the upper end of the mean s^2 hold sigma between them. Both are intervals
+    over prompts, each prompt's mean over measurements counting once.
+    """
+    if rows[-1]["pass_rate"] is not None:
+        factor = float(values(rows, "phase", "rate_factor")[-1])
+        return factor, factor
+    sigma = values(rows, "sigma")  # [N, P]
+    means = [finite_mean(x, 0) for x in (sigma, sigma**2)]
+    means = [x[np.isfinite(x)] for x in means]
+    low, high = mean_interval(means[0])[1], mean_interval(means[1])[2]
+    return 8 / 3 * max(low, 0.0), 8 / 3 * high**0.5
 
 
 KINDS = {
     "near-orthogonal": "prompts hardly affect each other, so a scale per prompt acts "
-    "on that prompt alone, as the theory assumes",
+    "on that prompt alone",
     "aligned": "prompts mostly move together, so that what one prompt's scale "
     "changes the others also do, and normalisation is nearly redundant",
     "opposed": "prompts mostly undo each other's steps, and the ones with the largest "
@@ -152,10 +180,13 @@ def _interference_text(rows: Rows) -> str:
         return "Interference among prompts is unknown: no cosine could be estimated."
     kinds = [kind_of(row) for row in shown]
     common = max(dict.fromkeys(kinds), key=kinds.count)
-    meaning = KINDS.get(common, "the intervals allow more than one reading")
+    meaning = "the intervals allow more than one reading"
+    if common in KINDS:
+        meaning = f"in theory {KINDS[common]}"
     text = (
-        f"Interference among prompts: {_counted(shown, kind_of)}. Where it is "
-        f"{common}, {meaning}. The {source} cosines: "
+        f"Interference among prompts: {_counted(shown, kind_of)}"
+        f"{'' if exact else ' (by 95 % intervals)'}. Where it is {common}, {meaning}. "
+        f"The {source} cosines: "
     )
     text += "; ".join(
         f"at step {shown[i]['step']} mean {figures[i, 1]:+.2f}, std "
@@ -173,22 +204,33 @@ def _mean_cosine_text(rows: Rows) -> str:
     return (
         f"The 95 % interval over prompts of the sampled mean cosine is above 0 at "
         f"{int((low > 0).sum())} of {_measurements(count)}, below 0 at "
-        f"{int((high < 0).sum())}."
+        f"{int((high < 0).sum())} (2.5 % of measurements each, were it 0)."
     )
 
 
 def _others_text(rows: Rows) -> str:
-    own, others = first_order(rows, "reinforce")
-    hard = np.isfinite(others) & (np.stack([pass_rates(row) for row in rows]) < 1 / 3)
-    if not hard.any():
+    effect = effect_on_hard(rows)
+    if effect is None:
         return " No measurement has a prompt with signal and a pass rate below 1/3."
-    mean = others[hard].mean()
     return (
-        f" Prompts with a pass rate below 1/3 ({hard.sum()} over all measurements) "
-        f"gain {own[hard].mean():+.3g} through their own gradient and {mean:+.3g} "
-        "through the others' in a plain gradient step of length 1: interference "
-        f"{'helps' if mean > 0 else 'hurts'} them on average, and hurts "
-        f"{_percent((others[hard] < 0).mean())} of them."
+        f" Prompts with a pass rate below 1/3 ({effect.prompts} over "
+        f"{_measurements(effect.measurements)}) change by {effect.own:+.3g} through "
+        f"their own {'sampled' if effect.band else 'exact'} gradient and by "
+        f"{effect.others:+.3g} through the others' in a plain gradient step of length "
+        "1, but for what gradients have in common: " + _direction_text(effect)
+    )
+
+
+def _direction_text(effect: Effect) -> str:
+    said = {1: "helps them on average", -1: "hurts them on average"}
+    said[0] = "is not shown to help or to hurt them"
+    text = f"interference {said[effect.direction]}"
+    if effect.band is None:
+        return f"{text}, and hurts {_percent(effect.hurt)} of them."
+    low, high = effect.band
+    return (
+        f"{text} (with random signs of the prompts' gradients, 95 % of the latter "
+        f"would be between {low:+.3g} and {high:+.3g})."
     )
 
 
@@ -253,7 +295,7 @@ TABLE_NOTE = (
     "percentiles the intervals are. Cosines are debiased; violating: share of pairs "
     "with a negative inner product, chi: largest eigenvalue of the raw cosines, both "
     "with sampling noise in them. Rank corr.: Spearman, |curvature| along the prompt's "
-    "gradient against sigma squared. Features: mean cosine of hidden states."
+    "gradient against sigma squared; noise alone gives sampled ones up to +.3. Features: mean cosine of hidden states."
 )
 
 

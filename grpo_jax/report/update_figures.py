@@ -13,6 +13,7 @@ from grpo_jax.instrument.rows import (
     values,
     with_update,
 )
+from grpo_jax.intervals import t_interval
 from grpo_jax.report.svg import BLACK, BLUE, COLOURS, ORANGE, Figure, svg_figure
 
 Rows = list[Row]
@@ -102,10 +103,11 @@ def first_order_changes(rows: Rows) -> Figure | None:
         f"{mask.sum()} {name}" for mask, (name, *_) in zip(masks, THIRDS, strict=True)
     )
     caption = (
-        "First-order change by a plain gradient step of length 1: the part of the "
-        "prompt's own gradient and of the others' (below 0: interference). Means over "
-        "measurements and prompts with signal, hard below a pass rate of 1/3, easy "
-        f"from 2/3 ({counts})."
+        "First-order change by a plain gradient step (of length 1, but for what "
+        "gradients have in common): the part of the prompt's own sampled gradient and "
+        "of the others'. Means over measurements of the mean over prompts with signal, "
+        f"hard below a pass rate of 1/3, easy from 2/3 ({counts}); thin lines: 95 % "
+        "intervals over measurements (Student), from four on."
     )
     title = "What each weighting would have done"
     return svg_figure(title, caption, draw, columns=2)
@@ -116,11 +118,20 @@ def _bars(axes: Any, changes: dict[str, np.ndarray], masks: list[np.ndarray]) ->
     width = 0.8 / len(changes)
     used = [i for i, mask in enumerate(masks) if mask.any()]
     for k, (name, change) in enumerate(changes.items()):
-        heights = [float(finite_mean(change[masks[i]], 0)) for i in used]
+        means = [_by_measurement(change, masks[i]) for i in used]
+        heights = [float(finite_mean(x, 0)) for x in means]
+        halves = [t_interval(x)[1] if len(x) >= 4 else np.nan for x in means]
         places = np.array(used) + (k - (len(changes) - 1) / 2) * width
         colour = COLOURS[k % len(COLOURS)]
         axes.bar(places, heights, 0.92 * width, color=colour, label=name)
+        axes.errorbar(places, heights, halves, fmt="none", ecolor=BLACK, elinewidth=0.8)
     axes.axhline(0, color=BLACK, lw=0.8)
     axes.set_xticks(range(3), [name for name, *_ in THIRDS])
     axes.set_xlim(-0.5, 2.5)
     axes.grid(False, axis="x")
+
+
+def _by_measurement(change: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """[n] means of the masked of [N, P], of the measurements that have one."""
+    means = finite_mean(np.where(mask, change, np.nan), 1)
+    return means[np.isfinite(means)]

@@ -73,7 +73,7 @@ FIELDS: dict[str, str] = {
     "geometry/exact_std_cosine": "std of the exact cosines",
     "curvature/sigma2_rank_correlation": "Spearman, |curvature| along a prompt's "
     "gradient against the variance of its rewards, over the probe prompts with signal "
-    "in both halves of the group",
+    "in both halves of the group; noise alone, which grows with sigma, gives up to +.3",
     "time/instrument_s": "seconds of the probe measurement, and of the comparison "
     "after the update that follows one",
 }

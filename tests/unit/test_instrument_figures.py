@@ -67,6 +67,8 @@ def made_row(step, *, prompts=6, exact=True, binary=True, label="II", update=Tru
         "slope": some(),
         "geometry": {
             "cosines": cosines.tolist(),
+            "squared_norms": np.where(signal, 1.0, NAN).tolist(),
+            "raw_squared_norms": np.where(signal, 2.0, 0.0).tolist(),
             "attenuation": 0.4 if labelled else NAN,
             "violating_fraction": 0.45,
             "chi": 1.7,
