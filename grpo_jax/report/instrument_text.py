@@ -295,7 +295,8 @@ TABLE_NOTE = (
     "percentiles the intervals are. Cosines are debiased; violating: share of pairs "
     "with a negative inner product, chi: largest eigenvalue of the raw cosines, both "
     "with sampling noise in them. Rank corr.: Spearman, |curvature| along the prompt's "
-    "gradient against sigma squared; noise alone gives sampled ones up to +.3. Features: mean cosine of hidden states."
+    "gradient against sigma squared; noise alone gives sampled ones up to +.3. "
+    "Features: mean cosine of hidden states."
 )
 
 
