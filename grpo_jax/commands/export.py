@@ -1,16 +1,25 @@
-"""`grpo-jax export RUN_DIR OUT_DIR [--step N] [--adapter]`: write a run's policy as a
-model that transformers loads; --adapter: its LoRA factors alone, as PEFT reads them."""
+"""`grpo-jax export RUN_DIR OUT_DIR [--step N] [--adapter] [--dtype bfloat16]`: write a
+run's policy as a model that transformers loads; --adapter: its LoRA factors alone, as
+PEFT reads them."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
+
+import jax
+from jax.typing import DTypeLike
 
 from grpo_jax.commands._arguments import parse
 from grpo_jax.errors import ConfigError
-from grpo_jax.models.hub import load_tokenizer
+from grpo_jax.models.hub import base_name, is_adapter, load_tokenizer
 from grpo_jax.models.lora import save_adapter
-from grpo_jax.models.pretrained import save_pretrained
+from grpo_jax.models.policy import Policy, merge_lora
+from grpo_jax.models.pretrained import file_dtype, save_pretrained
+from grpo_jax.models.rounding import check_loss, rounding_loss
 from grpo_jax.runs.directory import read_facts
+from grpo_jax.runs.recorded import run_config
 from grpo_jax.runs.snapshots import load_policy, pick_step
 
 
@@ -22,13 +31,22 @@ class ExportOptions:
     out_dir: str  # the model directory to write
     step: int | None = None  # one that the run kept; default: the newest
     adapter: bool = False  # only the LoRA factors
+    # Of the files; default: as trained, which is float32 where factors are merged
+    dtype: Literal["float32", "bfloat16"] | None = None
+    # Largest share of a parameter's update that rounding to --dtype may lose
+    max_loss: float = 0.01
 
 
 def main(argv: Sequence[str]) -> int:
     """The subcommand; returns the exit code."""
     options = parse(ExportOptions, argv, __doc__, positional=True)
     step = export(
-        options.run_dir, options.out_dir, step=options.step, adapter=options.adapter
+        options.run_dir,
+        options.out_dir,
+        step=options.step,
+        adapter=options.adapter,
+        dtype=options.dtype,
+        max_loss=options.max_loss,
     )
     print(f"step {step} of {options.run_dir} written to {options.out_dir}")
     return 0
@@ -40,6 +58,9 @@ def export(
     *,
     step: int | None = None,
     adapter: bool = False,
+    dtype: DTypeLike | None = None,
+    max_loss: float = 0.01,
+    say: Callable[[str], None] = print,
 ) -> int:
     """Writes a run's policy and tokenizer as a model directory; returns its step.
 
@@ -48,23 +69,68 @@ def export(
         directory: The model directory to write.
         step: One of `saved_steps`; None: the newest.
         adapter: Write only the LoRA factors, as PEFT reads them.
+        dtype: float32 or bfloat16, of the files; None: as the parameters were trained,
+            float32 where LoRA's factors are merged.
+        max_loss: Largest relative loss of what the run learnt, over parameters and
+            layers, that rounding to `dtype` may cause.
+        say: Gets a line about what rounding loses.
 
     Raises:
-        ConfigError: the step was not saved, or the run has no LoRA factors.
+        ConfigError: the step was not saved, the run has no LoRA factors, or rounding
+            would lose more than `max_loss`.
     """
-    run_dir, directory = Path(run_dir), Path(directory)
+    run_dir, directory, dtype = Path(run_dir), Path(directory), file_dtype(dtype)
     facts = read_facts(run_dir)
     step = pick_step(run_dir, step)
     if (directory / "checkpoints").exists() or directory.is_file():
         raise ConfigError(
             f"{directory} is a run or a file; export to a directory of its own."
         )
+    if adapter and dtype is not None:
+        raise ConfigError("dtype is of a whole model's files; leave it out.")
     policy = load_policy(run_dir, step)
     if adapter:
-        base = facts["config"].get("pretrained")  # else `export --step 0` writes it
+        base = _base_of(run_config(run_dir).pretrained)
         save_adapter(policy.params, policy.config, directory, base=base)
         return step
+    policy = _rounded(policy, run_dir, dtype, max_loss, say)
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     ends = facts.get("eos_ids")
     save_pretrained(policy, directory, tokenizer=tokenizer, eos_ids=ends)
     return step
+
+
+def _base_of(pretrained: str | None) -> str | None:
+    """The base model that a run's adapter names: a Hub name, or a directory that leads
+    there from anywhere; None: a model that `export --step 0` writes."""
+    if pretrained is None:
+        return None
+    if Path(pretrained).is_dir() and is_adapter(Path(pretrained)):
+        pretrained = base_name(Path(pretrained))
+    return os.path.abspath(pretrained) if Path(pretrained).is_dir() else pretrained
+
+
+def _rounded(
+    policy: Policy,
+    run_dir: Path,
+    dtype: str | None,
+    max_loss: float,
+    say: Callable[[str], None],
+) -> Policy:
+    """The policy to write, LoRA's factors merged, and a line of what rounding loses."""
+    merged, base = merge_lora(policy), policy.frozen
+    stored = None if base is None else jax.tree.leaves(base)[0].dtype.name
+    if dtype is None and stored == "bfloat16":
+        loss = rounding_loss(merged.params, base, stored)
+        say(
+            f"written in float32: in bfloat16, as the base model is, {loss} would be "
+            "lost; --adapter writes the factors alone and leaves the base as it is."
+        )
+    if dtype is None:
+        return merged
+    start = load_policy(run_dir, 0).params if base is None else base
+    loss = rounding_loss(merged.params, start, dtype)
+    check_loss(loss, dtype, max_loss)
+    if loss.share:
+        say(f"rounding to {dtype} loses {loss} at most.")
+    return merged.replace(jax.tree.map(lambda x: x.astype(dtype), merged.params))

@@ -9,7 +9,7 @@ import jax
 
 from grpo_jax.commands._arguments import parse, spelled_out
 from grpo_jax.errors import ConfigError
-from grpo_jax.models.policy import Policy, init_policy
+from grpo_jax.models.policy import Policy, init_policy, merge_lora
 from grpo_jax.models.pretrained import read_config, save_pretrained
 from grpo_jax.parallel.processes import Processes
 from grpo_jax.planning.resolve import warm_start_settings
@@ -21,6 +21,7 @@ from grpo_jax.runs.policies import (
     check_language,
     pretrained_policy,
     task_of,
+    with_factors,
     with_settings,
 )
 from grpo_jax.tasks.types import Task, WarmStart
@@ -102,7 +103,11 @@ def _policy(config: WarmupConfig, task: Task) -> Policy:
     """The policy to teach: a pretrained one, or a new one."""
     if config.pretrained:
         model = with_settings(read_config(config.pretrained), config.model)
-        return pretrained_policy(config.pretrained, model)
+        policy = pretrained_policy(config.pretrained, model)
+        if model.lora_rank:  # an adapter: learning goes on in the merged model
+            key = jax.random.key(config.seed)
+            policy = merge_lora(with_factors(policy, model, key, config.pretrained))
+        return policy
     size = config.model.vocab_size or len(task.tokenizer)
     model = dataclasses.replace(config.model, vocab_size=size)
     return init_policy(model, jax.random.key(config.seed))

@@ -1,7 +1,9 @@
 """Names of a Hugging Face checkpoint's tensors, and the parameters they are."""
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from grpo_jax.errors import ConfigError, first_line
 from grpo_jax.models.config import ModelConfig
 
 
@@ -12,6 +14,24 @@ class Tensor(NamedTuple):
     path: tuple[str, ...]  # of the parameter
     layer: int | None  # its index along the stacked parameter's first axis
     transposed: bool  # stored as [outputs, inputs]
+
+
+def open_tensors(file: Path) -> Any:
+    """safetensors' reader of a file.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="numpy")
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist.") from None
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{file} is damaged or cut off: {first_line(error)}."
+        ) from error
 
 
 def checkpoint_tensors(c: ModelConfig) -> list[Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from grpo_jax.errors import ConfigError, first_line
 
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
+
 # Fetched together: which of them exist decides, for one, the chat template.
 _FILES = (
     "*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model", "vocab*",
@@ -41,13 +43,59 @@ def local_directory(directory: str | os.PathLike) -> Path:
         ) from error
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a local directory holds a LoRA adapter, not a model.
+
+    Raises:
+        ConfigError: it holds both.
+    """
+    if not (folder / ADAPTER_CONFIG).exists():
+        return False
+    if [*folder.glob("model*.safetensors")]:
+        raise ConfigError(
+            f"{folder} holds a model and an adapter ({ADAPTER_CONFIG}); which of them "
+            "is meant cannot be told: keep them in directories of their own."
+        )
+    return True
+
+
+def base_directory(folder: Path) -> Path:
+    """The local directory of the model that an adapter is of; `folder` itself where it
+    holds no adapter.
+
+    Raises:
+        ConfigError: the adapter does not say which, or it cannot be had.
+    """
+    if not is_adapter(folder):
+        return folder
+    return local_directory(base_name(folder))
+
+
+def base_name(folder: Path) -> str:
+    """Directory or Hub name of an adapter's base model; a relative directory is looked
+    for from here, as PEFT does, and from the adapter's own."""
+    file = folder / ADAPTER_CONFIG
+    base = read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(
+            f"{file} names no base model (base_model_name_or_path {base!r}); write its "
+            "directory or Hugging Face name there."
+        )
+    if not Path(base).is_dir() and (folder / base).is_dir():
+        return str(folder / base)
+    return base
+
+
 def load_tokenizer(directory: str | os.PathLike) -> Any:
-    """The transformers tokenizer of a checkpoint, chat template included.
+    """The transformers tokenizer of a checkpoint, chat template included; that of the
+    base model for an adapter without one.
 
     Raises:
         ConfigError: the directory has none that can be read.
     """
     folder = local_directory(directory)
+    if not [*folder.glob("tokenizer*")]:
+        folder = base_directory(folder)
     quiet_transformers()
     from transformers import AutoTokenizer
 
@@ -64,7 +112,7 @@ def eos_ids(directory: str | os.PathLike) -> tuple[int, ...]:
 
     Empty if neither names any; then only the tokenizer's EOS ends a completion.
     """
-    folder = local_directory(directory)
+    folder = base_directory(local_directory(directory))
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists() or name == "config.json":
             ids = read_json(folder / name).get("eos_token_id")

@@ -68,8 +68,8 @@ def split_factors(params: dict) -> tuple[dict, dict]:
 
 
 def merge_factors(params: dict, factors: dict, scale: float) -> dict:
-    """Base parameters with scale * A B added to each kernel, in the kernel's dtype; the
-    sum is computed in float32."""
+    """Base parameters with scale * A B added to each kernel; the sums are float32, or
+    wider where the kernel is."""
     result = {}
     for name, value in params.items():
         inner = factors.get(name)
@@ -80,8 +80,8 @@ def merge_factors(params: dict, factors: dict, scale: float) -> dict:
                 inner["lora_a"], inner["lora_b"], precision="highest"
             )
             kernel = value["kernel"]
-            kernel = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
-            result[name] = value | {"kernel": kernel}
+            wide = jnp.promote_types(kernel.dtype, jnp.float32)
+            result[name] = value | {"kernel": kernel.astype(wide) + delta}
         else:
             result[name] = merge_factors(value, inner, scale)
     return result

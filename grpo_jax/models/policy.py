@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from grpo_jax.models.config import LINEAR_MAPS, ModelConfig
@@ -122,10 +123,25 @@ def add_lora(
 
 
 def merge_lora(policy: Policy) -> Policy:
-    """The policy with its factors added to the kernels: equal up to rounding."""
+    """The policy with its factors added to the kernels: equal up to float32's rounding.
+
+    Its parameters are float32, also of a bfloat16 base: rounded back, most of what the
+    factors learnt would be lost.
+    """
     if policy.frozen is None:
         return policy
     c = policy.config
-    merge = jax.jit(partial(merge_factors, scale=c.lora_alpha / c.lora_rank))
     plain = abstract_policy(without_lora(c))
-    return plain.replace(merge(policy.frozen, policy.params))
+    return plain.replace(
+        _merged(policy.frozen, policy.params, c.lora_alpha / c.lora_rank)
+    )
+
+
+@jax.jit
+def _merged(frozen: dict, factors: dict, scale: float) -> dict:
+    """All parameters of a decoder, at least float32."""
+
+    def widened(x: jax.Array) -> jax.Array:  # [...]
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    return jax.tree.map(widened, merge_factors(frozen, factors, scale))

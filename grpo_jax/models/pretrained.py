@@ -19,13 +19,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from grpo_jax.errors import ConfigError, check_choice, first_line
+from grpo_jax.errors import ConfigError
+from grpo_jax.models.adapters import load_factors, with_adapter
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.hf_config import config_json, model_config
-from grpo_jax.models.hf_tensors import Tensor, checkpoint_tensors
-from grpo_jax.models.hub import local_directory, read_json
+from grpo_jax.models.hf_tensors import Tensor, checkpoint_tensors, open_tensors
+from grpo_jax.models.hub import (
+    base_directory,
+    is_adapter,
+    local_directory,
+    read_json,
+)
+from grpo_jax.models.lora import without_lora
 from grpo_jax.models.policy import Policy, abstract_policy, merge_lora
+from grpo_jax.models.rounding import check_loss, rounding_loss
+from grpo_jax.records import dtype_name
 
 _BLOCK_BYTES = 2**23  # of a tensor on the host at a time
 _INDEX = "model.safetensors.index.json"
@@ -43,24 +53,34 @@ class Entry(NamedTuple):
 
 
 def load_pretrained(
-    directory: str | os.PathLike, *, dtype: str | None = None, shardings: Any = None
+    directory: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    shardings: Any = None,
 ) -> Policy:
     """A policy from config.json and safetensors, in one file or several.
 
     Args:
         directory: A local directory, or a name on the Hugging Face Hub ("org/name").
-        dtype: "float32" or "bfloat16", of parameters and layers alike; None: as on disk
-            (float32 if that is float16, or more than one).
-        shardings: One sharding per parameter, in a pytree like `Policy.params`; None:
-            all on the default device.
+            For a LoRA adapter as PEFT writes it, the policy is its base model with the
+            adapter's factors, in float32.
+        dtype: float32 or bfloat16, by name or as `jnp.dtype` takes them, of parameters
+            and layers alike; None: as on disk (float32 if that is float16, or more than
+            one).
+        shardings: One sharding per parameter (of the base, for an adapter), in a pytree
+            like `Policy.params`; None: all on the default device.
 
     Raises:
         ConfigError: the model is not supported, or files are missing, damaged or do
             not fit each other; the message names the field, tensor or file.
     """
-    if dtype is not None:
-        check_choice("dtype", dtype, ("float32", "bfloat16"))
+    dtype = file_dtype(dtype)
     folder = local_directory(directory)
+    if is_adapter(folder):
+        base = load_pretrained(base_directory(folder), dtype=dtype, shardings=shardings)
+        adapted = abstract_policy(with_adapter(base.config, folder))
+        factors = jax.tree.map(jnp.asarray, load_factors(folder, adapted.config))
+        return dataclasses.replace(adapted, params=factors, frozen=base.params)
     config = read_config(folder)
     entries = _entries(folder)
     tensors = checkpoint_tensors(config)
@@ -80,6 +100,20 @@ def load_pretrained(
     return policy.replace(tree.unflatten([buffers[_path(p)] for p, _ in leaves]))
 
 
+def file_dtype(dtype: DTypeLike | None) -> str | None:
+    """The name of a dtype that files may have; None stays None.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    if dtype is None:
+        return None
+    name = dtype_name(dtype)
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype must be one of float32, bfloat16, got {dtype!r}.")
+    return name
+
+
 def _fill(
     buffers: dict[Keys, jax.Array],
     sharding_of: dict[Keys, Any],
@@ -89,7 +123,7 @@ def _fill(
     """Writes the stored tensors into the parameters' buffers, file by file."""
     by_name = {t.name: t for t in tensors}
     for file in sorted({entries[name].file for name in by_name}):
-        with _open(file) as stored:
+        with open_tensors(file) as stored:
             names = stored.keys()
             for name in (n for n in names if n in by_name):
                 tensor = by_name[name]
@@ -103,12 +137,15 @@ def _fill(
 
 
 def read_config(directory: str | os.PathLike) -> ModelConfig:
-    """The config of a checkpoint, its compute_dtype the dtype of the stored weights.
+    """The config of a checkpoint, its compute_dtype the dtype of the stored weights;
+    for an adapter that of its base, with LoRA.
 
     Raises:
         ConfigError: as `load_pretrained`.
     """
     folder = local_directory(directory)
+    if is_adapter(folder):
+        return with_adapter(read_config(base_directory(folder)), folder)
     values = read_json(folder / "config.json")
     stored = values.get("dtype") or values.get("torch_dtype")
     config = model_config(values, f"{folder}/config.json")
@@ -124,6 +161,9 @@ def check_weights(directory: str | os.PathLike) -> None:
     """
     folder = local_directory(directory)
     config = read_config(folder)
+    if is_adapter(folder):
+        load_factors(folder, config)
+        config, folder = without_lora(config), base_directory(folder)
     _check(config, checkpoint_tensors(config), _entries(folder))
 
 
@@ -134,26 +174,39 @@ def save_pretrained(
     tokenizer: Any = None,
     eos_ids: Sequence[int] | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    dtype: DTypeLike | None = None,
+    max_loss: float = 0.01,
 ) -> None:
     """Writes a directory that `transformers.AutoModelForCausalLM` loads.
 
     config.json, generation_config.json, safetensors (several above a size, with an
     index) and the tokenizer, chat template included. Parameters keep their dtype and
-    every bit. Files of the same names are replaced, each at once.
+    every bit, unless `dtype` is given. Files of the same names are replaced, each at
+    once.
 
     Args:
-        policy: Its config decides the architecture; LoRA's factors are merged.
+        policy: Its config decides the architecture. LoRA's factors are merged, which
+            makes float32 of a bfloat16 base: rounded, most of what they learnt would be
+            lost. `save_adapter` leaves the base as it is.
         directory: Made if it does not exist.
         tokenizer: A transformers tokenizer, saved beside the model; its ids for
             padding, begin and end are written into both configs.
         eos_ids: Tokens that end a completion, if not the tokenizer's EOS.
         max_shard_bytes: Of one safetensors file, unless a single tensor is larger.
+        dtype: float32 or bfloat16, of the files.
+        max_loss: Largest relative loss of what LoRA's factors learnt that rounding to
+            `dtype` may cause.
 
     Raises:
-        ConfigError: no supported architecture is this model, or the dtype is another.
+        ConfigError: no supported architecture is this model, the dtype is another, or
+            the loss is larger.
     """
-    target = Path(directory).expanduser()
+    target, dtype, base = Path(directory).expanduser(), file_dtype(dtype), policy.frozen
     policy = merge_lora(policy)
+    if dtype is not None:
+        if base is not None:
+            check_loss(rounding_loss(policy.params, base, dtype), dtype, max_loss)
+        policy = policy.replace(jax.tree.map(lambda x: x.astype(dtype), policy.params))
     leaves = jax.tree_util.tree_flatten_with_path(policy.params)[0]
     params = {_path(p): x for p, x in leaves}
     dtypes = {x.dtype.name for x in params.values()}
@@ -205,20 +258,6 @@ def _write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _open(file: Path) -> Any:
-    """safetensors' reader of a file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="numpy")
-    except FileNotFoundError:
-        raise ConfigError(f"{file} does not exist.") from None
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{file} is damaged or cut off: {first_line(error)}."
-        ) from error
-
-
 def _entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of a directory, from the headers of its files."""
     index, single = folder / _INDEX, folder / "model.safetensors"
@@ -236,7 +275,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
         raise ConfigError(f"{folder} has no model.safetensors and no {_INDEX}{other}.")
     entries = {}
     for file in files:
-        with _open(file) as stored:
+        with open_tensors(file) as stored:
             names = stored.keys()
             for name in names:
                 x = stored.get_slice(name)
@@ -288,7 +327,7 @@ def _head_is_embedding(head: Entry, embedding: Entry) -> bool:
     """Whether lm_head and the embedding are stored with the same bits."""
     if head[1:] != embedding[1:]:
         return False
-    with _open(head.file) as left, _open(embedding.file) as right:
+    with open_tensors(head.file) as left, open_tensors(embedding.file) as right:
         pairs = zip(
             _blocks(left.get_slice("lm_head.weight"), head),
             _blocks(right.get_slice("model.embed_tokens.weight"), embedding),

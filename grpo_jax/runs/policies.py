@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.models.adapters import load_factors
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.hub import eos_ids, load_tokenizer, local_directory
+from grpo_jax.models.hub import (
+    ADAPTER_CONFIG,
+    base_directory,
+    eos_ids,
+    is_adapter,
+    load_tokenizer,
+    local_directory,
+    read_json,
+)
 from grpo_jax.models.lora import without_lora
 from grpo_jax.models.policy import Policy, abstract_policy, add_lora
 from grpo_jax.models.pretrained import load_pretrained, read_config
@@ -98,27 +108,35 @@ def check_language(task: Task, model: ModelConfig | None = None) -> None:
 
 
 def with_settings(stored: ModelConfig, asked: ModelConfig) -> ModelConfig:
-    """A pretrained model's config with the settings `FREE` to be a run's.
+    """A pretrained model's config with the settings `FREE` to be a run's; an adapter's
+    LoRA settings are its own.
 
     Raises:
         ConfigError: `asked` has another shape than the default.
     """
     plain = ModelConfig()
+    free = [x for x in FREE if not (stored.lora_rank and x.startswith("lora_"))]
     for field in dataclasses.fields(ModelConfig):
-        name = field.name
-        if name not in FREE and getattr(asked, name) != getattr(plain, name):
+        name, value = field.name, getattr(asked, field.name)
+        repeated = stored.lora_rank and value == getattr(stored, name)
+        if name not in free and value != getattr(plain, name) and not repeated:
             raise ConfigError(
                 f"model.{name} is the pretrained model's own "
                 f"({getattr(stored, name)!r}), got {getattr(asked, name)!r}; leave it "
                 "out, or leave out pretrained."
             )
-    return dataclasses.replace(stored, **{name: getattr(asked, name) for name in FREE})
+    return dataclasses.replace(stored, **{name: getattr(asked, name) for name in free})
 
 
 def fingerprint(directory: Path) -> str:
     """A hash of a model directory: its config, and each tensor file's size, header and
-    blocks spread over it."""
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    blocks spread over it; of an adapter also its base model's."""
+    if is_adapter(directory):
+        settings = read_json(directory / ADAPTER_CONFIG)
+        settings["base_model_name_or_path"] = fingerprint(base_directory(directory))
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    else:
+        digest = hashlib.sha256((directory / "config.json").read_bytes())
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
@@ -140,7 +158,8 @@ def data_fingerprint(task: Task) -> str:
 def pretrained_policy(
     name: str, settings: ModelConfig, mesh: Mesh | None = None
 ) -> Policy:
-    """The policy of a model directory (or Hub name), without LoRA factors.
+    """The policy of a model directory (or Hub name), without LoRA factors: an adapter's
+    base model.
 
     Trained parameters are float32; with LoRA the frozen base keeps its stored dtype.
 
@@ -150,7 +169,7 @@ def pretrained_policy(
         mesh: Where every device loads its own shards; None for a single device.
     """
     dtype = None if settings.lora_rank else "float32"
-    directory, shardings = local_directory(name), None
+    directory, shardings = base_directory(local_directory(name)), None
     if mesh is not None:
         shapes = abstract_policy(without_lora(settings)).params
         shardings = tree_shardings(shapes, mesh)
@@ -160,15 +179,23 @@ def pretrained_policy(
     )
 
 
-def with_factors(policy: Policy, model: ModelConfig, key: jax.Array) -> Policy:
-    """The policy with new LoRA factors, as `model` asks for."""
-    return add_lora(
+def with_factors(
+    policy: Policy, model: ModelConfig, key: jax.Array, pretrained: str | None
+) -> Policy:
+    """The policy with LoRA factors as `model` asks for: those of the adapter that it
+    starts from, else new ones."""
+    adapted = add_lora(
         policy,
         rank=model.lora_rank,
         alpha=model.lora_alpha,
         targets=model.lora_targets,
         key=key,
     )
+    folder = None if pretrained is None else local_directory(pretrained)
+    if folder is None or not is_adapter(folder):
+        return adapted
+    factors = load_factors(folder, model)
+    return adapted.replace(jax.tree.map(jnp.asarray, factors))
 
 
 def load_base(

@@ -54,7 +54,8 @@ def load_policy(run_dir: Path | str, step: int | None = None) -> Policy:
     if step == 0 or model.lora_rank:  # else every parameter is in the checkpoint
         policy = load_base(run_dir, model, config.pretrained)
     if model.lora_rank:
-        policy = with_factors(policy, model, jax.random.key(config.seed))
+        key = jax.random.key(config.seed)
+        policy = with_factors(policy, model, key, config.pretrained)
     if step == 0:
         return policy
     params = restore_params(run_dir / "checkpoints" / str(step))

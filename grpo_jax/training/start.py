@@ -101,7 +101,8 @@ def starting_policy(context: RunContext) -> Policy | None:
     policy = put_on_mesh(policy, context.mesh)
     if not model.lora_rank:
         return policy
-    return put_on_mesh(with_factors(policy, model, context.keys.lora), context.mesh)
+    key, pretrained = context.keys.lora, context.config.pretrained
+    return put_on_mesh(with_factors(policy, model, key, pretrained), context.mesh)
 
 
 def _base_policy(context: RunContext) -> Policy | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 import grpo_jax as gj
 from grpo_jax.cli import main
+from grpo_jax.commands.replay import replay
 from grpo_jax.errors import ConfigError
 from grpo_jax.rollouts.encoding import encode_prompts
 from grpo_jax.runs.config import (
@@ -167,6 +169,103 @@ def test_lora_trains_factors_alone(data, pretrained, tmp_path):
     facts = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert facts["target_modules"] == ["q_proj", "down_proj"]
     assert facts["base_model_name_or_path"] == str(pretrained)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_an_adapter(data, pretrained, tmp_path, capsys):
+    """Trained, evaluated, planned, exported and taught on like a model's directory."""
+    base = gj.load_pretrained(pretrained)
+    targets = dict(rank=2, alpha=4.0, targets=("q", "down"))
+    policy = gj.add_lora(base, key=jax.random.key(0), **targets)
+    policy = policy.replace(jax.tree.map(lambda x: x + 0.02, policy.params))
+    adapter = tmp_path / "adapter"
+    gj.save_adapter(policy.params, policy.config, adapter, base=str(pretrained))
+
+    config = settings(data, adapter, run_dir=str(tmp_path / "run"))
+    config = dataclasses.replace(config, objective={"kl_coef": 0.1}, steps=2)
+    result = gj.train(config)
+    chex.assert_trees_all_equal(load_policy(result.run_dir, 0), policy)
+    rows = read_lines(result.run_dir / "metrics.jsonl")
+    assert rows[1]["kl/mean"] == 0 and result.metrics["kl/mean"] > 0
+
+    gj.export(result.run_dir, tmp_path / "again", adapter=True)
+    again, trained = gj.load_pretrained(tmp_path / "again"), load_policy(result.run_dir)
+    chex.assert_trees_all_equal(again, trained)
+    gj.export(result.run_dir, tmp_path / "whole")
+    chex.assert_trees_all_equal(
+        gj.load_pretrained(tmp_path / "whole").params, gj.merge_lora(trained).params
+    )
+
+    task = dataclasses.replace(config.task, heldout_prompts=0)
+    asked = gj.EvalConfig(pretrained=str(tmp_path / "again"), task=task)
+    of_model = gj.evaluate(dataclasses.replace(asked, output=str(tmp_path / "a")))[1]
+    of_run = gj.evaluate(gj.EvalConfig(run_dir=str(result.run_dir), max_new_tokens=6))[
+        1
+    ]
+    assert of_run["task"] == "gsm8k" and of_run["prompts"] == of_model["prompts"]
+
+    output = tmp_path / "taught"
+    taught = gj.WarmupConfig(
+        output=output, pretrained=adapter, task=task, warm_start={"max_steps": 1}
+    )
+    assert gj.warm_up(taught) == output
+    assert gj.load_pretrained(output).config.lora_rank == 0
+    arguments = [
+        "--pretrained",
+        str(adapter),
+        "--task",
+        "gsm8k",
+        "--sampling.prompts=2",
+    ]
+    arguments += ["--task.path", str(data), "--sampling.max-new-tokens", "6"]
+    capsys.readouterr()
+    assert main(["plan", *arguments, "--run-dir", str(tmp_path / "new")]) == 0
+    assert "of LoRA trained" in capsys.readouterr().out
+
+
+def test_a_bfloat16_model_keeps_its_update_or_is_not_written(run, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="bfloat16 files would lose"):
+        gj.export(run.run_dir, tmp_path / "half", dtype="bfloat16")
+    arguments = ["export", str(run.run_dir), str(tmp_path / "half"), "--dtype=bfloat16"]
+    assert main([*arguments, "--max-loss", "5"]) == 0
+    assert "rounding to bfloat16 loses" in capsys.readouterr().out
+    half = gj.load_pretrained(tmp_path / "half")
+    assert half.config.compute_dtype == "bfloat16"
+
+
+@pytest.mark.slow
+def test_a_run_is_found_its_data_from_anywhere(data, pretrained, tmp_path, monkeypatch):
+    """Begun with relative paths and a reward of its own, read from elsewhere."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    shutil.copytree(data, home / "data")
+    shutil.copytree(pretrained, home / "model")
+    (home / "rewards_at_home.py").write_text(
+        "def digits(example, completion):\n"
+        "    return sum(c.isdigit() for c in completion) / max(1, len(completion))\n"
+    )
+    elsewhere.mkdir()
+    monkeypatch.chdir(home)
+    config = settings("data", "model", run_dir="runs/mine")
+    rewards = ("gsm8k", "rewards_at_home:digits=0.5")
+    config = dataclasses.replace(
+        config, steps=2, task=dataclasses.replace(config.task, rewards=rewards)
+    )
+    gj.train(config)
+    monkeypatch.chdir(elsewhere)
+    run_dir = str(home / "runs" / "mine")
+    assert main(["train", "--resume", "--run-dir", run_dir, "--steps", "4"]) == 0
+    assert replay(run_dir, 3).differing == []
+    gj.evaluate(gj.EvalConfig(run_dir=run_dir, output="figures"))
+    assert gj.export(run_dir, "model") == 4
+    monkeypatch.chdir(tmp_path)
+    gj.evaluate(gj.EvalConfig(run_dir="home/runs/mine", output="elsewhere/figures"))
+
+    again = ["train", "--config", f"{run_dir}/config.json", "--run-dir", "again"]
+    assert main(again) == 0
+    first, second = (read_lines(Path(d) / "metrics.jsonl") for d in (run_dir, "again"))
+    assert [r["reward/mean"] for r in first[1:]] == [
+        r["reward/mean"] for r in second[1:]
+    ]
 
 
 def test_an_adapter_of_a_whole_run_is_refused(run, tmp_path):
