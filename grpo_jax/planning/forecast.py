@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.intervals import rate_interval
 from grpo_jax.parallel.sharding import batch_shards
 from grpo_jax.planning.devices import device_memory
 from grpo_jax.planning.informative import (
@@ -112,11 +113,15 @@ def _informative(config: TrainConfig, counted: list[Counted] | None) -> dict[str
         }
         return {"group_size": g, "examples": rows}
     shares = {str(n): expected_informative(counted, n) for n in sizes}
+    _, *rate_ends = rate_interval([c.rate for c in counted])
+    _, *share_ends = rate_interval([c.informative(g) for c in counted])
     return {
         "group_size": g,
         "prompts_measured": len(counted),
         "samples_each": min(c.asked for c in counted),  # 0: rates that were given
         "mean_pass_rate": sum(c.rate for c in counted) / len(counted),
+        "mean_pass_rate_interval": rate_ends,  # 95 %, over prompts; so is the next one
+        "informative_prompts_interval": [p * share for share in share_ends],
         "never_solved": sum(c.rate == 0 for c in counted),
         "always_solved": sum(c.rate == 1 for c in counted),
         "shares": shares,
@@ -237,18 +242,35 @@ def _measured_lines(informative: dict[str, Any], prompts: int) -> list[str]:
     sizes = informative["shares"].items()
     shares = ", ".join(f"{100 * share:.0f} % at {n}" for n, share in sizes)
     few = 0 < informative["samples_each"] < informative["group_size"]
-    lines = [
+    rate = _between(informative["mean_pass_rate_interval"], 3)
+    count = f"{informative['informative_prompts']:.1f}"
+    if not few:  # else the estimate has a bias that no interval over prompts knows
+        count += " " + _between(informative["informative_prompts_interval"], 1)
+    return [
         f"informative groups, over {informative['prompts_measured']} prompts of mean "
-        f"pass rate {informative['mean_pass_rate']:.3f}",
+        f"pass rate {informative['mean_pass_rate']:.3f} {rate} (95 %)",
         f"  by group size: {shares}",
-        f"  of {prompts} prompts a step, {informative['informative_prompts']:.1f} are "
-        f"informative and {informative['wasted_prompts']:.1f} have no gradient"
-        + ("; at least, with fewer samples each than a group has" if few else ""),
+        f"  of {prompts} prompts a step, {count} are informative and "
+        f"{informative['wasted_prompts']:.1f} have no gradient"
+        + ("; too few on average, with fewer samples each than a group" if few else ""),
+        *_tied_lines(informative),
     ]
+
+
+def _between(ends: list[float], digits: int) -> str:
+    return f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+
+
+def _tied_lines(informative: dict[str, Any]) -> list[str]:
+    """What prompts of one outcome in all samples say: little, if these are few."""
     never, always = informative["never_solved"], informative["always_solved"]
-    if never + always:
-        lines.append(
-            f"  {never} prompts were never solved and {always} always; without them "
-            "the rest would be informative more often"
+    if not never + always:
+        return []
+    text = f"  {never} prompts were never solved and {always} always"
+    if samples := informative["samples_each"]:
+        rate = 1 - 0.05 ** (1 / samples)
+        text += (
+            f"; in {samples} samples each, one prompt in 20 of pass rate {rate:.2g} is "
+            "never solved"
         )
-    return lines
+    return [text]

@@ -70,8 +70,8 @@ def make_gsm8k_expressions(request: TaskRequest) -> Task:
             batch_size=256,
         ),
         refine_template="{prompt}{draft}={prompt}",
-        note="These are facts, not a shared skill: a model this small memorises the "
-        "trained expressions, and nothing carries over to the held-out ones.",
+        note="These are facts, not a shared skill: what a small model memorises of the "
+        "trained expressions need not carry over to the held-out ones.",
     )
 
 

@@ -128,13 +128,21 @@ def test_plan_of_a_pass_rate_file(capsys, tmp_path):
     argv = [*PLAN, "--pass-rates", str(tmp_path / "rates.json")]
     code, text = answer(capsys, *argv)
     assert code == 0 and "44 % at 4" in text
-    assert "of 4 prompts a step, 1.8 are informative and 2.2 have no" in text
+    # .875 and 0, as two outcomes: Beta(.875, 2.125) and Beta(1.875, 1.125), times 4.
+    assert "of 4 prompts a step, 1.8 [0.0, 3.9] are informative and 2.2 have" in text
     assert "1 prompts were never solved and 0 always" in text
     rows = [{"solved": [True, False, False, False]}] * 3
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "samples.jsonl").write_text(lines)
     code, text = answer(capsys, *PLAN, "--pass-rates", str(tmp_path))
-    assert code == 0 and "over 3 prompts of mean pass rate 0.250" in text
+    assert code == 0 and "over 3 prompts of mean pass rate 0.250 [" in text
+    rows = [{"solved": [False, False, False]}, {"solved": [True, False, False, True]}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "samples.jsonl").write_text(lines)
+    code, text = answer(capsys, *PLAN, "--pass-rates", str(tmp_path))
+    assert "1 prompts were never solved and 0 always; in 3 samples each" in text
+    assert "in 20 of pass rate 0.63 is never solved" in text  # .37^3 is 1/20
+    assert "are informative and" in text and "] are informative" not in text  # biased
 
 
 def test_plan_needs_no_devices(capsys, tmp_path):
