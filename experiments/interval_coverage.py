@@ -11,7 +11,7 @@ bootstrap over prompts (Wilson's interval where K is 1 or all rates are 0 or 1),
 normal interval cut to [0, 1], and `rate_interval`. Apart: rates of .02 and for one
 prompt in 32 of .9, which a small sample may lack; and Student's interval over five
 seeds' rates, each of n prompts.
-Hardware and time: one CPU core, 10 minutes (--smoke: 20 seconds).
+Hardware and time: one CPU core, 4 minutes (--smoke: 5 seconds).
 
 Expected: 95 %, or more, where the rates have a beta distribution.
 """
