@@ -8,22 +8,13 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 
+from grpo_jax.rewards.numbers import ending_number, one_number
+
 MAX_ANSWER = 4000  # characters; the longest gold of MATH has 420
-MAX_DIGITS = 100  # of a number that is compared by value
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_LAST_NUMBER = re.compile(
-    rf"(?:(?<![\w.)\]}}])(?P<sign>-))?(?:[$€£](?P<sign2>-)?)?"
-    rf"(?P<value>{NUMBER})(?:/(?P<below>[0-9]+)(?![.,]?[0-9]))?"
-)
 _HASHES = re.compile(r"####([^\n]*)")
-_LINE_NUMBER = re.compile(
-    rf"(?P<sign>-)?[$€£]?(?P<sign2>-)?(?P<value>{NUMBER})(?:/(?P<below>[0-9]+))?"
-    r"%?[^0-9]*"
-)
-_FRAC = re.compile(r"(-?)\\[dtc]?frac\{(-?[0-9]+)\}\{([0-9]+)\}")
 
 
 def boxes(text: str) -> Iterator[str | None]:
@@ -62,44 +53,22 @@ def _box_at(text: str, start: int) -> str | None:
 def final_number(text: str) -> Fraction | None:
     """The number a completion ends on: its last `#### n` or \\boxed{n}, else its last.
 
-    Commas between thousands, $ and % and words after the number are dropped; 24.0 is
-    24, 1/2 is a half. A last marker without exactly one number, or an unterminated
-    box, gives None, whatever numbers come before it.
+    What is a number, and what may stand around it, is said in `numbers`: $, % and a
+    unit are dropped; 24.0 is 24, 1/2 is a half. A last marker without exactly one
+    number, or an unterminated box, gives None, whatever numbers come before it.
     """
+    if (marked := marked_answer(text)) is not None:
+        return one_number(marked)
+    return ending_number(text[-2 * MAX_ANSWER :])
+
+
+def marked_answer(text: str) -> str | None:
+    """What follows the last `####` on its line, or is in the last \\boxed, whichever
+    comes later; "" for a box that is not closed, None where there is neither."""
     hashes, box = text.rfind("####"), max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if max(hashes, box) >= 0:
-        if box > hashes:
-            return one_number(last_boxed(text) or "")
-        match = _HASHES.match(text, hashes)
-        return one_number(match.group(1)) if match else None
-    text = text[-2 * MAX_ANSWER :].replace("\N{MINUS SIGN}", "-")
-    numbers = list(_LAST_NUMBER.finditer(text))
-    return _value(numbers[-1]) if numbers else None
-
-
-def one_number(text: str) -> Fraction | None:
-    """The value of a text that is one number, with or without currency, %, a final
-    period or a unit; None for any other text."""
-    text = re.sub(r"\\[$!,;: ]|\$|\\(?=%)|\s", "", text.replace("\N{MINUS SIGN}", "-"))
-    text = text.replace("{,}", ",").replace("**", "")
-    if fraction := _FRAC.fullmatch(text):
-        sign, above, below = fraction.groups()
-        return rational_of(sign + above if not above.startswith("-") else above, below)
-    return _value(_LINE_NUMBER.fullmatch(text))
-
-
-def _value(match: re.Match | None) -> Fraction | None:
-    if match is None:
+    if max(hashes, box) < 0:
         return None
-    groups = match.groupdict()
-    minus = (groups["sign"] or "") + (groups["sign2"] or "")
-    if minus == "--":
-        return None
-    return rational_of(minus + groups["value"].replace(",", ""), groups["below"] or "1")
-
-
-def rational_of(above: str, below: str) -> Fraction | None:
-    """above / below; None for a zero denominator or more than MAX_DIGITS digits."""
-    if len(above) > MAX_DIGITS or len(below) > MAX_DIGITS or not below.strip("0"):
-        return None
-    return Fraction(above) / int(below)
+    if box > hashes:
+        return last_boxed(text) or ""
+    match = _HASHES.match(text, hashes)
+    return match.group(1) if match else ""

@@ -8,7 +8,6 @@ the verifier in the worker processes that training uses, and lists each wrong ve
 
 import collections
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -18,8 +17,10 @@ from typing import Any, NamedTuple
 
 from grpo_jax.errors import ConfigError, unknown_name
 from grpo_jax.rewards.answers import last_boxed
-from grpo_jax.rewards.latex import rational, read_answer
+from grpo_jax.rewards.arithmetic import exact_value
+from grpo_jax.rewards.latex import read_answer
 from grpo_jax.rewards.pool import Check, Outcome, VerifierPool
+from grpo_jax.rewards.rows import Row, read_rows, text_of
 from grpo_jax.rewards.symbolic import refused
 from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import check_gold
@@ -30,7 +31,7 @@ ITSELF, SYMBOLIC, SPOILED = "as it stands", "by math_verify alone", "one digit c
 class Case(NamedTuple):
     """A wrong verdict."""
 
-    row: int  # line of the file, from 1
+    row: int  # line or row of the file, from 1
     form: str  # the rewriting
     gold: str
     answer: str  # the rewritten gold that was judged
@@ -97,37 +98,28 @@ class Audit:
 
 
 def audit_file(path: str | Path, name: str, *, workers: int = 2) -> Audit:
-    """The audit of a JSON-lines file.
+    """The audit of a data file, read as for training: .jsonl, .json or .parquet.
 
     A row's gold is its field `answer` (after the last ####, where it has one), or the
     content of the last \\boxed in its field `solution`.
 
     Raises:
-        ConfigError: an unknown file or verifier, or a row that is not a JSON object.
+        ConfigError: an unknown file or verifier, or a row without these fields.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(
-            f"{path} must be a readable file: {error.strerror}."
-        ) from None
-    golds = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            golds.append((number, _gold(line, f"{path}, line {number},")))
+    if name not in REWRITINGS:
+        raise unknown_name("verifier to audit", name, REWRITINGS)
+    golds = [
+        (int(row.where.rpartition(" ")[2]), _gold(row)) for row in read_rows(Path(path))
+    ]
     return audit(name, golds, workers=workers)
 
 
-def _gold(line: str, where: str) -> str | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} must be JSON: {error}.") from None
-    if not isinstance(row, dict) or not {"answer", "solution"} & set(row):
-        raise ConfigError(f"{where} must be an object with 'answer' or 'solution'.")
-    if "answer" in row:
-        return str(row["answer"]).rpartition("####")[2].strip()
-    return last_boxed(str(row["solution"]))
+def _gold(row: Row) -> str | None:
+    if row.values.get("answer") is not None:
+        return text_of(row, "answer").rpartition("####")[2].strip()
+    if not isinstance(row.values.get("solution"), str):
+        raise ConfigError(f"{row.where}: expected a field 'answer' or 'solution'.")
+    return last_boxed(row.values["solution"])
 
 
 def audit(
@@ -254,10 +246,10 @@ def _thousands(match: re.Match[str]) -> str:
 
 def _spoiled(gold: str) -> str | None:
     """The number with its first digit changed; None where it is not a number."""
-    digits = list(re.finditer(r"[0-9]", gold))
-    if not digits or rational(read_answer(gold).body) is None:
+    digits = list(re.finditer(r"[1-9]", gold)) or list(re.finditer("0", gold))
+    if not digits or exact_value(read_answer(gold).body) is None:
         return None  # in other answers a digit may be an index, or multiply 0
-    i = digits[0].start()  # the leading digit: trailing zeros may be dropped
+    i = digits[0].start()  # not a zero: those at the ends may be dropped
     return gold[:i] + str(int(gold[i]) % 9 + 1) + gold[i + 1 :]
 
 
@@ -267,6 +259,9 @@ _UNIT = (
     r"\\(?:text|mbox|textnormal)\{(?!\s*[ap]\.m|\s*or|\s*and)[^}]*\}"
 )
 _NAMED = r"[^=,<>\\a-zA-Z]+|\\frac\{[0-9]+\}\{[0-9]+\}"
+
+_WHOLE = r"-?(?:[0-9]{1,18}|[1-9][0-9]{0,2}(?:,[0-9]{3})+)"
+_PLAIN = _WHOLE + r"(?:\.[0-9]+)?"
 
 # Each keeps the meaning. fmt: off
 REWRITINGS: dict[str, dict[str, _Rewriting]] = {
@@ -318,7 +313,7 @@ REWRITINGS: dict[str, dict[str, _Rewriting]] = {
             r"[^,()\[\]{}=]+(?:,\s*[^,()\[\]{}=!]+){1,5}",
             lambda m: (
                 ", ".join(re.split(r",\s*", m[0])[::-1])
-                if rational(read_answer(m[0]).body) is None
+                if exact_value(read_answer(m[0]).body) is None
                 else None
             ),
         ),
@@ -332,18 +327,23 @@ REWRITINGS: dict[str, dict[str, _Rewriting]] = {
     },
     "gsm8k": {
         r"\boxed": lambda gold: rf"so it is \boxed{{{gold}}}.",
-        r"\boxed{\$n}": lambda gold: rf"so it is $\boxed{{\${gold}}}$.",
-        r"\boxed{n\text{ unit}}": lambda gold: rf"so \boxed{{{gold}\text{{ apples}}}}",
+        r"\boxed{\$n}": _where(_PLAIN, lambda m: rf"so it is $\boxed{{\${m[0]}}}$."),
+        r"\boxed{n\text{ unit}}": _where(
+            _PLAIN, lambda m: rf"so \boxed{{{m[0]}\text{{ apples}}}}"
+        ),
         "sentence": lambda gold: f"3 + 4 = 7, so the answer is {gold}.",
         "bold": lambda gold: f"The answer is **{gold}**",
         "no commas": lambda gold: "#### " + gold.replace(",", ""),
-        "commas": lambda gold: f"#### {int(gold.replace(',', '')):,}",
-        "$": lambda gold: f"#### ${gold}",
-        "%": lambda gold: f"#### {gold}%",
-        "n.00": lambda gold: f"#### {gold}.00",
-        "unit": lambda gold: f"#### {gold} apples",
+        "commas": _where(_WHOLE, lambda m: f"#### {int(m[0].replace(',', '')):,}"),
+        "$": _where(_PLAIN, lambda m: f"#### ${m[0]}"),
+        "%": _where(_PLAIN, lambda m: f"#### {m[0]}%"),
+        "n.00": _where(_WHOLE, lambda m: f"#### {m[0]}.00"),
+        "n.n0": _where(_WHOLE + r"\.[0-9]+", lambda m: f"#### {m[0]}0"),
+        "unit": _where(_PLAIN, lambda m: f"#### {m[0]} apples"),
         "work first": lambda gold: f"2 * 3 = <<2*3=6>>6\n#### {gold}\n",
-        SPOILED: lambda gold: f"#### {_spoiled(gold)}",
+        SPOILED: lambda gold: (
+            f"#### {spoiled}" if (spoiled := _spoiled(gold)) else None
+        ),
     },
     "exact": {SPOILED: lambda gold: gold + "0"},
 }

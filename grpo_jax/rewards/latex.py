@@ -5,10 +5,10 @@ Linear in the text, without sympy: what the spelling cannot decide is left to
 """
 
 import re
-from fractions import Fraction
 from typing import NamedTuple
 
-from grpo_jax.rewards.answers import MAX_DIGITS, NUMBER, rational_of
+from grpo_jax.rewards.arithmetic import exact_value
+from grpo_jax.rewards.numbers import SCALE
 
 _SPACES = re.compile(r"(\\\\)|\\!\s*|\\(?:[,;: ]|q?quad(?![A-Za-z]))|~")
 _SIZES = re.compile(
@@ -150,28 +150,13 @@ def _without_unit(text: str) -> tuple[str, str]:
     words = match.group(2).lower().split()
     if not words or not all(re.fullmatch(r"[a-z.]+", word) for word in words):
         return text, ""
+    if SCALE.search(match.group(2)):  # 5 million is no 5
+        return text, ""
     units = {_UNITS[word] for word in words if word in _UNITS}
     if not units and len(match.group(2).strip()) < 2:  # 3\text{A} is no three amperes
         return text, ""
     # "square feet" has the unit foot; "miles per hour" the unit "hour mile".
     return match.group(1).rstrip(".,;: "), " ".join(sorted(units))
-
-
-def rational(body: str) -> Fraction | None:
-    """The value of a body such as 1,234 or 2.50 or 3/4 or 1\\frac{1}{2}, else None."""
-    text = _without_spaces(body)
-    if re.fullmatch(rf"-?(?:{NUMBER})", text):
-        return rational_of(text.replace(",", ""), "1")
-    if match := re.fullmatch(r"(-?[0-9]+)/([0-9]+)", text):
-        return rational_of(*match.groups())
-    match = re.fullmatch(r"(-?)([0-9]*)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}", text)
-    if match is None:
-        return None
-    sign, integer, above, below = match.groups()
-    part = rational_of(above, below)
-    if part is None or (integer and not 0 <= part < 1) or len(integer) > MAX_DIGITS:
-        return None
-    return (-1 if sign else 1) * (int(integer or 0) + part)
 
 
 def same_answer(gold: Answer, answer: Answer) -> bool | None:
@@ -193,19 +178,21 @@ def _same_body(gold: str, answer: str) -> bool | None:
     a, b = _canonical(gold), _canonical(answer)
     if not a or not b:
         return False
-    if a == b:
-        return True
-    x, y = rational(gold), rational(answer)
+    x, y = exact_value(gold), exact_value(answer)
     if x is not None and y is not None:
         return x == y
+    if a == b:  # 1, 234 is a list, 1,234 a number
+        return x is y
     if re.search(r"[0-9]_", a + b):  # a base may be left out, never changed
-        return re.sub(r"_.*", "", a) == b and rational(b) is not None
+        return re.sub(r"_.*", "", a) == b and exact_value(b) is not None
     if re.fullmatch(r"\(?[A-Z]\)?", a) and re.fullmatch(r"\(?[A-Z]\)?", b):
         return a.strip("()") == b.strip("()")
     if words := _WORDS.fullmatch(gold):  # to sympy CBAD is a product, equal to ABCD
         return a.casefold() == b.casefold() or bool(_same_parts(words.group(1), answer))
     if a.isalpha() and a.casefold() == b.casefold() and len(a) > 1:
         return True
+    if x is not None or y is not None:  # 1,234 is a number, not the list 1, 234
+        return None
     return _same_parts(gold, answer)
 
 

@@ -132,7 +132,7 @@ class VerifierPool:
             raise ValueError("the pool must be open to run checks, got a closed one.")
         with self._lock:
             # Equal checks run once: a group agrees on many of its answers.
-            texts = [shortened(check.reward.name, check.completion) for check in checks]
+            texts = [_text(check) for check in checks]
             keys = [_key(i, checks[i], text) for i, text in enumerate(texts)]
             answers = {k: self._verdicts[k] for k in keys if k in self._verdicts}
             first = {key: i for i, key in reversed([*enumerate(keys)])}
@@ -297,6 +297,12 @@ def _close(workers: list[WorkerProcess], selector: selectors.BaseSelector) -> No
     while workers:
         workers.pop().kill()
     selector.close()
+
+
+def _text(check: Check) -> str:
+    """What a worker is sent of the completion."""
+    thinking = dict(check.reward.options).get("thinking", 0.0)
+    return shortened(check.reward.name, check.completion, thinking)
 
 
 def _key(i: int, check: Check, text: str) -> Key:

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grpo_jax.errors import unknown_name
+from grpo_jax.errors import ConfigError, unknown_name
 from grpo_jax.rewards.pool import Check, Outcome, VerifierPool
 from grpo_jax.rewards.spec import reward_text
+from grpo_jax.rewards.spelling import spelled
 from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import VERIFIERS
 
-_TASK_VERIFIERS = {"chains": "exact", "gsm8k-expressions": "exact"}
+_TASK_VERIFIERS = {"chains": "verbatim", "gsm8k-expressions": "verbatim"}
 
 
 class Scores(NamedTuple):
@@ -125,24 +126,27 @@ def _score_in_process(
     return Scores(rewards, errors, solved=rewards >= 1, parts={}, failures=0)
 
 
-def verify(task: str, gold: str, completion: str) -> float:
+def verify(task: str, gold: str | float, completion: str) -> float:
     """The verdict that training uses on a completion, isolated and time-limited.
 
     Args:
         task: A task or verifier by name: "gsm8k", "math", "countdown", "chains", ...
-        gold: The gold answer, as `Example.answer` has it.
+        gold: The gold answer, as `Example.answer` has it, or a number.
         completion: The model's text, without EOS.
 
     Returns:
         1 or 0; 0 also where the check took longer than 3 seconds or died.
 
     Raises:
-        ConfigError: an unknown task.
+        ConfigError: an unknown task, or a gold that is neither text nor a number.
     """
     names = {name: name for name in VERIFIERS if name != "length"} | _TASK_VERIFIERS
     if task not in names:
         raise unknown_name("task to verify", task, names)
-    check = Check(Reward(name=names[task]), Example("", gold), completion)
+    answer = spelled(gold)
+    if answer is None:
+        raise ConfigError(f"gold must be text or a finite number, got {gold!r}.")
+    check = Check(Reward(name=names[task]), Example("", answer), completion)
     [outcome] = _shared_pool(os.getpid()).run([check])
     return outcome.value
 

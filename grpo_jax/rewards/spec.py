@@ -5,7 +5,7 @@ import re
 
 from grpo_jax.errors import ConfigError, unknown_name
 from grpo_jax.rewards.types import Reward
-from grpo_jax.rewards.verifiers import VERIFIERS
+from grpo_jax.rewards.verifiers import ANSWERS, VERIFIERS
 
 _REWARD = re.compile(
     r"(?P<name>[^=()]+)(?:\((?P<options>[^()]*)\))?(?:=(?P<weight>.+))?"
@@ -73,7 +73,7 @@ def check_reward(reward: Reward) -> None:
         raise unknown_name("reward", reward.name, [*VERIFIERS, "module:function"])
     allowed, given = _options_of(reward.name), dict(reward.options)
     for name in given:
-        if name not in allowed:
+        if name not in allowed and not (name == "thinking" and reward.name in ANSWERS):
             raise ConfigError(
                 f"reward {reward.name!r} has no option {name!r}; "
                 f"its options: {', '.join(allowed) or 'none'}."
@@ -93,12 +93,12 @@ def check_reward(reward: Reward) -> None:
 
 def _options_of(name: str) -> dict[str, bool]:
     """Options of a verifier -> whether they are required: its keyword arguments but
-    `tokens`, which the pool fills in."""
+    `tokens`, which the pool fills in, and `thinking`, which `task.thinking` sets."""
     parameters = inspect.signature(VERIFIERS[name]).parameters.values()
     return {
         p.name: p.default is p.empty
         for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.name != "tokens"
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("tokens", "thinking")
     }
 
 

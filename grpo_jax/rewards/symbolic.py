@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from grpo_jax.rewards.latex import balanced, rational, read_answer, same_answer
+from grpo_jax.rewards.arithmetic import exact_value
+from grpo_jax.rewards.latex import balanced, read_answer, same_answer
 
 MAX_SYMBOLIC = 400  # characters that sympy may be given
 MAX_DEPTH = 10  # brackets within brackets
@@ -26,6 +27,7 @@ _COMMAND_NAMES = (
     "lceil rceil mathbb bar hat"
 )
 _COMMANDS = frozenset(_COMMAND_NAMES.split())
+_TIME = re.compile(r"(?<![0-9])[0-9]{1,2}:[0-5][0-9](?![0-9])")
 _ENVIRONMENTS = frozenset({"matrix", "pmatrix", "bmatrix", "vmatrix"})
 
 
@@ -58,6 +60,8 @@ def refused(body: str) -> str | None:
         return "two underscores"
     if re.search(rf"[0-9]{{{MAX_DIGITS}}}", body):
         return "too many digits"
+    if re.search(r"[0-9]\s+[0-9]", body) and exact_value(body) is None:
+        return "numbers side by side"
     for command in re.findall(r"\\([A-Za-z]+)", body):
         if command not in _COMMANDS:
             return f"\\{command}"
@@ -75,6 +79,8 @@ def _comparable(gold: str, answer: str) -> bool:
     """Whether math_verify may compare the two."""
     if refused(gold) or refused(answer):
         return False
+    if (":" in gold) != (":" in answer) or _TIME.search(gold) or _TIME.search(answer):
+        return False  # 2:5 is no 0.4, and 12:30 is no 2:5
     # math_verify takes the right-hand side of any equation: 2+2=5 would be a 5.
     return "=" in gold or "=" not in answer
 
@@ -91,24 +97,57 @@ def _same_by_math_verify(gold: str, answer: str) -> bool:
 
 
 def _differ_in_value(left: Any, right: Any) -> bool:
-    """Whether two expressions have clearly different values at one point.
+    """Whether two expressions surely have different values at one point.
 
-    Most wrong answers do, and this is much quicker than simplifying their difference.
-    False leaves it open.
+    The comparison is relative: 1e-20 and 2e-20 differ. Most wrong answers do, and this
+    is much quicker than simplifying their difference. False leaves it open. Tuples,
+    intervals, sets and matrices differ where their parts do.
     """
-    from sympy import Expr, Rational, Symbol
+    from sympy import Expr, FiniteSet, Interval, MatrixBase, Symbol, Tuple
 
+    if isinstance(left, Interval) and isinstance(right, Interval):
+        left, right = (Tuple(x.start, x.end) for x in (left, right))
+    if isinstance(left, MatrixBase) and isinstance(right, MatrixBase):
+        left, right = Tuple(*left.flat()), Tuple(*right.flat())
+    if isinstance(left, FiniteSet) and isinstance(right, FiniteSet):
+        return any(all(_differ_in_value(x, y) for y in right) for x in left)
+    if isinstance(left, Tuple) and isinstance(right, Tuple):
+        return len(left) == len(right) and any(map(_differ_in_value, left, right))
     pair = (left, right)
     if not all(isinstance(e, Expr) and not isinstance(e, Symbol) for e in pair):
         return False
+    return _differ_at_a_point(left, right)
+
+
+def _differ_at_a_point(left: Any, right: Any) -> bool:
+    from sympy import Rational
+
     names = sorted(left.free_symbols | right.free_symbols, key=str)
     point = {name: Rational(137 + 61 * i, 100) for i, name in enumerate(names)}
     try:
-        a, b = (complex(e.subs(point).evalf(15)) for e in pair)
+        x, y = (e.subs(point) for e in (left, right))
+        a, b = complex(x.evalf(15)), complex(y.evalf(15))
         # A comparison with inf or nan is False.
-        return abs(a - b) > 1e-6 * (1 + abs(a) + abs(b))
+        if abs(a - b) > 1e-6 * (abs(a) + abs(b)) > 1e-90:
+            return True
+        if not abs(a - b) <= 1e-6 * (abs(a) + abs(b)):
+            return False
+        # evalf takes as many digits as the difference needs, up to 100.
+        apart, size = abs((x - y).evalf(15)), abs(x.evalf(15))
+        return bool(apart > size * Rational(1, 10**60))
     except (TypeError, ValueError, ArithmeticError, AttributeError):
         return False  # not a number, or too large: simplification decides
+
+
+def _exact(expression: Any) -> Any:
+    """The expression with rationals for its decimals: these are what they spell."""
+    from sympy import Float, Rational
+
+    try:
+        floats = expression.atoms(Float)
+        return expression.xreplace({x: Rational(str(x)) for x in floats})
+    except (AttributeError, TypeError, ValueError):
+        return expression
 
 
 @functools.cache
@@ -135,18 +174,18 @@ def load_math_verify() -> tuple[
 
     @functools.lru_cache(maxsize=4096)  # a group has one gold and few answers
     def parse_box(body: str) -> list[Any]:
-        number = rational(body)
+        number = exact_value(body)
         if number is not None:  # the grammar takes milliseconds
             return [Rational(number.numerator, number.denominator)]
-        return parse(
+        parsed = parse(
             f"\\boxed{{{body}}}",
             extraction_config=[config],
             fallback_mode="no_fallback",
             parsing_timeout=None,  # type: ignore[arg-type]
         )
+        return [_exact(expression) for expression in parsed]
 
     def equal(gold: list[Any], answer: list[Any]) -> bool:
-        # Floats are compared to 12 decimals: 1.414214 is not the root of 2.
-        return verify(gold, answer, float_rounding=12, timeout_seconds=None)
+        return verify(gold, answer, timeout_seconds=None)
 
     return parse_box, equal

@@ -7,13 +7,16 @@ but `math` calls sympy, which may never return: it runs in the worker processes 
 `pool.VerifierPool`.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from types import MappingProxyType
 
-from grpo_jax.rewards.answers import boxes, final_number, last_boxed, one_number
+from grpo_jax.rewards.answers import boxes, final_number, last_boxed, marked_answer
+from grpo_jax.rewards.latex import read_answer, same_answer
+from grpo_jax.rewards.numbers import MAX_DIGITS, one_number
 from grpo_jax.rewards.symbolic import same_math
 from grpo_jax.rewards.types import Example
 
@@ -21,29 +24,48 @@ TAIL = 20_000  # last characters of a completion that are searched for an answer
 MAX_EXPRESSION = 300  # characters of a countdown answer
 
 
-def exact(example: Example, completion: str) -> float:
-    """1 for the gold answer and nothing else."""
-    return float(completion == example.answer)
+def verbatim(example: Example, completion: str, *, thinking: float = 0.0) -> float:
+    """1 for the gold answer, to the character, and nothing else."""
+    return float(answering(completion, thinking) == example.answer)
 
 
-def gsm8k(example: Example, completion: str) -> float:
+def exact(example: Example, completion: str, *, thinking: float = 0.0) -> float:
+    """1 for the gold answer, white space around it aside, and nothing else."""
+    text = answering(completion, thinking).strip()
+    return float(bool(text) and text == example.answer.strip())
+
+
+def gsm8k(example: Example, completion: str, *, thinking: float = 0.0) -> float:
     """1 where the final number (`final_number`) equals the gold's, as rationals."""
-    gold, number = final_number(example.answer), final_number(completion[-TAIL:])
+    gold = _gold_number(example.answer)
+    number = final_number(answering(completion, thinking)[-TAIL:])
     return float(gold is not None and gold == number)
 
 
-def math(example: Example, completion: str, *, exact: float = 1.0) -> float:
+def math(
+    example: Example, completion: str, *, exact: float = 1.0, thinking: float = 0.0
+) -> float:
     """1 where the last \\boxed{...} is the gold answer, by spelling or by math_verify.
 
     `exact` 0 skips the comparison of spellings: for audits.
     """
-    answer = last_boxed(completion[-TAIL:])
+    answer = last_boxed(answering(completion, thinking)[-TAIL:])
     if not answer or check_gold("math", example.answer):
         return 0.0
-    return float(same_math(example.answer, answer, spelling=bool(exact)))
+    gold = _math_gold(example.answer)
+    return float(same_math(gold, answer, spelling=bool(exact)))
 
 
-def countdown(example: Example, completion: str) -> float:
+def answering(completion: str, thinking: float) -> str:
+    """The part of a completion that may hold its answer: where `thinking`, what follows
+    the last </think>, and nothing where that was never reached."""
+    if not thinking:
+        return completion
+    _, closed, answer = completion.rpartition("</think>")
+    return answer if closed else ""
+
+
+def countdown(example: Example, completion: str, *, thinking: float = 0.0) -> float:
     """1 where the answer reaches the target with each number used exactly once.
 
     The answer is in the last <answer>...</answer>, else the last \\boxed{...}, else the
@@ -51,7 +73,7 @@ def countdown(example: Example, completion: str) -> float:
     (also × ÷ \\times \\cdot \\div) and parentheses are read; "= target" may follow.
     """
     target, numbers = countdown_numbers(example.answer)
-    answer = _countdown_answer(completion[-TAIL:])
+    answer = _countdown_answer(answering(completion, thinking)[-TAIL:])
     if not answer or len(answer) > MAX_EXPRESSION:
         return 0.0
     for old, new in _OPERATORS.items():
@@ -192,6 +214,7 @@ def length_reward(
 VERIFIERS: Mapping[str, Callable[..., float]] = MappingProxyType(
     {
         "exact": exact,
+        "verbatim": verbatim,
         "gsm8k": gsm8k,
         "math": math,
         "countdown": countdown,
@@ -203,15 +226,41 @@ VERIFIERS: Mapping[str, Callable[..., float]] = MappingProxyType(
 )
 
 
+ANSWERS = ("exact", "verbatim", "gsm8k", "math", "countdown")  # compare with the gold
+_EXPECTED = {
+    "gsm8k": "one number, such as 72, -5, 2.5, 1,080, 3/4 or 1 1/2, alone, after "
+    "'####' or in a \\boxed{}",
+    "math": "LaTeX of an answer, such as \\frac{1}{2}, alone or in a \\boxed{}",
+}
+
+
+def _gold_number(answer: str) -> Fraction | None:
+    """The number of a gold: all of it, or what follows its marker."""
+    marked = marked_answer(answer)
+    return one_number(answer if marked is None else marked)
+
+
+def _math_gold(answer: str) -> str:
+    """The LaTeX of a gold, which may still be in its box, or after the ####."""
+    marked = marked_answer(answer)
+    return (answer if marked is None else marked).strip()
+
+
+@functools.lru_cache(maxsize=100_000)
 def check_gold(name: str, answer: str) -> str | None:
-    """The reason why a verifier could never accept this gold answer, or None."""
-    if name == "gsm8k" and final_number(answer) is None:
-        return f"it ends on no number: {answer[-40:]!r}"
+    """The reason why a verifier refuses this gold answer, or None.
+
+    The gold's own text, written as the final answer, must score 1 whatever the form of
+    that answer, and no other number may.
+    """
+    if name not in ANSWERS:
+        return None
+    if name == "gsm8k":
+        return _check_number(answer)
+    if not answer.strip():
+        return "it is empty"
     if name == "math":
-        if not answer.strip():
-            return "it is empty"
-        if last_boxed(f"\\boxed{{{answer}}}") != answer.strip():
-            return f"its braces do not match, or it is too long: {answer[:40]!r}"
+        return _check_latex(_math_gold(answer))
     if name == "countdown":
         try:
             countdown_numbers(answer)
@@ -220,12 +269,50 @@ def check_gold(name: str, answer: str) -> str | None:
     return None
 
 
-def shortened(name: str, completion: str) -> str:
+def refusal(name: str, answer: str) -> str | None:
+    """`check_gold` with the answer and what was expected, for an error."""
+    reason = check_gold(name, answer)
+    if reason is None:
+        return None
+    shown = answer if len(answer) <= 60 else f"{answer[:40]}...{answer[-10:]}"
+    expected = _EXPECTED.get(name, "the text of an answer")
+    return f"{reason}; expected {expected}, got {shown!r}"
+
+
+def _check_number(answer: str) -> str | None:
+    gold = _gold_number(answer)
+    if gold is None:
+        return f"it ends on no number: {answer[-40:]!r}"
+    forms = [f"#### {answer}", f"\\boxed{{{answer}}}", f"The answer is {answer}."]
+    if marked_answer(answer) is None and {final_number(x) for x in forms} != {gold}:
+        return "it can be read in two ways"
+    return None
+
+
+def _check_latex(gold: str) -> str | None:
+    if not gold:
+        return "it is empty"
+    if re.fullmatch(r"[+-]?(nan|inf|infinity)", gold, re.IGNORECASE):
+        return "it is no number"
+    if last_boxed(f"\\boxed{{{gold}}}") != gold:
+        return f"its braces do not match, or it is too long: {gold[:40]!r}"
+    answer = read_answer(gold)
+    if same_answer(answer, answer) is not True:
+        return "nothing of it can be compared"
+    if re.search(rf"[0-9]{{{MAX_DIGITS}}}", gold):
+        return f"it has more than {MAX_DIGITS} digits"
+    return None
+
+
+def shortened(name: str, completion: str, thinking: float = 0.0) -> str:
     """A shorter text with the same verdict, to be sent to a worker.
 
     For `math` the answer alone, for the others that search for an answer the tail; for
     the exact match, the formats and a user's function the full completion.
     """
+    if thinking and name in ANSWERS:
+        answer = answering(completion, thinking)
+        return "</think>" + shortened(name, answer) if answer else ""
     if name == "math":
         answer = last_boxed(completion[-TAIL:])
         return f"\\boxed{{{answer}}}" if answer else ""

@@ -1,5 +1,6 @@
 """Text to padded token arrays, and completions back to text."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -96,25 +97,33 @@ def decode_groups(
     """Texts [P][G] of completions [P, G, T], each up to its final EOS, without it.
 
     Every other token is visible, sampled padding and control tokens included, and an id
-    outside the tokenizer's vocabulary as U+FFFD: a completion that differs from a right
-    one never reads like it.
+    that the tokenizer does not know as U+FFFD in its place: a completion that differs
+    from a right one never reads like it.
 
     Args:
         task: Its tokenizer decodes.
         completions: [P, G, T] int32.
         mask: [P, G, T], 1 on sampled tokens.
     """
-    tokenizer, stop_ids, vocab_size = task.tokenizer, task.stop_ids, len(task.tokenizer)
+    tokenizer, stop_ids = task.tokenizer, task.stop_ids
+    ids = np.unique(completions).tolist()
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    unknown = {i for i, token in zip(ids, tokens, strict=True) if token is None}
 
     def decode(ids: list[int]) -> str:
         if ids and ids[-1] in stop_ids:
             ids.pop()
-        text = tokenizer.decode(
-            [i for i in ids if i < vocab_size],
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
+        known = itertools.groupby(ids, lambda i: i in unknown)
+        return "".join(
+            "\ufffd" * len(list(part))
+            if strange
+            else tokenizer.decode(
+                list(part),
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
+            )
+            for strange, part in known
         )
-        return text + "\ufffd" * sum(i >= vocab_size for i in ids)
 
     lengths = mask.sum(-1)  # [P, G]
     return [

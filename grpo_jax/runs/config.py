@@ -53,6 +53,8 @@ class TaskConfig(Record):
     # NAME=WEIGHT, NAME(option=1)=WEIGHT or module:function=WEIGHT; the first decides
     # what is solved; default: the task's
     rewards: tuple[str, ...] = ()
+    # Answers count after </think> only; default: anywhere, an unfinished thought's too
+    thinking: bool = False
     levels: tuple[int, ...] = ()  # math: 1 to 5; default: all
     subjects: tuple[str, ...] = ()  # math: such as Algebra; default: all
     prompt_field: str | None = None  # jsonl: the field of the question

@@ -3,6 +3,8 @@
 Held-out prompts are never trained on: a prompt in both parts is evaluated only.
 """
 
+import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ import numpy as np
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.spec import parse_reward
 from grpo_jax.rewards.types import Example, Reward
-from grpo_jax.rewards.verifiers import VERIFIERS, check_gold, exact
+from grpo_jax.rewards.verifiers import ANSWERS, refusal, verbatim
 from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.templates import check_template
 from grpo_jax.tasks.tokenizers import (
@@ -21,6 +23,7 @@ from grpo_jax.tasks.tokenizers import (
 )
 from grpo_jax.tasks.types import Task, WarmStart
 
+_BETWEEN_WORDS = re.compile(r"(?<=[a-z]{2}) {2,}(?=[a-z]{2})")
 HELDOUT = 512  # prompts evaluated, where there are that many
 
 
@@ -39,6 +42,7 @@ class TaskRequest(NamedTuple):
     template: str | None = None
     system: str | None = None
     vocab_size: int | None = None
+    thinking: bool = False
 
 
 class SourcedExample(NamedTuple):
@@ -75,6 +79,8 @@ def text_task(
             for than there are, or options that do not go together.
     """
     rewards = tuple(parse_reward(r) for r in request.rewards or [default_reward])
+    if request.thinking:
+        rewards = _after_thinking(rewards)
     check_golds(rewards, [*train, *(heldout or [])])
     parts = _pick_parts(request, train, heldout)
     texts = (t for e in parts.pool for t in (e.prompt, e.solution or e.answer))
@@ -136,7 +142,7 @@ def single_answer_task(
         name=name,
         train=train,
         heldout=heldout,
-        reward=exact,
+        reward=verbatim,
         single_answer=True,
         warm_start=warm_start,
         refine_template=refine_template,
@@ -170,14 +176,28 @@ def check_golds(rewards: Sequence[Reward], rows: Sequence[SourcedExample]) -> No
     gold answer."""
     for row in rows:
         for reward in rewards:
-            if reward.name not in VERIFIERS:
-                continue
-            reason = check_gold(reward.name, row.example.answer)
+            reason = refusal(reward.name, row.example.answer)
             if reason is not None:
                 raise ConfigError(
                     f"{row.where}: no completion could satisfy reward {reward.name}: "
                     f"{reason}; correct the row or remove it."
                 )
+
+
+def _after_thinking(rewards: Sequence[Reward]) -> tuple[Reward, ...]:
+    """The rewards, those that read an answer looking for it after </think> only."""
+    if not any(reward.name in ANSWERS for reward in rewards):
+        raise ConfigError(
+            f"task.thinking is for rewards that read an answer ({', '.join(ANSWERS)}), "
+            f"got {', '.join(reward.name for reward in rewards)}; leave it out."
+        )
+    option = ("thinking", 1.0)
+    return tuple(
+        dataclasses.replace(reward, options=(*reward.options, option))
+        if reward.name in ANSWERS
+        else reward
+        for reward in rewards
+    )
 
 
 class _Language(NamedTuple):
@@ -237,10 +257,12 @@ def _pick_parts(
         train, heldout, count = _split(rng, train, request.heldout_prompts)
         seed = request.seed
         notes.append(f"{count} held-out prompts were split off by task.seed {seed}.")
-    evaluated = {_words(row.example.prompt): row.example for row in heldout}
-    pool = [r.example for r in train if _words(r.example.prompt) not in evaluated]
+    evaluated = {same_prompt(row.example.prompt): row.example for row in heldout}
+    pool = [r.example for r in train if same_prompt(r.example.prompt) not in evaluated]
     if dropped := len(train) - len(pool):
         notes.append(f"{dropped} training rows are held-out prompts and were left out.")
+    if repeated := len(heldout) - len(evaluated):
+        notes.append(f"{repeated} held-out rows repeat a prompt and were left out.")
     trained = pick(rng, pool, request.train_prompts, "train_prompts")
     count = request.heldout_prompts
     if count is None:
@@ -255,7 +277,7 @@ def _split(
     heldout_prompts: int | None,
 ) -> tuple[list[SourcedExample], list[SourcedExample], int]:
     """(training rows, held-out rows, number of held-out prompts)."""
-    prompts = list(dict.fromkeys(_words(row.example.prompt) for row in rows))
+    prompts = list(dict.fromkeys(same_prompt(row.example.prompt) for row in rows))
     count = heldout_prompts or min(HELDOUT, max(1, len(prompts) // 10))
     if count >= len(prompts):
         raise ConfigError(
@@ -265,11 +287,16 @@ def _split(
     chosen = {prompts[i] for i in rng.permutation(len(prompts))[:count]}
     train, heldout = [], []
     for row in rows:
-        part = heldout if _words(row.example.prompt) in chosen else train
+        part = heldout if same_prompt(row.example.prompt) in chosen else train
         part.append(row)
     return train, heldout, count
 
 
-def _words(prompt: str) -> str:
-    """The prompt with single spaces: prompts of the same words are the same."""
-    return " ".join(prompt.split())
+def same_prompt(prompt: str) -> str:
+    """What two prompts have in common that count as one: their text, but for the ends
+    of lines, white space after the last, and blanks between two words.
+
+    Other line breaks and spaces tell grids and programs apart.
+    """
+    lines = prompt.replace("\r\n", "\n").strip("\n").rstrip()
+    return _BETWEEN_WORDS.sub(" ", lines)

@@ -12,7 +12,7 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.answers import last_boxed
 from grpo_jax.rewards.types import Example
 from grpo_jax.tasks.build import SourcedExample, TaskRequest, text_task
-from grpo_jax.tasks.files import Row, read_parts
+from grpo_jax.tasks.files import Row, read_parts, text_of
 from grpo_jax.tasks.types import Task
 
 
@@ -62,14 +62,15 @@ def _examples(rows: Sequence[Row]) -> list[SourcedExample]:
 def _example(row: Row) -> SourcedExample | None:
     """None where the solution's last box is empty."""
     values = row.values
-    answer = values.get("answer")
-    if answer is None:
+    if values.get("answer") is not None:
+        answer = text_of(row, "answer")
+    else:
         answer = last_boxed(values["solution"])
         if answer == "":
             return None
-    if not isinstance(answer, str):
+    if answer is None:
         raise ConfigError(
-            f"{row.where}: there is no answer, neither a field 'answer' with text nor "
+            f"{row.where}: there is no answer, neither a field 'answer' nor "
             "a closed \\boxed at the solution's end; correct the row or remove it."
         )
     level = str(values.get("level", "?")).removeprefix("Level").strip()

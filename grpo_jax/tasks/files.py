@@ -1,110 +1,22 @@
-"""Reading a task's data, from a path or by name, with errors that name the row."""
+"""Reading a task's data, from a path or by name."""
 
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.rewards.rows import (
+    Row,
+    check_fields,
+    in_own_precision,
+    read_rows,
+    text_of,
+)
+
+__all__ = ["Row", "read_parts", "read_rows", "text_of"]
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:config
-
-
-class Row(NamedTuple):
-    """A row of a data file or data set."""
-
-    where: str  # "rows.jsonl, line 3"
-    values: dict[str, Any]
-
-
-def read_rows(path: Path, fields: Sequence[str] = ()) -> list[Row]:
-    """Reads the objects of a .jsonl, .json (an array) or .parquet file.
-
-    Args:
-        path: The file; an unknown ending is read as .jsonl.
-        fields: Text fields that each row must have.
-
-    Raises:
-        ConfigError: the file cannot be read, is empty, or a row is not such an object
-            (its number and what was expected are named).
-    """
-    readers = {".json": _read_array, ".parquet": _read_parquet}
-    try:
-        objects = readers.get(path.suffix, _read_lines)(path, fields)
-        rows = [Row(f"{path}, {place}", values) for place, values in objects]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the data file {path}: {error}.") from error
-    if not rows:
-        raise ConfigError(
-            f"the data file {path} is empty; {_expected(fields)} in each row."
-        )
-    for row in rows:
-        _check(row, fields)
-    return rows
-
-
-_Objects = Iterable[tuple[str, Any]]  # place in the file, such as "line 3", and value
-
-
-def _read_lines(path: Path, fields: Sequence[str]) -> _Objects:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"{path}, line {number}: not JSON ({error.msg}); "
-                    f"{_expected(fields)}."
-                ) from error
-
-
-def _read_array(path: Path, fields: Sequence[str]) -> _Objects:
-    del fields
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}); expected an array."
-        ) from error
-    if not isinstance(values, list):
-        raise ConfigError(
-            f"{path} must be a JSON array, got {type(values).__name__}; "
-            "name a file of one object a line .jsonl."
-        )
-    return ((f"row {i}", value) for i, value in enumerate(values, 1))
-
-
-def _read_parquet(path: Path, fields: Sequence[str]) -> _Objects:
-    del fields
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        values = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"cannot read the data file {path}: {error}.") from error
-    return ((f"row {i}", value) for i, value in enumerate(values, 1))
-
-
-def _expected(fields: Sequence[str]) -> str:
-    """What a row must be, in words."""
-    named = f" with text fields {', '.join(fields)}" if fields else ""
-    return f"expected a JSON object{named}"
-
-
-def _check(row: Row, fields: Sequence[str]) -> None:
-    """Raises ConfigError unless the row is an object with those fields as text."""
-    where, values = row
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: {_expected(fields)}.")
-    for field in fields:
-        if not isinstance(values.get(field), str):
-            actual = repr(values[field]) if field in values else "missing"
-            raise ConfigError(
-                f"{where}: field {field!r} is {actual}; {_expected(fields)}."
-            )
 
 
 def read_parts(
@@ -167,7 +79,10 @@ def _from_hub(
         dataset, *config = hub_name
         data = load_dataset(dataset, next(iter(config), None))
         names = [n for n in ("train", "test") if n == "train" or (test and n in data)]
-        parts = [data[part].to_list() for part in names]
+        parts = [
+            in_own_precision(data[part].to_list(), data[part].features.arrow_schema)
+            for part in names
+        ]
     except Exception as error:  # datasets raises a dozen types for a missing data set
         reason = (str(error).splitlines() or [""])[0][:120]
         raise ConfigError(
@@ -179,5 +94,5 @@ def _from_hub(
         for part in parts
     ]
     for row in (row for part in rows for row in part):
-        _check(row, fields)
+        check_fields(row, fields)
     return rows

@@ -12,6 +12,7 @@ from grpo_jax.tasks.build import SourcedExample, TaskRequest, text_task
 from grpo_jax.tasks.files import Row, read_parts
 from grpo_jax.tasks.types import Task
 
+_THOUSANDS = re.compile(r"-?\$?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?")
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
@@ -41,7 +42,9 @@ def _example(row: Row) -> SourcedExample:
             f"{row.where}: field 'answer' has no '#### number' at its end; correct the "
             "row or remove it."
         )
-    number = number.strip().replace(",", "")
+    number = number.strip()
+    if _THOUSANDS.fullmatch(number):
+        number = number.replace(",", "")
     worked = _ANNOTATION.sub("", worked).rstrip()
     solution = f"{worked}\n#### {number}".lstrip()
     return SourcedExample(row.where, Example(question, number, solution))

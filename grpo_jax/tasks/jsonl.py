@@ -6,10 +6,9 @@ which of their fields are used.
 
 from collections.abc import Sequence
 
-from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example
 from grpo_jax.tasks.build import SourcedExample, TaskRequest, text_task
-from grpo_jax.tasks.files import Row, read_parts
+from grpo_jax.tasks.files import Row, read_parts, text_of
 from grpo_jax.tasks.types import Task
 
 
@@ -36,12 +35,10 @@ def make_jsonl(
     prompt_field, answer_field = prompt_field or "prompt", answer_field or "answer"
 
     def example(row: Row) -> SourcedExample:
-        for name in (answer_field, *tag_fields):
-            _check_scalar(row, name)
         values = row.values
         solution = values[solution_field] if solution_field else ""
-        tags = tuple((name, str(values[name])) for name in tag_fields)
-        prompt, answer = values[prompt_field], str(values[answer_field])
+        tags = tuple((name, text_of(row, name)) for name in tag_fields)
+        prompt, answer = values[prompt_field], text_of(row, answer_field)
         return SourcedExample(row.where, Example(prompt, answer, solution, tags))
 
     fields = [prompt_field, *([solution_field] if solution_field else [])]
@@ -53,13 +50,3 @@ def make_jsonl(
         heldout=None if heldout is None else [example(row) for row in heldout],
         default_reward="exact",
     )
-
-
-def _check_scalar(row: Row, field: str) -> None:
-    """ConfigError unless the field is text or a number."""
-    value = row.values.get(field)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        actual = repr(row.values[field]) if field in row.values else "missing"
-        raise ConfigError(
-            f"{row.where}: field {field!r} is {actual}; expected text or a number."
-        )

@@ -14,7 +14,7 @@ from grpo_jax.tasks.gsm8k_expressions import make_gsm8k_expressions
 from grpo_jax.tasks.jsonl import make_jsonl
 from grpo_jax.tasks.types import Task
 
-_FILES = ("path", "heldout_path", "rewards", "vocab_size")
+_FILES = ("path", "heldout_path", "rewards", "vocab_size", "thinking")
 
 
 class _Maker(NamedTuple):
@@ -29,7 +29,7 @@ class _Maker(NamedTuple):
 _MAKERS: Mapping[str, _Maker] = MappingProxyType(
     {
         "chains": _Maker(make_chains),
-        "countdown": _Maker(make_countdown, ("rewards", "vocab_size")),
+        "countdown": _Maker(make_countdown, ("rewards", "vocab_size", "thinking")),
         "gsm8k": _Maker(make_gsm8k, _FILES),
         "gsm8k-expressions": _Maker(make_gsm8k_expressions, ("path",)),
         "jsonl": _Maker(
@@ -62,6 +62,7 @@ def load_task(
     solution_field: str | None = None,
     tag_fields: Sequence[str] = (),
     vocab_size: int | None = None,
+    thinking: bool = False,
 ) -> Task:
     """Makes a task by its name.
 
@@ -84,6 +85,8 @@ def load_task(
         prompt_field, answer_field, solution_field, tag_fields: Fields of a jsonl
             task's rows.
         vocab_size: Size of a tokenizer trained for the task.
+        thinking: Only what follows </think> is read as an answer. False reads the whole
+            completion, unfinished thoughts included.
 
     Raises:
         ConfigError: an unknown task, an option that it does not honour, or data that
@@ -95,7 +98,7 @@ def load_task(
         path=path, heldout_path=heldout_path, rewards=tuple(rewards),
         levels=tuple(levels), subjects=tuple(subjects), prompt_field=prompt_field,
         answer_field=answer_field, solution_field=solution_field,
-        tag_fields=tuple(tag_fields), vocab_size=vocab_size,
+        tag_fields=tuple(tag_fields), vocab_size=vocab_size, thinking=thinking or None,
     )  # fmt: skip
     given = {key: value for key, value in options.items() if value not in (None, ())}
     _check_honoured(name, given)

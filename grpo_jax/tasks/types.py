@@ -1,12 +1,14 @@
 """What a task is: prompts with answers, a tokenizer, and a reward."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example, Reward
+from grpo_jax.rewards.verifiers import ANSWERS, refusal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,11 @@ class Task:
     refine_template: str = "{prompt}{draft}\n{prompt}"
     note: str = ""
 
+    def __post_init__(self):
+        if not callable(self.reward):
+            for part in ("train", "heldout"):
+                _check_golds(self.reward, getattr(self, part), part)
+
     @property
     def ends(self) -> tuple[int, ...]:
         """Tokens that end a completion, in the order they were given."""
@@ -86,3 +93,21 @@ class Task:
     def imitated(example: Example) -> str:
         """The text to imitate: the worked solution if there is one, else the answer."""
         return example.solution or example.answer
+
+
+def _check_golds(
+    rewards: Sequence[Reward], examples: Sequence[Example], part: str
+) -> None:
+    """ConfigError for a gold answer that a reward by name could never accept."""
+    for i, example in enumerate(examples):
+        for reward in rewards:
+            reason = None
+            if not isinstance(example.answer, str) and reward.name in ANSWERS:
+                reason = f"it must be text, got {example.answer!r}"
+            elif reward.name in ANSWERS:
+                reason = refusal(reward.name, example.answer)
+            if reason is not None:
+                raise ConfigError(
+                    f"{part}[{i}] of the task: reward {reward.name} refuses its gold "
+                    f"answer: {reason}; correct the example or remove it."
+                )

@@ -90,7 +90,7 @@ def test_an_audit_of_gsm8k(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "line 1, must be JSON"), ("[]", "line 1"), ('{"a": 1}', "'answer' or")],
+    [("{", "line 1: not JSON"), ("[]", "line 1"), ('{"a": 1}', "'answer' or")],
 )
 def test_what_is_no_row(tmp_path, line, message):
     (tmp_path / "rows.jsonl").write_text(line)
@@ -99,10 +99,21 @@ def test_what_is_no_row(tmp_path, line, message):
 
 
 def test_what_cannot_be_audited(tmp_path):
-    with pytest.raises(ConfigError, match="must be a readable file"):
+    with pytest.raises(ConfigError, match="cannot read the data file"):
         audit_file(tmp_path / "none.jsonl", "math")
     with pytest.raises(ConfigError, match="unknown verifier to audit 'maths'"):
         audit_file(write(tmp_path / "rows.jsonl", []), "maths")
+
+
+def test_golds_that_are_no_whole_numbers_are_audited(tmp_path):
+    golds = [2.5, "3/4", "-7", "1 1/2", "50%", 1e-7]
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"answer": gold} for gold in golds]), encoding="utf-8-sig"
+    )
+    report = audit_file(tmp_path / "rows.json", "gsm8k", workers=1)
+    assert report.cases == [] and report.counts[ITSELF] == (6, 6)
+    assert report.counts["n.00"] == (1, 1) and report.counts["n.n0"] == (2, 2)
+    assert report.counts[SPOILED] == (6, 0)
 
 
 @needs_data

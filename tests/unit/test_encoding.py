@@ -78,6 +78,13 @@ def test_decode_groups_shows_what_is_not_text(task):
     assert texts[3] == "a" and len(set(texts)) == 4
 
 
+# Ids: 2 is "a", 3 is "b"; 9 and 12 are of no token.
+def test_an_unknown_id_keeps_its_neighbours_apart(task):
+    completions = np.array([[[2, 9, 3, 1], [9, 12, 2, 3], [2, 3, 9, 1]]])
+    (texts,) = decode_groups(task, completions, np.ones_like(completions))
+    assert texts == ["a\ufffdb", "\ufffd\ufffdab", "ab\ufffd"]
+
+
 def test_decoding_undoes_encoding(task):
     examples = [Example("a", "abba"), Example("a", "b")]
     rollouts = answer_rollouts(task, examples, 1, 6)

@@ -386,7 +386,16 @@ def test_verify_is_the_verdict_of_training():
     assert gj.verify("math", "0.5", r"\boxed{\frac{1}{2}}") == 1
     assert gj.verify("math", "0.5", r"\boxed{\frac{1}{2}") == 0
     assert gj.verify("gsm8k", "24", "#### 24.0") == 1
-    assert gj.verify("chains", "5", "5") == 1
+    assert (
+        gj.verify("gsm8k", 24, "#### 24.0")
+        == gj.verify("math", 1e-7, r"\boxed{10^{-7}}")
+        == 1
+    )
+    assert gj.verify("chains", "5", "5") == 1 and gj.verify("chains", "5", "5 ") == 0
+    with pytest.raises(
+        ConfigError, match="gold must be text or a finite number, got n"
+    ):
+        gj.verify("gsm8k", float("nan"), "5")
     assert gj.verify("countdown", "7 from 3 4", "<answer>3+4</answer>") == 1
     with pytest.raises(ConfigError, match="task to verify.*did you mean 'gsm8k'"):
         gj.verify("gsm9k", "", "")

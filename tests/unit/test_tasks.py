@@ -10,7 +10,7 @@ import pytest
 
 from grpo_jax import Example, load_task
 from grpo_jax.errors import ConfigError
-from grpo_jax.rewards.verifiers import exact
+from grpo_jax.rewards.verifiers import verbatim
 from grpo_jax.tasks.files import read_parts, read_rows
 from grpo_jax.tasks.registry import TASKS
 from grpo_jax.tasks.tokenizers import character_tokenizer
@@ -104,9 +104,9 @@ def test_chains_tokenizer_encodes_every_text(chains):
             assert chains.tokenizer.decode(ids) == text
 
 
-def test_exact_match_wants_the_answer_and_nothing_else():
+def test_a_single_answer_is_wanted_to_the_character():
     example = Example("3+4=", "7")
-    scores = [exact(example, x) for x in ("7", "7 ", "17", "", "7,7")]
+    scores = [verbatim(example, x) for x in ("7", "7 ", "17", "", "7,7")]
     assert scores == [1, 0, 0, 0, 0]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from grpo_jax import load_task, next_token_logits
 from grpo_jax.errors import ConfigError
+from grpo_jax.rewards.scoring import score
 from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import VERIFIERS, countdown_numbers
 from grpo_jax.rollouts.encoding import (
@@ -22,6 +23,7 @@ from grpo_jax.rollouts.encoding import (
 )
 from grpo_jax.tasks.registry import TASKS
 from grpo_jax.tasks.tokenizers import character_tokenizer, spellings, train_tokenizer
+from grpo_jax.tasks.types import Task
 from tests.helpers import tiny_policy
 from tests.unit.test_templates import build
 
@@ -73,6 +75,105 @@ def test_a_prompt_in_both_parts_is_evaluated_only(gsm8k):
     task = load_task("gsm8k", path=str(gsm8k))
     assert [e.answer for e in task.train] == ["3"] and len(task.heldout) == 20
     assert "2 training rows are held-out prompts and were left out" in task.note
+
+
+def own(tmp_path, train, test, **options):
+    """Task jsonl on prompts, all with the answer 1."""
+    for name, prompts in (("train", train), ("test", test)):
+        write(tmp_path / f"{name}.jsonl", [dict(prompt=p, answer=1) for p in prompts])
+    return load_task("jsonl", path=str(tmp_path), heldout_prompts=0, **options)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("1 2\n3 4?", "1 2 3 4?"),  # a grid's rows
+        ("1  2?", "1 2?"),
+        ("if a:\n  b", "if a:\n    b"),  # a program's blocks
+        ("a\n\nb?", "a\nb?"),
+        ("  x\nx?", "x\nx?"),
+        ("X X  X", "X  X X"),
+        ("a\tb?", "a b?"),
+    ],
+)
+def test_prompts_that_differ_in_lines_or_spaces_are_different(tmp_path, train, test):
+    task = own(tmp_path, [train, "other?"], [test])
+    assert (len(task.train), len(task.heldout), task.note) == (2, 1, "")
+
+
+@pytest.mark.parametrize("train", ["How many\nare it?\r\n", "How many\r\nare it? "])
+def test_ends_of_lines_and_of_prompts_tell_nothing_apart(tmp_path, train):
+    task = own(tmp_path, [train, "other?"], ["How many\nare it?"])
+    assert len(task.train) == 1 and "1 training rows are held-out" in task.note
+
+
+def test_what_repeats_in_the_heldout_part_is_counted(tmp_path):
+    task = own(tmp_path, ["a?"], ["b?", "b?\n", "c?"])
+    assert len(task.heldout) == 2
+    assert task.note == "1 held-out rows repeat a prompt and were left out."
+
+
+def test_thinking_reads_answers_after_it_only(gsm8k):
+    task = load_task("gsm8k", path=str(gsm8k), thinking=True)
+    assert task.reward == (Reward(name="gsm8k", options=(("thinking", 1.0),)),)
+    task = load_task(
+        "gsm8k", path=str(gsm8k), thinking=True, rewards=("math", "boxed_format=0.1")
+    )
+    assert task.reward == (
+        Reward(name="math", options=(("thinking", 1.0),)),
+        Reward(name="boxed_format", weight=0.1),
+    )
+    example, completions = Example("", "5"), ["<think>\\boxed{5}"]
+    completions += [
+        f"{c}</think> so \\boxed{{{n}}}" for c in completions for n in (5, 6)
+    ]
+    completions += ["\\boxed{5}</think> so 5"]
+    assert score(task.reward[:1], [example], [completions]).rewards.tolist() == [
+        [0, 1, 0, 0]
+    ]
+    plain = (Reward(name="math"),)
+    assert score(plain, [example], [completions]).rewards.tolist() == [[1, 1, 0, 1]]
+    with pytest.raises(ConfigError, match="task.thinking is for rewards that read an"):
+        load_task("gsm8k", path=str(gsm8k), thinking=True, rewards=("boxed_format",))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_files_as_windows_writes_them(tmp_path, encoding, suffix):
+    rows = [{"prompt": f"caf\u00e9 {i}?", "answer": i} for i in range(12)]
+    text = json.dumps(rows, ensure_ascii=False)
+    if suffix == "jsonl":
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(text, encoding=encoding, newline="\r\n")
+    task = load_task("jsonl", path=str(path), heldout_prompts=2)
+    assert {e.prompt for e in task.train + task.heldout} == {r["prompt"] for r in rows}
+
+
+def test_files_joined_end_to_end_keep_their_marks_to_themselves(tmp_path):
+    row = json.dumps({"prompt": "1?", "answer": 1})
+    one = ("\ufeff" + row + "\n").encode()
+    (tmp_path / "rows.jsonl").write_bytes(one + one.replace(b"1?", b"2?"))
+    assert len(load_task("jsonl", path=str(tmp_path / "rows.jsonl")).train) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [("1,5", r"train\[1\] of the task: reward gsm8k .*got '1,5'"), (5, "must be text")],
+)
+def test_golds_of_a_task_made_in_code_are_checked(answer, message):
+    tokenizer = character_tokenizer("ab")
+    train = [Example("a", "1"), Example("b", answer)]
+    for reward in ((Reward(name="boxed_format"),), lambda e, c: 0.0):
+        Task(name="x", train=train, heldout=[], tokenizer=tokenizer, reward=reward)
+    with pytest.raises(ConfigError, match=message):
+        Task(
+            name="x",
+            train=train,
+            heldout=[],
+            tokenizer=tokenizer,
+            reward=(Reward(name="gsm8k"),),
+        )
 
 
 def test_sizes_are_chosen_by_seed(gsm8k):
@@ -157,6 +258,11 @@ def test_math_by_level_and_subject(tmp_path):
         load_task("math", path=path, levels=(6,))
     with pytest.raises(ConfigError, match="task.subjects must be among Alg.*, got Art"):
         load_task("math", path=path, subjects=("Art",))
+    # AIME, AMC: the answer a number.
+    numbers = [problem(7, answer=204, solution="see below"), problem(8, answer=142.0)]
+    file = write(tmp_path / "amc.jsonl", numbers)
+    found = load_task("math", path=path, heldout_path=file).heldout
+    assert [VERIFIERS["math"](e, r"\boxed{142}") for e in found] == [0, 1]
     # MATH-500: the answer in a field, the level a number; kept whatever is trained on.
     row = {"problem": "x?", "solution": "y", "answer": r"\frac{1}{2}", "level": 5}
     row |= {"subject": "Precalculus", "unique_id": "test/1"}
@@ -301,6 +407,7 @@ def test_data_that_is_not_there(path, message):
         ("chains", "rewards", ("exact",)),
         ("chains", "vocab_size", 512),
         ("chains", "heldout_path", "x"),
+        ("chains", "thinking", True),
         ("gsm8k", "levels", (3,)),
         ("gsm8k", "prompt_field", "q"),
         ("math", "solution_field", "q"),

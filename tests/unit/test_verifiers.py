@@ -220,6 +220,65 @@ def test_math_by_sympy(gold, answer, reward):
     assert verdict("math", gold, boxed(answer)) == reward
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "reward"),
+    [
+        ("0.15", r"1.5\times 10^{-1}", 1),
+        ("0.04", "0.2^2", 1),
+        (r"3\cdot 0.2", "0.6", 1),
+        ("0.3", "0.1+0.2", 1),
+        (r"0.1^{20}", "10^{-20}", 1),
+        ("0.15", r"1.6\times 10^{-1}", 0),
+        ("0.333", r"\frac{1}{3}", 0),
+        (r"0.1\overline{6}", r"\frac{1}{6}", 1),
+        ("0.1", "0.10000000000000001", 0),
+        ("10^{-20}", "10^{-21}", 0),
+        (r"10^{-20}\pi", r"2\cdot 10^{-20}\pi", 0),
+        (r"10^{-20}\pi", r"\pi\cdot 10^{-20}", 1),
+        (r"\sqrt{2}", r"\sqrt{2}+10^{-20}", 0),
+        (r"\sqrt{2}", r"\frac{1414213562373095}{10^{15}}", 0),
+        (r"0.3\pi", r"0.1\pi+0.2\pi", 1),
+        ("0.1x+0.2x", "0.3x", 1),
+        ("0.3x", "0.30000000000001x", 0),
+        (r"(10^{-20}\pi, 2)", r"(10^{-21}\pi, 2)", 0),
+        (r"10^{-20}\pi, 2", r"10^{-21}\pi, 2", 0),
+        ("0", r"\sin(\pi)", 1),
+        (r"\pi\cdot 10^{-13}", "0", 0),
+        (r"(0,0.5\pi)", r"(0,\frac{\pi}{2})", 1),
+    ],
+)
+def test_math_compares_decimals_exactly_and_values_relatively(gold, answer, reward):
+    pytest.importorskip("math_verify")
+    assert verdict("math", gold, boxed(answer)) == reward
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "reward"),
+    [
+        (r"\boxed{204}", "204", 1),
+        (r"so $\boxed{\frac{1}{2}}$.", "0.5", 1),
+        ("so 5\n#### 5", "5", 1),
+        (r"\boxed{204}", "205", 0),
+        ("23", "2 3", 0),
+        ("6", "2 3", 0),
+        ("5.5", "1 1/2", 0),
+        ("1,234", "234, 1", 0),
+        ("1234", "1, 234", 0),
+        ("1, 234", "1,234", 0),
+        ("1, 234", "234, 1", 1),
+        ("12:30", "2:5", 0),
+        ("12:30", "0.4", 0),
+        ("12:30", "12:30", 1),
+        ("3:2", "6:4", 1),
+        (r"5\text{ million}", "5", 0),
+        ("5", r"5\text{ million}", 0),
+    ],
+)
+def test_what_a_gold_of_math_says(gold, answer, reward):
+    pytest.importorskip("math_verify")
+    assert verdict("math", gold, boxed(answer)) == reward
+
+
 def test_the_last_box_counts_and_must_be_closed():
     assert verdict("math", "5", r"\boxed{6}, no, \boxed{5}") == 1
     assert verdict("math", "5", r"\boxed{5}, no, \boxed{6}") == 0
@@ -296,7 +355,10 @@ def test_a_countdown_gold_is_read_back():
     ("name", "completion", "reward"),
     [
         ("exact", "5", 1),
-        ("exact", "5 ", 0),
+        ("exact", " 5\n", 1),
+        ("exact", "5 5", 0),
+        ("verbatim", "5", 1),
+        ("verbatim", "5 ", 0),
         ("boxed_format", r"so \boxed{5}", 1),
         ("boxed_format", r"\boxed{5} \boxed{5}", 0),
         ("boxed_format", r"\boxed{5} \boxed{", 0),
@@ -395,7 +457,17 @@ def test_what_is_wrong_with_a_reward(text, message):
         ("math", "1}{2", "braces"),
         ("countdown", "24 from 3 8 8 3", None),
         ("countdown", "24", "24 from"),
-        ("exact", "", None),
+        ("math", r"\boxed{5}", None),
+        ("math", r"\boxed{5", "empty"),
+        ("math", r"\boxed{}", "empty"),
+        ("math", "$", "nothing of it"),
+        ("math", "NaN", "no number"),
+        ("math", "9" * 900, "more than 400 digits"),
+        ("gsm8k", "- 5", "in two ways"),
+        ("exact", "", "empty"),
+        ("verbatim", " ", "empty"),
+        ("boxed_format", "", None),
+        ("my:own", "", None),
     ],
 )
 def test_check_gold(name, gold, reason):

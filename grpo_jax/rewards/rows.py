@@ -1,0 +1,191 @@
+"""Rows of a data file, with errors that name the row."""
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.rewards.spelling import spelled
+
+MOST_DIGITS = 4000  # of an integer that is read as a number; longer ones are text
+
+
+class Row(NamedTuple):
+    """A row of a data file or data set."""
+
+    where: str  # "rows.jsonl, line 3"
+    values: dict[str, Any]
+
+
+def read_rows(path: Path, fields: Sequence[str] = ()) -> list[Row]:
+    """Reads the objects of a .jsonl, .json (an array) or .parquet file.
+
+    Args:
+        path: The file; an unknown ending is read as .jsonl.
+        fields: Text fields that each row must have.
+
+    Raises:
+        ConfigError: the file cannot be read, is empty, or a row is not such an object
+            (its number and what was expected are named).
+    """
+    readers = {".json": _read_array, ".parquet": _read_parquet}
+    try:
+        objects = readers.get(path.suffix, _read_lines)(path, fields)
+        rows = [Row(f"{path}, {place}", values) for place, values in objects]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the data file {path}: {error}.") from error
+    if not rows:
+        raise ConfigError(
+            f"the data file {path} is empty; {_expected(fields)} in each row."
+        )
+    for row in rows:
+        check_fields(row, fields)
+    return rows
+
+
+_Objects = Iterable[tuple[str, Any]]  # place in the file, such as "line 3", and value
+
+
+def _read_lines(path: Path, fields: Sequence[str]) -> _Objects:
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        line = line.lstrip("\ufeff")  # of files joined end to end
+        if line.strip():
+            try:
+                yield f"line {number}", _loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(
+                    f"{path}, line {number}: not JSON ({_reason(error)}); "
+                    f"{_expected(fields)}."
+                ) from error
+
+
+def _read_text(path: Path) -> str:
+    """The file's text in UTF-8, or as its byte order mark says."""
+    data = path.read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig").replace("\r\n", "\n")
+
+
+def _loads(text: str) -> Any:
+    """The JSON value. A number with more digits than Python's own types keep stays a
+    Decimal, or text: a gold answer is what the file says."""
+    return json.loads(text, parse_float=_float, parse_int=_int)
+
+
+def _float(text: str) -> float | Decimal:
+    value, digits = float(text), Decimal(text)
+    return value if Decimal(repr(value)) == digits or value != value else digits
+
+
+def _int(text: str) -> int | str:
+    return int(text) if len(text) <= MOST_DIGITS else text
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return getattr(error, "msg", str(error))
+
+
+def _read_array(path: Path, fields: Sequence[str]) -> _Objects:
+    del fields
+    try:
+        values = _loads(_read_text(path))
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise ConfigError(
+            f"{path}, line {line}: not JSON ({_reason(error)}); expected an array."
+        ) from error
+    if not isinstance(values, list):
+        raise ConfigError(
+            f"{path} must be a JSON array, got {type(values).__name__}; "
+            "name a file of one object a line .jsonl."
+        )
+    return ((f"row {i}", value) for i, value in enumerate(values, 1))
+
+
+def _read_parquet(path: Path, fields: Sequence[str]) -> _Objects:
+    del fields
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"cannot read the data file {path}: {error}.") from error
+    values = in_own_precision(table.to_pylist(), table.schema)
+    return ((f"row {i}", value) for i, value in enumerate(values, 1))
+
+
+def in_own_precision(rows: list[dict[str, Any]], schema: Any) -> list[dict[str, Any]]:
+    """Rows of a pyarrow schema, with float32's 0.1 as 0.1 and not as 0.100000001."""
+    narrow = [field for field in schema if _has_narrow_floats(field.type)]
+    for row in rows:
+        row |= {f.name: _narrowed(row[f.name], f.type) for f in narrow}
+    return rows
+
+
+def _has_narrow_floats(kind: Any) -> bool:
+    import pyarrow.types
+
+    if pyarrow.types.is_floating(kind):
+        return kind.bit_width < 64
+    return any(_has_narrow_floats(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _narrowed(value: Any, kind: Any) -> Any:
+    """A value of a pyarrow type, its floats the shortest of their precision."""
+    import pyarrow.types
+
+    if value is None or not _has_narrow_floats(kind):
+        return value
+    if pyarrow.types.is_struct(kind):
+        return {f.name: _narrowed(value[f.name], f.type) for f in kind}
+    if isinstance(value, list):
+        return [_narrowed(v, kind.value_type) for v in value]
+    if pyarrow.types.is_floating(kind):
+        precision = np.float32 if kind.bit_width == 32 else np.float16
+        return float(str(precision(value)))
+    return value
+
+
+def text_of(row: Row, field: str) -> str:
+    """A field that is text or a number, as text.
+
+    Raises:
+        ConfigError: it is missing or anything else; NaN is no number.
+    """
+    text = spelled(row.values.get(field))
+    if text is None:
+        actual = repr(row.values[field]) if field in row.values else "missing"
+        raise ConfigError(
+            f"{row.where}: field {field!r} is {actual[:200]}; expected text or a "
+            "number that is finite."
+        )
+    return text
+
+
+def _expected(fields: Sequence[str]) -> str:
+    """What a row must be, in words."""
+    named = f" with text fields {', '.join(fields)}" if fields else ""
+    return f"expected a JSON object{named}"
+
+
+def check_fields(row: Row, fields: Sequence[str]) -> None:
+    """Raises ConfigError unless the row is an object with those fields as text."""
+    where, values = row
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: {_expected(fields)}.")
+    for field in fields:
+        if not isinstance(values.get(field), str):
+            actual = repr(values[field]) if field in values else "missing"
+            raise ConfigError(
+                f"{where}: field {field!r} is {actual}; {_expected(fields)}."
+            )
