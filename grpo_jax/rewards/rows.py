@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -13,6 +14,7 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.spelling import spelled
 
 MOST_DIGITS = 4000  # of an integer that is read as a number; longer ones are text
+_SEPARATOR = re.compile(r"[\s,]*")
 
 
 class Row(NamedTuple):
@@ -92,16 +94,29 @@ def _reason(error: ValueError | RecursionError) -> str:
     return getattr(error, "msg", str(error))
 
 
+def _unreadable_row(text: str) -> int:
+    """The first element of an array that cannot be read, from 1."""
+    decoder = json.JSONDecoder(parse_float=_float, parse_int=_int)
+    row, start = 1, text.find("[") + 1
+    while True:
+        start = _SEPARATOR.match(text, start).end()  # type: ignore[union-attr]
+        try:
+            _, start = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            return row
+        row += 1
+
+
 def _read_array(path: Path, fields: Sequence[str]) -> _Objects:
     del fields
+    text = _read_text(path)
     try:
-        values = _loads(_read_text(path))
-    except UnicodeDecodeError:
-        raise
+        values = _loads(text)
     except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
+        line = getattr(error, "lineno", None)
+        place = f"row {_unreadable_row(text)}" if line is None else f"line {line}"
         raise ConfigError(
-            f"{path}, line {line}: not JSON ({_reason(error)}); expected an array."
+            f"{path}, {place}: not JSON ({_reason(error)}); expected an array."
         ) from error
     if not isinstance(values, list):
         raise ConfigError(
