@@ -14,13 +14,14 @@ import numpy as np
 from grpo_jax.commands._arguments import named_run, parse, spelled_out
 from grpo_jax.errors import ConfigError
 from grpo_jax.evaluation.exact import exact_pass_rates
-from grpo_jax.evaluation.figures import summarise, table
+from grpo_jax.evaluation.figures import missing_and_failed, summarise, table
 from grpo_jax.evaluation.sampled import PromptAnswers, answer_prompts
 from grpo_jax.intervals import rate_interval
 from grpo_jax.models.policy import Policy
 from grpo_jax.models.pretrained import load_pretrained
 from grpo_jax.parallel.processes import Processes
 from grpo_jax.rewards.pool import VerifierPool, verifier_pool
+from grpo_jax.rewards.trial import try_rewards
 from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_prompts
@@ -84,13 +85,14 @@ def evaluate(
 
     Returns:
         The output directory, and the content of its eval.json: `figures` of each way
-        to answer (`greedy`, `samples`), made by `summarise`.
+        to answer (`greedy`, `samples`), made by `summarise`, and of each the `checks`
+        that hung or died (`failed`; they score 0) and the `missing_rewards`.
 
     Raises:
         ConfigError: the policy or the task cannot be loaded, or `output` has another
             evaluation.
     """
-    use_compile_cache()
+    use_compile_cache(partial(_warn, say))
     config = eval_settings(config)
     if config.run_dir:
         step = pick_step(Path(config.run_dir), config.step)
@@ -104,7 +106,11 @@ def evaluate(
     _warn_of_trained_prompts(evaluation, say)
     directory = _directory(config, task)
     figures: dict[str, Any] = {}
+    unscored: dict[str, dict[str, int]] = {}
     with verifier_pool(task.reward, config.scoring) as pool:
+        first = evaluation.examples[int(evaluation.indices[0])]
+        warn = partial(_warn, say)
+        try_rewards(task.reward, first, task.imitated(first), pool, warn)
         _claim(directory, evaluation, say)
         for number, decoding in enumerate(_decodings(config)):
             key = jax.random.fold_in(jax.random.key(config.seed), number)
@@ -112,6 +118,8 @@ def evaluate(
             figures[decoding.name] = summarise(
                 answers, evaluation.examples, _pass_at(config)
             )
+            missing, failed = missing_and_failed(answers)
+            unscored[decoding.name] = {"missing_rewards": missing, "failed": failed}
     if task.single_answer:
         figures["exact"] = _exact_figures(evaluation)
     result = {
@@ -121,13 +129,35 @@ def evaluate(
         "prompts": count,
         "max_new_tokens": evaluation.max_new_tokens,
         "config": to_dict(config),
+        "checks": unscored,
         "figures": figures,
     }
     write_json(directory / "eval.json", result)
-    text = "\n\n".join(f"{name}\n{table(f)}" for name, f in figures.items())
+    parts = [f"{name}\n{table(f)}" for name, f in figures.items()]
+    text = "\n\n".join([*parts, *_unscored_text(unscored, config.scoring.timeout_s)])
     (directory / "eval.txt").write_text(text + "\n")
     say(f"\n{text}\n\nwritten to {directory}")
     return directory, result
+
+
+def _warn(say: Callable[[str], None], text: str) -> None:
+    say(f"warning: {text}")
+
+
+def _unscored_text(counts: dict[str, dict[str, int]], timeout_s: float) -> list[str]:
+    """Sentences on the answers of each decoding that could not be judged."""
+    lines = []
+    for name, count in counts.items():
+        if count["failed"]:
+            lines.append(
+                f"{name}: {count['failed']} checks hung or died and scored 0 (the time "
+                f"limit is {timeout_s:g} s, scoring.timeout_s)"
+            )
+        if count["missing_rewards"]:
+            lines.append(
+                f"{name}: {count['missing_rewards']} rewards are missing, left out"
+            )
+    return lines
 
 
 def _prepare(config: EvalConfig, say: Callable[[str], None]) -> _Evaluation:
@@ -221,7 +251,7 @@ def _answers(
         key=key,
         pool=pool,
         processes=Processes(),
-        warn=lambda text: say(f"warning: {text}"),
+        warn=partial(_warn, say),
         indices=[i for i in evaluation.indices if i not in answers],
     )
     lines = JsonLines(file)

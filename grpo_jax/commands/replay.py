@@ -125,8 +125,8 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
     for name, what in (("data", "the task's data"), ("base", "the pretrained model")):
         if facts.get(name, now[name]) != now[name]:
             raise ConfigError(f"cannot replay {run_dir}: {what} changed since it ran.")
-    use_compile_cache()
     mesh, console = make_mesh(config.mesh), Console(config.log.lines_every)
+    use_compile_cache(console.warn)
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
         if moved:
             console.say(
@@ -236,14 +236,12 @@ def _left_out(name: str) -> bool:
 
 
 def _differing(row: dict[str, Any], recorded: dict[str, Any] | None) -> list[str]:
-    """Fields that differ; NaN, written as null, equals NaN."""
-    if recorded is None:
-        return []
+    """Recorded fields that differ; NaN, written as null, equals NaN. A row of an older
+    version lacks fields."""
     return [
         name
-        for name in {**row, **recorded}
-        if not _left_out(name)
-        and (name not in row or name not in recorded or row[name] != recorded[name])
+        for name, value in (recorded or {}).items()
+        if not _left_out(name) and (name not in row or row[name] != value)
     ]
 
 

@@ -50,7 +50,7 @@ def warm_up(
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output must be a new or empty directory, got {output}.")
-    use_compile_cache()
+    use_compile_cache(lambda text: say(f"warning: {text}"))
     task, settings = _task(config, say)
     policy = _policy(config, task)
     check_language(task, policy.config)

@@ -19,6 +19,27 @@ def pass_rate_interval(answered: Sequence[PromptAnswers]) -> tuple[float, float,
     return rate_interval(_rates(answered))
 
 
+def mean_reward_interval(
+    answered: Sequence[PromptAnswers],
+) -> tuple[float, float, float]:
+    """(mean reward, low, high): a 95 % Student interval over prompts of the mean
+    rewards of their samples.
+
+    Missing rewards are left out. The mean of none is NaN, and so are the ends where no
+    two prompts differ: nothing shows how much they could.
+    """
+    present = ([r for r in row.rewards if r is not None] for row in answered)
+    means = [sum(r) / len(r) for r in present if r]
+    mean, low, high = mean_interval(means)
+    return (mean, low, high) if len({*means}) > 1 else (mean, math.nan, math.nan)
+
+
+def missing_and_failed(answered: Sequence[PromptAnswers]) -> tuple[int, int]:
+    """(samples without a reward, checks that hung or died)."""
+    missing = sum(row.rewards.count(None) for row in answered)
+    return missing, sum(row.failed for row in answered)
+
+
 def _verdicts(row: PromptAnswers) -> list[bool]:
     """Whether each sample solved the prompt; missing rewards are left out."""
     return [solved for solved in row.solved if solved is not None]
@@ -52,7 +73,8 @@ def summarise(
     Returns:
         name -> {"all": entry, "level=3": entry, ...}; an entry has `value`, `low`,
         `high` and `prompts`. One sample of each prompt: `pass rate`; k of them:
-        `avg@k` and `pass@j` for j in `pass_at`. `tokens` is the mean length.
+        `avg@k` and `pass@j` for j in `pass_at`. `reward` is the mean reward, `tokens`
+        the mean length.
     """
     groups: dict[str, list[PromptAnswers]] = {"all": list(answered)}
     for row in answered:
@@ -79,6 +101,8 @@ def summarise(
                 verdicts = map(_verdicts, rows)
                 values = [pass_at_k(sum(s), len(s), k) for s in verdicts if len(s) >= k]
                 add(f"pass@{k}", name, rate_interval(values), len(values))
+        rewarded = sum(any(r is not None for r in row.rewards) for row in rows)
+        add("reward", name, mean_reward_interval(rows), rewarded)
         lengths = [float(np.mean(row.tokens)) for row in rows]
         add("tokens", name, mean_interval(lengths), len(rows))
     return figures
@@ -93,10 +117,10 @@ def table(figures: dict[str, Any]) -> str:
         cells = [name, str(next(iter(figures.values()))[name]["prompts"])]
         for figure, entries in figures.items():
             digits = 1 if figure == "tokens" else 3
-            value, low, high = (
-                f"{entries[name][k]:.{digits}f}" for k in ("value", "low", "high")
-            )
-            cells.append(f"{value} [{low}, {high}]")
+            value, low, high = (entries[name][k] for k in ("value", "low", "high"))
+            ends = f" [{low:.{digits}f}, {high:.{digits}f}]"
+            cell = f"{value:.{digits}f}{'' if math.isnan(low) else ends}"
+            cells.append("none" if math.isnan(value) else cell)
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(

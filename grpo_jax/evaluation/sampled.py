@@ -28,6 +28,7 @@ class PromptAnswers(NamedTuple):
     rewards: list[float | None]
     tokens: list[int]
     texts: list[str]
+    failed: int = 0  # checks of all samples that hung or died; each scores 0
 
 
 def answer_prompts(
@@ -59,7 +60,7 @@ def answer_prompts(
         key: PRNG key of all answers.
         pool: Workers of the task's rewards; None where its reward is a function.
         processes: All processes of the run must iterate together.
-        warn: Gets a text for a batch in which rewards are missing.
+        warn: Gets a text for a batch in which rewards are missing, or checks hung.
         indices: Prompts to answer; default: all N.
     """
     ids, mask = prompts
@@ -86,6 +87,8 @@ def answer_prompts(
                 f"evaluation: {len(errors)} rewards missing, left out: "
                 f"{errors[0][:200]}"
             )
+        if failures := scored.scores.failures:
+            warn(f"evaluation: {failures} checks hung or died; they score 0.")
         yield _as_answers(batch, scored)
 
 
@@ -108,6 +111,7 @@ def _as_answers(indices: np.ndarray, scored: ScoredRollouts) -> list[PromptAnswe
             rewards=[float(x) if np.isfinite(x) else None for x in scores.rewards[p]],
             tokens=scored.lengths[p].tolist(),
             texts=scored.texts[p],
+            failed=int(scores.failed[p].sum()),
         )
         for p, index in enumerate(indices)
     ]

@@ -33,7 +33,7 @@ class ProbePrompts:
         indices: [P] of the probe prompts.
         group_size: Samples of each.
         step_samples: Completions of a training step, P * G.
-        warn: Called with a sentence about missing rewards.
+        warn: Called with a sentence about missing rewards, or checks that hung.
     """
 
     def __init__(
@@ -60,7 +60,9 @@ class ProbePrompts:
         count = len(self.indices)
         joined = jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
         scored = self._prompts.score(joined, self.indices)
-        errors = scored.scores.errors
+        errors, failures = scored.scores.errors, scored.scores.failures
         if errors:
             self._warn(f"instrument: {len(errors)} rewards missing: {errors[0][:200]}")
+        if failures:
+            self._warn(f"instrument: {failures} checks hung or died; they score 0.")
         return jax.tree.map(jnp.asarray, scored.rollouts)

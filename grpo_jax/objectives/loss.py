@@ -59,7 +59,8 @@ def per_prompt_losses(
     Returns:
         ([P] float32 losses, metrics): metrics are scalars, means over tokens:
         `ratio/mean`, `ratio/deviation` (of |ratio - 1|), `ratio/clipped`, with a
-        reference `kl/mean` and with entropy `entropy/mean`, both in nats.
+        reference `kl/mean` and with entropy `entropy/mean`, both in nats; NaN where no
+        token belongs to a sample with a reward.
 
     Raises:
         ValueError: shapes do not fit, or an array that the objective needs is missing.
@@ -100,7 +101,7 @@ def per_prompt_losses(
         entropy=entropy,
         token_weights=weights,
     )
-    return surrogate + penalty, metrics
+    return surrogate + penalty, nan_without_tokens(metrics, mask)
 
 
 def policy_loss(objective: Objective, **arrays: Any) -> tuple[jax.Array, dict]:
@@ -246,6 +247,19 @@ def _ratio_metrics(
         "ratio/mean": (token_shares * ratio).sum(),
         "ratio/deviation": (token_shares * jnp.abs(ratio - 1)).sum(),
         "ratio/clipped": (token_shares * (clipped | level.clipped)).sum(),
+    }
+
+
+def nan_without_tokens(
+    metrics: dict[str, jax.Array], mask: jax.Array
+) -> dict[str, jax.Array]:
+    """The metrics, with NaN for means over the tokens of mask [P, G, T] where it has
+    none."""
+    some = (mask > 0).any()
+    means = ("ratio/", "kl/", "entropy/")
+    return {
+        name: jnp.where(some, value, jnp.nan) if name.startswith(means) else value
+        for name, value in metrics.items()
     }
 
 

@@ -44,7 +44,11 @@ class LostProcessError(RuntimeError):
     """Another process of the run ended, or does not answer."""
 
 
-class SharedError(OSError):
+class UnwrittenError(OSError):
+    """A file of the run cannot be written."""
+
+
+class SharedError(UnwrittenError):
     """One process cannot go on; all processes raise this at the same exchange."""
 
 
@@ -169,19 +173,19 @@ class Processes:
         """
         self.exchange(None)
 
-    def is_shared(self, error: OSError) -> bool:
+    def is_shared(self, error: UnwrittenError) -> bool:
         """Whether every process is handling this error now."""
         return self.count == 1 or isinstance(error, SharedError)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Turns an OSError inside into a `failure`, which ends all processes at their
-        next exchange. A single process raises it at once."""
+        next exchange. A single process raises an UnwrittenError at once."""
         try:
             yield
         except OSError as error:
             if self.count == 1:
-                raise
+                raise UnwrittenError(str(error)) from error
             self.failure = str(error)
 
     def on_writer(self, write: Callable[[], object]) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.instrument.rows import THIRDS
-from grpo_jax.report.run_files import RunFiles
+from grpo_jax.instrument.rows import THIRDS, finite_mean
+from grpo_jax.report.run_files import RunFiles, number
 from grpo_jax.report.svg import (
     BLACK,
     BLUE,
@@ -30,6 +30,11 @@ def run_figures(runs: Runs) -> list[Figure]:
         _metric(runs, "Within-prompt std", "group/std_mean", smooth=True),
         _metric(runs, "Informative groups", "group/informative", smooth=True, top=1.0),
         _metric(runs, "Reward", "reward/mean", smooth=True),
+        _metric(
+            [run for run in runs if run.has_other_rewards],
+            "Reward of held-out prompts",
+            "eval/heldout_reward",
+        ),
         *(
             _metric(runs, f"Reward {name.removeprefix(PART)}", name, smooth=True)
             for name in sorted({f for run in runs for row in run.metrics for f in row})
@@ -66,10 +71,10 @@ def _pass_rates(runs: Runs) -> Figure | None:
                 if len(runs) > 1 and style == "-":
                     label = run.name
                 axes.plot(steps, values, style, color=colour, label=label)
-                low, high = (
-                    run.series(f"{prefix}_{end}")[1] for end in ("low", "high")
+                (at, low), (_, high) = (
+                    run.series(f"{prefix}_{end}") for end in ("low", "high")
                 )
-                axes.fill_between(steps, low, high, color=colour, alpha=0.13, lw=0)
+                axes.fill_between(at, low, high, color=colour, alpha=0.13, lw=0)
         axes.set(xlabel="step", ylabel="pass rate", ylim=(0, 1))
 
     caption = (
@@ -151,11 +156,11 @@ def comparison(run: RunFiles) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
-                "norm": f"{np.nanmean(norms[:, k]):.2f}",
-                "cosines": [f"{x:.3f}" for x in np.nanmean(cosines[:, k], 0)],
-                "update": f"{np.nanmean(updates[:, k, 0]):.3f}",
-                "change": [f"{np.nanmean(x):+.4f}" if len(x) else "-" for x in third],
-                "total": f"{np.nanmean(changes[k]):+.4f}",
+                "norm": number(finite_mean(norms[:, k], 0), ".2f"),
+                "cosines": [number(x) for x in finite_mean(cosines[:, k], 0)],
+                "update": number(finite_mean(updates[:, k, 0], 0)),
+                "change": [number(finite_mean(x, 0), "+.4f") for x in third],
+                "total": number(finite_mean(changes[k], 0), "+.4f"),
             }
         )
     return rows
@@ -179,7 +184,7 @@ def _predicted_changes(run: RunFiles, *, named: bool) -> Figure:
         used = [b for b in range(BINS) if (bins == b).any()]
         middle = (edges[:-1] + edges[1:]) / 2
         for k, name in enumerate(run.counterfactuals[0]["weightings"]):
-            values = [np.nanmean(changes[k][bins == b]) for b in used]
+            values = [finite_mean(changes[k][bins == b], 0) for b in used]
             if name == "this run":
                 style = {"color": BLACK, "lw": 3, "alpha": 0.3}
             else:

@@ -14,7 +14,7 @@ from grpo_jax.instrument.rows import ROW_FIELDS
 from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.report.curves import comparison, run_figures
 from grpo_jax.report.instrument_figures import Section, instrument_section
-from grpo_jax.report.run_files import RunFiles, read_run
+from grpo_jax.report.run_files import RunFiles, number, read_run
 from grpo_jax.report.svg import Figure
 from grpo_jax.runs.config_files import differences
 from grpo_jax.runs.fields import FIELDS
@@ -66,6 +66,9 @@ def _render(runs: list[RunFiles]) -> str:
     )
 
 
+_ENDS = ("low", "high")  # of an interval
+
+
 # ---- what the top of the page says of one run
 
 
@@ -87,25 +90,40 @@ def _summary(run: RunFiles) -> dict[str, Any]:
         "mismatch": f"{mismatch.max():.1e}" if len(mismatch) else "none yet",
         "missing": int(run.series("reward/missing")[1].sum()),
         "failed": int(run.series("reward/failed")[1].sum()),
+        "unscored": int(run.series("eval/missing")[1].sum()),
+        "hung": int(run.series("eval/failed")[1].sum()),
         "verdict": _verdict(run),
     }
 
 
 def _pass_rates(run: RunFiles) -> list[tuple[str, str, str]]:
-    """(label, first, last) of trained and held-out prompts, with intervals."""
-    rates = []
-    for name, label in (("train", "trained prompts"), ("heldout", "held-out prompts")):
-        rows = [r for r in run.metrics if f"eval/{name}_pass_rate" in r]
+    """(label, first, last) of pass rates and mean rewards, with intervals."""
+    figures = [
+        (f"{what}, {label}", f"eval/{name}_{field}", f"eval/{name}{stem}")
+        for what, field, stem in (
+            ("pass rate", "pass_rate", ""),
+            ("mean reward", "reward", "_reward"),
+        )
+        if field == "pass_rate" or run.has_other_rewards
+        for name, label in (
+            ("train", "trained prompts"),
+            ("heldout", "held-out prompts"),
+        )
+    ]
+    shown = []
+    for label, field, stem in figures:
+        rows = [row for row in run.metrics if field in row]
         if rows:
-            rates.append((label, _rate(rows[0], name), _rate(rows[-1], name)))
-    return rates
+            first, last = (_rate(row, field, stem) for row in (rows[0], rows[-1]))
+            shown.append((label, first, last))
+    return shown
 
 
-def _rate(row: dict[str, Any], name: str) -> str:
-    return (
-        f"{row[f'eval/{name}_pass_rate']:.3f} "
-        f"[{row[f'eval/{name}_low']:.3f}, {row[f'eval/{name}_high']:.3f}]"
-    )
+def _rate(row: dict[str, Any], field: str, stem: str) -> str:
+    if row[field] is None:
+        return "none"
+    low, high = (number(row.get(f"{stem}_{end}")) for end in _ENDS)
+    return f"{number(row[field])}{'' if '-' in (low, high) else f' [{low}, {high}]'}"
 
 
 def _seconds(run: RunFiles) -> list[tuple[str, str]]:
@@ -128,6 +146,13 @@ def _verdict(run: RunFiles) -> list[str]:
     first, last = rows[0], rows[-1]
     sentences = []
     for name, label in (("train", "trained"), ("heldout", "held-out")):
+        ends = [r.get(f"eval/{name}_{end}") for r in (first, last) for end in _ENDS]
+        if None in ends:
+            sentences.append(
+                f"The pass rate on {label} prompts cannot be compared: an evaluation, "
+                "the first or the last, had no rewards."
+            )
+            continue
         rose = last[f"eval/{name}_low"] > first[f"eval/{name}_high"]
         fell = last[f"eval/{name}_high"] < first[f"eval/{name}_low"]
         change = "rose" if rose else "fell" if fell else "did not change measurably"

@@ -23,10 +23,28 @@ class RunFiles(NamedTuple):
     measurements: list[dict[str, Any]]  # instrument.jsonl
     counterfactuals: list[dict[str, Any]]  # counterfactual.jsonl, finite gradients
 
+    @property
+    def has_other_rewards(self) -> bool:
+        """Whether the mean reward of an evaluation is another figure than the pass rate
+        by the same samples."""
+        return any(
+            row[f"eval/{name}_reward"]
+            != row.get(f"eval/{name}_sampled", row[f"eval/{name}_pass_rate"])
+            for row in self.metrics
+            for name in ("train", "heldout")
+            if f"eval/{name}_reward" in row
+        )
+
     def series(self, field: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps [N], values [N]) of a metric, where it was written and finite."""
         rows = [(r["step"], r[field]) for r in self.metrics if r.get(field) is not None]
         return np.asarray([r[0] for r in rows]), np.asarray([r[1] for r in rows], float)
+
+
+def number(value: Any, pattern: str = ".3f") -> str:
+    """The number, or "-" in place of None and NaN."""
+    missing = value is None or not np.isfinite(value)
+    return "-" if missing else format(value, pattern)
 
 
 def read_run(directory: Path) -> RunFiles:

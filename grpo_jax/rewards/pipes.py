@@ -7,18 +7,33 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 START_LIMIT = 120.0  # seconds for a worker's imports
+
+# Environment variables of every worker, where it is not given others.
+OF_WORKERS = {
+    "PYTHONHASHSEED": "0",  # sympy orders some terms by hash
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JAX_PLATFORMS": "cpu",  # the accelerator belongs to the trainer
+}
 
 Key = tuple[Any, ...]  # of a check: equal keys have equal outcomes
 Message = dict[str, Any]  # JSON
 
 
 class WorkerProcess:
-    """A worker process and the state of its pipes."""
+    """A worker process and the state of its pipes.
 
-    def __init__(self, setup: Message):
+    Args:
+        setup: Names of the rewards and limits, sent as the first line.
+        variables: Environment variables that it gets beside those that it needs.
+    """
+
+    def __init__(self, setup: Message, variables: Mapping[str, str]):
         users = any(":" in name for name in setup["names"])
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "grpo_jax.rewards.worker"],
@@ -27,7 +42,7 @@ class WorkerProcess:
             stderr=subprocess.DEVNULL,
             bufsize=0,
             cwd=None if users else "/",
-            env=_environment(users),
+            env=_environment(users, variables),
             start_new_session=True,  # a process group of its own, without Ctrl-C
         )
         assert self.process.stdin and self.process.stdout
@@ -102,22 +117,19 @@ class WorkerProcess:
             self.process.wait(5.0)
 
 
-def _environment(users: bool) -> dict[str, str]:
-    """A worker's environment variables; more where it imports a user's module."""
+def _environment(users: bool, variables: Mapping[str, str]) -> dict[str, str]:
+    """A worker's environment variables; more where it imports a user's module, and
+    those given."""
     keep = ["LANG", "LC_ALL", "LD_LIBRARY_PATH"]
     if users:
         keep += ["PATH", "HOME", "TMPDIR", "VIRTUAL_ENV"]
     paths = [os.path.abspath(path) for path in sys.path]  # "" is the working directory
     if users:
         paths.append(os.getcwd())
-    return {name: os.environ[name] for name in keep if name in os.environ} | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONHASHSEED": "0",  # sympy orders some terms by hash
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "JAX_PLATFORMS": "cpu",  # the accelerator belongs to the trainer
-    }
+    kept = {name: os.environ[name] for name in keep if name in os.environ}
+    # sys.path has the entries of this process's PYTHONPATH already.
+    path = {"PYTHONPATH": os.pathsep.join(paths)}
+    return {**kept, **OF_WORKERS, **variables, **path}
 
 
 def _line(message: Message) -> bytes:

@@ -6,8 +6,8 @@ deadline; one that hangs or dies costs its sample the reward (0, and it is count
 replaced while the other workers go on, and never ends the run.
 
 The workers are started as `python -m grpo_jax.rewards.worker`, since a process that
-holds an accelerator must not be forked. They get a few environment variables only, and
-end with their parent, however it ends.
+holds an accelerator must not be forked. They get a few environment variables, with
+those that are named, and end with their parent, however it ends.
 """
 
 import collections
@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.rewards.pipes import Key, Message, WorkerProcess
+from grpo_jax.rewards.pipes import OF_WORKERS, Key, Message, WorkerProcess
 from grpo_jax.rewards.spec import check_reward
 from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import shortened
@@ -50,6 +50,7 @@ class Outcome(NamedTuple):
     value: float
     error: str | None = None  # why a user's reward is missing; `value` is NaN then
     failed: bool = False  # the check hung or its worker died; `value` is 0 then
+    raised: bool = False  # `error` is that of an exception
 
 
 _Answers = dict[Key, Outcome]
@@ -64,9 +65,12 @@ class VerifierPool:
         workers: Processes; one core each is enough.
         timeout: Seconds a single check may take.
         memory_gib: Address space of a worker (Linux).
+        environment: Names of this process's environment variables that the workers get
+            beside the few that they need; None: all of them.
 
     Raises:
-        ConfigError: an unknown reward, or a user's module that cannot be imported.
+        ConfigError: an unknown reward, a user's module that cannot be imported, or an
+            environment variable that is not set.
 
     A user's "module:function" is imported in the workers, with this process's sys.path
     and working directory; its prints are dropped. A function that leaves its process
@@ -80,6 +84,7 @@ class VerifierPool:
         workers: int = 2,
         timeout: float = 3.0,
         memory_gib: float = 2.0,
+        environment: Sequence[str] | None = (),
     ):
         for name, value in (
             ("workers", workers),
@@ -96,6 +101,7 @@ class VerifierPool:
             "names": sorted({reward.name for reward in rewards}),
             "memory_gib": memory_gib,
         }
+        self._variables = _variables(environment)
         self._verdicts: _Answers = {}
         self._lock = threading.Lock()
         self._bad_starts, self._next_start = 0, 0.0
@@ -126,8 +132,9 @@ class VerifierPool:
         """Process ids of the workers, each the leader of its group."""
         return [worker.process.pid for worker in self._workers]
 
-    def run(self, checks: Sequence[Check]) -> list[Outcome]:
-        """The outcome of every check, in order."""
+    def run(self, checks: Sequence[Check], *, trial: bool = False) -> list[Outcome]:
+        """The outcome of every check, in order; a `trial` leaves the global random
+        streams of the workers as they were."""
         if not self._close.alive:
             raise ValueError("the pool must be open to run checks, got a closed one.")
         with self._lock:
@@ -137,7 +144,7 @@ class VerifierPool:
             answers = {k: self._verdicts[k] for k in keys if k in self._verdicts}
             first = {key: i for i, key in reversed([*enumerate(keys)])}
             queue = collections.deque(
-                (key, _message(checks[first[key]], texts[first[key]]))
+                (key, _message(checks[first[key]], texts[first[key]], trial))
                 for key in dict.fromkeys(keys)
                 if key not in answers
             )
@@ -257,7 +264,7 @@ class VerifierPool:
     def _restart(self, number: int) -> None:
         """Starts workers until there are `number`."""
         while len(self._workers) < number and time.monotonic() >= self._next_start:
-            worker = WorkerProcess(self._setup)
+            worker = WorkerProcess(self._setup, self._variables)
             self._workers.append(worker)
             self._selector.register(worker.replies, selectors.EVENT_READ, worker)
 
@@ -274,6 +281,9 @@ class PoolLimits(Protocol):
     @property
     def memory_gib(self) -> float: ...
 
+    @property
+    def environment(self) -> Sequence[str]: ...
+
 
 @contextlib.contextmanager
 def verifier_pool(
@@ -289,8 +299,22 @@ def verifier_pool(
         workers=limits.workers,
         timeout=limits.timeout_s,
         memory_gib=limits.memory_gib,
+        environment=limits.environment,
     ) as pool:
         yield pool
+
+
+def _variables(names: Sequence[str] | None) -> dict[str, str]:
+    """The environment variables by these names; None: all but those of workers."""
+    if names is None:
+        return {n: value for n, value in os.environ.items() if n not in OF_WORKERS}
+    for name in names:
+        if name not in os.environ:
+            raise ConfigError(
+                f"scoring.environment names the environment variable {name}, which is "
+                f"not set; export {name} first, or leave it out."
+            )
+    return {name: os.environ[name] for name in names}
 
 
 def _close(workers: list[WorkerProcess], selector: selectors.BaseSelector) -> None:
@@ -312,7 +336,7 @@ def _key(i: int, check: Check, text: str) -> Key:
     return (check.reward.name, check.reward.options, gold, text, check.tokens)
 
 
-def _message(check: Check, text: str) -> Message:
+def _message(check: Check, text: str, trial: bool) -> Message:
     options = dict(check.reward.options)
     if check.reward.name == "length":
         if check.tokens is None:
@@ -328,12 +352,14 @@ def _message(check: Check, text: str) -> Message:
         "options": options,
         "example": example,
         "text": text,
+        "trial": trial,
     }
 
 
 def _outcome(reply: Message) -> Outcome:
     if "error" in reply:
-        return Outcome(float("nan"), reply["error"])
+        raised = reply.get("raised", False)
+        return Outcome(float("nan"), reply["error"], raised=raised)
     with np.errstate(over="ignore"):
         value = np.float32(reply["value"])
     if not np.isfinite(value):

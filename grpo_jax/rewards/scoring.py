@@ -25,14 +25,20 @@ class Scores(NamedTuple):
         errors: The reason for each missing reward.
         solved: [P, G] bool, the first reward is 1 or more before its weight.
         parts: Name of each reward -> its values [P, G], where there are several.
-        failures: Checks that hung or whose worker died; they score 0.
+        failed: [P, G] int, the sample's checks that hung or whose worker died; each
+            scores 0.
     """
 
     rewards: np.ndarray
     errors: list[str]
     solved: np.ndarray
     parts: dict[str, np.ndarray]
-    failures: int
+    failed: np.ndarray
+
+    @property
+    def failures(self) -> int:
+        """Checks of all samples that hung or whose worker died."""
+        return int(self.failed.sum())
 
 
 def score(
@@ -42,6 +48,7 @@ def score(
     *,
     tokens: np.ndarray | None = None,
     pool: VerifierPool | None = None,
+    environment: Sequence[str] | None = None,
 ) -> Scores:
     """Rewards of P examples' G completions each.
 
@@ -56,11 +63,14 @@ def score(
         completions: [P][G] texts, without EOS.
         tokens: [P, G] int, lengths of the completions, for the reward "length".
         pool: Workers that can compute the rewards.
+        environment: Environment variables, by name, that the workers of a pool made for
+            this call get; None: all of this process's, as for a function called here.
+            The workers of a run get those that `scoring.environment` names.
     """
     if callable(reward):
         return _score_in_process(reward, examples, completions)
     if pool is None:
-        with VerifierPool(reward) as pool:
+        with VerifierPool(reward, environment=environment) as pool:
             return score(reward, examples, completions, tokens=tokens, pool=pool)
     shape = (len(completions), len(completions[0]))
     counts = [None] * shape[0] * shape[1] if tokens is None else np.ravel(tokens)
@@ -89,18 +99,22 @@ def _weighted_sum(
     with np.errstate(over="ignore"):
         total = np.einsum("r,rpg->pg", weights, values)
     total[~np.isfinite(total)] = np.nan
-    errors = [
-        # One error a sample, whichever of its rewards are missing.
-        next((o.error for o in outcomes[i :: total.size] if o.error), "overflow")
-        for i in np.flatnonzero(np.isnan(total)).tolist()
-    ]
     names = [reward_text(reward) for reward in rewards]
+
+    def error(sample: int) -> str:
+        """That of its first missing reward, by name where there are several."""
+        for name, outcome in zip(names, outcomes[sample :: total.size], strict=True):
+            if outcome.error:
+                return outcome.error if len(names) == 1 else f"{name}: {outcome.error}"
+        return "overflow"
+
+    errors = [error(i) for i in np.flatnonzero(np.isnan(total)).tolist()]
     return Scores(
         rewards=total,
         errors=errors,
         solved=values[0] >= 1,
         parts=dict(zip(names, values, strict=True)) if len(rewards) > 1 else {},
-        failures=sum(outcome.failed for outcome in outcomes),
+        failed=np.reshape([o.failed for o in outcomes], values.shape).sum(0),
     )
 
 
@@ -123,7 +137,8 @@ def _score_in_process(
                 rewards[p, g] = value
             else:
                 errors.append(f"the reward is {value}")
-    return Scores(rewards, errors, solved=rewards >= 1, parts={}, failures=0)
+    failed = np.zeros(rewards.shape, int)
+    return Scores(rewards, errors, solved=rewards >= 1, parts={}, failed=failed)
 
 
 def verify(task: str, gold: str | float, completion: str) -> float:

@@ -5,16 +5,18 @@ load; each further line is a check and gets one line back. The worker sets its o
 limits: it dies with its parent, and writes no core.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib
 import json
 import math
 import os
+import random
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from grpo_jax.rewards.types import Example
@@ -92,17 +94,32 @@ def _answer(
     name = check["name"]
     is_users = ":" in name
     example = _example(check["example"]) if is_users else _gold(check["example"])
+    function, keep = functions[name], check.get("trial", False)
     try:
-        value = float(functions[name](example, check["text"], **check["options"]))
+        with preserved_streams() if keep else contextlib.nullcontext():
+            value = float(function(example, check["text"], **check["options"]))
     except MemoryError:
         os._exit(1)  # what is left of this process cannot be trusted
     except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}"[:500]
         # A verifier fails closed; a user's reward is missing.
-        return {"error": message} if is_users else {"value": 0.0}
+        return {"error": message, "raised": True} if is_users else {"value": 0.0}
     if not math.isfinite(value):  # JSON has no NaN
         return {"error": f"the reward is {value}"}
     return {"value": value}
+
+
+@contextlib.contextmanager
+def preserved_streams() -> Iterator[None]:
+    """Leaves the global streams of `random` and numpy as they were found."""
+    python, arrays = random.getstate(), sys.modules.get("numpy.random")
+    state = None if arrays is None else arrays.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if arrays is not None:
+            arrays.set_state(state)
 
 
 def _gold(example: dict[str, Any]) -> Example:

@@ -109,7 +109,7 @@ def _score_owned(
     indices = np.argwhere(owned)
     if not len(indices):
         missing = np.full(owned.shape, np.nan, np.float32)
-        return Scores(missing, [], owned, {}, 0)
+        return Scores(missing, [], owned, {}, np.zeros(owned.shape, int))
     scores = score(
         task.reward,
         [examples[p] for p, _ in indices],
@@ -126,6 +126,7 @@ def _score_owned(
     return scores._replace(
         rewards=scatter(scores.rewards, np.nan),
         solved=scatter(scores.solved, False),
+        failed=scatter(scores.failed, 0),
         parts={name: scatter(x, np.nan) for name, x in scores.parts.items()},
     )
 
@@ -138,7 +139,7 @@ class _Share(NamedTuple):
     rewards: np.ndarray
     solved: np.ndarray
     parts: dict[str, np.ndarray]
-    failures: int
+    failed: np.ndarray
     error_count: int
     first_error: list[str]  # none or one
 
@@ -150,7 +151,7 @@ class _Share(NamedTuple):
             scores.rewards,
             scores.solved,
             scores.parts,
-            scores.failures,
+            scores.failed,
             len(scores.errors),
             [error[:_ERROR_LENGTH] for error in scores.errors[:1]],
         )
@@ -176,7 +177,7 @@ def _merged(shares: Sequence[_Share]) -> tuple[Scores, np.ndarray]:
             name: merge([share.parts.get(name, missing) for share in shares])
             for name in names
         },
-        failures=sum(share.failures for share in shares),
+        failed=merge([share.failed for share in shares]),
     )
     return scores, merge([share.lengths for share in shares])
 

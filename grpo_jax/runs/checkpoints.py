@@ -6,6 +6,7 @@ for the one before it, with a warning.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -117,7 +118,8 @@ class Checkpoints:
             step: Names the checkpoint.
             state: A NamedTuple of arrays.
             data: JSON, beside it.
-            score: What "best" goes by; None where this step was not evaluated.
+            score: What "best" goes by; None where this step was not evaluated, NaN
+                where the evaluation had no rewards.
         """
         if step == self.saved:
             return
@@ -131,8 +133,9 @@ class Checkpoints:
             data=self._ocp.args.JsonSave(data),
         )
         try:
-            score = float("-inf") if score is None else float(score)
-            self._manager.save(step, args=args, metrics={"score": score})
+            if score is None or not math.isfinite(score):
+                score = float("-inf")
+            self._manager.save(step, args=args, metrics={"score": float(score)})
             self.saved = step
         except Exception as error:  # a full disk must not end a run that still learns
             self._failed(step, error)

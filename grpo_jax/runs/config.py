@@ -5,6 +5,7 @@ Without jax, so that a mistyped flag is answered at once.
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -142,6 +143,9 @@ class ScoringConfig(Record):
     # Of one check; past it the worker is killed, the reward 0
     timeout_s: Positive = 3.0
     memory_gib: Positive = 2.0  # of each worker
+    # Names of environment variables, such as a judge's key, that your reward may read;
+    # the values are kept nowhere
+    environment: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,6 +229,8 @@ class CheckpointConfig(Record):
 
     every: Count = 20  # steps; also at the end and on SIGTERM
     keep: Count = 2  # latest ones kept, besides the best
+    # The figure of held-out prompts that the best one is chosen by
+    best: Literal["pass_rate", "reward"] = "pass_rate"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -358,6 +364,19 @@ def _check(config: "TrainConfig | EvalConfig | WarmupConfig") -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} must be a finite number, got {value}.")
     check_fields(config, error=ConfigError)
+    if not isinstance(config, WarmupConfig):
+        _check_environment(config.scoring.environment)
+
+
+def _check_environment(names: tuple[str, ...]) -> None:
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            # Not the whole text: after the name there may be a secret.
+            raise ConfigError(
+                "scoring.environment takes names of environment variables, got "
+                f"{re.split(r'[^A-Za-z_0-9]', name)[0]!r} and more; export the "
+                "variable, and give its name alone."
+            )
 
 
 def _leaves(record: Any, where: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,8 +15,8 @@ from grpo_jax.runs.config_files import differences, to_dict, with_paths
 # may as long as neither the learning rate nor the weights depend on it. Paths of data
 # and of the pretrained model may change, their fingerprints may not.
 FREE_ON_RESUME = (
-    "run_dir", "resume", "checkpoint.", "log.", "task.path", "task.heldout_path",
-    "pretrained", "scoring.workers", "mesh",
+    "run_dir", "resume", "checkpoint.every", "checkpoint.keep", "log.", "task.path",
+    "task.heldout_path", "pretrained", "scoring.workers", "scoring.environment", "mesh",
 )  # fmt: skip
 
 
@@ -145,8 +145,18 @@ def _default_directory(config: TrainConfig) -> Path:
 
 def _changed(old: dict[str, Any], config: TrainConfig) -> list[str]:
     """Differences from the config that a run began with, as text."""
-    rows = differences(old, to_dict(config))
+    rows = differences(_with_defaults(old, to_dict(TrainConfig())), to_dict(config))
     return [row for row in rows if not row.startswith(("run_dir", "resume"))]
+
+
+def _with_defaults(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A config with defaults in place of fields that it was written before."""
+    filled = {
+        name: _with_defaults(old[name], value)
+        for name, value in defaults.items()
+        if isinstance(value, dict) and isinstance(old.get(name), dict)
+    }
+    return {**defaults, **old, **filled}
 
 
 def read_config_dict(directory: Path) -> dict[str, Any]:

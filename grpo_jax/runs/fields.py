@@ -11,7 +11,8 @@ FIELDS: dict[str, str] = {
     "rewards are computed in worker processes)",
     f"{PART}NAME": "mean of one of several rewards, before it is weighted",
     "group/informative": "fraction of groups whose rewards are not all equal",
-    "group/std_mean": "mean over prompts of the within-prompt std (ddof 0)",
+    "group/std_mean": "mean over prompts that have rewards of the within-prompt std "
+    "(ddof 0)",
     "group/refills": "rounds of sampling to replace tied groups (dynamic sampling)",
     "group/refilled": "tied groups that informative ones replaced",
     "weights/mean": "mean prompt weight (1 / (std + eps) under std-normalisation)",
@@ -53,6 +54,17 @@ FIELDS: dict[str, str] = {
     "eval/heldout_sampled": "share of held-out prompts solved by one sample each",
     "eval/heldout_sampled_low": "lower end of its 95 % interval over prompts",
     "eval/heldout_sampled_high": "upper end of it",
+    "eval/heldout_reward": "mean reward of the held-out prompts' samples, the weighted "
+    "sum where there are several; missing ones left out",
+    "eval/heldout_reward_low": "lower end of its 95 % Student interval over prompts",
+    "eval/heldout_reward_high": "upper end of it",
+    "eval/train_reward": "mean reward of the trained prompts' samples, where they are "
+    "sampled",
+    "eval/train_reward_low": "lower end of its 95 % interval",
+    "eval/train_reward_high": "upper end of it",
+    "eval/missing": "samples of the evaluation without a reward, left out",
+    "eval/failed": "checks of the evaluation that hung or whose worker died; they "
+    "score 0 (only where rewards are computed in worker processes)",
     "phase/label": "I, II or III, by the probe prompts' debiased cosines; unknown "
     "where these hold too little signal",
     "phase/small_fraction": "fraction of pairs of probe prompts with |cos| < 0.1, "

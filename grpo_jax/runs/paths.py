@@ -2,27 +2,59 @@
 
 import functools
 import os
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+from grpo_jax.errors import ConfigError
+
 
 def cache_directory() -> Path:
-    """$GRPO_JAX_CACHE, else grpo_jax in the user's cache directory."""
+    """$GRPO_JAX_CACHE, else grpo_jax in the user's cache directory.
+
+    Raises:
+        ConfigError: there is neither, nor a home directory.
+    """
     if "GRPO_JAX_CACHE" in os.environ:
         return Path(os.environ["GRPO_JAX_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ConfigError(
+            f"there is no directory for caches ({error}); set HOME or GRPO_JAX_CACHE."
+        ) from error
     return Path(base) / "grpo_jax"
 
 
-def use_compile_cache() -> None:
-    """Keeps compiled programs across processes, unless jax has a directory for them."""
+def _print_warning(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def use_compile_cache(warn: Callable[[str], None] = _print_warning) -> None:
+    """Keeps compiled programs across processes, unless jax has a directory for them.
+
+    Args:
+        warn: Called with a sentence where the directory cannot be written; programs are
+            compiled anew in every process then.
+    """
     # jax defines its flags at run time.
     given = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if given is None:
-        directory = str(cache_directory() / "compiled")
-        jax.config.update("jax_compilation_cache_dir", directory)
+        directory = cache_directory() / "compiled"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            warn(
+                f"compiled programs are not kept: {directory} cannot be written "
+                f"({error.strerror}); set GRPO_JAX_CACHE to a directory that can."
+            )
+            return
+        jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

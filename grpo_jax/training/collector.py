@@ -60,6 +60,7 @@ class Collected(NamedTuple):
     owned: np.ndarray  # [P, G] bool, samples that this process scored
     metrics: dict[str, float]
     cost: Cost
+    without_rewards: str | None  # why no sample as first drawn has one, if so
 
     @property
     def rollouts(self) -> Rollouts:
@@ -130,7 +131,7 @@ class Collector:
         indices = sampling.indices
         scored = self._prompts.score(sampled, indices)
         cost = sampling.cost + Cost.of(scored)
-        metrics = _reward_parts(scored.scores)
+        metrics, reason = _reward_parts(scored.scores), self._why_none(scored.scores)
         if self._objective.refills:
             indices, scored, more, refills = self._refill(params, step, indices, scored)
             cost, metrics = cost + more, metrics | refills
@@ -138,7 +139,7 @@ class Collector:
         if self._counts_failures:
             metrics["reward/failed"] = cost.failures
         scored = scored._replace(rollouts=self._trim(scored))
-        return Collected(indices, scored, sampled.owned, metrics, cost)
+        return Collected(indices, scored, sampled.owned, metrics, cost, reason)
 
     def rescore(self, collected: Collected) -> np.ndarray:
         """[P, G] rewards of the same completions, computed once more."""
@@ -229,6 +230,24 @@ class Collector:
         scored = self._prompts.score(fetch_to_host(sampled, all_processes=True), others)
         return others, scored, cost + Cost.of(scored)
 
+    def _why_none(self, scores: Scores) -> str | None:
+        """Why no sample has a reward; None where one has.
+
+        A check that hangs is the completion's fault under a verifier of this package,
+        the function's where all checks of a user's do."""
+        missing, failed = np.isnan(scores.rewards), scores.failed > 0
+        reward = self._prompts.task.reward
+        users = [] if callable(reward) else [r.name for r in reward if ":" in r.name]
+        if not (missing | (failed & bool(users))).all():
+            return None
+        if missing.all():
+            return f"all {missing.size} rewards are missing: {scores.errors[0][:300]}"
+        first = f"; the first error: {scores.errors[0][:300]}" if scores.errors else ""
+        return (
+            f"the checks of all {missing.size} samples hung or died, with the rewards "
+            f"{', '.join(users)}{first}; scoring.timeout_s is the limit of a check"
+        )
+
     def _trim(self, scored: ScoredRollouts) -> Rollouts:
         """Completions cut to the shortest bucket that holds them all."""
         rollouts, longest = scored.rollouts, int(scored.lengths.max())
@@ -241,9 +260,11 @@ class Collector:
 
 
 def _reward_parts(scores: Scores) -> dict[str, float]:
-    """Mean of each reward, where there are several; before any refills."""
+    """Mean of each reward, where there are several; before any refills. NaN where
+    all its values are missing."""
     return {
         f"{PART}{name}": float(np.nanmean(values))
-        for name, values in scores.parts.items()
         if np.isfinite(values).any()
+        else float("nan")
+        for name, values in scores.parts.items()
     }

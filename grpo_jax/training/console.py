@@ -1,5 +1,6 @@
 """Progress of a run: a live bar in a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -12,26 +13,28 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def show(value: float | None, pattern: str = ".3f") -> str:
+    """The number, or "none" in place of None and NaN."""
+    missing = value is None or math.isnan(value)
+    return "none" if missing else format(value, pattern)
+
+
 def step_facts(metrics: dict[str, Any]) -> str:
     """A step's numbers on one line, for the progress bar and for plain lines."""
-
-    def show(name: str, pattern: str) -> str:
-        value = metrics.get(name)
-        return "nan" if value is None else pattern.format(value)
-
+    get = metrics.get
     facts = [
-        f"reward {show('reward/mean', '{:.3f}')}",
-        f"informative {show('group/informative', '{:.0%}')}",
-        f"std {show('group/std_mean', '{:.3f}')}",
+        f"reward {show(get('reward/mean'))}",
+        f"informative {show(get('group/informative'), '.0%')}",
+        f"std {show(get('group/std_mean'))}",
     ]
     if "kl/mean" in metrics:
-        facts.append(f"kl {show('kl/mean', '{:.4f}')}")
+        facts.append(f"kl {show(get('kl/mean'), '.4f')}")
     facts += [
-        f"entropy {show('entropy/sampled', '{:.2f}')}",
-        f"mismatch {show('mismatch/max_abs', '{:.0e}')}",
-        f"sample {show('time/sample_s', '{:.2f}')}s",
-        f"score {show('time/score_s', '{:.2f}')}s",
-        f"update {show('time/update_s', '{:.2f}')}s",
+        f"entropy {show(get('entropy/sampled'), '.2f')}",
+        f"mismatch {show(get('mismatch/max_abs'), '.0e')}",
+        f"sample {show(get('time/sample_s'), '.2f')}s",
+        f"score {show(get('time/score_s'), '.2f')}s",
+        f"update {show(get('time/update_s'), '.2f')}s",
     ]
     if metrics.get("reward/missing"):
         facts.append(f"MISSING REWARDS {metrics['reward/missing']:.0f}")

@@ -1,5 +1,6 @@
 """The jsonl files of a run: written as it goes, complete again after a resume."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from grpo_jax.runs.lines import (
     to_numbers,
 )
 from grpo_jax.training.collector import Collected
-from grpo_jax.training.console import Console
+from grpo_jax.training.console import Console, show
 
 FILES = ("metrics", "samples", "counterfactual", "instrument")
 
@@ -81,7 +82,8 @@ class Journal:
             # step too: its row is written only after the following update, so the
             # probe prompts are measured again.
             last = step - 1 if name == "instrument" else step or -1
-            self._files[name] = self._open(name, last, unwritten.get(name, []))
+            rows = [r for r in unwritten.get(name, []) if r["step"] <= last]
+            self._files[name] = self._open(name, last, rows)
 
     def _open(
         self, name: str, last: int, unwritten: Sequence[dict]
@@ -127,10 +129,7 @@ class Journal:
         if step:
             self._console.step(step, row)
         if "eval/heldout_pass_rate" in row:
-            self._console.say(
-                f"step {step}: pass rate {row['eval/train_pass_rate']:.3f} on trained "
-                f"prompts, {row['eval/heldout_pass_rate']:.3f} on held-out ones"
-            )
+            self._console.say(f"step {step}: {_evaluated(row)}")
 
     def complete(self, step: int, late: dict[str, Any]) -> None:
         """Adds to the newest row what a stop left out of it.
@@ -150,8 +149,9 @@ class Journal:
         rows[-1] |= missing
         with self._processes.writing():
             rewrite(self._path("metrics"), rows)
-        self._files["metrics"].close()
-        self._files["metrics"] = JsonLines(self._path("metrics"))
+            file = JsonLines(self._path("metrics"))  # of the new file
+            self._files["metrics"].close()
+            self._files["metrics"] = file
 
     def samples(
         self,
@@ -209,3 +209,16 @@ class Journal:
     def _line(self, name: str, row: dict[str, Any]) -> None:
         with self._processes.writing():
             self._files[name].write(row)
+
+
+def _evaluated(row: dict[str, Any]) -> str:
+    """The pass rates of a row, and the mean reward where it is another figure."""
+    rate, reward = row["eval/heldout_pass_rate"], row.get("eval/heldout_reward")
+    text = (
+        f"pass rate {show(row['eval/train_pass_rate'])} on trained prompts, "
+        f"{show(rate)} on held-out ones"
+    )
+    sampled = row.get("eval/heldout_sampled", rate)
+    if reward is not None and reward != sampled and not math.isnan(reward):
+        text += f", whose mean reward is {show(reward)}"
+    return text

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo_jax.parallel.processes import UnwrittenError
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.collector import Collected, tied_groups
 from grpo_jax.training.context import RunContext
@@ -102,7 +103,7 @@ class Loop:
             self.journal.flush()
             self._observers.write_measurement()
             processes.synchronise()
-        except OSError as error:
+        except UnwrittenError as error:
             if not processes.is_shared(error):
                 raise  # the others were not told of it; they see this process end
             raise self._saver.save_unwritten(self.state, self.step, error) from error
@@ -121,6 +122,7 @@ class Loop:
             return  # the resumed run makes the step again, identically
         with self._watchdog.phase("scoring"):
             collected = collector.score(self.state.params, self.step, sampling, sampled)
+            self._check_rewards(collected)
             weighed = learner.weigh(self.state, collected.rollouts, collected.indices)
         timer.lap("time/score_s")
         if self.context.processes.stopping:
@@ -142,6 +144,18 @@ class Loop:
         observed = self._observe(collected, compare_times, timer)
         self.journal.keep(self.step, metrics, timer.times | host | observed)
         self._save_if_due(collected.rollouts)
+
+    def _check_rewards(self, collected: Collected) -> None:
+        """Ends the run, with what it has, where no sample of a step got a reward."""
+        reason = collected.without_rewards
+        if reason is None:
+            return
+        log, train = self.context.config.log, self.context.plan.task.train
+        self.journal.samples(self.step + 1, collected, train, log.samples_prompts)
+        self._observers.write_measurement()
+        raise self._saver.save_before(
+            self.state, self.step, f"step {self.step + 1}: {reason}"
+        )
 
     def _observe(
         self, collected: Collected, compare_times: dict[str, float], timer: Stopwatch

@@ -6,8 +6,12 @@ from typing import Any, NamedTuple
 import jax
 
 from grpo_jax.evaluation.exact import exact_pass_rates
-from grpo_jax.evaluation.figures import pass_rate_interval
-from grpo_jax.evaluation.sampled import answer_prompts
+from grpo_jax.evaluation.figures import (
+    mean_reward_interval,
+    missing_and_failed,
+    pass_rate_interval,
+)
+from grpo_jax.evaluation.sampled import PromptAnswers, answer_prompts
 from grpo_jax.intervals import rate_interval
 from grpo_jax.models.policy import Policy
 from grpo_jax.parallel.processes import Processes
@@ -45,7 +49,7 @@ class PassRates:
         micro_batch_tokens: Tokens per forward pass, on each device.
         pool: Worker processes for rewards; None where a Python function scores.
         processes: The processes of the run, which must call `measure` together.
-        warn: Called with a sentence about missing rewards.
+        warn: Called with a sentence about missing rewards, or checks that hung.
 
     Attributes:
         parts: What is evaluated, by its name in PARTS.
@@ -88,20 +92,26 @@ class PassRates:
         """`eval/...` metrics of the parameters after `step` steps."""
         metrics: dict[str, float] = {}
         key = jax.random.fold_in(self._key, step)
-        for name in PARTS:
-            part = self.parts[name]
+        answered: list[PromptAnswers] = []
+        for name, part in self.parts.items():
+            rows: list[PromptAnswers] = []
+            if part.answers is None or name == "heldout":
+                rows = self._sampled(params, part, key)
             if part.answers is None:
-                interval = self._sampled(params, part, key)
+                rate = pass_rate_interval(rows)
             else:
-                interval = self._exact(params, part.answers)
-            metrics |= _with_interval(
-                f"eval/{name}_pass_rate", f"eval/{name}", interval
-            )
-        heldout = self.parts["heldout"]
-        if heldout.answers is not None:
-            name = "eval/heldout_sampled"
-            interval = self._sampled(params, heldout, key)
-            metrics |= _with_interval(name, name, interval)
+                rate = self._exact(params, part.answers)
+            metrics |= _with_interval(f"eval/{name}_pass_rate", f"eval/{name}", rate)
+            if rows and part.answers is not None:
+                stem = f"eval/{name}_sampled"
+                metrics |= _with_interval(stem, stem, pass_rate_interval(rows))
+            if rows:
+                stem = f"eval/{name}_reward"
+                metrics |= _with_interval(stem, stem, mean_reward_interval(rows))
+            answered += rows
+        metrics["eval/missing"], failed = missing_and_failed(answered)
+        if self._pool is not None:
+            metrics["eval/failed"] = failed
         return metrics
 
     def _exact(self, params: Any, answers: Rollouts) -> tuple[float, float, float]:
@@ -112,8 +122,8 @@ class PassRates:
 
     def _sampled(
         self, params: Any, part: EvaluatedPart, key: jax.Array
-    ) -> tuple[float, float, float]:
-        """(share of prompts solved by samples, low, high)."""
+    ) -> list[PromptAnswers]:
+        """Answers to the prompts of a part."""
         batches = answer_prompts(
             self._sample,
             self._policy.replace(params),
@@ -127,7 +137,7 @@ class PassRates:
             processes=self._processes,
             warn=self._warn,
         )
-        return pass_rate_interval([row for rows in batches for row in rows])
+        return [row for rows in batches for row in rows]
 
 
 def _with_interval(

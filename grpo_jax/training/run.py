@@ -11,7 +11,8 @@ from grpo_jax.errors import first_line
 from grpo_jax.parallel.processes import LostProcessError, Processes, exit_at_once, join
 from grpo_jax.parallel.sharding import make_mesh, on_mesh
 from grpo_jax.planning.plan import make_plan
-from grpo_jax.rewards.pool import verifier_pool
+from grpo_jax.rewards.pool import VerifierPool, verifier_pool
+from grpo_jax.rewards.trial import try_rewards
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import TrainConfig
 from grpo_jax.runs.directory import record
@@ -52,6 +53,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
     Raises:
         ConfigError: the run cannot start as configured; no step was made.
         NonFiniteGradientsError: five updates in a row had to be skipped.
+        RewardsFailedError: every sample of a step was left without a reward.
         OSError: a row or the last checkpoint could not be written (a full disk); what
             was computed is in a checkpoint where that could be saved.
         LostProcessError: another process of the run ended; to be resumed.
@@ -79,18 +81,35 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
 def _train(config: TrainConfig, task: Task | None, processes: Processes) -> TrainResult:
     plan = processes.together(lambda: make_plan(config, task))
     mesh = processes.together(lambda: make_mesh(config.mesh))
+    console = Console(config.log.lines_every, process=processes.index)
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
+        processes.together(lambda: _try_rewards(plan.task, pool, console))
         facts = facts_of(config, plan)
         directory = claim_directory(config, facts, processes)
-        use_compile_cache()
-        console = Console(config.log.lines_every, process=processes.index)
+        use_compile_cache(console.warn)
         context = RunContext(config, plan, directory, processes, pool, mesh, console)
         return _run(context, facts)
 
 
+def _try_rewards(task: Task, pool: VerifierPool | None, console: Console) -> None:
+    example = task.train[0]
+    try_rewards(task.reward, example, task.imitated(example), pool, console.alert)
+
+
 def _run(context: RunContext, facts: dict[str, Any]) -> TrainResult:
     """The run, from its headline to its result."""
-    compiles, watchdog = count_compiles(), _watchdog(context)
+    watchdog = _watchdog(context)
+    try:
+        return _run_watched(context, facts, watchdog)
+    finally:
+        watchdog.stop()
+        context.console.stop()
+
+
+def _run_watched(
+    context: RunContext, facts: dict[str, Any], watchdog: Watchdog
+) -> TrainResult:
+    compiles = count_compiles()
     _announce(context)
     policy = starting_policy(context)
     if policy is None:
@@ -119,8 +138,6 @@ def _run(context: RunContext, facts: dict[str, Any]) -> TrainResult:
         try:
             return loop.run()
         finally:
-            watchdog.stop()
-            context.console.stop()
             loop.journal.close()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.parallel.processes import UnwrittenError
 from grpo_jax.parallel.sharding import on_mesh, single_device_mesh
 from grpo_jax.report.page import write_report
 from grpo_jax.rollouts.types import Rollouts
@@ -14,11 +15,17 @@ from grpo_jax.training.journal import Journal
 from grpo_jax.training.state import TrainState
 from grpo_jax.training.watchdog import Watchdog
 
+# checkpoint.best -> the metric that is a checkpoint's score.
+SCORES = {"pass_rate": "eval/heldout_pass_rate", "reward": "eval/heldout_reward"}
 SKIPPED_LIMIT = 5  # non-finite gradients in a row that end a run
 
 
 class NonFiniteGradientsError(RuntimeError):
     """Too many updates in a row had no finite gradient; the batch was saved."""
+
+
+class RewardsFailedError(RuntimeError):
+    """No sample of a step got a reward; the steps before it were saved."""
 
 
 class Saver:
@@ -49,10 +56,10 @@ class Saver:
         Args:
             state: After `step` steps.
             step: Names the checkpoint.
-            row: The row of the step; its held-out pass rate is the checkpoint's score.
+            row: The row of the step, with the score that `checkpoint.best` names.
             more: JSON, kept beside the state.
         """
-        score = row.get("eval/heldout_pass_rate")
+        score = row.get(SCORES[self._context.config.checkpoint.best])
         with self._watchdog.phase("saving"):
             self._checkpoints.save(step, state, {"step": step} | more, score)
 
@@ -61,7 +68,9 @@ class Saver:
         with self._watchdog.phase("saving"):
             self._checkpoints.wait()
 
-    def save_unwritten(self, state: TrainState, step: int, error: OSError) -> OSError:
+    def save_unwritten(
+        self, state: TrainState, step: int, error: OSError
+    ) -> UnwrittenError:
         """The error to raise where a file cannot be written: a full disk, say.
 
         A step whose row of metrics.jsonl is not on disk is saved if possible, with the
@@ -77,13 +86,10 @@ class Saver:
             context.processes.failure = None  # all processes end here anyway
         unwritten = journal.unwritten()
         if step and unwritten["metrics"]:
-            self.save(state, step, {}, unwritten=unwritten)
-        self._checkpoints.wait()
-        newest = self._checkpoints.newest()
-        saved = "nothing is saved" if newest is None else f"step {newest} is saved"
-        return OSError(
-            f"{error}; stopped at step {step}, {saved}. Make room, then continue with "
-            f"--resume --run-dir {context.directory}"
+            self.save(state, step, unwritten["metrics"][-1], unwritten=unwritten)
+        return UnwrittenError(
+            f"{error}; stopped at step {step}, {self._saved()}. Make room, then "
+            f"continue with --resume --run-dir {context.directory}"
         )
 
     def unsaved(self, step: int) -> OSError | None:
@@ -99,21 +105,49 @@ class Saver:
             f"with --resume --run-dir {context.directory}"
         )
 
+    def save_before(self, state: TrainState, step: int, reason: str) -> Exception:
+        """The error to raise where no sample of the next step got a reward.
+
+        Args:
+            state: After `step` steps, which is saved.
+            step: Whose row is the journal's last one.
+            reason: Why there are no rewards, without a full stop.
+        """
+        if step:
+            self.save(state, step, self._journal.last_row)
+        saved = self._saved()
+        self.report(finished=False)
+        return RewardsFailedError(
+            f"{reason}; stopped at step {step}, {saved}. Mend the reward, then "
+            f"continue with --resume --run-dir {self._context.directory}"
+        )
+
+    def _saved(self) -> str:
+        """Which step is on disk, once the save in progress has ended."""
+        self.wait()
+        newest = self._checkpoints.newest()
+        return "no step is saved" if newest is None else f"step {newest} is saved"
+
     def save_rollouts(self, rollouts: Rollouts, step: int) -> NonFiniteGradientsError:
         """The error to raise where updates have no finite gradient; the rollouts
         [P, G, T] of the last one are saved."""
         directory, processes = self._context.directory, self._context.processes
         file = directory / f"nonfinite-step-{step}{processes.file_suffix}.npz"
         arrays: dict[str, Any] = rollouts._asdict()
-        np.savez(file, step=step, **arrays)
-        self._checkpoints.wait()
+        kept = f"Its rollouts are in {file}"
+        try:
+            np.savez(file, step=step, **arrays)
+        except OSError as error:
+            file.unlink(missing_ok=True)
+            kept = f"Its rollouts could not be written ({error})"
+        saved = self._saved()
         self.report(finished=False)
         return NonFiniteGradientsError(
             f"{SKIPPED_LIMIT} updates in a row had a non-finite gradient; stopped at "
-            f"step {step}. Its rollouts are in {file}, the parameters (not touched by "
-            "the skipped updates) in the checkpoint of the same step; `grpo-jax replay "
-            f"{directory} {step}` computes it again. A new run with a lower "
-            "optimizer.learning_rate or a warm-up is the usual cure."
+            f"step {step}, {saved}, with the parameters that the skipped updates left "
+            f"as they were. {kept}; `grpo-jax replay {directory} {step}` computes it "
+            "again. A new run with a lower optimizer.learning_rate or a warm-up is the "
+            "usual cure."
         )
 
     def report(self, finished: bool) -> None:

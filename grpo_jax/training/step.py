@@ -18,6 +18,7 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.aggregation import token_coefficients
 from grpo_jax.objectives.loss import (
     baselined,
+    nan_without_tokens,
     needs_entropy,
     present_mask,
     prompt_terms,
@@ -170,7 +171,8 @@ def make_gradients(
         return constrain_params(grads), jax.lax.stop_gradient(metrics), gap
 
     def gradients(policy: Policy, batch: Batch) -> tuple[Any, Metrics]:
-        parts = _split(batch_terms(objective, batch, max_length), micro)
+        whole = batch_terms(objective, batch, max_length)
+        parts = _split(whole, micro)
         first = jax.tree.map(lambda x: x[0], parts)
         if batch.rollouts.completions.shape[:2] == (micro.prompts, micro.samples):
             grads, metrics, gaps = part_gradients(policy, first)
@@ -183,6 +185,7 @@ def make_gradients(
             shapes = jax.eval_shape(part_gradients, policy, first)[:2]
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (grads, metrics), gaps = jax.lax.scan(add_part, zeros, parts)
+        metrics = nan_without_tokens(metrics, whole.sample.token_shares)
         metrics["mismatch/max_abs"] = gaps.max()
         return grads, metrics
 

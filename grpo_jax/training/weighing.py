@@ -72,7 +72,9 @@ def weigh(
 
 
 def group_metrics(rollouts: Rollouts, weights: jax.Array) -> dict[str, jax.Array]:
-    """Scalar metrics of rewards [P, G], their groups, weights [P] and lengths."""
+    """Scalar metrics of rewards [P, G], their groups, weights [P] and lengths.
+
+    A mean of no rewards is NaN."""
     statistics = group_statistics(rollouts.scored_rewards)
     std, tied = group_std(rollouts.scored_rewards)
     present = statistics.present.sum()
@@ -80,10 +82,10 @@ def group_metrics(rollouts: Rollouts, weights: jax.Array) -> dict[str, jax.Array
     lengths = rollouts.completion_mask.sum(-1)
     informative = ~tied
     return {
-        "reward/mean": total / jnp.maximum(present, 1),
+        "reward/mean": total / present,
         "reward/missing": statistics.present.size - present,
         "group/informative": informative.mean(),
-        "group/std_mean": std.mean(),
+        "group/std_mean": std.sum() / (statistics.count > 0).sum(),
         "weights/mean": weights.mean(),
         "weights/max": weights.max(),
         "completion/length_mean": lengths.mean(),

@@ -4,7 +4,14 @@ import math
 import pytest
 
 from grpo_jax import Example
-from grpo_jax.evaluation.figures import pass_at_k, pass_rate_interval, summarise, table
+from grpo_jax.evaluation.figures import (
+    mean_reward_interval,
+    missing_and_failed,
+    pass_at_k,
+    pass_rate_interval,
+    summarise,
+    table,
+)
 from grpo_jax.evaluation.sampled import PromptAnswers
 
 
@@ -64,10 +71,45 @@ def test_summary_has_every_tag_and_every_k():
     examples = [example(level="1"), example(level="2"), example(level="2")]
     rows = [answered(0, [1, 1]), answered(1, [1, 0]), answered(2, [0, 0])]
     found = summarise(rows, examples, [1, 2])
-    assert list(found) == ["avg@2", "pass@1", "pass@2", "tokens"]
+    assert list(found) == ["avg@2", "pass@1", "pass@2", "reward", "tokens"]
     values = {name: entry["value"] for name, entry in found["pass@2"].items()}
     assert values == {"all": pytest.approx(2 / 3), "level=1": 1.0, "level=2": 0.5}
     assert found["avg@2"]["level=2"]["value"] == 0.25
     assert found["avg@2"]["level=2"]["prompts"] == 2
     lines = table(found).splitlines()
     assert len(lines) == 4 and len({len(line.rstrip()) > 0 for line in lines}) == 1
+
+
+def rewarded(index, rewards, failed=0):
+    """Answers of these rewards, none of which solves its prompt."""
+    solved = [None if r is None else False for r in rewards]
+    count = len(rewards)
+    return PromptAnswers(index, solved, rewards, [3] * count, [""] * count, failed)
+
+
+# By prompt: (2 + 4) / 2 = 3 and 1; the prompt without rewards is left out: mean 2, std
+# sqrt(2), and t = tan(.475 pi) = 12.706 of one degree of freedom: half width t.
+def test_mean_reward_is_over_prompts_that_have_rewards():
+    rows = [rewarded(0, [2.0, 4.0]), rewarded(1, [None, 1.0]), rewarded(2, [None] * 2)]
+    mean, low, high = mean_reward_interval(rows)
+    half = math.tan(0.475 * math.pi)
+    assert (mean, low, high) == pytest.approx((2, 2 - half, 2 + half))
+    entry = summarise(rows, [example()] * 3, [1])["reward"]["all"]
+    assert entry == {"value": 2.0, "low": low, "high": high, "prompts": 2}
+
+
+def test_rewards_that_do_not_differ_have_a_mean_without_an_interval():
+    mean, *ends = mean_reward_interval([rewarded(0, [0.5]), rewarded(1, [0.5])])
+    assert mean == 0.5 and all(math.isnan(x) for x in ends)
+    assert all(math.isnan(x) for x in mean_reward_interval([rewarded(0, [None])]))
+
+
+def test_answers_that_were_not_judged_are_counted():
+    rows = [rewarded(0, [None, 1.0]), rewarded(1, [0.0, 0.0], failed=3)]
+    assert missing_and_failed(rows) == (1, 3)
+    assert missing_and_failed([]) == (0, 0)
+
+
+def test_table_says_none_where_there_is_no_figure():
+    line = table(summarise([rewarded(0, [None])], [example()], [1])).splitlines()[1]
+    assert line.split() == ["all", "0", "none", "none", "3.0", "[3.0,", "3.0]"]

@@ -229,6 +229,14 @@ def test_no_kl_is_reported_without_a_reference():
     assert set(metrics) == {"ratio/mean", "ratio/deviation", "ratio/clipped"}
 
 
+def test_means_over_no_token_are_no_numbers():
+    arrays = batch()
+    arrays["rewards"] = np.full_like(arrays["rewards"], np.nan)
+    loss, metrics = jax.jit(lambda a: policy_loss(OBJECTIVES["grpo"], **a))(arrays)
+    assert loss == 0 and {"kl/mean", "ratio/mean"} <= set(metrics)
+    assert all(np.isnan(value) for value in metrics.values())
+
+
 # With x64 the whole loss is in float64, against the same sums in numpy.
 def test_the_loss_is_exact_in_float64():
     arrays = {name: x.astype(float) for name, x in batch().items()}

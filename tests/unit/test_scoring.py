@@ -12,10 +12,11 @@ import pytest
 import grpo_jax as gj
 from grpo_jax import Example
 from grpo_jax.errors import ConfigError
-from grpo_jax.rewards.pool import VerifierPool
+from grpo_jax.rewards.pool import VerifierPool, verifier_pool
 from grpo_jax.rewards.scoring import score
 from grpo_jax.rewards.types import Reward
 from grpo_jax.rewards.verifiers import exact
+from grpo_jax.runs.config import ScoringConfig
 
 EXAMPLES = [Example("1+1=", "2"), Example("2+1=", "3")]
 
@@ -321,12 +322,17 @@ def test_closing_leaves_no_process_and_no_later_use():
 
 
 def test_an_interrupt_leaves_a_pool_that_answers_right(own, tmp_path):
-    with VerifierPool([MISBEHAVES], workers=1, timeout=30) as pool:
-        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            score((MISBEHAVES,), EXAMPLES[:1], [["hang"]], pool=pool)
-        scores = score((MISBEHAVES,), EXAMPLES[:1], [["fine"]], pool=pool)
+    # In the background of a script SIGINT is ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with VerifierPool([MISBEHAVES], workers=1, timeout=30) as pool:
+            timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                score((MISBEHAVES,), EXAMPLES[:1], [["hang"]], pool=pool)
+            scores = score((MISBEHAVES,), EXAMPLES[:1], [["fine"]], pool=pool)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert scores.rewards.tolist() == [[1]]
 
 
@@ -401,10 +407,51 @@ def test_verify_is_the_verdict_of_training():
         gj.verify("gsm9k", "", "")
 
 
-def test_workers_get_no_secrets(own, tmp_path, monkeypatch):
+PEEKS = Reward(name="peeks:f")
+
+
+@pytest.fixture
+def peeks(own, tmp_path, monkeypatch):
+    """A reward that counts the characters of two variables of this process."""
     (tmp_path / "peeks.py").write_text(
-        "import os\ndef f(e, c): return float(len(os.environ.get('API_KEY', '')))"
+        "import os\n"
+        "def f(e, c):\n"
+        "    return float(sum(len(os.environ.get(n, '')) for n in ('KEY_A', 'KEY_B')))"
     )
-    monkeypatch.setenv("API_KEY", "secret")
-    scores = score((Reward(name="peeks:f"),), EXAMPLES[:1], [["x"]])
-    assert scores.rewards.tolist() == [[0]]
+    monkeypatch.setenv("KEY_A", "secret")
+    monkeypatch.setenv("KEY_B", "1234567890")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [((), 0), (("KEY_A",), 6), (("KEY_A", "KEY_B"), 16)]
+)
+def test_workers_get_the_variables_that_are_named(peeks, names, expected):
+    limits = ScoringConfig(workers=1, environment=names)
+    with verifier_pool([PEEKS], limits) as pool:
+        scores = score([PEEKS], EXAMPLES[:1], [["x"]], pool=pool)
+    assert scores.rewards.tolist() == [[expected]]
+
+
+def test_a_call_without_a_pool_has_the_variables_of_this_process(peeks, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")  # not the workers': they use the CPU
+    assert score([PEEKS], EXAMPLES[:1], [["x"]]).rewards.tolist() == [[16]]
+    scores = score([PEEKS], EXAMPLES[:1], [["x"]], environment=["KEY_B"])
+    assert scores.rewards.tolist() == [[10]]
+
+
+def test_a_variable_that_is_not_set_is_named(peeks, monkeypatch):
+    monkeypatch.delenv("KEY_B")
+    with pytest.raises(ConfigError, match="variable KEY_B, which is not set"):
+        VerifierPool([PEEKS], environment=("KEY_A", "KEY_B"))
+
+
+def test_failures_are_counted_by_sample(own):
+    group, rewards = ["hang", "fine", "exit"], (MISBEHAVES, EXACT)
+    with VerifierPool(rewards, workers=2, timeout=0.5) as pool:
+        scores = score(rewards, EXAMPLES[:1], [group], pool=pool)
+    assert scores.failed.tolist() == [[1, 0, 1]] and scores.failures == 2
+
+
+def test_of_several_rewards_the_one_that_raised_is_named(own):
+    scores = score((EXACT, MISBEHAVES), EXAMPLES[:1], [["raise"]])
+    assert scores.errors == ["own_rewards:misbehaves: KeyError: 'no such thing'"]

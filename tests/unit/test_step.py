@@ -184,6 +184,15 @@ def test_a_batch_without_signal_changes_nothing(stepper):
     chex.assert_trees_all_equal(after.params, state.params)
 
 
+def test_a_batch_without_rewards_has_no_means_over_tokens(stepper):
+    step, state = stepper
+    missing = rollouts()._replace(rewards=np.full((P, G), NAN, np.float32))
+    after, metrics = step(state, weighed(REINFORCE, missing))
+    chex.assert_trees_all_equal(after.params, state.params)
+    none = {name for name, value in metrics.items() if np.isnan(value)}
+    assert none == {"ratio/mean", "ratio/deviation", "ratio/clipped", "entropy/sampled"}
+
+
 def test_a_gradient_that_is_not_finite_is_skipped(stepper):
     step, state = stepper
     spoiled = jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.params)
@@ -330,8 +339,16 @@ def test_part_of_a_batch_is_some_of_its_prompts(index, parts, rows):
     assert part.reference_logprobs is None
 
 
+def test_means_of_no_rewards_are_no_numbers():
+    batch = rollouts()._replace(rewards=np.full((P, G), NAN, np.float32))
+    metrics = jax.jit(group_metrics)(batch, np.zeros(P, np.float32))
+    assert np.isnan(metrics["reward/mean"]) and np.isnan(metrics["group/std_mean"])
+    assert metrics["reward/missing"] == P * G and metrics["group/informative"] == 0
+
+
 # Rewards (1, 0, 0, missing), (1, 1, 1, 1), (missing x 4): 5 solved of 7 present; the
-# first has std sqrt(2) / 3, the others 0; completions of 1, 2, 3 and 0 tokens each.
+# first has std sqrt(2) / 3, the second 0, the third none; completions of 1, 2, 3 and 0
+# tokens each.
 def test_group_metrics():
     batch = Rollouts(
         *[None] * 3,
@@ -344,7 +361,7 @@ def test_group_metrics():
         "reward/mean": 5 / 7,
         "reward/missing": 5,
         "group/informative": 1 / 3,
-        "group/std_mean": 2**0.5 / 9,
+        "group/std_mean": 2**0.5 / 6,
         "weights/mean": 1,
         "weights/max": 2,
         "completion/length_mean": 6 / 4,
