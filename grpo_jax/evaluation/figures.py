@@ -119,7 +119,7 @@ def table(figures: dict[str, Any]) -> str:
             digits = 1 if figure == "tokens" else 3
             value, low, high = (entries[name][k] for k in ("value", "low", "high"))
             ends = f" [{low:.{digits}f}, {high:.{digits}f}]"
-            cell = f"{value:.{digits}f}{'' if math.isnan(low) else ends}"
+            cell = f"{value:.{digits}f}{ends if math.isfinite(low) else ''}"
             cells.append("none" if math.isnan(value) else cell)
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

@@ -165,5 +165,5 @@ def test_no_thread_is_left_where_a_run_cannot_be_restored(tmp_path, monkeypatch)
 
 
 def test_the_figure_of_the_best_checkpoint_is_one_of_two():
-    with pytest.raises(ValueError, match="checkpoint.best must be one of pass_rate, r"):
+    with pytest.raises(ValueError, match="best must be one of pass_rate, reward"):
         dataclasses.replace(TrainConfig(), checkpoint=CheckpointConfig(best="loss"))
