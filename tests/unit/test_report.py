@@ -1,0 +1,90 @@
+"""The report of runs whose figures are missing: words in their place."""
+
+import json
+
+import pytest
+
+from grpo_jax.report.curves import comparison, run_figures
+from grpo_jax.report.page import _pass_rates, _verdict, write_report
+from grpo_jax.report.run_files import number, read_run
+from grpo_jax.runs.config import TrainConfig
+from grpo_jax.runs.config_files import to_dict
+from grpo_jax.runs.directory import versions
+
+RATE = {f"eval/{p}_{x}": 0.5 for p in ("train", "heldout") for x in ("low", "high")}
+RATE |= {f"eval/{p}_pass_rate": 0.5 for p in ("train", "heldout")}
+NONE = dict.fromkeys(RATE)
+REWARD = {
+    "eval/heldout_reward": 1.5,
+    "eval/heldout_reward_low": 1.25,
+    "eval/heldout_reward_high": 1.75,
+}
+
+
+def made_run(directory, *rows, samples=(), counterfactuals=()):
+    """A run directory with these rows of metrics.jsonl, from step 0."""
+    directory.mkdir()
+    facts = {"config": to_dict(TrainConfig()), "versions": versions(), "note": ""}
+    (directory / "config.json").write_text(json.dumps(facts))
+    files = {
+        "metrics": [{"step": i} | row for i, row in enumerate(rows)],
+        "samples": samples,
+        "counterfactual": counterfactuals,
+    }
+    for name, lines in files.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (directory / f"{name}.jsonl").write_text(text)
+    return directory
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_what_is_no_number_is_a_dash(value):
+    assert number(value) == "-" and number(0.25, ".1%") == "25.0%"
+
+
+@pytest.mark.parametrize("rows", [(RATE, NONE), (NONE, RATE), (NONE, NONE)])
+def test_an_evaluation_without_rewards_is_said_to_be_none(tmp_path, rows):
+    run = read_run(made_run(tmp_path / "run", *rows))
+    shown = {label: ends for label, *ends in _pass_rates(run)}
+    expected = ["none" if r is NONE else "0.500 [0.500, 0.500]" for r in rows]
+    assert shown["pass rate, held-out prompts"] == expected
+    assert all("cannot be compared" in sentence for sentence in _verdict(run))
+
+
+def test_a_mean_reward_is_shown_where_it_is_another_figure(tmp_path):
+    run = read_run(made_run(tmp_path / "run", RATE | REWARD, RATE | REWARD))
+    rows = {label: last for label, _, last in _pass_rates(run)}
+    assert rows["mean reward, held-out prompts"] == "1.500 [1.250, 1.750]"
+    assert "Reward of held-out prompts" in [f["title"] for f in run_figures([run])]
+    same = RATE | REWARD | {"eval/heldout_reward": 0.5}
+    run = read_run(made_run(tmp_path / "same", same, same))
+    assert len(_pass_rates(run)) == 2
+    sampled = RATE | REWARD | {"eval/heldout_sampled": 1.5}  # exact rates beside it
+    assert not read_run(made_run(tmp_path / "c", sampled)).has_other_rewards
+
+
+def test_a_page_of_missing_figures_is_written(tmp_path):
+    step = {"reward/mean": None, "group/std_mean": None, "reward/missing": 16}
+    checks = {"eval/missing": 3, "eval/failed": 2}
+    sample = {
+        "step": 1, "prompt": "1+1=", "answer": "2",
+        "completions": ["a", "b"], "rewards": [None, 1.0],
+    }  # fmt: skip
+    rows = [RATE, step | NONE | checks]
+    directory = made_run(tmp_path / "run", *rows, samples=[sample])
+    page = write_report([directory], tmp_path / "report.html").read_text()
+    assert "x1 (no reward)" in page and page.count("(no reward)") == 1
+    assert "rewards missing: 16; in evaluations, rewards missing: 3" in page
+    assert "hung or died: 2" in page and "None" not in page.split("<svg")[0]
+
+
+def test_prompt_weights_of_which_nothing_is_known_are_dashes(tmp_path):
+    row = {
+        "step": 1, "weightings": ["reinforce"], "norm_ratio": [1.0],
+        "cosines": [[None]], "update_cosines": [[None]],
+        "group_mean": [0.1, None], "predicted_change": [[None, 0.5]],
+    }  # fmt: skip
+    directory = made_run(tmp_path / "run", {}, counterfactuals=[row])
+    [line] = comparison(read_run(directory))
+    assert line["norm"] == "1.00" and line["update"] == "-" and line["cosines"] == ["-"]
+    assert line["change"] == ["-", "-", "-"] and line["total"] == "+0.5000"
