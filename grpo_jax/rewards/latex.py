@@ -104,7 +104,7 @@ def read_answer(text: str) -> Answer:
     """Reads an answer, with one spelling for what LaTeX has several for."""
     for old, new in _SYMBOLS.items():
         text = text.replace(old, new)
-    text = re.sub(r"(?<=[0-9]),\\!\s*(?=[0-9]{3})", "", text)  # 20,\!000
+    text = re.sub(r"(?<=[0-9]),\s*\\!\s*(?=[0-9]{3})", "", text)  # 20,\!000
     text = _SPACES.sub(_space, text)
     text = re.sub(r"\\\$|\$|\\[()\[\]](?![0-9])", "", text)
     text = _SIZES.sub("", text)
@@ -181,8 +181,8 @@ def _same_body(gold: str, answer: str) -> bool | None:
     x, y = exact_value(gold), exact_value(answer)
     if x is not None and y is not None:
         return x == y
-    if a == b:  # 1, 234 is a list, 1,234 a number
-        return x is y
+    if a == b:  # 1, 234 is a list, which is no answer to the number 1,234
+        return x is None
     if re.search(r"[0-9]_", a + b):  # a base may be left out, never changed
         return re.sub(r"_.*", "", a) == b and exact_value(b) is not None
     if re.fullmatch(r"\(?[A-Z]\)?", a) and re.fullmatch(r"\(?[A-Z]\)?", b):

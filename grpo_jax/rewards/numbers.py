@@ -37,7 +37,7 @@ _FRACTION = re.compile(
     rf"(?![0-9])|([{''.join(_VULGAR)}])(?![0-9])"
 )
 _WRITINGS = [  # of LaTeX and Markdown
-    (re.compile(r",\\!\s*|\{,\}"), ","),
+    (re.compile(r",\s*\\!\s*|\{,\}"), ","),
     (re.compile(r"\\!"), ""),
     (re.compile(r"\\[,;: ]|(?<=[0-9])~(?=[0-9])"), " "),
     (re.compile(r"\\%"), "%"),
@@ -81,7 +81,7 @@ _DIGIT = re.compile(r"[\d²³¹⁰⁴-⁹₀-₉]")
 def plain_number(text: str) -> Fraction | None:
     """The value of a text that is a number and nothing else, by the grammar above."""
     text = text.translate(_ASCII).strip()
-    sign, text = (-1, text[1:]) if text[:1] == "-" else (1, text.removeprefix("+"))
+    sign, text = (-1 if text[:1] == "-" else 1), re.sub(r"^[+-] *", "", text)
     if mixed := _MIXED.fullmatch(text):
         whole, above, below = (_decimal(part) for part in mixed.groups())
         if whole is None or above is None or below is None or not 0 < above < below:
