@@ -76,7 +76,7 @@ def _rate_text(rows: Rows) -> str:
         return "C is unknown: no two prompts have two rewards each."
     text = "C = 8/3 of the mean sigma so far is "
     if low == high:
-        text += f"{low:.2f} at the last measurement: "
+        text += f"{low:.3f} at the last measurement, by exact pass rates: "
     else:
         text += (
             f"between {low:.2f} and {high:.2f} at the last measurement (95 %, over "

@@ -190,7 +190,10 @@ def test_sentences_follow_the_numbers():
     assert "5 have an interval of the fraction of small cosines wider than 0.5" in phase
     # Exact std 0.12 with 80 % below 0.1 is III, so the two never agree.
     assert "III at 5 of 5 measurements; both agree at 0 of 5 measurements" in phase
-    assert "0.80 at the last measurement: below 1" in rate and "no more" in rate
+    assert (
+        "0.800 at the last measurement, by exact pass rates: below 1" in rate
+        and "no more" in rate
+    )
     assert "of mixed sign at 5 of 5 measurements" in interference
     assert "mean +0.05, std 0.12, 80 % of them below 0.1 in size" in interference
     assert "above 0 at 0 of 5 measurements, below 0 at 0" in interference
