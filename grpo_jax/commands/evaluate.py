@@ -20,14 +20,17 @@ from grpo_jax.intervals import rate_interval
 from grpo_jax.models.policy import Policy
 from grpo_jax.models.pretrained import load_pretrained
 from grpo_jax.parallel.processes import Processes
+from grpo_jax.records import from_dict
 from grpo_jax.rewards.pool import VerifierPool, verifier_pool
 from grpo_jax.rewards.trial import try_rewards
 from grpo_jax.rewards.types import Example
+from grpo_jax.rollouts.asked import asked_facts
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_prompts
 from grpo_jax.rollouts.sampling import sample
 from grpo_jax.runs.config import EvalConfig, TaskConfig
 from grpo_jax.runs.config_files import differences, to_dict
+from grpo_jax.runs.directory import differing_prompts
 from grpo_jax.runs.lines import JsonLines, read_lines, rewrite, write_json
 from grpo_jax.runs.params import params_digest
 from grpo_jax.runs.paths import use_compile_cache
@@ -36,10 +39,12 @@ from grpo_jax.runs.policies import (
     data_fingerprint,
     task_for_run,
     task_of,
+    with_stop_tokens,
 )
 from grpo_jax.runs.recorded import eval_settings, run_config
 from grpo_jax.runs.snapshots import load_policy, pick_step
 from grpo_jax.streams import Stream, host_rng
+from grpo_jax.tasks.ends import named_tokens
 from grpo_jax.tasks.types import Task
 
 # Settings that change no answer and may differ when an evaluation is continued.
@@ -101,8 +106,11 @@ def evaluate(
     task, count = evaluation.task, len(evaluation.indices)
     say(
         f"{evaluation.source} on {count} {config.part} prompts of {task.name}, at most "
-        f"{evaluation.max_new_tokens} tokens an answer"
+        f"{evaluation.max_new_tokens} tokens an answer, which ends at "
+        f"{named_tokens(task.tokenizer, task.ends)}"
     )
+    for warning in task.warnings:
+        say(f"warning: {warning}")
     _warn_of_trained_prompts(evaluation, say)
     directory = _directory(config, task)
     figures: dict[str, Any] = {}
@@ -164,6 +172,7 @@ def _prepare(config: EvalConfig, say: Callable[[str], None]) -> _Evaluation:
     """Loads the policy and encodes the prompts; writes nothing."""
     source, task = _task(config)
     check_language(task)
+    task = _on_its_date(config, with_stop_tokens(task, config.stop_tokens))
     if config.max_prompt_tokens is not None:
         task, left_out = drop_long_prompts(task, config.max_prompt_tokens)
         say(f"left out for their length: {left_out[config.part == 'heldout']} prompts")
@@ -198,6 +207,15 @@ def _task(config: EvalConfig) -> tuple[str, Task]:
         return source, task_for_run(config.task, Path(config.run_dir))
     pretrained = _pretrained(config)
     return pretrained, task_of(config.task, pretrained)
+
+
+def _on_its_date(config: EvalConfig, task: Task) -> Task:
+    """The task on the date of the evaluation that is continued, if one is."""
+    try:
+        facts = json.loads((_directory(config, task) / "config.json").read_text())
+        return dataclasses.replace(task, date=facts["date"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or `_claim` names it
+        return task
 
 
 def _policy(config: EvalConfig) -> Policy:
@@ -325,6 +343,8 @@ def _claim(
     facts = {
         "config": to_dict(evaluation.config),
         "data": data_fingerprint(evaluation.task),
+        "prompts": asked_facts(evaluation.task),
+        "date": evaluation.task.date,
         "policy": params_digest(evaluation.policy.params),
     }
     if file.exists():
@@ -347,10 +367,16 @@ def _changes(file: Path, facts: dict[str, Any]) -> list[str]:
     it."""
     try:
         old = json.loads(file.read_text())
-        rows = differences(old["config"], facts["config"])
+        config = to_dict(
+            from_dict(EvalConfig, old["config"], EvalConfig(pretrained="."))
+        )
+        rows = differences(config, facts["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged ({error}); give --output.") from error
     changed = [row for row in rows if not row.startswith(_FREE)]
+    prompts = differing_prompts(old.get("prompts"), facts["prompts"])
+    if prompts is not None:
+        changed.append(f"the prompts ({prompts})")
     for name, what in (("data", "the task's data"), ("policy", "the policy")):
         if old.get(name) != facts[name]:
             changed.append(what)

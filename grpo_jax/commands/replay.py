@@ -27,10 +27,11 @@ from grpo_jax.planning.plan import make_plan
 from grpo_jax.rewards.pool import verifier_pool
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import MeshConfig
-from grpo_jax.runs.directory import read_facts
+from grpo_jax.runs.directory import changed_facts, read_facts
 from grpo_jax.runs.lines import read_lines, without_nan
 from grpo_jax.runs.params import named_arrays
 from grpo_jax.runs.paths import count_compiles, use_compile_cache
+from grpo_jax.runs.policies import task_to_continue
 from grpo_jax.runs.recorded import run_config
 from grpo_jax.tasks.types import Task
 from grpo_jax.training.collector import Collected
@@ -120,11 +121,14 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
         raise ConfigError(f"step must be from 1 to {config.steps}, got {step}.")
     if not config.pretrained and not (run_dir / "initial.safetensors").exists():
         raise ConfigError(f"{run_dir} holds no policy yet; it was stopped too early.")
+    facts = read_facts(run_dir)
+    if task is None:
+        task = task_to_continue(config.task, run_dir)
+    else:
+        task = dataclasses.replace(task, date=facts.get("date", task.date))
     plan = make_plan(config, task)
-    facts, now = read_facts(run_dir), facts_of(config, plan)
-    for name, what in (("data", "the task's data"), ("base", "the pretrained model")):
-        if facts.get(name, now[name]) != now[name]:
-            raise ConfigError(f"cannot replay {run_dir}: {what} changed since it ran.")
+    if what := changed_facts(facts, facts_of(config, plan)):
+        raise ConfigError(f"cannot replay {run_dir}: {what} changed since it ran.")
     mesh, console = make_mesh(config.mesh), Console(config.log.lines_every)
     use_compile_cache(console.warn)
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):

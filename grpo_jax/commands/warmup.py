@@ -87,6 +87,8 @@ def warm_up(
 def _task(config: WarmupConfig, say: Callable[[str], None]) -> tuple[Task, WarmStart]:
     """The task and its settings of supervised learning."""
     task = task_of(config.task, config.pretrained)
+    for warning in task.warnings:
+        say(f"warning: {warning}")
     if task.warm_start is None:
         raise ConfigError(f"task {task.name} has no solutions to imitate.")
     settings = warm_start_settings(config.warm_start, task)

@@ -50,6 +50,11 @@ def _rates(answered: Sequence[PromptAnswers]) -> list[float]:
     return [sum(s) / len(s) for s in map(_verdicts, answered) if s]
 
 
+def cut_off_share(answered: Sequence[PromptAnswers]) -> float:
+    """Share of all answers that were cut off at the limit of tokens."""
+    return float(np.mean([cut for row in answered for cut in row.cut_off]))
+
+
 def pass_at_k(solved: int, samples: int, k: int) -> float:
     """The unbiased estimate of pass@k (Chen et al. 2021, arXiv:2107.03374): the chance
     that k of the `samples`, drawn without replacement, include a solved one."""
@@ -74,7 +79,8 @@ def summarise(
         name -> {"all": entry, "level=3": entry, ...}; an entry has `value`, `low`,
         `high` and `prompts`. One sample of each prompt: `pass rate`; k of them:
         `avg@k` and `pass@j` for j in `pass_at`. `reward` is the mean reward, `tokens`
-        the mean length.
+        the mean length, `cut off` the share of answers that reached the limit without
+        an end of their own.
     """
     groups: dict[str, list[PromptAnswers]] = {"all": list(answered)}
     for row in answered:
@@ -105,6 +111,9 @@ def summarise(
         add("reward", name, mean_reward_interval(rows), rewarded)
         lengths = [float(np.mean(row.tokens)) for row in rows]
         add("tokens", name, mean_interval(lengths), len(rows))
+        if all(row.cut_off for row in answered):
+            shares = [float(np.mean(row.cut_off)) for row in rows]
+            add("cut off", name, rate_interval(shares), len(rows))
     return figures
 
 

@@ -29,6 +29,7 @@ class PromptAnswers(NamedTuple):
     tokens: list[int]
     texts: list[str]
     failed: int = 0  # checks of all samples that hung or died; each scores 0
+    cut_off: Sequence[bool] = ()  # at the limit of tokens; () in files of old versions
 
 
 def answer_prompts(
@@ -112,6 +113,7 @@ def _as_answers(indices: np.ndarray, scored: ScoredRollouts) -> list[PromptAnswe
             tokens=scored.lengths[p].tolist(),
             texts=scored.texts[p],
             failed=int(scores.failed[p].sum()),
+            cut_off=(~scored.ended[p]).tolist(),
         )
         for p, index in enumerate(indices)
     ]

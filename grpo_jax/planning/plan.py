@@ -32,7 +32,13 @@ from grpo_jax.rollouts.lengths import drop_long_prompts
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.refine import Piece
 from grpo_jax.runs.config import InstrumentConfig, MeshConfig, TrainConfig
-from grpo_jax.runs.policies import check_language, task_of, with_settings
+from grpo_jax.runs.policies import (
+    check_language,
+    task_of,
+    with_settings,
+    with_stop_tokens,
+)
+from grpo_jax.tasks.ends import named_tokens
 from grpo_jax.tasks.types import Task
 
 
@@ -154,7 +160,7 @@ def make_plan(
         headline=headline(
             config,
             objective,
-            task.name,
+            task,
             model.config,
             lengths,
             shapes,
@@ -183,6 +189,7 @@ def task_stage(
     """
     if task is None:
         task = task_of(config.task, None if directory is None else str(directory))
+    task = with_stop_tokens(task, config.sampling.stop_tokens)
     warm_starts = bool(
         config.warm_start.enabled and task.warm_start and directory is None
     )
@@ -205,7 +212,7 @@ def task_stage(
             f"objective.refills needs at least {2 * prompts} trained prompts, twice a "
             f"step's, got {count}; set it to 0."
         )
-    return TaskStage(task, warm_starts, warnings)
+    return TaskStage(task, warm_starts, [*task.warnings, *warnings])
 
 
 def _check_warm_start(config: TrainConfig, warm_starts: bool) -> None:
@@ -350,7 +357,7 @@ def memory_stage(
 def headline(
     config: TrainConfig,
     objective: Objective,
-    task_name: str,
+    task: Task,
     model: ModelConfig,
     lengths: Lengths,
     shapes: Shapes,
@@ -365,12 +372,13 @@ def headline(
     """
     micro = shapes.micro
     parts = [
-        f"{config.objective.name} on {task_name}: {objective.formula()}"
+        f"{config.objective.name} on {task.name}: {objective.formula()}"
         f"{weights_text(config.weights)}",
         *objective.mechanisms(),
         f"{config.sampling.prompts} prompts x {config.sampling.group_size} samples, "
         f"{shapes.train_prompt_length} + {lengths.max_new_tokens} tokens, "
         f"micro-batch {micro.prompts} x {micro.samples}",
+        f"ends at {named_tokens(task.tokenizer, task.ends)}",
         f"{_size(model)}, {model.compute_dtype}",
     ]
     if config.mesh != MeshConfig():

@@ -40,6 +40,7 @@ def run_figures(runs: Runs) -> list[Figure]:
             for name in sorted({f for run in runs for row in run.metrics for f in row})
             if name.startswith(PART)
         ),
+        _metric(runs, "Cut off at the limit", "completion/cut_off", smooth=True),
         _metric(runs, "Entropy", "entropy/sampled", smooth=True),
         _metric(runs, "KL to the start", "kl/mean", smooth=True),
         _metric(runs, "Sampler/trainer mismatch", "mismatch/max_abs", log=True),

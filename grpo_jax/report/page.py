@@ -88,6 +88,7 @@ def _summary(run: RunFiles) -> dict[str, Any]:
         "rows": _pass_rates(run),
         "phases": _seconds(run),
         "mismatch": f"{mismatch.max():.1e}" if len(mismatch) else "none yet",
+        "cut_off": _cut_off(run),
         "missing": int(run.series("reward/missing")[1].sum()),
         "failed": int(run.series("reward/failed")[1].sum()),
         "unscored": int(run.series("eval/missing")[1].sum()),
@@ -124,6 +125,14 @@ def _rate(row: dict[str, Any], field: str, stem: str) -> str:
         return "none"
     low, high = (number(row.get(f"{stem}_{end}")) for end in _ENDS)
     return f"{number(row[field])}{'' if '-' in (low, high) else f' [{low}, {high}]'}"
+
+
+def _cut_off(run: RunFiles) -> str:
+    """Shares of completions cut off, at the first and the last step; "" without any."""
+    shares = run.series("completion/cut_off")[1]
+    if not len(shares):
+        return ""
+    return f"{shares[0]:.1%} at the first step, {shares[-1]:.1%} at the last"
 
 
 def _seconds(run: RunFiles) -> list[tuple[str, str]]:

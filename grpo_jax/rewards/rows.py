@@ -24,6 +24,20 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
+def lookup(values: dict[str, Any], field: str) -> Any:
+    """The value of a field, "a.b" being field b of the object in field a.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if field in values:
+        return values[field]
+    head, dot, rest = field.partition(".")
+    if not dot or not isinstance(values.get(head), dict):
+        raise KeyError(field)
+    return lookup(values[head], rest)
+
+
 def read_rows(path: Path, fields: Sequence[str] = ()) -> list[Row]:
     """Reads the objects of a .jsonl, .json (an array) or .parquet file.
 
@@ -177,14 +191,23 @@ def text_of(row: Row, field: str) -> str:
     Raises:
         ConfigError: it is missing or anything else; NaN is no number.
     """
-    text = spelled(row.values.get(field))
+    value, actual = _shown(row.values, field)
+    text = spelled(value)
     if text is None:
-        actual = repr(row.values[field]) if field in row.values else "missing"
         raise ConfigError(
             f"{row.where}: field {field!r} is {actual[:200]}; expected text or a "
             "number that is finite."
         )
     return text
+
+
+def _shown(values: dict[str, Any], field: str) -> tuple[Any, str]:
+    """(a field's value or None, what an error shows of it)."""
+    try:
+        value = lookup(values, field)
+    except KeyError:
+        return None, "missing"
+    return value, repr(value)
 
 
 def _expected(fields: Sequence[str]) -> str:
@@ -199,8 +222,8 @@ def check_fields(row: Row, fields: Sequence[str]) -> None:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {_expected(fields)}.")
     for field in fields:
-        if not isinstance(values.get(field), str):
-            actual = repr(values[field]) if field in values else "missing"
+        value, actual = _shown(values, field)
+        if not isinstance(value, str):
             raise ConfigError(
                 f"{where}: field {field!r} is {actual}; {_expected(fields)}."
             )

@@ -8,17 +8,19 @@ class Example(NamedTuple):
     """A question and its gold answer.
 
     Attributes:
-        prompt: What is asked, without any template.
+        prompt: What is asked, without any template; the last user turn.
         answer: The gold answer as the task's rewards compare it.
         solution: The worked text a model may imitate; "" where there is only the
             answer.
         tags: What evaluation is broken down by, as ("level", "3") pairs.
+        context: (role, content) of the turns before the prompt.
     """
 
     prompt: str
     answer: str
     solution: str = ""
     tags: tuple[tuple[str, str], ...] = ()
+    context: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,8 @@ def _gold(example: dict[str, Any]) -> Example:
 
 def _example(example: dict[str, Any]) -> Example:
     tags = tuple((key, value) for key, value in example["tags"])
-    return Example(**{**example, "tags": tags})
+    context = tuple((role, content) for role, content in example["context"])
+    return Example(**{**example, "tags": tags, "context": context})
 
 
 def _reply(stream: TextIO, message: dict[str, Any]) -> None:

@@ -1,25 +1,46 @@
 """Text to padded token arrays, and completions back to text."""
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.tasks.templates import encode_all, encode_templated
+from grpo_jax.tasks.plain_text import TextError, encode_all
+from grpo_jax.tasks.templates import encode_templated
 from grpo_jax.tasks.types import Task
 
 
 def encode_prompts(task: Task, examples: Sequence[Example]) -> list[list[int]]:
-    """Token ids of each example's prompt in the task's template."""
-    return encode_templated(
-        task.tokenizer,
-        task.template,
-        [e.prompt for e in examples],
-        system=task.system,
-    )
+    """Token ids of each example's prompt in the task's template.
+
+    Raises:
+        ConfigError: a prompt is empty or cannot be encoded; its row is named.
+    """
+    with _naming_rows(task, examples):
+        return encode_templated(
+            task.tokenizer,
+            task.template,
+            [e.prompt for e in examples],
+            system=task.system,
+            contexts=[e.context for e in examples],
+            arguments=task.template_arguments,
+            date=task.date,
+            keep=task.control_tokens == "keep",
+        )
+
+
+@contextlib.contextmanager
+def _naming_rows(task: Task, examples: Sequence[Example]) -> Iterator[None]:
+    """Puts the row of an example before what is wrong with its text."""
+    try:
+        yield
+    except TextError as error:
+        place = task.places.get(examples[error.index])
+        raise ConfigError(f"{place}: {error}" if place else str(error)) from error
 
 
 def encode_imitated(task: Task, examples: Sequence[Example]) -> list[list[int]]:
@@ -30,7 +51,8 @@ def encode_imitated(task: Task, examples: Sequence[Example]) -> list[list[int]]:
             completions.
     """
     texts = [task.imitated(e) for e in examples]
-    rows = encode_all(task.tokenizer, texts, "an answer")
+    with _naming_rows(task, examples):
+        rows = encode_all(task.tokenizer, texts, "an answer")
     for text, ids in zip(texts, rows, strict=True):
         if not task.stop_ids.isdisjoint(ids):
             raise ConfigError(

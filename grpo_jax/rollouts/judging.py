@@ -46,12 +46,15 @@ class ScoredRollouts(NamedTuple):
             is exchanged, repeated to keep the count.
         texts: [P][G]; "" for samples of other processes, unless they were gathered.
         lengths: [P, G] tokens of every completion.
+        ended: [P, G] bool, completions that ended by themselves: the others were cut
+            off at the limit.
     """
 
     rollouts: Rollouts
     scores: Scores
     texts: list[list[str]]
     lengths: np.ndarray
+    ended: np.ndarray
 
 
 def fetch_to_host(rollouts: Rollouts, *, all_processes: bool = False) -> HostRollouts:
@@ -86,13 +89,28 @@ def score_rollouts(
         np.asarray, (rollouts.completions, rollouts.completion_mask)
     )
     lengths = mask.sum(-1)  # [P, G]
+    ended = completions_ended(completions, lengths, task.ends)
     texts = decode_groups(task, completions, mask)
     scores = _score_owned(task, examples, texts, lengths, owned, pool)
     if processes.count > 1:
-        share = _Share.of(owned, lengths, scores)
-        scores, lengths = _merged(processes.exchange(share))
+        share = _Share.of(owned, lengths, ended, scores)
+        scores, lengths, ended = _merged(processes.exchange(share))
     rollouts = rollouts._replace(rewards=scores.rewards)
-    return ScoredRollouts(rollouts, scores, texts, lengths)
+    return ScoredRollouts(rollouts, scores, texts, lengths, ended)
+
+
+def completions_ended(
+    completions: np.ndarray, lengths: np.ndarray, ends: Sequence[int]
+) -> np.ndarray:
+    """[P, G] bool: the last token of a completion is one of `ends`.
+
+    Args:
+        completions: [P, G, T].
+        lengths: [P, G] tokens of each.
+    """
+    last = np.maximum(lengths - 1, 0)[..., None]
+    tokens = np.take_along_axis(completions, last, -1)[..., 0]
+    return np.isin(tokens, list(ends)) & (lengths > 0)
 
 
 def _score_owned(
@@ -136,6 +154,7 @@ class _Share(NamedTuple):
 
     owned: np.ndarray
     lengths: np.ndarray
+    ended: np.ndarray
     rewards: np.ndarray
     solved: np.ndarray
     parts: dict[str, np.ndarray]
@@ -144,10 +163,17 @@ class _Share(NamedTuple):
     first_error: list[str]  # none or one
 
     @classmethod
-    def of(cls, owned: np.ndarray, lengths: np.ndarray, scores: Scores) -> "_Share":
+    def of(
+        cls,
+        owned: np.ndarray,
+        lengths: np.ndarray,
+        ended: np.ndarray,
+        scores: Scores,
+    ) -> "_Share":
         return cls(
             owned,
             lengths.astype(np.int32),
+            ended,
             scores.rewards,
             scores.solved,
             scores.parts,
@@ -157,8 +183,8 @@ class _Share(NamedTuple):
         )
 
 
-def _merged(shares: Sequence[_Share]) -> tuple[Scores, np.ndarray]:
-    """`Scores` and lengths [P, G] of every process's share."""
+def _merged(shares: Sequence[_Share]) -> tuple[Scores, np.ndarray, np.ndarray]:
+    """`Scores`, lengths [P, G] and ends [P, G] of every process's share."""
 
     def merge(arrays: Sequence[np.ndarray]) -> np.ndarray:
         full = np.array(arrays[0])
@@ -179,7 +205,8 @@ def _merged(shares: Sequence[_Share]) -> tuple[Scores, np.ndarray]:
         },
         failed=merge([share.failed for share in shares]),
     )
-    return scores, merge([share.lengths for share in shares])
+    lengths = merge([share.lengths for share in shares])
+    return scores, lengths, merge([share.ended for share in shares])
 
 
 # For rewards on the host: one small program, compiled in a run's first step.

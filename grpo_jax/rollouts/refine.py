@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.tasks.templates import encode_all
+from grpo_jax.tasks.plain_text import encode_all
 
 Piece = str | tuple[int, ...]  # "prompt", "draft", or literal token ids
 

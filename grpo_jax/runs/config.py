@@ -50,7 +50,13 @@ class TaskConfig(Record):
     seed: Seed = 0  # of the split into trained, held-out and warm-start prompts
     # none | qa | r1 | qwen-math | chat; default: chat where the tokenizer has one
     template: str | None = None
-    system: str | None = None  # the system prompt of template chat
+    # The system prompt of template chat, for rows without one of their own
+    system: str | None = None
+    # NAME=VALUE: variables of template chat, such as enable_thinking=false
+    template_arguments: tuple[str, ...] = ()
+    # Names of control tokens in prompts are spelt out, or kept as these tokens: for
+    # data that are in the model's template already (then the default template is none)
+    control_tokens: Literal["spell", "keep"] = "spell"
     # NAME=WEIGHT, NAME(option=1)=WEIGHT or module:function=WEIGHT; the first decides
     # what is solved; default: the task's
     rewards: tuple[str, ...] = ()
@@ -58,7 +64,9 @@ class TaskConfig(Record):
     thinking: bool = False
     levels: tuple[int, ...] = ()  # math: 1 to 5; default: all
     subjects: tuple[str, ...] = ()  # math: such as Algebra; default: all
-    prompt_field: str | None = None  # jsonl: the field of the question
+    # jsonl: the field of the question, text or a list of messages; a.b: field b in a
+    prompt_field: str | None = None
+    system_field: str | None = None  # jsonl: the field of each row's system turn
     answer_field: str | None = None  # jsonl: the field of the gold answer
     solution_field: str | None = None  # jsonl: the field of a worked text
     tag_fields: tuple[str, ...] = ()  # jsonl: fields that evaluation is split by
@@ -131,6 +139,8 @@ class SamplingConfig(Record):
     temperature: PolicyTemperature = 1.0  # of the policy, sampled and trained
     max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
     max_new_tokens: Count | None = None  # T; default: the task's longest answer and EOS
+    # Tokens by name that end a completion, besides those of the model and its template
+    stop_tokens: tuple[str, ...] = ()
     # With drafts: how the best one joins its prompt; default: the task's
     refine_template: str | None = None
 
@@ -311,6 +321,8 @@ class EvalConfig(Record):
     # Or from the fewest that have this much probability
     top_p: Annotated[float, UP_TO_ONE] | None = None
     max_new_tokens: Count | None = None  # default: the run's, or the task's longest
+    # Tokens by name that end an answer, besides those of the model or of the run
+    stop_tokens: tuple[str, ...] = ()
     max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
     rows: Count = 64  # completions sampled at a time
     # default: the run's, or float32

@@ -19,6 +19,17 @@ FREE_ON_RESUME = (
     "task.heldout_path", "pretrained", "scoring.workers", "scoring.environment", "mesh",
 )  # fmt: skip
 
+_SHOWN = 40  # characters around the place where two prompts differ
+# Entry of the fact `prompts` -> what a change of it is called.
+_ASKED = {
+    "texts": "the rows' prompts",
+    "template": "the template",
+    "system": "the system prompt",
+    "arguments": "the template's arguments",
+    "control_tokens": "task.control_tokens",
+    "vocabulary": "the tokenizer's vocabulary",
+}
+
 
 def claim(config: TrainConfig, facts: dict[str, Any]) -> Path:
     """The directory this run may write to, created; a new run's config is in it.
@@ -26,8 +37,9 @@ def claim(config: TrainConfig, facts: dict[str, Any]) -> Path:
     Args:
         config: The run's config.
         facts: What config.json has besides: `note`, what the report should say of the
-            task; `eos_ids`; and `data` and `base`, fingerprints of the task's prompts
-            and answers and of the pretrained model.
+            task; `eos_ids`; and `data`, `prompts` and `base`, fingerprints of the
+            task's prompts and answers, of the prompts as encoded, and of the pretrained
+            model.
 
     Raises:
         ConfigError: it holds another run, or this one and `resume` is not set, or there
@@ -78,8 +90,19 @@ def _occupied(directory: Path, config: TrainConfig, started: bool) -> ConfigErro
 def _check_same_run(
     directory: Path, config: TrainConfig, facts: dict[str, Any]
 ) -> None:
-    """ConfigError where a setting that the maths depends on, the data or the
-    pretrained model changed since the run began."""
+    """ConfigError where a setting that the maths depends on, the data, the prompts or
+    the pretrained model changed since the run began."""
+    check_same_config(directory, config)
+    if what := changed_facts(read_facts(directory), facts):
+        raise ConfigError(
+            f"cannot resume {directory}: {what} changed since it began; restore it, or "
+            "give another --run-dir."
+        )
+
+
+def check_same_config(directory: Path, config: TrainConfig) -> None:
+    """Raises ConfigError where a setting that the maths depends on changed since the
+    run began."""
     scheduled = config.weights.power_end is not None
     constant = config.optimizer.schedule == "constant" and not scheduled
     free = (*FREE_ON_RESUME, "steps:") if constant else FREE_ON_RESUME
@@ -92,12 +115,40 @@ def _check_same_run(
             f"cannot resume {directory} with another config "
             f"({'; '.join(changed)}); give the same one, or another --run-dir."
         )
+
+
+def changed_facts(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Which of the data, the prompts as encoded and the pretrained model changed."""
+    prompts = differing_prompts(old.get("prompts"), new.get("prompts"))
+    if prompts is not None:
+        return f"what the model is asked ({prompts})"
     for name, what in (("data", "the task's data"), ("base", "the pretrained model")):
-        if old.get(name, facts[name]) != facts[name]:
-            raise ConfigError(
-                f"cannot resume {directory}: {what} changed since it began; "
-                "restore it, or give another --run-dir."
-            )
+        if old.get(name, new[name]) != new[name]:
+            return what
+    return None
+
+
+def differing_prompts(
+    old: dict[str, Any] | None, new: dict[str, Any] | None
+) -> str | None:
+    """How the prompts differ, in words; None: they do not, or one side is not known.
+
+    Args:
+        old, new: Of `asked_facts` in rollouts; a run of an older version has none.
+    """
+    if old is None or new is None or old["encoded"] == new["encoded"]:
+        return None
+    named = [text for name, text in _ASKED.items() if old.get(name) != new[name]]
+    parts = [f"changed: {', '.join(named)}"] if named else []
+    before, now = old.get("first", ""), new["first"]
+    if before != now:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b),
+            min(len(before), len(now)),
+        )
+        window = slice(max(0, at - _SHOWN), at + _SHOWN)
+        parts.append(f"the first prompt had {before[window]!r}, now {now[window]!r}")
+    return "; ".join(parts) or "the same texts have other tokens"
 
 
 def record(directory: Path, config: TrainConfig, facts: dict[str, Any]) -> None:

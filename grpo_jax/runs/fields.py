@@ -18,6 +18,8 @@ FIELDS: dict[str, str] = {
     "weights/mean": "mean prompt weight (1 / (std + eps) under std-normalisation)",
     "weights/max": "largest prompt weight",
     "completion/length_mean": "tokens per completion, EOS included",
+    "completion/cut_off": "share of completions cut off at max_new_tokens, without an "
+    "end of their own",
     "tokens/completion": "completion tokens of the step's batch",
     "tokens/sampled": "all tokens sampled, drafts and discarded refills included",
     "entropy/sampled": "nats per token, the sampled estimate -mean(log-prob)",
@@ -65,6 +67,10 @@ FIELDS: dict[str, str] = {
     "eval/missing": "samples of the evaluation without a reward, left out",
     "eval/failed": "checks of the evaluation that hung or whose worker died; they "
     "score 0 (only where rewards are computed in worker processes)",
+    "eval/train_cut_off": "share of their completions cut off at max_new_tokens (only "
+    "where they are sampled)",
+    "eval/heldout_cut_off": "share of sampled completions of held-out prompts cut off "
+    "at max_new_tokens",
     "phase/label": "I, II or III, by the probe prompts' debiased cosines; unknown "
     "where these hold too little signal",
     "phase/small_fraction": "fraction of pairs of probe prompts with |cos| < 0.1, "

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from grpo_jax.models.lora import without_lora
 from grpo_jax.models.policy import Policy, abstract_policy, add_lora
 from grpo_jax.models.pretrained import load_pretrained, read_config
 from grpo_jax.parallel.sharding import put_on_mesh, tree_shardings
+from grpo_jax.rewards.types import Example
 from grpo_jax.runs.config import TaskConfig, TrainConfig
 from grpo_jax.runs.directory import read_facts
 from grpo_jax.runs.params import load_params
+from grpo_jax.tasks.ends import completion_ends, stop_token_ids
 from grpo_jax.tasks.registry import load_task
 from grpo_jax.tasks.types import Task
 
@@ -47,7 +50,34 @@ def task_of(config: TaskConfig, pretrained: str | None) -> Task:
     if pretrained is None:
         return _load(config)
     directory = local_directory(pretrained)
-    return _load(config, tokenizer=_tokenizer(directory), eos_ids=eos_ids(directory))
+    tokenizer = _tokenizer(directory)
+    ends = completion_ends(tokenizer, eos_ids(directory))
+    return _load(config, tokenizer=tokenizer, eos_ids=ends)
+
+
+def with_stop_tokens(task: Task, names: Sequence[str]) -> Task:
+    """The task whose completions also end at the tokens of those names.
+
+    Raises:
+        ConfigError: a name is no token, or exactly one completion of the task is right.
+    """
+    if not names:
+        return task
+    if task.single_answer:
+        raise ConfigError(
+            f"stop_tokens do not go with task {task.name}, of which exactly one "
+            "completion, with one end, is right; leave them out."
+        )
+    ids = (*task.ends, *stop_token_ids(task.tokenizer, names))
+    return dataclasses.replace(task, eos_ids=tuple(dict.fromkeys(ids)))
+
+
+def task_to_continue(config: TaskConfig, run_dir: Path) -> Task | None:
+    """The task of a run that is continued or repeated, in the run's own tokens and
+    template; None where the run was stopped before it had written its tokenizer."""
+    if not (run_dir / "tokenizer").is_dir():
+        return None
+    return task_for_run(config, run_dir)
 
 
 def task_for_run(config: TaskConfig, run_dir: Path) -> Task:
@@ -63,16 +93,25 @@ def task_for_run(config: TaskConfig, run_dir: Path) -> Task:
             f"task.vocab_size is of a new tokenizer, and {run_dir} has one, got "
             f"{config.vocab_size}; leave it out."
         )
+    template = config.template or facts.get("template")
+    like_run = template == facts.get("template")
     asked = dataclasses.replace(
         config,
         vocab_size=None,
-        template=config.template or facts.get("template"),
-        system=facts.get("system") if config.system is None else config.system,
+        template=template,
+        system=facts.get("system")
+        if config.system is None and like_run
+        else config.system,
     )
+    arguments: Any = config.template_arguments
+    if not arguments and like_run:
+        arguments = facts.get("template_arguments", ())
     return _load(
         asked,
         tokenizer=_tokenizer(run_dir / "tokenizer"),
         eos_ids=facts.get("eos_ids", ()),
+        template_arguments=arguments,
+        date=facts.get("date"),
     )
 
 
@@ -80,7 +119,7 @@ def _load(config: TaskConfig, **language: Any) -> Task:
     """The task of a config; `language`: an existing tokenizer and its end tokens."""
     options = dataclasses.asdict(config)
     name = options.pop("name")
-    return load_task(name, **options, **language)
+    return load_task(name, **(options | language))
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -147,10 +186,17 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:20]
 
 
+def _as_recorded(examples: Sequence[Example]) -> list[list]:
+    """Examples as lists, without a context where there is none: runs of older versions
+    had no such field."""
+    return [list(e if e.context else e[:-1]) for e in examples]
+
+
 def data_fingerprint(task: Task) -> str:
     """A hash of a task's prompts, answers and vocabulary."""
     vocabulary = sorted(task.tokenizer.get_vocab().items())
-    asked = [task.train, task.heldout, task.template, task.system]
+    train, heldout = (_as_recorded(part) for part in (task.train, task.heldout))
+    asked = [train, heldout, task.template, task.system]
     text = json.dumps([*asked, sorted(task.stop_ids), vocabulary])
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 

@@ -5,8 +5,9 @@ Held-out prompts are never trained on: a prompt in both parts is evaluated only.
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,13 +16,15 @@ from grpo_jax.rewards.spec import parse_reward
 from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import ANSWERS, refusal, verbatim
 from grpo_jax.streams import Stream, host_rng
-from grpo_jax.tasks.templates import check_template
+from grpo_jax.tasks.ends import completion_ends
+from grpo_jax.tasks.row_checks import check_texts, control_token_warnings
+from grpo_jax.tasks.templates import Turns, check_arguments, check_template
 from grpo_jax.tasks.tokenizers import (
     character_tokenizer,
     check_single_spelling,
     train_tokenizer,
 )
-from grpo_jax.tasks.types import Task, WarmStart
+from grpo_jax.tasks.types import SourcedExample, Task, WarmStart, now
 
 _BETWEEN_WORDS = re.compile(r"(?<=[a-z]{2}) {2,}(?=[a-z]{2})")
 HELDOUT = 512  # prompts evaluated, where there are that many
@@ -41,15 +44,11 @@ class TaskRequest(NamedTuple):
     eos_ids: tuple[int, ...] = ()
     template: str | None = None
     system: str | None = None
+    template_arguments: Mapping[str, Any] = MappingProxyType({})
+    control_tokens: Literal["spell", "keep"] = "spell"
+    date: str | None = None
     vocab_size: int | None = None
     thinking: bool = False
-
-
-class SourcedExample(NamedTuple):
-    """An example and the row it was read from."""
-
-    where: str  # "rows.jsonl, line 3"
-    example: Example
 
 
 def text_task(
@@ -81,12 +80,16 @@ def text_task(
     rewards = tuple(parse_reward(r) for r in request.rewards or [default_reward])
     if request.thinking:
         rewards = _after_thinking(rewards)
+    check_texts([*train, *(heldout or [])])
     check_golds(rewards, [*train, *(heldout or [])])
     parts = _pick_parts(request, train, heldout)
     texts = (t for e in parts.pool for t in (e.prompt, e.solution or e.answer))
     language = _make_language(
         request, lambda: train_tokenizer(texts, request.vocab_size)
     )
+
+    used = {*parts.train, *parts.heldout}
+    sourced = [row for row in [*train, *(heldout or [])] if row.example in used]
 
     def demonstrations(
         rng: np.random.Generator, count: int, spoiled: bool
@@ -106,6 +109,8 @@ def text_task(
             learning_rate=learning_rate,
         ),
         note=f"{note} {parts.note}".strip(),
+        warnings=control_token_warnings(sourced, language),
+        places={row.example: row.where for row in reversed(sourced)},
         **language._asdict(),
     )
 
@@ -207,6 +212,9 @@ class _Language(NamedTuple):
     eos_ids: tuple[int, ...]
     template: str
     system: str | None
+    template_arguments: Mapping[str, Any]
+    control_tokens: Literal["spell", "keep"]
+    date: str
 
 
 def _make_language(
@@ -230,10 +238,20 @@ def _make_language(
             f"task.vocab_size is of a tokenizer trained here, got {request.vocab_size} "
             "and a tokenizer; leave one of them out."
         )
-    default = "chat" if tokenizer.chat_template else "none"
+    keep = request.control_tokens == "keep"  # data that have their template
+    default = "chat" if tokenizer.chat_template and not keep else "none"
     template = request.template or default
     check_template(tokenizer, template, request.system)
-    return _Language(tokenizer, eos_ids, template, request.system)
+    check_arguments(tokenizer, template, request.template_arguments)
+    return _Language(
+        tokenizer=tokenizer,
+        eos_ids=eos_ids or completion_ends(tokenizer),
+        template=template,
+        system=request.system,
+        template_arguments=request.template_arguments,
+        control_tokens=request.control_tokens,
+        date=request.date or now(),
+    )
 
 
 class _Parts(NamedTuple):
@@ -257,8 +275,8 @@ def _pick_parts(
         train, heldout, count = _split(rng, train, request.heldout_prompts)
         seed = request.seed
         notes.append(f"{count} held-out prompts were split off by task.seed {seed}.")
-    evaluated = {same_prompt(row.example.prompt): row.example for row in heldout}
-    pool = [r.example for r in train if same_prompt(r.example.prompt) not in evaluated]
+    evaluated = {_asked(row.example): row.example for row in heldout}
+    pool = [r.example for r in train if _asked(r.example) not in evaluated]
     if dropped := len(train) - len(pool):
         notes.append(f"{dropped} training rows are held-out prompts and were left out.")
     if repeated := len(heldout) - len(evaluated):
@@ -277,7 +295,7 @@ def _split(
     heldout_prompts: int | None,
 ) -> tuple[list[SourcedExample], list[SourcedExample], int]:
     """(training rows, held-out rows, number of held-out prompts)."""
-    prompts = list(dict.fromkeys(same_prompt(row.example.prompt) for row in rows))
+    prompts = list(dict.fromkeys(_asked(row.example) for row in rows))
     count = heldout_prompts or min(HELDOUT, max(1, len(prompts) // 10))
     if count >= len(prompts):
         raise ConfigError(
@@ -287,9 +305,14 @@ def _split(
     chosen = {prompts[i] for i in rng.permutation(len(prompts))[:count]}
     train, heldout = [], []
     for row in rows:
-        part = heldout if same_prompt(row.example.prompt) in chosen else train
+        part = heldout if _asked(row.example) in chosen else train
         part.append(row)
     return train, heldout, count
+
+
+def _asked(example: Example) -> tuple[Turns, str]:
+    """What makes prompts the same: their text, after the same turns."""
+    return example.context, same_prompt(example.prompt)
 
 
 def same_prompt(prompt: str) -> str:

@@ -1,10 +1,11 @@
 """Tasks by name: the table of makers, and `load_task`."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from grpo_jax.errors import ConfigError, unknown_name
+from grpo_jax.errors import ConfigError, check_choice, unknown_name
 from grpo_jax.tasks.build import TaskRequest
 from grpo_jax.tasks.chains import make_chains
 from grpo_jax.tasks.competition_math import make_math
@@ -19,8 +20,8 @@ _FILES = ("path", "heldout_path", "rewards", "vocab_size", "thinking")
 
 class _Maker(NamedTuple):
     """How a task is made, and which of `load_task`'s options it honours besides seed,
-    train_prompts, heldout_prompts, tokenizer, eos_ids, template and system, which all
-    tasks do."""
+    train_prompts, heldout_prompts, tokenizer, eos_ids, template, system,
+    template_arguments, control_tokens and date, which all tasks do."""
 
     make: Callable[..., Task]  # (TaskRequest, **options of this task alone)
     honours: tuple[str, ...] = ()
@@ -34,7 +35,14 @@ _MAKERS: Mapping[str, _Maker] = MappingProxyType(
         "gsm8k-expressions": _Maker(make_gsm8k_expressions, ("path",)),
         "jsonl": _Maker(
             make_jsonl,
-            (*_FILES, "prompt_field", "answer_field", "solution_field", "tag_fields"),
+            (
+                *_FILES,
+                "prompt_field",
+                "system_field",
+                "answer_field",
+                "solution_field",
+                "tag_fields",
+            ),  # fmt: skip
         ),
         "math": _Maker(make_math, (*_FILES, "levels", "subjects")),
     }
@@ -54,10 +62,14 @@ def load_task(
     eos_ids: Sequence[int] = (),
     template: str | None = None,
     system: str | None = None,
+    template_arguments: Mapping[str, Any] | Sequence[str] = (),
+    control_tokens: Literal["spell", "keep"] = "spell",
+    date: str | None = None,
     rewards: Sequence[str] = (),
     levels: Sequence[str | int] = (),
     subjects: Sequence[str] = (),
     prompt_field: str | None = None,
+    system_field: str | None = None,
     answer_field: str | None = None,
     solution_field: str | None = None,
     tag_fields: Sequence[str] = (),
@@ -75,15 +87,23 @@ def load_task(
             prompts: all that a file has.
         seed: Decides which prompts these are, and what is generated.
         tokenizer: A pretrained model's; None: one is made for the task.
-        eos_ids: Tokens that end a completion; default: the tokenizer's EOS.
+        eos_ids: Tokens that end a completion; default: the tokenizer's EOS and the
+            token with which its chat template ends a turn.
         template: One of `templates.TEMPLATES`; default: chat where the tokenizer has a
             chat template, as one made for a task of texts has, else none.
-        system: The system turn of a chat template.
+        system: The system turn of a chat template, for rows without one of their own.
+        template_arguments: Further variables of the chat template, as a mapping or as
+            "enable_thinking=false" with JSON values.
+        control_tokens: Names of control tokens in prompts are spelt out ("spell"), or
+            become these tokens ("keep"), for data that are in the model's template
+            already; the default template is none then.
+        date: What a chat template that prints the date takes for now, in ISO format;
+            default: the time of this call.
         rewards: Such as "math", "r1_format=0.2" or "module:function=0.5", added up; the
             first decides what is solved. Default: the task's own.
         levels, subjects: MATH problems to keep.
-        prompt_field, answer_field, solution_field, tag_fields: Fields of a jsonl
-            task's rows.
+        prompt_field, system_field, answer_field, solution_field, tag_fields: Fields of
+            a jsonl task's rows.
         vocab_size: Size of a tokenizer trained for the task.
         thinking: Only what follows </think> is read as an answer. False reads the whole
             completion, unfinished thoughts included.
@@ -97,12 +117,17 @@ def load_task(
     options: dict[str, Any] = dict(
         path=path, heldout_path=heldout_path, rewards=tuple(rewards),
         levels=tuple(levels), subjects=tuple(subjects), prompt_field=prompt_field,
-        answer_field=answer_field, solution_field=solution_field,
-        tag_fields=tuple(tag_fields), vocab_size=vocab_size, thinking=thinking or None,
+        system_field=system_field, answer_field=answer_field,
+        solution_field=solution_field, tag_fields=tuple(tag_fields),
+        vocab_size=vocab_size, thinking=thinking or None,
     )  # fmt: skip
     given = {key: value for key, value in options.items() if value not in (None, ())}
     _check_honoured(name, given)
     shared = {key: given.pop(key) for key in [*given] if key in TaskRequest._fields}
+    try:
+        check_choice("task.control_tokens", control_tokens, ("spell", "keep"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     request = TaskRequest(
         seed=seed,
         train_prompts=train_prompts,
@@ -111,9 +136,33 @@ def load_task(
         eos_ids=tuple(eos_ids),
         template=template,
         system=system,
+        template_arguments=_arguments(template_arguments),
+        control_tokens=control_tokens,
+        date=date,
         **shared,
     )
     return _MAKERS[name].make(request, **given)
+
+
+_WORDS = {"true": True, "false": False, "none": None, "null": None}  # in any case
+
+
+def _arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """Variables of a chat template, with values of JSON where they are text."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    arguments = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(
+                f"task.template_arguments must be NAME=VALUE, got {text!r}."
+            )
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = _WORDS.get(value.lower(), value)
+    return arguments
 
 
 def _check_honoured(name: str, options: Mapping[str, Any]) -> None:

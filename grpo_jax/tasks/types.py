@@ -1,8 +1,9 @@
 """What a task is: prompts with answers, a tokenizer, and a reward."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,18 @@ class WarmStart:
     learning_rate: float = 3e-3
 
 
+class SourcedExample(NamedTuple):
+    """An example and the row it was read from."""
+
+    where: str  # "rows.jsonl, line 3"
+    example: Example
+
+
+def now() -> str:
+    """The local time to the second, in ISO format."""
+    return datetime.datetime.now().isoformat(timespec="seconds")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """Prompts to train on and prompts only to be evaluated.
@@ -46,13 +59,21 @@ class Task:
         eos_ids: Tokens that end a completion; empty: the tokenizer's EOS.
         template: How a prompt becomes tokens, one of `templates.TEMPLATES`; the same
             in training and evaluation.
-        system: The system turn of a chat template; None: the template's default.
+        system: The system turn of a chat template, for prompts without one of their
+            own; None: the template's default.
+        template_arguments: Further variables of the chat template.
+        control_tokens: "spell": names of control tokens in a prompt are text; "keep":
+            they are these tokens.
+        date: What a chat template that prints the date takes for now, in ISO format;
+            "": the time of rendering.
         single_answer: Exactly one completion is right, `example.answer` and EOS, so the
             pass rate exp(log-prob of the answer) is exact without sampling.
         warm_start: None where there is nothing to imitate: the model must be one that
             earns rewards.
         refine_template: How a draft joins its prompt, where drafts are refined.
         note: What held-out figures can show, for the report.
+        warnings: What to know of the prompts before they are asked.
+        places: Example -> the row it was read from, for errors.
     """
 
     name: str
@@ -63,10 +84,17 @@ class Task:
     eos_ids: tuple[int, ...] = ()
     template: str = "none"
     system: str | None = None
+    template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    control_tokens: str = "spell"
+    date: str = dataclasses.field(default_factory=now, compare=False)
     single_answer: bool = False
     warm_start: WarmStart | None = None
     refine_template: str = "{prompt}{draft}\n{prompt}"
     note: str = ""
+    warnings: tuple[str, ...] = ()
+    places: Mapping[Example, str] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def __post_init__(self):
         if not callable(self.reward):

@@ -135,6 +135,7 @@ class Collector:
         if self._objective.refills:
             indices, scored, more, refills = self._refill(params, step, indices, scored)
             cost, metrics = cost + more, metrics | refills
+        metrics["completion/cut_off"] = float(1 - scored.ended.mean())
         metrics["tokens/sampled"] = cost.tokens
         if self._counts_failures:
             metrics["reward/failed"] = cost.failures
@@ -191,7 +192,9 @@ class Collector:
         by informative ones of other prompts, within the allowed number of rounds."""
         indices, texts = np.array(indices), list(scored.texts)
         # Copies that can be written to.
-        rollouts, lengths = jax.tree.map(np.array, (scored.rollouts, scored.lengths))
+        rollouts, lengths, ended = jax.tree.map(
+            np.array, (scored.rollouts, scored.lengths, scored.ended)
+        )
         cost, rounds, replaced = Cost(), 0, 0
         while rounds < self._objective.refills:
             tied = np.flatnonzero(tied_groups(rollouts.scored_rewards))
@@ -203,7 +206,7 @@ class Collector:
             informative = np.flatnonzero(~tied_groups(new.rollouts.scored_rewards))
             for old, source in zip(tied, informative, strict=False):
                 indices[old], texts[old] = others[source], new.texts[source]
-                lengths[old] = new.lengths[source]
+                lengths[old], ended[old] = new.lengths[source], new.ended[source]
                 for array, values in zip(
                     jax.tree.leaves(rollouts),
                     jax.tree.leaves(new.rollouts),
@@ -211,7 +214,9 @@ class Collector:
                 ):
                     array[old] = values[source]
                 replaced += 1
-        scored = scored._replace(rollouts=rollouts, texts=texts, lengths=lengths)
+        scored = scored._replace(
+            rollouts=rollouts, texts=texts, lengths=lengths, ended=ended
+        )
         metrics: dict[str, float] = {
             "group/refills": rounds,
             "group/refilled": replaced,

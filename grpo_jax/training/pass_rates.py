@@ -7,6 +7,7 @@ import jax
 
 from grpo_jax.evaluation.exact import exact_pass_rates
 from grpo_jax.evaluation.figures import (
+    cut_off_share,
     mean_reward_interval,
     missing_and_failed,
     pass_rate_interval,
@@ -106,6 +107,7 @@ class PassRates:
                 stem = f"eval/{name}_sampled"
                 metrics |= _with_interval(stem, stem, pass_rate_interval(rows))
             if rows:
+                metrics[f"eval/{name}_cut_off"] = cut_off_share(rows)
                 stem = f"eval/{name}_reward"
                 metrics |= _with_interval(stem, stem, mean_reward_interval(rows))
             answered += rows

@@ -1,8 +1,10 @@
 """A training run from its config to its result."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,9 +17,10 @@ from grpo_jax.rewards.pool import VerifierPool, verifier_pool
 from grpo_jax.rewards.trial import try_rewards
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import TrainConfig
-from grpo_jax.runs.directory import record
+from grpo_jax.runs.directory import check_same_config, read_facts, record
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.runs.paths import count_compiles, use_compile_cache
+from grpo_jax.runs.policies import task_to_continue
 from grpo_jax.runs.recorded import continued
 from grpo_jax.tasks.types import Task
 from grpo_jax.training.console import Console
@@ -79,7 +82,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
 
 
 def _train(config: TrainConfig, task: Task | None, processes: Processes) -> TrainResult:
-    plan = processes.together(lambda: make_plan(config, task))
+    plan = processes.together(lambda: make_plan(config, _task(config, task)))
     mesh = processes.together(lambda: make_mesh(config.mesh))
     console = Console(config.log.lines_every, process=processes.index)
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
@@ -94,6 +97,19 @@ def _train(config: TrainConfig, task: Task | None, processes: Processes) -> Trai
 def _try_rewards(task: Task, pool: VerifierPool | None, console: Console) -> None:
     example = task.train[0]
     try_rewards(task.reward, example, task.imitated(example), pool, console.alert)
+
+
+def _task(config: TrainConfig, task: Task | None) -> Task | None:
+    """The task: of a resumed run as that run asked it; None: the config's."""
+    if not config.resume or config.run_dir is None:
+        return task
+    run_dir = Path(config.run_dir)
+    if not (run_dir / "config.json").exists():
+        return task
+    check_same_config(run_dir, config)
+    if task is None:
+        return task_to_continue(config.task, run_dir)
+    return dataclasses.replace(task, date=read_facts(run_dir).get("date", task.date))
 
 
 def _run(context: RunContext, facts: dict[str, Any]) -> TrainResult:
@@ -161,10 +177,17 @@ def _announce(context: RunContext) -> None:
     for warning in plan.warnings:
         console.warn(warning)
     console.say(f"run directory: {directory}")
-    tokenizer = plan.task.tokenizer
-    context.processes.on_writer(
-        lambda: tokenizer.save_pretrained(directory / "tokenizer")
-    )
+    context.processes.on_writer(lambda: _save_tokenizer(plan.task, directory))
+
+
+def _save_tokenizer(task: Task, directory: Path) -> None:
+    """Writes the tokenizer as a whole; a resumed run keeps the one it has."""
+    if (directory / "tokenizer").is_dir():
+        return
+    unfinished = directory / "tokenizer.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    task.tokenizer.save_pretrained(unfinished)
+    unfinished.rename(directory / "tokenizer")
 
 
 def _make_loop(

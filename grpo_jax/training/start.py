@@ -13,6 +13,7 @@ from grpo_jax.parallel.processes import Processes, gather_to_host
 from grpo_jax.parallel.sharding import put_on_mesh
 from grpo_jax.planning.plan import Plan
 from grpo_jax.planning.resolve import warm_start_settings
+from grpo_jax.rollouts.asked import asked_facts
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import TrainConfig
 from grpo_jax.runs.config_files import to_dict
@@ -43,9 +44,12 @@ def facts_of(config: TrainConfig, plan: Plan) -> dict[str, Any]:
         "eos_ids": list(task.ends),
         "template": task.template,
         "system": task.system,
+        "template_arguments": dict(task.template_arguments),
+        "date": task.date,
         "max_new_tokens": plan.max_new_tokens,
         "model": dataclasses.asdict(plan.model),
         "data": data_fingerprint(task),
+        "prompts": asked_facts(task, plan.prompts),
         "base": base,
     }
 

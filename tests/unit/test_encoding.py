@@ -6,7 +6,7 @@ from grpo_jax import Example, Rollouts
 from grpo_jax.errors import ConfigError
 from grpo_jax.rollouts.encoding import answer_rollouts, decode_groups, pad_left
 from grpo_jax.rollouts.lengths import bucket, completion_buckets
-from grpo_jax.tasks.templates import encode_all
+from grpo_jax.tasks.plain_text import encode_all
 from grpo_jax.tasks.tokenizers import character_tokenizer
 from grpo_jax.tasks.types import Task
 

@@ -285,7 +285,7 @@ def test_headline_names_what_differs(task):
         shapes = shapes_stage(wanted, row, task, LENGTHS)
         model = gj.ModelConfig(vocab_size=20, lora_rank=4)
         return headline(
-            wanted, row, "chains", model, LENGTHS, shapes, probe=probe, peak=5000
+            wanted, row, task, model, LENGTHS, shapes, probe=probe, peak=5000
         )
 
     plain = text(config())
@@ -293,6 +293,7 @@ def test_headline_names_what_differs(task):
         " | about 5.00kB on the device"
     )
     assert "4 prompts x 4 samples, 10 + 8 tokens, micro-batch 4 x 4" in plain
+    assert " | ends at <eos> (1) | " in plain
     assert "of LoRA trained, float32" in plain and "mesh" not in plain
     meshed = config(mesh=MeshConfig(data=2), weights=WeightsConfig(name="unit"))
     assert "mesh data 2 x fsdp 1 x tensor 1" in text(meshed)

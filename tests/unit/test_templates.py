@@ -3,13 +3,8 @@ import itertools
 import pytest
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.tasks.templates import (
-    CHATML,
-    FIXED,
-    TEMPLATES,
-    encode_all,
-    encode_templated,
-)
+from grpo_jax.tasks.plain_text import encode_all
+from grpo_jax.tasks.templates import CHATML, FIXED, TEMPLATES, encode_templated
 from grpo_jax.tasks.tokenizers import character_tokenizer, train_tokenizer
 
 TEXTS = ["What is 12 + 7?", "Where is the cat?\n\nIn the house.", "é 日本 <| eot |>"]

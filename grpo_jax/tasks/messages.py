@@ -1,0 +1,79 @@
+"""Prompts as lists of messages, {"role": ..., "content": ...}: read and checked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_jax.errors import ConfigError
+from grpo_jax.tasks.templates import Turn, Turns
+
+
+def read_prompt(value: Any, where: str) -> tuple[Turns, str]:
+    """(turns before the prompt, the prompt) of a text or of a list of messages.
+
+    Args:
+        value: From a row.
+        where: The row and its field, for errors.
+
+    Raises:
+        ConfigError: it is neither, or its last message is not the user's.
+    """
+    turns = _turns(value, "user", where)
+    if turns[-1][0] != "user":
+        raise ConfigError(
+            f"{where} ends with a message of role {turns[-1][0]!r}; the last one must "
+            "be the user's, which the model answers."
+        )
+    return turns[:-1], turns[-1][1]
+
+
+def read_system(value: Any, where: str) -> Turns:
+    """System turns from a text or a list of messages; none of null or an empty text.
+
+    Raises:
+        ConfigError: it is neither, or has messages of another role.
+    """
+    if value is None or value == "":
+        return ()
+    turns = _turns(value, "system", where)
+    other = next((role for role, _ in turns if role != "system"), None)
+    if other is not None:
+        raise ConfigError(
+            f"{where} must be a system turn, got a message of role {other!r}."
+        )
+    return turns
+
+
+def _turns(value: Any, role: str, where: str) -> Turns:
+    """The messages of a list; a text is one of `role`."""
+    if isinstance(value, str):
+        return ((role, value),)
+    if not isinstance(value, list) or not value:
+        raise ConfigError(
+            f"{where} is {value!r:.200}; expected text, or a list of messages with "
+            "role and content."
+        )
+    return tuple(_turn(message, where) for message in value)
+
+
+def _turn(message: Any, where: str) -> Turn:
+    if not isinstance(message, Mapping):
+        raise ConfigError(f"{where}: a message must have role and content, got "
+                          f"{message!r:.200}.")  # fmt: skip
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list):  # parts, of which all must be text
+        content = _joined(content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ConfigError(
+            f"{where}: a message must have role and content as text, got "
+            f"{message!r:.200}."
+        )
+    return role, content
+
+
+def _joined(parts: list[Any]) -> str | None:
+    """The text of a message given in parts; None where a part is no text."""
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    kinds = {part.get("type", "text") for part in parts if isinstance(part, Mapping)}
+    if kinds <= {"text"} and all(isinstance(text, str) for text in texts):
+        return "".join(texts)
+    return None
