@@ -72,8 +72,12 @@ def _turn(message: Any, where: str) -> Turn:
 
 def _joined(parts: list[Any]) -> str | None:
     """The text of a message given in parts; None where a part is no text."""
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    kinds = {part.get("type", "text") for part in parts if isinstance(part, Mapping)}
-    if kinds <= {"text"} and all(isinstance(text, str) for text in texts):
-        return "".join(texts)
-    return None
+    texts = [_text_of(part) for part in parts]
+    known = [text for text in texts if text is not None]
+    return "".join(known) if len(known) == len(texts) else None
+
+
+def _text_of(part: Any) -> str | None:
+    if isinstance(part, Mapping) and part.get("type", "text") == "text":
+        part = part.get("text")
+    return part if isinstance(part, str) else None

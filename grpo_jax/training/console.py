@@ -37,7 +37,7 @@ def step_facts(metrics: dict[str, Any]) -> str:
         f"update {show(get('time/update_s'), '.2f')}s",
     ]
     if metrics.get("completion/cut_off"):
-        facts.append(f"cut off {show('completion/cut_off', '{:.0%}')}")
+        facts.append(f"cut off {metrics['completion/cut_off']:.0%}")
     if metrics.get("reward/missing"):
         facts.append(f"MISSING REWARDS {metrics['reward/missing']:.0f}")
     if metrics.get("update/skipped_in_a_row"):

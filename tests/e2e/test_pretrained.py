@@ -288,7 +288,7 @@ def test_evaluation_goes_on_where_it_was(data, pretrained, tmp_path):
     lines = (directory / "samples.jsonl").read_text().splitlines()
     assert len(lines) == 10 and set(whole["figures"]) == {"greedy", "samples"}
     assert set(whole["figures"]["samples"]) == {
-        "avg@4", "pass@1", "pass@2", "pass@4", "tokens", "cut off",
+        "avg@4", "pass@1", "pass@2", "pass@4", "tokens", "cut off", "reward",
     }  # fmt: skip
     # Killed in the middle of a line.
     cut = "\n".join([*lines[:3], lines[3][:20]])
