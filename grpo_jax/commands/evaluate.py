@@ -325,11 +325,13 @@ def _warn_of_trained_prompts(
     run_dir = Path(config.run_dir)
     trained_on = run_config(run_dir).task
     try:
-        trained = {e.prompt for e in task_for_run(trained_on, run_dir).train}
+        task = task_for_run(trained_on, run_dir)
+        trained = {(e.context, e.prompt) for e in task.train}
     except ConfigError as error:
         say(f"warning: which prompts the run was trained on is not known ({error})")
         return
-    seen = sum(evaluation.examples[i].prompt in trained for i in evaluation.indices)
+    asked = [evaluation.examples[i] for i in evaluation.indices]
+    seen = sum((e.context, e.prompt) in trained for e in asked)
     if seen:
         say(f"warning: the run was trained on {seen} of these prompts.")
 

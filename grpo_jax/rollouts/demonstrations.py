@@ -39,7 +39,7 @@ class Demonstrations:
         self.task, self.settings = task, settings
         self.sizes = prompt_length, length
         self.left_out = 0
-        self._held_out: frozenset[str] = frozenset()  # prompts
+        self._held_out: frozenset[tuple] = frozenset()  # prompts, after their turns
         if settings.longest is None:
             self.left_out = len(task.train) - len(self._fitting(task.train))
             if self.left_out == len(task.train):
@@ -51,12 +51,12 @@ class Demonstrations:
 
     def set_aside(self, rng: np.random.Generator) -> Rollouts:
         """Some demonstrations [N, 1, T], which no later batch contains."""
-        prompts = dict.fromkeys(e.prompt for e in self.task.train)
+        prompts = dict.fromkeys(_asked(e) for e in self.task.train)
         count = max(1, min(_HELD_OUT, len(prompts) // 10))
-        rows: dict[str, Row] = {}
+        rows: dict[tuple, Row] = {}
         for _ in range(_TRIES):
             drawn = self._fitting(self._draw(rng, spoiled=False))
-            rows |= {example.prompt: row for example, row in drawn}
+            rows |= {_asked(example): row for example, row in drawn}
             if len(rows) >= count:
                 break
         rows = dict(list(rows.items())[:count])
@@ -79,7 +79,7 @@ class Demonstrations:
             rows += [
                 row
                 for example, row in self._fitting(self._draw(rng, spoiled))
-                if example.prompt not in self._held_out
+                if _asked(example) not in self._held_out
             ]
             if len(rows) >= self.settings.batch_size:
                 return self._packed(rows[: self.settings.batch_size])
@@ -106,3 +106,8 @@ class Demonstrations:
         return pack_answers(
             prompts, answers, *self.sizes, self.task.tokenizer.pad_token_id
         )
+
+
+def _asked(example: Example) -> tuple:
+    """What makes prompts the same: the text and the turns before it."""
+    return example.context, example.prompt

@@ -103,6 +103,8 @@ def test_every_field_is_documented_and_the_promised_ones_are_present(finished):
     assert [row["step"] for row in evaluated] == [0, 3, 6]
     assert all("eval/heldout_pass_rate" in row for row in evaluated)
     assert max(row["mismatch/max_abs"] for row in rows[1:]) < 1e-5
+    assert all(0 <= row["completion/cut_off"] <= 1 for row in rows[1:])
+    assert all("eval/heldout_cut_off" in row for row in evaluated)
 
 
 def test_measurements_of_the_instrument_are_in_their_file(finished):
@@ -130,7 +132,7 @@ def test_report_is_one_file_that_fetches_nothing(finished):
     page = (finished.run_dir / "report.html").read_text()
     assert page.count("<svg") >= 8
     assert "src=" not in page and "<link" not in page and "<script" not in page
-    for section in ("Pass rate", "Within-prompt std", "Samples"):
+    for section in ("Pass rate", "Within-prompt std", "Cut off", "Samples"):
         assert section in page
     main, curves = page.index("Why and when normalisation"), page.index("<h2>Curves")
     assert main < page.index("Every measurement") < curves

@@ -1,10 +1,12 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 
 from grpo_jax import Example
 from grpo_jax.evaluation.figures import (
+    cut_off_share,
     mean_reward_interval,
     missing_and_failed,
     pass_at_k,
@@ -13,6 +15,7 @@ from grpo_jax.evaluation.figures import (
     table,
 )
 from grpo_jax.evaluation.sampled import PromptAnswers
+from grpo_jax.rollouts.judging import completions_ended
 
 
 def answered(index, solved, tokens=None):
@@ -113,3 +116,26 @@ def test_answers_that_were_not_judged_are_counted():
 def test_table_says_none_where_there_is_no_figure():
     line = table(summarise([rewarded(0, [None])], [example()], [1])).splitlines()[1]
     assert line.split() == ["all", "0", "none", "none", "3.0"]
+
+
+# The last token decides, not the length: an end at the limit is an end.
+def test_completions_without_an_end_of_their_own_were_cut_off():
+    tokens = [[5, 6, 7], [5, 6, 1], [5, 2, 0], [1, 6, 0], [0, 0, 0]]
+    completions = np.array([tokens, tokens[::-1]])
+    lengths = np.array([[3, 3, 2, 2, 0], [0, 2, 2, 3, 3]])
+    ended = completions_ended(completions, lengths, (1, 2))
+    assert ended[0].tolist() == [False, True, True, False, False]
+    assert ended[1].tolist() == ended[0].tolist()[::-1]
+
+
+def test_the_share_cut_off_is_a_figure():
+    rows = [answered(0, [1, 0]), answered(1, [1, 1]), answered(2, [0, 1])]
+    cuts = [[True, False], [False, False], [True, True]]
+    rows = [row._replace(cut_off=cut) for row, cut in zip(rows, cuts, strict=True)]
+    assert cut_off_share(rows) == 3 / 6
+    examples = [example(level="1"), example(level="2"), example(level="2")]
+    found = summarise(rows, examples, [2])["cut off"]
+    assert found["all"]["value"] == 0.5 and found["all"]["prompts"] == 3
+    assert found["level=1"]["value"] == 0.5 and found["level=2"]["value"] == 0.5
+    # Answers of an older version do not say.
+    assert "cut off" not in summarise([*rows, answered(2, [1, 1])], examples, [2])

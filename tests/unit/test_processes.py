@@ -136,6 +136,7 @@ def test_shares_of_rewards_make_the_whole():
     np.testing.assert_array_equal(both.rollouts.rewards, alone.rollouts.rewards)
     np.testing.assert_array_equal(both.scores.solved, alone.scores.solved)
     np.testing.assert_array_equal(both.lengths, lengths)
+    np.testing.assert_array_equal(both.ended, alone.ended)
     assert both.scores.errors == alone.scores.errors == ["ValueError: empty"]
     assert both.texts[0][2] == "" and both.texts[1][1] == alone.texts[1][1]
 

@@ -65,6 +65,7 @@ def test_a_mean_reward_is_shown_where_it_is_another_figure(tmp_path):
 
 def test_a_page_of_missing_figures_is_written(tmp_path):
     step = {"reward/mean": None, "group/std_mean": None, "reward/missing": 16}
+    step |= {"completion/cut_off": 0.25}
     checks = {"eval/missing": 3, "eval/failed": 2}
     sample = {
         "step": 1, "prompt": "1+1=", "answer": "2",
@@ -74,6 +75,7 @@ def test_a_page_of_missing_figures_is_written(tmp_path):
     directory = made_run(tmp_path / "run", *rows, samples=[sample])
     page = write_report([directory], tmp_path / "report.html").read_text()
     assert "x1 (no reward)" in page and page.count("(no reward)") == 1
+    assert "cut off at the limit of tokens: 25.0% at the first step, 25.0%" in page
     assert "rewards missing: 16; in evaluations, rewards missing: 3" in page
     assert "hung or died: 2" in page and "None" not in page.split("<svg")[0]
 
