@@ -12,9 +12,13 @@ orthogonal directions (other cosines where said), of lognormal length; groups of
 "few" (5) that all prompts share, normal, t3 or exponential. Runs of 1 to 20
 measurements. Before: the sign of the mean effect where the estimate of |g|^2 is above
 0; the sign of C - 1 as estimated; bootstrap intervals that do not overlap.
-Hardware and time: one CPU core, 15 minutes (--smoke: 20 seconds).
+Hardware and time: one CPU core, 20 minutes (--smoke: 10 seconds).
 
 Expected: each direction wrong in at most 2.5 % of runs, both in at most 5 %.
+Got (2026-11-28): helps or hurts .044 on average over 20 settings with orthogonal
+gradients (largest .075, +- .02), before: "helps" in .25 to .67 and else "hurts"; C .002
+(before .45); rose or fell never. With cosines of .1 "helps" in .01 (8 prompts, one
+measurement) to 1.00 (32 prompts).
 """
 
 import dataclasses
