@@ -1,8 +1,8 @@
 """Log-probabilities and entropy of tokens from hidden states, chunk by chunk.
 
 Logits of shape [..., T, V] never exist: each chunk's are made, reduced and dropped,
-and made again in the backward pass. No custom derivative rules, so reverse mode,
-forward mode and forward-over-forward all work.
+and made again in the backward pass. The one custom derivative rule is linear, so reverse
+mode, forward mode and forward-over-forward all work.
 """
 
 from typing import Any
@@ -20,6 +20,23 @@ def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+@jax.custom_jvp
+def _with_gradient_of(copy: jax.Array, original: jax.Array) -> jax.Array:
+    """`copy`, the original rounded to another dtype, with derivatives of the original.
+
+    In a loop, the gradients of all its rounds are then added up in the dtype of the
+    original, and nothing but the copy is read.
+    """
+    del original
+    return copy
+
+
+@_with_gradient_of.defjvp
+def _derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    copy, original = primals
+    return _with_gradient_of(copy, original), tangents[1].astype(copy.dtype)
+
+
 def token_logprobs(
     hidden: jax.Array,
     unembedding: jax.Array,
@@ -33,8 +50,9 @@ def token_logprobs(
     """Log-probs of `token_ids` under softmax(hidden @ unembedding / temperature).
 
     Args:
-        hidden: [..., T, D], any float dtype.
-        unembedding: [D, V].
+        hidden: [..., T, D], any float dtype; that of the product with the unembedding.
+        unembedding: [D, V], any float dtype. Its gradient is added up over chunks in
+            float32 (float64 from float64).
         token_ids: [..., T] int32 in [0, V).
         temperature: The policy's, positive; the log-probs are of the tempered policy.
         softcap: The model's `logit_softcap`, applied before the temperature.
@@ -59,6 +77,7 @@ def token_logprobs(
     num_chunks = -(-length // max(1, tokens // rows))
     step = -(-length // num_chunks)
     padding = [(0, 0)] * len(lead) + [(0, num_chunks * step - length)]
+    copy, wide = unembedding.astype(hidden.dtype), unembedding.astype(dtype)
 
     def chunked(x: jax.Array, padding: list[tuple[int, int]]) -> jax.Array:
         x = jnp.pad(x, padding)
@@ -68,7 +87,9 @@ def token_logprobs(
     @jax.checkpoint
     def one_chunk(hidden: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, ...]:
         logits = jnp.matmul(
-            hidden.reshape(-1, width), unembedding, preferred_element_type=dtype
+            hidden.reshape(-1, width),
+            copy if copy.dtype == dtype else _with_gradient_of(copy, wide),
+            preferred_element_type=dtype,
         ).reshape(*hidden.shape[:-1], -1)
         logits = soft_capped(logits, softcap) / temperature
         log_total = jax.nn.logsumexp(logits, axis=-1)

@@ -25,6 +25,7 @@ from grpo_jax.models.attention import (
     within_window,
 )
 from grpo_jax.models.config import ModelConfig, linear_sizes
+from grpo_jax.models.linear import Linear
 from grpo_jax.models.lora import LoRALinear
 from grpo_jax.parallel.sharding import constrain_params, flatten_rows
 
@@ -61,7 +62,7 @@ def _linear(
     scale: float = 1.0,
     *,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
     """The linear map `name` of a layer, with LoRA factors if it is one of the targets;
     `scale` multiplies the variance of its initial kernel."""
     c, (inputs, outputs) = config, linear_sizes(config)[name]
@@ -74,7 +75,7 @@ def _linear(
     if c.lora_rank and name in c.lora_targets:
         factors = dict(rank=c.lora_rank, scale=c.lora_alpha / c.lora_rank)
         return LoRALinear(inputs, outputs, **factors, **arguments)
-    return nnx.Linear(inputs, outputs, **arguments)
+    return Linear(inputs, outputs, **arguments)
 
 
 class Block(nnx.Module):
@@ -166,17 +167,29 @@ class Decoder(nnx.Module):
             shape = (config.width, config.vocab_size)
             self.unembedding = nnx.Param(init(rngs.params(), shape, jnp.float32))
 
+    def unembedding_param(self) -> jax.Array:
+        """The unembedding [D, V], in the dtype of the parameters."""
+        if self.config.tie_embeddings:
+            return self.embedding.embedding[...].T
+        return self.unembedding[...]
+
     def unembedding_matrix(self) -> jax.Array:
         """The unembedding [D, V], in the compute dtype."""
-        if self.config.tie_embeddings:
-            matrix = self.embedding.embedding[...].T
-        else:
-            matrix = self.unembedding[...]
-        return matrix.astype(self.config.compute_dtype)
+        return self.unembedding_param().astype(self.config.compute_dtype)
 
-    def embed(self, token_ids: jax.Array) -> jax.Array:
-        """Embeddings [..., D] of token ids [...] int32, in the compute dtype."""
-        x = self.embedding(token_ids)
+    def embed(self, token_ids: jax.Array, table: jax.Array | None = None) -> jax.Array:
+        """Embeddings [..., D] of token ids [...] int32, in the compute dtype.
+
+        Rows are taken first and then cast, so that the gradients of a token's
+        occurrences are added up in the dtype of the parameters. In bfloat16 a sum of
+        ones stops at 256.
+
+        Args:
+            token_ids: [...] int32.
+            table: [V, D], the embedding in any dtype; None: the parameter.
+        """
+        table = self.embedding.embedding[...] if table is None else table
+        x = jnp.take(table, token_ids, axis=0).astype(self.config.compute_dtype)
         if not self.config.scale_embedding:
             return x
         return x * jnp.asarray(

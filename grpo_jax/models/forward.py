@@ -143,7 +143,7 @@ def teacher_forced(
         model, (ids, mask) = policy.module(), prompts
         return token_logprobs(
             completion_hidden(model, ids, mask, completions),
-            model.unembedding_matrix(),
+            model.unembedding_param(),
             completions,
             temperature=temperature,
             softcap=policy.config.logit_softcap,

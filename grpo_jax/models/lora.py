@@ -18,11 +18,12 @@ from flax import nnx
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.hf_tensors import checkpoint_tensors
+from grpo_jax.models.linear import Linear
 
 FACTORS = ("lora_a", "lora_b")
 
 
-class LoRALinear(nnx.Linear):
+class LoRALinear(Linear):
     """A linear map with low-rank factors beside its kernel."""
 
     def __init__(

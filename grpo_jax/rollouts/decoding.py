@@ -36,7 +36,8 @@ class TokenDecoder(NamedTuple):
     prefix_keys: Caches  # [P, KV, d, L]
     prefix_values: Caches  # [P, KV, L, d]
     blocks: Sequence[Any]  # one module per layer
-    unembedding: jax.Array  # [D, V]
+    embedding: jax.Array  # [V, D], in the compute dtype
+    unembedding: jax.Array  # [D, V], in the compute dtype
     rotary: ByLayer  # tables of positions [T, P, 1], the completions' tokens
 
     def logits(
@@ -58,7 +59,7 @@ class TokenDecoder(NamedTuple):
             prompts.prefix_mask, prompts.length[:, None] + t, prompts.positions
         )
         keys, values = [*keys], [*values]
-        x = constrain(model.embed(token), "prompts", "samples")  # [P, G, D]
+        x = constrain(model.embed(token, self.embedding), "prompts", "samples")  # [P, G, D]
         for i, block in enumerate(self.blocks):
             slides = i in model.config.sliding_layers
             q, k, v = block.qkv(x, rotary.select(slides))
@@ -110,6 +111,7 @@ def prefill(
         prefix_keys=keys,
         prefix_values=values,
         blocks=blocks,
+        embedding=model.embedding.embedding[...].astype(model.config.compute_dtype),
         unembedding=model.unembedding_matrix(),
         rotary=model.rotary(positions),
     )

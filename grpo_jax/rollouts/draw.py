@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from grpo_jax.parallel.sharding import constrain
 
 _BLOCK = 128  # tokens whose probabilities are summed before one of them is searched
+_HALF_STEP = 2.0**-24  # of a float32 uniform
 
 
 def draw_tokens(
@@ -26,15 +27,24 @@ def draw_tokens(
     """
     logits = _keep_top_k(logits, top_k)
     logits = _keep_top_p(logits, top_p)
-    u = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t))))(
-        sample_keys
-    )
-    u = constrain(u, "prompts", "samples")
+    within, u = _uniforms(sample_keys, t)
     top = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - top)
-    token, total = inverse_cdf(u, weights)
+    token, total = inverse_cdf(u, weights, within)
     chosen = jnp.take_along_axis(logits - top, token[..., None], axis=-1)[..., 0]
     return token, chosen - jnp.log(total)
+
+
+def _uniforms(sample_keys: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two independent uniforms [P, G] of the keys [P, G] folded with t []."""
+    keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, t)))(sample_keys)
+
+    def uniform(keys: jax.Array) -> jax.Array:
+        drawn = jax.vmap(jax.vmap(jax.random.uniform))(keys)
+        return constrain(drawn, "prompts", "samples")
+
+    other = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, 1)))(keys)
+    return uniform(keys), uniform(other)
 
 
 def _keep_top_k(logits: jax.Array, top_k: int | None) -> jax.Array:
@@ -58,16 +68,25 @@ def _keep_top_p(logits: jax.Array, top_p: float | None) -> jax.Array:
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
-def inverse_cdf(u: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def inverse_cdf(
+    u: jax.Array, weights: jax.Array, within: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The token where the cumulated weights first exceed u times their total.
 
-    One uniform per token instead of V Gumbels: 13 times faster at V = 2,048 on a CPU.
-    In two levels, blocks and then one block's tokens, which keeps the rounding of the
-    sums at that of V / 128 terms and of 128.
+    Uniforms per token instead of V Gumbels: 13 times faster at V = 2,048 on a CPU.
+    In two levels, blocks of 128 tokens and then one block's tokens, each with a uniform
+    of its own: a token's probability is then a multiple of 2^-23 of its block's, not of
+    2^-23. For a softmax of standard normal logits of V = 151,936 tokens the total
+    variation between the draw and the exact distribution is {after}; with one uniform
+    for both levels {before}.
 
     Args:
-        u: [...] uniform in [0, 1).
+        u: [...] uniform in [0, 1), a multiple of 2^-23 (`jax.random.uniform`). Half a
+            step is added, so that 0 is no special case.
         weights: [..., V] non-negative, not all zero.
+        within: [...] uniform like u, independent of it, which picks the token of a
+            block. With V <= 128 there is one block, and nothing for u to do. None: u
+            does both, with the coarser tail.
 
     Returns:
         Tokens [...] int32, never one of weight 0, and the weights' total [...].
@@ -75,26 +94,35 @@ def inverse_cdf(u: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]
     *lead, v = weights.shape
     padded = jnp.pad(weights, [(0, 0)] * len(lead) + [(0, -v % _BLOCK)])
     blocks = padded.reshape(*lead, -1, _BLOCK)
-    cumulated = jnp.cumsum(blocks.sum(-1), axis=-1)  # [..., V / block]
+    sums = blocks.sum(-1)  # [..., V / block]
+    cumulated = jnp.cumsum(sums, axis=-1)
     total = cumulated[..., -1]
-    target = u * total
-    index = _first_above(cumulated, target)
-    before = jnp.where(
-        index > 0,
-        jnp.take_along_axis(cumulated, jnp.maximum(index - 1, 0)[..., None], -1)[
-            ..., 0
-        ],
-        0.0,
-    )
+    target = (u + _HALF_STEP) * total
+    index = _first_above(cumulated, target, sums > 0)
     block = jnp.take_along_axis(blocks, index[..., None, None], axis=-2)[..., 0, :]
-    within = _first_above(before[..., None] + jnp.cumsum(block, axis=-1), target)
-    # Rounding may leave the block's sum below the target: its last possible token.
-    last = _BLOCK - 1 - jnp.argmax((block > 0)[..., ::-1], axis=-1)
-    return index * _BLOCK + jnp.minimum(within, last), total
+    inside = jnp.cumsum(block, axis=-1)
+    if within is not None:
+        chosen = jnp.take_along_axis(sums, index[..., None], axis=-1)[..., 0]
+        target = (within + _HALF_STEP) * chosen
+    else:
+        before = jnp.take_along_axis(
+            cumulated, jnp.maximum(index - 1, 0)[..., None], -1
+        )
+        inside = inside + jnp.where(index[..., None] > 0, before, 0.0)
+    return index * _BLOCK + _first_above(inside, target, block > 0), total
 
 
-def _first_above(cumulated: jax.Array, target: jax.Array) -> jax.Array:
-    """Index [...] of the first entry of `cumulated` [..., N] above `target` [...]; the
-    last index if none is."""
+def _first_above(
+    cumulated: jax.Array, target: jax.Array, positive: jax.Array
+) -> jax.Array:
+    """Index [...] of the first entry of `cumulated` [..., N] above `target` [...].
+
+    Rounded sums may fall short of the target, or rise and fall over weights of zero
+    (XLA adds up long rows in a tree). So the index is the last one at or before it at
+    which the weight is `positive` [..., N]; if there is none, the first one after it.
+    """
     below = (cumulated <= target[..., None]).sum(-1)
-    return jnp.minimum(below, cumulated.shape[-1] - 1)
+    places = jnp.arange(cumulated.shape[-1])
+    possible = positive & (places <= below[..., None])
+    last = jnp.max(jnp.where(possible, places, -1), axis=-1)
+    return jnp.where(last < 0, jnp.argmax(positive, axis=-1), last)
