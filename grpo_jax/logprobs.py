@@ -1,8 +1,8 @@
 """Log-probabilities and entropy of tokens from hidden states, chunk by chunk.
 
 Logits of shape [..., T, V] never exist: each chunk's are made, reduced and dropped,
-and made again in the backward pass. The one custom derivative rule is linear, so reverse
-mode, forward mode and forward-over-forward all work.
+and made again in the backward pass. The one custom derivative rule is linear, so
+reverse mode, forward mode and forward-over-forward all work.
 """
 
 from typing import Any

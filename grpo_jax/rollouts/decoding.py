@@ -59,7 +59,8 @@ class TokenDecoder(NamedTuple):
             prompts.prefix_mask, prompts.length[:, None] + t, prompts.positions
         )
         keys, values = [*keys], [*values]
-        x = constrain(model.embed(token, self.embedding), "prompts", "samples")  # [P, G, D]
+        x = model.embed(token, self.embedding)  # [P, G, D]
+        x = constrain(x, "prompts", "samples")
         for i, block in enumerate(self.blocks):
             slides = i in model.config.sliding_layers
             q, k, v = block.qkv(x, rotary.select(slides))

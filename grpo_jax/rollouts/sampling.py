@@ -1,9 +1,15 @@
 """Sampling: one prefill per prompt, one compiled loop for all completions.
 
 The loop is one `while_loop` per cache length (32, 64, 128, ... tokens), so that early
-tokens attend over a short cache; each ends as soon as every completion has ended. A
-token's randomness is a function of (key, prompt, sample, token) alone, so a sample does
-not depend on the rest of its batch.
+tokens attend over a short cache; each ends as soon as every completion has ended.
+
+A token's randomness is a function of (key, prompt, sample, token) alone. So a sample
+depends on the rest of its batch only through rounding: products of other shapes may be
+added up in another order. In float32 that moves logits by 1e-6, and hardly any draw is
+so close to the edge between two tokens. In bfloat16 it moves them by 1e-2, and with the
+number of prompts or samples in a batch some completions become others: a few in a
+thousand where most tokens are certain, most where many tokens are equally likely.
+Batches of one shape give one result in both.
 """
 
 from collections.abc import Sequence
@@ -56,7 +62,7 @@ def sample(
         eos_id: Ends a completion, and is its last token; or several ids that do.
         pad_id: Fills completions after their end.
         prompt_indices: [P] int32 naming the prompts for the randomness, so that a
-            prompt gets the same samples in any batch; default 0..P-1.
+            prompt gets the same random numbers in any batch; default 0..P-1.
 
     Returns:
         `Rollouts` without rewards.

@@ -14,7 +14,7 @@ from grpo_jax import (
     sample,
 )
 from grpo_jax.rollouts import sampling
-from grpo_jax.rollouts.draw import inverse_cdf
+from grpo_jax.rollouts.draw import draw_tokens, inverse_cdf
 from grpo_jax.rollouts.sampling import cache_lengths
 
 V, EOS, PAD = 11, 1, 10
@@ -344,3 +344,61 @@ def test_inverse_cdf_of_a_certain_token(only):
     tokens, total = jax.jit(inverse_cdf)(u, weights)
     np.testing.assert_array_equal(tokens, [only, only])
     np.testing.assert_allclose(total, 1e-30, rtol=1e-6)
+
+
+def test_a_draw_of_zero_is_half_a_step():
+    """A token of 2^-30 is not drawn once in 2^23: u = 0 stands for [0, 2^-23)."""
+    weights = np.float32([2**-30, 1])
+    draw = jax.jit(inverse_cdf)
+    assert draw(np.float32(0), weights)[0] == 1
+    assert draw(np.float32(0.5), weights, np.float32(0))[0] == 1
+    assert draw(np.float32(0), np.float32([2**-23, 1]))[0] == 0
+
+
+# XLA adds up long rows in a tree: cumulated sums then rise and fall over empty blocks.
+# Weights as top-k leaves them: a few, far apart.
+@pytest.mark.parametrize("blocks", [400, 1187])
+def test_inverse_cdf_never_picks_weight_zero_of_a_large_vocabulary(blocks):
+    weights = np.zeros((blocks, 128), np.float32)
+    rng = np.random.default_rng(blocks)
+    filled = rng.choice(blocks, 50, replace=False)
+    weights[filled, rng.integers(0, 128, 50)] = rng.exponential(1, 50)
+    sums = np.asarray(jnp.cumsum(weights.sum(1)))
+    empty = weights.sum(1) == 0
+    assert (np.diff(sums)[empty[1:]] != 0).any()  # the case is the one above
+    edges = np.unique(sums) / sums[-1]
+    u = np.float32(edges)[:, None] + np.float32(2**-24) * np.arange(-4, 5)
+    u = np.clip(u, 0, BELOW_ONE).ravel()
+    for within in (None, jnp.zeros(()), jnp.asarray(BELOW_ONE)):
+        draw = jax.jit(jax.vmap(lambda u, x, w=within: inverse_cdf(u, x, w), (0, None)))
+        tokens, _ = draw(u, weights.ravel())
+        assert (weights.ravel()[tokens] > 0).all()
+
+
+def test_a_second_uniform_resolves_the_tail():
+    """128 tokens of 2^-30 each: the first uniform has two steps for all of them."""
+    weights = np.full(256, 2**-30, np.float32)
+    weights[0] = 1
+    weights[1:128] = 0
+    within = np.float32((np.arange(128) + 0.25) / 128)
+    draw = jax.jit(jax.vmap(inverse_cdf, (None, None, 0)))
+    tokens, _ = draw(BELOW_ONE, weights, within)
+    np.testing.assert_array_equal(tokens, 128 + np.arange(128))
+    alone, _ = jax.jit(inverse_cdf)(BELOW_ONE, weights)
+    assert alone == 255  # whichever of them: without a second one, always the same
+
+
+# Up to 128 tokens the draw is that of one uniform, the key's own.
+def test_a_small_vocabulary_is_drawn_by_one_uniform():
+    keys = jax.random.split(jax.random.key(3), (4, 50))
+    logits = jax.random.normal(jax.random.key(4), (4, 50, 100))
+    tokens, logprobs = jax.jit(draw_tokens, static_argnums=(3, 4))(
+        keys, jnp.int32(7), logits, None, None
+    )
+    uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 7))))
+    weights = np.exp(np.float64(logits))
+    cumulated = np.cumsum(weights, -1) / weights.sum(-1, keepdims=True)
+    expected = (cumulated <= np.asarray(uniform(keys))[..., None] + 2**-24).sum(-1)
+    np.testing.assert_array_equal(tokens, expected)
+    chosen = np.take_along_axis(weights, expected[..., None], -1)[..., 0]
+    np.testing.assert_allclose(logprobs, np.log(chosen / weights.sum(-1)), atol=1e-5)
