@@ -14,6 +14,11 @@ MAX_BITS = 20_000  # of a value's numerator and denominator
 MAX_LENGTH = 400  # characters
 
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+# Times, dates and versions, which only look like arithmetic.
+NOT_ARITHMETIC = re.compile(
+    r"(?<![0-9])[0-9]{1,2}:[0-5][0-9](?![0-9])|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?![0-9])|"
+    r"[0-9]\s*/\s*[0-9]+\s*/\s*[0-9]|[0-9]\.[0-9]*\.|(?<![0-9])0x[0-9a-fA-F]"
+)
 _REPEATING = re.compile(r"([0-9]+\.[0-9]*)\\overline\{([0-9]+)\}")
 _TOKEN = re.compile(rf"\s*(?:({_NUMBER})|(\\[A-Za-z]+|[-+*/^(){{}}]))")
 _OPERATORS = {"\\cdot": "*", "\\times": "*", "\\div": "/", "×": "*", "·": "*"}
@@ -27,7 +32,7 @@ class _NoValueError(ValueError):
 def exact_value(body: str) -> Fraction | None:
     """The value of a number, or of arithmetic on numbers; None for any other text."""
     value = plain_number(plain_fractions(body))
-    if value is not None or len(body) > MAX_LENGTH:
+    if value is not None or len(body) > MAX_LENGTH or NOT_ARITHMETIC.search(body):
         return value
     if repeating := _REPEATING.fullmatch(body.strip()):  # 0.1\overline{6} is 1/6
         start, again = repeating.groups()

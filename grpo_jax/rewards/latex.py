@@ -102,6 +102,8 @@ class Answer(NamedTuple):
 
 def read_answer(text: str) -> Answer:
     """Reads an answer, with one spelling for what LaTeX has several for."""
+    text = re.sub(r"^\s*\\[(\[](.*)\\[)\]]\s*$", r"\1", text)  # \(5\)
+    text = re.sub(r"^\s*=", "", text)
     for old, new in _SYMBOLS.items():
         text = text.replace(old, new)
     text = re.sub(r"(?<=[0-9]),\s*\\!\s*(?=[0-9]{3})", "", text)  # 20,\!000
@@ -184,7 +186,8 @@ def _same_body(gold: str, answer: str) -> bool | None:
     if a == b:  # 1, 234 is a list, which is no answer to the number 1,234
         return x is None
     if re.search(r"[0-9]_", a + b):  # a base may be left out, never changed
-        return re.sub(r"_.*", "", a) == b and exact_value(b) is not None
+        number = re.sub(r"_\{?[0-9]+\}?$", "", a)
+        return number == b and exact_value(b) is not None
     if re.fullmatch(r"\(?[A-Z]\)?", a) and re.fullmatch(r"\(?[A-Z]\)?", b):
         return a.strip("()") == b.strip("()")
     if words := _WORDS.fullmatch(gold):  # to sympy CBAD is a product, equal to ABCD

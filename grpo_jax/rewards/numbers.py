@@ -15,6 +15,7 @@ from fractions import Fraction
 
 MAX_DIGITS = 400  # of a number; the plain spelling of a float has up to 325
 
+PLAIN = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _GROUPED = r"[1-9][0-9]{0,2}(?P<sep>[ ,_'])[0-9]{3}(?:(?P=sep)[0-9]{3})*"
 _DECIMAL = re.compile(
     rf"(?P<mantissa>(?:{_GROUPED}|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
@@ -129,6 +130,8 @@ def _fraction(match: re.Match[str]) -> str:
 def one_number(text: str) -> Fraction | None:
     """The value of a text that is one number, with or without currency, %, a final
     period or a unit; None for any other text."""
+    if PLAIN.fullmatch(text := text.strip()):  # most are, and what follows is slow
+        return plain_number(text)
     text = _plain(text).strip()
     match = re.match(r"([+-]?)\s*(?=\.?[0-9])", text)
     run = _RUN.match(text, match.end()) if match else None

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from grpo_jax.rewards.arithmetic import exact_value
+from grpo_jax.rewards.arithmetic import NOT_ARITHMETIC, exact_value
 from grpo_jax.rewards.latex import balanced, read_answer, same_answer
 
 MAX_SYMBOLIC = 400  # characters that sympy may be given
@@ -27,7 +27,6 @@ _COMMAND_NAMES = (
     "lceil rceil mathbb bar hat"
 )
 _COMMANDS = frozenset(_COMMAND_NAMES.split())
-_TIME = re.compile(r"(?<![0-9])[0-9]{1,2}:[0-5][0-9](?![0-9])")
 _ENVIRONMENTS = frozenset({"matrix", "pmatrix", "bmatrix", "vmatrix"})
 
 
@@ -45,7 +44,7 @@ def same_math(gold: str, answer: str, *, spelling: bool = True) -> bool:
             return verdict
     equations = "=" in left.body or "=" in right.body
     bodies = [a.equation() if equations else a.body for a in (left, right)]
-    if any(map(_TIME.search, bodies)):  # 12:30 is no 2:5
+    if any(map(NOT_ARITHMETIC.search, bodies)):  # 12:30 is no 2:5
         return "".join(bodies[0].split()) == "".join(bodies[1].split())
     return _comparable(*bodies) and _same_by_math_verify(*bodies)
 

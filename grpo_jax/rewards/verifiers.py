@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from grpo_jax.rewards.answers import boxes, final_number, last_boxed, marked_answer
 from grpo_jax.rewards.latex import read_answer, same_answer
-from grpo_jax.rewards.numbers import MAX_DIGITS, one_number
+from grpo_jax.rewards.numbers import MAX_DIGITS, PLAIN, one_number
 from grpo_jax.rewards.symbolic import same_math
 from grpo_jax.rewards.types import Example
 
@@ -283,6 +283,8 @@ def _check_number(answer: str) -> str | None:
     gold = _gold_number(answer)
     if gold is None:
         return f"it ends on no number: {answer[-40:]!r}"
+    if PLAIN.fullmatch(answer):
+        return None
     forms = [f"#### {answer}", f"\\boxed{{{answer}}}", f"The answer is {answer}."]
     if marked_answer(answer) is None and {final_number(x) for x in forms} != {gold}:
         return "it can be read in two ways"
@@ -296,6 +298,10 @@ def _check_latex(gold: str) -> str | None:
         return "it is no number"
     if last_boxed(f"\\boxed{{{gold}}}") != gold:
         return f"its braces do not match, or it is too long: {gold[:40]!r}"
+    if re.search(r"\banswer\s*(?:is\b|[:=])", gold, re.IGNORECASE):
+        return "it is a sentence"
+    if re.fullmatch(r"[0-9]+\s*[-\u2010-\u2013]\s*[0-9]+", gold):  # a range or a score
+        return "it can be read in two ways"
     answer = read_answer(gold)
     if same_answer(answer, answer) is not True:
         return "nothing of it can be compared"
