@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.errors import ConfigError
 from grpo_jax.runs.fields import FIELDS
 from grpo_jax.runs.lines import JsonLines, keep_until, read_lines, to_numbers
-from grpo_jax.runs.paths import count_compiles
+from grpo_jax.runs.paths import cache_directory, count_compiles, use_compile_cache
 
 
 def written(path, rows):
@@ -90,3 +91,41 @@ def test_count_compiles_counts_new_programs_only():
     assert once >= 1 and compiles() == once
     function(np.zeros(7, np.float32))
     assert compiles() > once
+
+
+@pytest.fixture
+def no_cache_yet():
+    """jax without a directory for compiled programs."""
+    name = "jax_compilation_cache_dir"
+    before = getattr(jax.config, name)
+    jax.config.update(name, None)
+    yield
+    jax.config.update(name, before)
+
+
+# A file in place of a directory: not even root can write below it.
+def test_a_cache_that_cannot_be_written_is_said_and_left_out(
+    tmp_path, monkeypatch, no_cache_yet
+):
+    (tmp_path / "home").write_text("")
+    monkeypatch.delenv("GRPO_JAX_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    said = []
+    use_compile_cache(said.append)
+    assert len(said) == 1 and f"{tmp_path / 'home'}/.cache" in said[0]
+    assert "GRPO_JAX_CACHE" in said[0] and jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setenv("GRPO_JAX_CACHE", str(tmp_path / "cache"))
+    use_compile_cache(said.append)
+    assert len(said) == 1 and (tmp_path / "cache" / "compiled").is_dir()
+
+
+def test_without_a_home_directory_the_cache_is_asked_for(monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GRPO_JAX_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", unknown)
+    with pytest.raises(ConfigError, match="set HOME or GRPO_JAX_CACHE"):
+        cache_directory()
