@@ -47,7 +47,7 @@ class PromptGeometry(NamedTuple):
     statistics: CosineStatistics  # of the raw cosines moved to the debiased mean and
     # std: those of the true cosines if sampling noise keeps the distribution's shape
     raw_statistics: CosineStatistics  # of `cosines`
-    chi: jax.Array  # scalar, largest eigenvalue of `cosines`, in [1, P]
+    chi: jax.Array  # scalar, largest eigenvalue of `cosines`, in [1, P]; NaN of none
     noise_floor: jax.Array  # scalar, mean |cos| of orthogonal vectors in a K-sketch
     violating_fraction: jax.Array  # scalar, of pairs with a negative inner product
     m_bound: jax.Array  # [P, P] M of each ordered pair; NaN where inner is negative
@@ -343,6 +343,8 @@ def _summary(
         jnp.ones_like(raw),
         num_directions,
     )
+    finite = jnp.isfinite(cosines)
+    largest = jnp.linalg.eigvalsh(jnp.where(finite, cosines, 0.0))[-1]
     floor = 0.0 if num_directions is None else (2 / (jnp.pi * num_directions)) ** 0.5
     m_bound = jnp.where(both, m_bound, jnp.nan)
     return PromptGeometry(
@@ -352,7 +354,7 @@ def _summary(
         squared_inner=squared_inner,
         cosines=cosines,
         **debiased._asdict(),
-        chi=jnp.linalg.eigvalsh(jnp.where(jnp.isfinite(cosines), cosines, 0.0))[-1],
+        chi=jnp.where(finite.any(), largest, jnp.nan),
         noise_floor=jnp.asarray(floor, inner.dtype),
         violating_fraction=(both & (inner < 0)).sum() / both.sum(),
         m_bound=m_bound,

@@ -134,6 +134,15 @@ def test_the_debiased_mean_cosine_is_right_where_the_raw_one_is_not(x64):
     assert shrunk < 0.8 * target and abs(shrunk - target) > 6 * error
 
 
+@pytest.mark.parametrize("reward", [1.0, np.nan], ids=["tied", "missing"])
+def test_prompts_without_signal_have_no_figures(reward):
+    scores = jax.random.normal(jax.random.key(0), (3, 4, 8))
+    gram = jnp.einsum("pgd,qhd->pgqh", scores, scores)
+    result = jax.jit(prompt_geometry)(jnp.full((3, 4), reward), gram)
+    for name in ("chi", "violating_fraction", "mean_cosine", "m_median"):
+        assert np.isnan(getattr(result, name)), name
+
+
 # Two prompts at 60 degrees, one tied: cosines 1/2, chi 1.5, no violating pair.
 def test_summaries_by_hand(x64):
     scores = np.zeros((3, 2, 2))
