@@ -30,7 +30,8 @@ are near-orthogonal, and nothing on the shared skill.
   .01, |cos| < .1 94, 93, 92, 94 %, mean .002 to .004; half of all pairs hurt each
   other, a little. Labels I, II, III at 31, 23, 11 of 65 probes: the estimates move
   about the thresholds, the exact figures do not.
-* std less none there: trained +.024 +- .006 (mean of run), +.028 +- .016 (end); hard
+* std less none there: trained +.024 +- .006 (mean of run), +.028 +- .016 (end), with
+  rates from one tuning seed and a grid of three, which the intervals leave out; hard
   thirds of the probe set +.030 +- .039, easy +.002 +- .020: where the gain sits is not
   resolved. Held-out -.003 +- .003: facts.
 * The estimates (32 samples) follow the exact figures: std .111, .139, .145, .120 on

@@ -67,7 +67,8 @@ def inverse_std(rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 0) -> jax.
 
 def group_std(rewards: jax.Array, *, ddof: int = 0) -> tuple[jax.Array, jax.Array]:
     """Std [P] of each group, exactly 0 where it is tied, and which are tied [P]."""
-    if rewards.ndim == 2 and rewards.shape[1] <= ddof:
+    static = not isinstance(ddof, jax.core.Tracer)
+    if static and rewards.ndim == 2 and rewards.shape[1] <= ddof:
         raise ValueError(
             f"rewards must be [num_prompts, group_size > {ddof}], got {rewards.shape}; "
             "raise group_size or lower ddof."
@@ -113,8 +114,10 @@ def inverse_batch_std(
 def inverse_group_mean(rewards: jax.Array, *, eps: float = 1e-6) -> jax.Array:
     """[P] 1 / (mean + eps) of rewards [P, G], none negative; 0 for a tied group.
 
-    With binary rewards the centred gradient times this estimates grad log p_x
-    (Tajwar et al. 2026, arXiv:2602.02710). A group whose mean is not positive gets 0.
+    With binary rewards the centred gradient times this has the expectation
+    ((1 - p) - (1 - p)^G) grad logit p, which as G grows is (1 - p) grad logit p =
+    grad log p (Tajwar et al. 2026, arXiv:2602.02710). At G = 2 it is p (1 - p) grad
+    logit p: REINFORCE. A group whose mean is not positive gets 0.
     """
     statistics = group_statistics(rewards)
     usable = ~statistics.tied & (statistics.mean > 0)

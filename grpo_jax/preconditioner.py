@@ -12,11 +12,13 @@ in three equal places, and a property test holds them together:
    through w / P. One backward pass, no [P, params] memory; the trainer does this
    (`weigh` in training/weighing.py, `batch_terms` in training/step.py).
 
-Where it stops holding: KL, entropy and weight-decay terms are not proportional to the
-advantage, so they are added after the weights. And the mean divides by P, tied groups
-(weight 0) included: dropping them, as dynamic sampling does, changes that P.
+Where it stops holding: KL (in the loss or in the reward), entropy and weight-decay
+terms are not proportional to the advantage, so they are added after the weights. And
+the mean divides by P, tied groups (weight 0) included: dropping them, as dynamic
+sampling does, changes that P.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,11 +39,14 @@ class PromptWeights(NamedTuple):
         weights: (rewards [P, G], state) -> (weights [P], state).
         by_prompt: The rule remembers prompts: `weights` takes a third argument,
             prompt_ids [P], different from each other within a batch.
+        pass_rates: The rewards must be in [0, 1], best 0 or 1: their mean is read as a
+            pass rate.
     """
 
     init: Callable[[], Any]
     weights: Callable[..., tuple[jax.Array, Any]]
     by_prompt: bool = False
+    pass_rates: bool = False
 
 
 def apply_weights(
@@ -73,6 +78,12 @@ def stateless(weights: Callable[[jax.Array], jax.Array]) -> PromptWeights:
     )
 
 
+def check_number(name: str, value: Any, good: Any, rule: str) -> None:
+    """ValueError unless `good`; a traced value (`optax.inject_hyperparams`) passes."""
+    if not isinstance(good, jax.core.Tracer) and not good:
+        raise ValueError(f"{name} {rule}, got {value}.")
+
+
 def unit_weights() -> PromptWeights:
     """w_p = 1: plain REINFORCE."""
     return stateless(lambda rewards: jnp.ones_like(group_statistics(rewards).mean))
@@ -84,8 +95,9 @@ def std_weights(
     """w_p = (std_p + eps)^-power, exactly 0 for a tied group.
 
     The family w = sigma^(k - 2), k = 2 - power: its members ascend different objectives
-    (binary rewards, exact std): power 0 ascends sum p_x (REINFORCE), 1
-    sum 2 asin sqrt p_x (GRPO), 2 sum logit p_x.
+    (binary rewards, exact std, no length mean, no clip, no KL): power 0 ascends
+    sum p_x (REINFORCE), 1 sum 2 asin sqrt p_x (GRPO), 2 sum logit p_x. With the std of
+    G samples the mean weight is another (`expected_group_std`, for power 1).
 
     Args:
         eps: Added to the std, in reward units.
@@ -94,10 +106,10 @@ def std_weights(
             counts the calls).
 
     References:
-        Ge et al. 2026, arXiv:2601.23135 (the preconditioner view of power 1).
+        Ge et al. 2026, arXiv:2601.23135 (the preconditioner view of power 1); the same
+        view independently in arXiv:2607.00152 and arXiv:2605.24331.
     """
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}.")
+    check_number("eps", eps, eps >= 0, "must not be negative")
 
     def weights(rewards: jax.Array, power: Any) -> jax.Array:
         std, tied = group_std(rewards, ddof=ddof)
@@ -114,10 +126,55 @@ def std_weights(
     )
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class ParameterShapes:
+    """The shapes that `init` saw, by path; a tree without leaves."""
+
+    by_path: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, params: Any) -> "ParameterShapes":
+        """The shapes of parameters, a tree of arrays."""
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        keystr = jax.tree_util.keystr
+        return cls(tuple((keystr(path), jnp.shape(x)) for path, x in leaves))
+
+    def check(self, updates: Any, params: Any = None) -> None:
+        """ValueError unless updates are gradients [P, *param_shape] of the parameters
+        that `init` saw, and these still have their shapes."""
+        shapes = dict(self.by_path)
+        if params is not None:
+            now = dict(ParameterShapes.of(params).by_path)
+            for path, shape in shapes.items():
+                if now.get(path, shape) != shape:
+                    raise ValueError(
+                        f"parameter {path} must be {shape} as it was in `init`, got "
+                        f"{now[path]}; chain mean_over_prompts() right after the "
+                        "weights, or every parameter gets a copy for each prompt."
+                    )
+        for path, got in ParameterShapes.of(updates).by_path:
+            shape = shapes.get(path, got[1:])
+            if not got or got[1:] != shape:
+                raise ValueError(
+                    f"gradient {path} must be [P, *{shape}], one per prompt and shaped "
+                    f"as `init` saw the parameter, got {got}; differentiate the [P] "
+                    "losses (jax.jacrev), not their mean, and chain "
+                    "mean_over_prompts() once, right after the weights."
+                )
+
+
 class ScaleByPromptWeightsState(NamedTuple):
     """State of `scale_by_prompt_weights`."""
 
     weights_state: Any  # of the rule
+    shapes: ParameterShapes
+
+
+class MeanOverPromptsState(NamedTuple):
+    """State of `mean_over_prompts`."""
+
+    shapes: ParameterShapes
 
 
 def scale_by_prompt_weights(
@@ -127,12 +184,13 @@ def scale_by_prompt_weights(
 
     `update` takes per-prompt gradients, leaves [P, *param_shape], plus the keyword
     `rewards` [P, G], and `prompt_ids` [P] where the rule remembers prompts. It keeps
-    the prompt axis: chain `mean_over_prompts` after it.
+    the prompt axis: chain `mean_over_prompts` after it. Without that the next update
+    raises ValueError: it meets parameters with a prompt axis that `init` did not see.
     """
 
     def init_fn(params: Any) -> ScaleByPromptWeightsState:
-        del params
-        return ScaleByPromptWeightsState(prompt_weights.init())
+        shapes = ParameterShapes.of(params)
+        return ScaleByPromptWeightsState(prompt_weights.init(), shapes)
 
     def update_fn(
         updates: Any,
@@ -143,7 +201,7 @@ def scale_by_prompt_weights(
         prompt_ids: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[Any, ScaleByPromptWeightsState]:
-        del params, extra_args
+        del extra_args
         weights, weights_state = apply_weights(
             prompt_weights, rewards, state.weights_state, prompt_ids
         )
@@ -157,8 +215,9 @@ def scale_by_prompt_weights(
                 )
             return g * jnp.expand_dims(weights, range(1, g.ndim)).astype(g.dtype)
 
-        updates = jax.tree_util.tree_map_with_path(precondition, updates)
-        return updates, ScaleByPromptWeightsState(weights_state)
+        scaled = jax.tree_util.tree_map_with_path(precondition, updates)
+        state.shapes.check(updates, params)
+        return scaled, ScaleByPromptWeightsState(weights_state, state.shapes)
 
     # optax's own type of `update` has no required keyword.
     return optax.GradientTransformationExtraArgs(
@@ -173,13 +232,26 @@ def scale_by_group_std(
     """Multiplies prompt p's gradient by `inverse_std(rewards)[p]`: GRPO as a transform.
 
     `optax.chain(scale_by_group_std(), mean_over_prompts(), optax.adamw(lr))`, then
-    `tx.update(grads, state, params, rewards=rewards)`.
+    `tx.update(grads, state, params, rewards=rewards)`. `optax.inject_hyperparams` may
+    inject eps and ddof.
     """
     return scale_by_prompt_weights(std_weights(eps=eps, ddof=ddof))
 
 
 def mean_over_prompts() -> optax.GradientTransformation:
-    """The mean of gradients [P, ...] over prompts; chain it right after the weights."""
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(lambda g: g.mean(0), updates)
-    )
+    """The mean of gradients [P, ...] over prompts; chain it right after the weights.
+
+    A gradient that is not [P, *param_shape] of the parameters in `init` is a
+    ValueError: of one without the prompt axis, the parameter's rows would be averaged.
+    """
+
+    def init_fn(params: Any) -> MeanOverPromptsState:
+        return MeanOverPromptsState(ParameterShapes.of(params))
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None
+    ) -> tuple[Any, MeanOverPromptsState]:
+        state.shapes.check(updates, params)
+        return jax.tree.map(lambda g: g.mean(0), updates), state
+
+    return optax.GradientTransformation(init_fn, update_fn)

@@ -1,11 +1,13 @@
 """Rules for prompt weights, and the registry of those that `--weights` names."""
 
+import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from grpo_jax.advantages import (
@@ -18,6 +20,7 @@ from grpo_jax.advantages import (
 from grpo_jax.preconditioner import (
     Power,
     PromptWeights,
+    check_number,
     stateless,
     std_weights,
     unit_weights,
@@ -43,14 +46,42 @@ def batch_std_weights(*, eps: float = 1e-6, ddof: int = 0) -> PromptWeights:
     return stateless(lambda rewards: inverse_batch_std(rewards, eps=eps, ddof=ddof))
 
 
+def of_pass_rates(rule: PromptWeights) -> PromptWeights:
+    """A rule that reads the mean of rewards as a pass rate, held to rewards in [0, 1].
+
+    A sum of several rewards has no pass rate: give the rule what was solved, 0 or 1.
+    Shares of a success, in between, count as such. Its weights raise ValueError for
+    other rewards; inside jit, where no value can be read, they are NaN for that group.
+    """
+
+    def weights(
+        rewards: jax.Array, state: Any, *prompt_ids: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        outside = (jnp.isfinite(rewards) & ((rewards < 0) | (rewards > 1))).any(-1)
+        if not isinstance(outside, jax.core.Tracer) and outside.any():
+            raise ValueError(
+                "rewards must be in [0, 1] for weights made of pass rates, got "
+                f"{np.nanmin(rewards):g} to {np.nanmax(rewards):g}; give the rule what "
+                "was solved (0 or 1), or take unit, std or batch_std weights, which "
+                "read any reward."
+            )
+        w, state = rule.weights(rewards, state, *prompt_ids)
+        return jnp.where(outside, jnp.nan, w), state
+
+    return PromptWeights(rule.init, weights, rule.by_prompt, pass_rates=True)
+
+
 def group_mean_weights(*, eps: float = 1e-6) -> PromptWeights:
-    """w_p = 1 / (mean_p + eps): MaxRL, ascends sum log p_x (`inverse_group_mean`)."""
-    return stateless(lambda rewards: inverse_group_mean(rewards, eps=eps))
+    """w_p = 1 / (mean_p + eps): MaxRL, of rewards `of_pass_rates`.
+
+    It ascends sum log p_x as G grows (`inverse_group_mean` has the finite group's).
+    """
+    return of_pass_rates(stateless(lambda r: inverse_group_mean(r, eps=eps)))
 
 
 def beta_weights() -> PromptWeights:
-    """w_p = 1 / Beta density at mean_p, fitted to the batch: BNPO."""
-    return stateless(inverse_beta_density)
+    """w_p = 1 / Beta density at mean_p, fitted to the batch: BNPO, `of_pass_rates`."""
+    return of_pass_rates(stateless(inverse_beta_density))
 
 
 def finite_group_weights(group_size: int | None = None) -> PromptWeights:
@@ -67,8 +98,16 @@ def finite_group_weights(group_size: int | None = None) -> PromptWeights:
         group_size: G, the group whose normalisation is meant; default: the columns of
             rewards.
     """
-    if group_size is not None and group_size < 2:
-        raise ValueError(f"group_size must be at least 2, got {group_size}.")
+    if group_size is not None:
+        try:
+            group_size = operator.index(group_size)
+        except TypeError as error:
+            raise ValueError(
+                f"group_size must be an integer outside jit, got {group_size}; give "
+                "optax.inject_hyperparams static_args='group_size'."
+            ) from error
+        if group_size < 2:
+            raise ValueError(f"group_size must be at least 2, got {group_size}.")
 
     def weights(rewards: jax.Array) -> jax.Array:
         statistics = group_statistics(rewards)
@@ -79,7 +118,7 @@ def finite_group_weights(group_size: int | None = None) -> PromptWeights:
         scale = expected_group_std(p, g) / (centring * p * (1 - p))
         return jnp.where(inside, scale, 0.0)
 
-    return stateless(weights)
+    return of_pass_rates(stateless(weights))
 
 
 class PosteriorWeightsState(NamedTuple):
@@ -112,10 +151,9 @@ def posterior_weights(
 
     The rewards must be in [0, 1]; between, they count as a share of a success.
     """
-    if not prior > 0:
-        raise ValueError(f"prior must be positive, got {prior}.")
-    if not 0 <= discount <= 1:
-        raise ValueError(f"discount must be in [0, 1], got {discount}.")
+    check_number("prior", prior, prior > 0, "must be positive")
+    kept = (discount >= 0) & (discount <= 1)
+    check_number("discount", discount, kept, "must be in [0, 1]")
 
     def init() -> PosteriorWeightsState:
         counts = (None, None)
@@ -147,7 +185,8 @@ def posterior_weights(
         w = jnp.where(statistics.tied, 0.0, (mean * (1 - mean)) ** exponent)
         return w, state
 
-    return PromptWeights(init, weights, by_prompt=num_prompts is not None)
+    rule = PromptWeights(init, weights, by_prompt=num_prompts is not None)
+    return of_pass_rates(rule)
 
 
 class Rule(NamedTuple):
@@ -157,7 +196,9 @@ class Rule(NamedTuple):
         uses: The settings of `WeightsConfig` that it has.
         build: (settings given, number of trained prompts) -> the rule.
         text: The weight of a prompt, as a run's first line writes it.
-        pass_rates: It needs rewards that are pass rates, in [0, 1].
+        pass_rates: It is made of pass rates (`of_pass_rates`). In a run those are of
+            the first reward, 1 or more where solved; the weights multiply what it pays
+            for that, and all else (other rewards, punishments) is added unweighted.
     """
 
     uses: tuple[str, ...]

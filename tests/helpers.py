@@ -125,7 +125,8 @@ def weighed(objective, rollouts, old=None, reference=None):
     call = jax.jit(partial(weigh, objective, rule, max_length=7))
     weighed = call(rollouts, reference, ids, rule.init())
     shaped, weights = weighed.shaped_rewards, weighed.weights
-    return Batch(weighed.rollouts, shaped, weights, old, reference)
+    added = weighed.added_rewards
+    return Batch(weighed.rollouts, shaped, weights, old, reference, None, added)
 
 
 def train_step(policy, objective, micro, optimizer=None, max_length=7):

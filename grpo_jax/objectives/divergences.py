@@ -1,9 +1,20 @@
 """Divergence axis: per-token estimators of KL(policy || reference), in nats.
 
 Schulman's k1 = -log rho, k2 = (log rho)^2 / 2 and k3 = rho - 1 - log rho, with
-rho = reference / policy. k1 is unbiased in value but its gradient in a loss has mean
-zero on policy, so it belongs in the reward; k2's gradient is the exact one in
-expectation on policy; k3 is unbiased in value and non-negative.
+rho = reference / policy. On policy k1 and k3 have the mean KL(policy || reference) of
+the next token, k3 without ever being negative; k2 has another.
+
+As a term of the loss each is differentiated with the prefix as it was sampled. In
+expectation on policy k1's gradient is 0, so it belongs in the reward; k2's is
+sum_t grad KL(policy || reference) and k3's sum_t grad KL(reference || policy), both of
+token t given its prefix. The KL of whole completions has another gradient: a token also
+changes which prefixes come after it,
+
+    grad KL = E sum_t grad log pi_t (k1_t + k1_(t+1) + ... + k1_T).
+
+k1 in the reward has exactly that in expectation (on policy, tokens summed, no clip), up
+to 1 - 1/G with the group's mean as baseline. k2 and k3 in the reward have the gradient
+of their mean less that of their value.
 """
 
 from collections.abc import Callable

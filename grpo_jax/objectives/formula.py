@@ -35,7 +35,14 @@ def loss(o: "Objective") -> str:
     if o.kl_coef and o.kl_in == "loss":
         term = f"[{term}] + {kl.format('mean_t ' if ratio.sequence else '', 'pi')}"
     if o.kl_coef and o.kl_in == "reward":
-        advantage += f", R less {kl.format('sum_t ', 'pi_old')}"
+        scale = SCALES[o.scale]
+        if scale.divisor(o) is None:
+            advantage += f", R less {kl.format('sum_t ', 'pi_old')}"
+        else:  # not divided
+            length = "1/|o| " if scale.by_length else ""
+            text = BASELINES[o.baseline].text
+            advantage += f" - {o.kl_coef:g} (K{text}), K = {length}sum_t "
+            advantage += f"{o.divergence}(pi_old, ref)"
     return f"{_total(o)} {term};  A = {advantage}"
 
 

@@ -5,7 +5,7 @@ needs them apart: global quantities (advantages, coefficients) once per batch, t
 differentiable part once per micro-batch, prompt weights on the cotangent.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ def per_prompt_losses(
     token_weights: jax.Array | None = None,
     token_ids: jax.Array | None = None,
     advantages: jax.Array | None = None,
+    solving: jax.Array | None = None,
     max_length: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One loss per prompt; their mean is the objective's loss (minimise it).
@@ -53,6 +54,9 @@ def per_prompt_losses(
         advantages: [P, G], or [P, G, T] for one per token, instead of those that the
             objective's baseline, scale and KL in the reward make of the rewards;
             constants. Any prompt weights: `centred_advantages(rewards) * w[:, None]`.
+        solving: [P, G], what each reward holds for solving the prompt, else 0; read by
+            scales of pass rates ("group_mean", "beta"), which weigh this part and add
+            the rest. Default: the rewards, which such a scale then needs in [0, 1].
         max_length: What a constant-length aggregation divides by; default T. Give it
             where completions were trimmed to a bucket.
 
@@ -73,17 +77,22 @@ def per_prompt_losses(
         "token_weights": token_weights,
         "token_ids": token_ids,
     }
-    _check(objective, logprobs, rewards, same_shape, advantages)
+    _check(objective, logprobs, rewards, solving, same_shape, advantages)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}.")
     _check_needed(objective, same_shape, advantages is not None)
     mask = present_mask(completion_mask, rewards)
     if advantages is None:
-        rewards = shaped_rewards(
-            objective, rewards, behaviour_logprobs, reference_logprobs, mask
+        shaped = shaped_rewards(
+            objective,
+            rewards,
+            behaviour_logprobs,
+            reference_logprobs,
+            mask,
+            solving=solving if SCALES[objective.scale].pass_rates else None,
         )
-        scale, _ = scale_weights(objective).weights(rewards, ())
-        advantages = baselined(objective, rewards) * scale[:, None]
+        scale, _ = scale_weights(objective).weights(shaped.judged, ())
+        advantages = weighed_advantages(objective, shaped, scale)
     weights = [] if token_weights is None else [token_weights]
     if objective.token_weight == "conflict" and token_ids is not None:
         signs = _per_term(advantages, mask > 0).sum(-1)
@@ -124,29 +133,68 @@ def present_mask(completion_mask: jax.Array, rewards: jax.Array) -> jax.Array:
     return completion_mask.astype(float) * present[..., None]
 
 
+class ShapedRewards(NamedTuple):
+    """What prompt weights see of each reward; NaN where it is missing."""
+
+    judged: jax.Array  # [P, G], the weights are made of it
+    weighed: jax.Array  # [P, G], they multiply it
+    added: jax.Array | None  # [P, G], they do not; None: no such part
+
+
 def shaped_rewards(
     objective: Objective,
     rewards: jax.Array,
     behaviour_logprobs: jax.Array,
     reference_logprobs: jax.Array | None,
     mask: jax.Array,
-) -> jax.Array:
-    """[P, G] rewards, less kl_coef * sum_t KL where the objective puts KL there, and
-    divided by their completion's length where its scale asks for it.
+    *,
+    solving: jax.Array | None = None,
+    punishment: jax.Array | None = None,
+) -> ShapedRewards:
+    """The rewards that prompt weights multiply, and those added after them.
+
+    A group is tied by its task rewards. KL in the reward is therefore never divided by
+    the group's spread, which in a tied group is that of the KL alone: the coefficient
+    would cancel, and gaps of rounding size would become advantages of full size. It is
+    added in reward units, as KL in the loss is: with b the baseline and K the
+    completion's KL, A = w (R - b(R)) - kl_coef (K - b(K)). A punishment counts as a
+    task reward, but in a group that is tied without it, where it is added. Where
+    `solving` is given the weights are made of it and multiply it; the rest is added.
+
+    Both parts are divided by the completion's length where the scale asks for it.
 
     Args:
+        objective: Its KL, where that is in the reward, and its scale.
         rewards: [P, G].
         behaviour_logprobs, reference_logprobs, mask: [P, G, T].
+        solving: [P, G], as in `per_prompt_losses`; None where all rewards are weighed.
+        punishment: [P, G] to add to the rewards.
     """
+    statistics = group_statistics(rewards)
+    weighed, parts, judged = rewards, [], None
+    if solving is not None:
+        weighed = jnp.where(statistics.present, solving, jnp.nan)
+        judged = jnp.where(statistics.present, (solving != 0) + 0.0, jnp.nan)
+        parts.append(rewards - weighed)
+    if punishment is not None:
+        # Where it would be the only thing that the weights see, or none of theirs.
+        alone = statistics.tied[:, None] | (judged is not None)
+        weighed = weighed + jnp.where(alone, 0, punishment).astype(weighed.dtype)
+        parts.append(jnp.where(alone, punishment, 0))
     if objective.kl_coef and objective.kl_in == "reward":
         if reference_logprobs is None:
             raise ValueError("reference_logprobs must be given, kl_in is 'reward'.")
         gap = jnp.where(mask > 0, behaviour_logprobs - reference_logprobs, 0.0)
         kl = divergence(objective.divergence, gap, jnp.zeros_like(gap))  # 0 at gap 0
-        rewards = rewards - objective.kl_coef * jax.lax.stop_gradient(kl.sum(-1))
+        parts.append(-objective.kl_coef * jax.lax.stop_gradient(kl.sum(-1)))
+    added = None
+    if parts:
+        added = jnp.where(statistics.present, sum(parts), jnp.nan)
     if SCALES[objective.scale].by_length:
-        rewards = rewards / jnp.maximum(mask.sum(-1), 1)
-    return rewards
+        lengths = jnp.maximum(mask.sum(-1), 1)
+        weighed = weighed / lengths
+        added = None if added is None else added / lengths
+    return ShapedRewards(weighed if judged is None else judged, weighed, added)
 
 
 def baselined(objective: Objective, rewards: jax.Array) -> jax.Array:
@@ -158,6 +206,17 @@ def baselined(objective: Objective, rewards: jax.Array) -> jax.Array:
     per_sample = SCALES[objective.scale].per_sample
     if per_sample is not None:
         advantages *= per_sample(objective, rewards)
+    return advantages
+
+
+def weighed_advantages(
+    objective: Objective, shaped: ShapedRewards, weights: jax.Array
+) -> jax.Array:
+    """[P, G] advantages: `baselined` rewards times weights [P], and the added part
+    less its baseline."""
+    advantages = baselined(objective, shaped.weighed) * weights[:, None]
+    if shaped.added is not None:
+        advantages += BASELINES[objective.baseline].advantages(objective, shaped.added)
     return advantages
 
 
@@ -306,6 +365,7 @@ def _check(
     objective: Objective,
     logprobs: jax.Array,
     rewards: jax.Array,
+    solving: jax.Array | None,
     same_shape: dict[str, jax.Array | None],
     advantages: jax.Array | None,
 ) -> None:
@@ -322,6 +382,7 @@ def _check(
         )
     shapes = [(name, array, logprobs.shape) for name, array in same_shape.items()]
     shapes.append(("rewards", rewards, logprobs.shape[:2]))
+    shapes.append(("solving", solving, logprobs.shape[:2]))
     if advantages is not None and advantages.ndim == 2:
         shapes.append(("advantages", advantages, logprobs.shape[:2]))
     else:

@@ -193,8 +193,3 @@ def _check_kl(o: Objective) -> None:
             f"divergence {o.divergence} in the loss constrains nothing (its gradient "
             "has mean zero on policy); use kl_in='reward', or k2 or k3."
         )
-    if o.kl_coef and o.kl_in == "reward" and SCALES[o.scale].pass_rates:
-        raise ValueError(
-            f"scale {o.scale} needs rewards that are pass rates; KL in the "
-            "reward changes them: use kl_in='loss' or another scale."
-        )

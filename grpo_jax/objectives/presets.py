@@ -198,7 +198,8 @@ OBJECTIVES = MappingProxyType({
         baseline="mean", scale="group_mean", ratio="none", surrogate="logp",
         aggregation="sequence_mean_token_sum",
         source="Tajwar et al. 2026, arXiv:2602.02710 (divide by the group's mean: "
-        "ascends log p_x); eps 1e-6 is a convention; on policy",
+        "ascends log p_x as G grows; a group of G gives ((1 - p) - (1 - p)^G) times "
+        "grad logit p); eps 1e-6 is a convention; on policy",
     ),
     "igrpo": Objective(
         baseline="mean", scale="std", ratio="token", surrogate="ppo", clip=(0.2, 0.2),

@@ -22,8 +22,9 @@ class Scale(NamedTuple):
         uses: The objective's numbers that it reads.
         per_sample: (objective, rewards [P, G]) -> [P, G] factors of the advantages,
             for a scale that differs within a group.
-        by_length: Rewards are divided by their completion's length first.
-        pass_rates: It needs rewards that are pass rates, in [0, 1].
+        by_length: Rewards are divided by their completion's length first. A group tied
+            at a reward that is not 0 is then told apart by its lengths, at full size.
+        pass_rates: It is made of pass rates, as `Rule.pass_rates`.
     """
 
     weights: Callable[["Objective"], PromptWeights]

@@ -57,6 +57,8 @@ _FIELDS = {
     "completion_mask": _GROUP,
     "behaviour_logprobs": _GROUP,
     "rewards": _GROUP,
+    "solving": _GROUP,
+    "added_rewards": _GROUP,
     "old_logprobs": _GROUP,
     "reference_logprobs": _GROUP,
     "token_weights": _GROUP,

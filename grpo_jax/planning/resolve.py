@@ -9,7 +9,6 @@ from grpo_jax.errors import ConfigError, unknown_name
 from grpo_jax.objectives.loss import scale_weights
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.presets import OBJECTIVES
-from grpo_jax.objectives.scales import SCALES
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.prompt_weights import WEIGHTS
 from grpo_jax.runs.config import (
@@ -58,7 +57,6 @@ def _check_combination(config: TrainConfig, objective: Objective) -> None:
     _check_updates(config, objective)
     if objective.history > 1:
         _check_history(objective)
-    _check_pass_rates(config.weights.name, objective)
 
 
 def _check_updates(config: TrainConfig, objective: Objective) -> None:
@@ -96,23 +94,6 @@ def _check_history(objective: Objective) -> None:
                 f"objective.{field} {getattr(objective, field)} does not go with "
                 f"history {objective.history}: past iterates' rollouts are kept "
                 "with their sampler's log-probs alone, and used together."
-            )
-
-
-def _check_pass_rates(weights: str, objective: Objective) -> None:
-    """ConfigError where weights of pass rates meet rewards that are changed."""
-    rule = WEIGHTS.get(weights) or SCALES[objective.scale]
-    name = weights if weights in WEIGHTS else objective.scale
-    if not rule.pass_rates:
-        return
-    for field, wrong in (
-        ("overlong punish", objective.overlong == "punish"),
-        ("kl_in reward", objective.kl_coef and objective.kl_in == "reward"),
-    ):
-        if wrong:
-            raise ConfigError(
-                f"{name} weights need rewards that are pass rates, in [0, 1]; "
-                f"objective.{field} changes them; leave one out."
             )
 
 

@@ -93,11 +93,13 @@ def _weighted_sum(
     rewards: Sequence[Reward], outcomes: Sequence[Outcome], shape: tuple[int, int]
 ) -> Scores:
     """Scores [P, G] of outcomes that are listed by reward, prompt and sample."""
-    values = np.array([outcome.value for outcome in outcomes], np.float32)
-    values = values.reshape(len(rewards), *shape)
-    weights = np.array([reward.weight for reward in rewards], np.float32)
+    exact = np.array([outcome.value for outcome in outcomes], float)
+    exact = exact.reshape(len(rewards), *shape)
+    weights = np.array([reward.weight for reward in rewards])
     with np.errstate(over="ignore"):
-        total = np.einsum("r,rpg->pg", weights, values)
+        values = exact.astype(np.float32)
+        # In float64: sums of other parts that are equal (.1 + .2, .3) stay equal.
+        total = np.einsum("r,rpg->pg", weights, exact).astype(np.float32)
     total[~np.isfinite(total)] = np.nan
     names = [reward_text(reward) for reward in rewards]
 

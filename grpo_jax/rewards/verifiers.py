@@ -225,6 +225,9 @@ VERIFIERS: Mapping[str, Callable[..., float]] = MappingProxyType(
     }
 )
 
+# Those that are 1 or 0.
+ZERO_OR_ONE = {name: f for name, f in VERIFIERS.items() if name != "length"}
+
 
 ANSWERS = ("exact", "verbatim", "gsm8k", "math", "countdown")  # compare with the gold
 _EXPECTED = {

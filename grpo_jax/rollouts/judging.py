@@ -95,7 +95,9 @@ def score_rollouts(
     if processes.count > 1:
         share = _Share.of(owned, lengths, ended, scores)
         scores, lengths, ended = _merged(processes.exchange(share))
-    rollouts = rollouts._replace(rewards=scores.rewards)
+    paid = 1.0 if callable(task.reward) else task.reward[0].weight
+    solving = np.where(scores.solved, np.float32(paid), np.float32(0))
+    rollouts = rollouts._replace(rewards=scores.rewards, solving=solving)
     return ScoredRollouts(rollouts, scores, texts, lengths, ended)
 
 

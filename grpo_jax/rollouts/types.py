@@ -16,6 +16,9 @@ class Rollouts(NamedTuple):
         behaviour_logprobs: [P, G, T] float32, of the distribution each token was drawn
             from (temperature and any truncation included); 0 after the end.
         rewards: [P, G] float32, NaN where a reward is missing; None before scoring.
+        solving: [P, G] float32, what each reward holds for solving the prompt: the
+            first reward's weight where that one is 1 or more, else 0. None: not told
+            apart.
     """
 
     prompts: jax.Array
@@ -24,6 +27,7 @@ class Rollouts(NamedTuple):
     completion_mask: jax.Array
     behaviour_logprobs: jax.Array
     rewards: jax.Array | None = None
+    solving: jax.Array | None = None
 
     @property
     def scored_rewards(self) -> jax.Array:

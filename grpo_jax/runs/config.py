@@ -103,7 +103,8 @@ class ObjectiveConfig(Record):
     aggregation: str | None = None  # how tokens become a prompt's loss
     first_token_weight: float | None = None  # of a completion's first token
     divergence: str | None = None  # estimator of KL to the starting policy
-    kl_in: str | None = None  # loss | reward
+    # Loss | reward, where it is added after the prompt weights
+    kl_in: str | None = None
     kl_coef: NotNegative | None = None  # weight of that KL
     drafts: int | None = None  # per prompt; the best is appended to it
     refills: int | None = None  # times tied groups are sampled again on new prompts
@@ -119,7 +120,10 @@ class ObjectiveConfig(Record):
 class WeightsConfig(Record):
     """The prompt weights: the preconditioner. None: the rule's default."""
 
-    name: str = "objective"  # a rule; objective: the scale of the objective's row
+    # A rule; objective: the scale of the objective's row. Rules made of pass rates
+    # (group_mean, beta, finite_group, shrunk, posterior) take them from the first
+    # reward, 1 or more where solved, and weigh what it pays; other rewards are added
+    name: str = "objective"
     power: float | None = None  # weight = std^-power: 0 REINFORCE, 1 GRPO, 2 log-odds
     power_end: float | None = None  # the power at the last step, linear from `power`
     eps: NotNegative | None = None  # added to the std

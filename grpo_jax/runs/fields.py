@@ -10,7 +10,8 @@ FIELDS: dict[str, str] = {
     "reward/failed": "checks that hung or whose worker died; they score 0 (only where "
     "rewards are computed in worker processes)",
     f"{PART}NAME": "mean of one of several rewards, before it is weighted",
-    "group/informative": "fraction of groups whose rewards are not all equal",
+    "group/informative": "fraction of groups whose rewards are not all equal: those "
+    "that the prompt weights are made of, without KL and what else is added unweighted",
     "group/std_mean": "mean over prompts that have rewards of the within-prompt std "
     "(ddof 0)",
     "group/refills": "rounds of sampling to replace tied groups (dynamic sampling)",
@@ -30,7 +31,10 @@ FIELDS: dict[str, str] = {
     "ratio/deviation": "mean over tokens of |ratio - 1|",
     "ratio/clipped": "fraction of tokens whose gradient clipping sets to 0",
     "mismatch/max_abs": "max |sampler's - trainer's| token log-prob, in nats",
-    "loss/policy": "the surrogate part of the loss; 0 on policy by construction",
+    "loss/policy": "the surrogate part of the loss; its gradient is what matters. On "
+    "policy it is 0 where the term is linear in a ratio and completions count alike "
+    "(grpo, gspo, gmpo, tic_grpo), not with log pi as the term (reinforce, rloo, max_rl, cispo) "
+    "nor with longer completions counting more (dapo, dr_grpo)",
     "loss/penalty": "the loss terms not proportional to the advantages: KL in the "
     "loss, entropy shift, Fisher-Rao",
     "gradient/norm": "global norm before clipping",

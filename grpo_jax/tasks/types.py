@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example, Reward
-from grpo_jax.rewards.verifiers import ANSWERS, refusal
+from grpo_jax.rewards.verifiers import ANSWERS, ZERO_OR_ONE, refusal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,15 @@ class Task:
         if not callable(self.reward):
             for part in ("train", "heldout"):
                 _check_golds(self.reward, getattr(self, part), part)
+
+    @property
+    def graded(self) -> bool:
+        """Whether rewards may differ from 1 where solved and 0 elsewhere: there are
+        several, or one has a weight, is a user's own or grades lengths."""
+        if callable(self.reward):
+            return self.reward not in ZERO_OR_ONE.values()
+        first, *others = self.reward
+        return bool(others) or first.weight != 1 or first.name not in ZERO_OR_ONE
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -44,7 +45,11 @@ def compare_weights(
     params, rollouts = state.params, batch.rollouts
     weights = {"this run": batch.weights}
     for name, rule in RULES.items():
-        weights[name], _ = rule.weights(batch.shaped_rewards, rule.init())
+        judged = batch.shaped_rewards
+        if rule.pass_rates and rollouts.solving is not None:
+            present = jnp.isfinite(judged)
+            judged = jnp.where(present, (rollouts.solving != 0) + 0.0, jnp.nan)
+        weights[name], _ = rule.weights(judged, rule.init())
     gradients = make_gradients(
         objective, micro=micro, temperature=temperature, max_length=max_length
     )

@@ -62,6 +62,8 @@ class Learner:
         """
         s, programs = self.settings, self._programs_of(rollouts)
         policy = s.policy.replace(state.params)
+        if not s.with_solving:
+            rollouts = rollouts._replace(solving=None)
         rollouts = put_on_mesh(rollouts, s.mesh)
         old = reference = factors = None
         if programs.rescore is not None and s.rescore_old:
@@ -79,6 +81,7 @@ class Learner:
             old,
             reference,
             factors,
+            weighed.added_rewards,
         )
         state = state._replace(weights_state=weighed.weights_state)
         return WeighedBatch(state, jax.block_until_ready(batch), weighed.metrics)

@@ -16,6 +16,7 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import gather_to_host
+from grpo_jax.planning.plan import Plan
 from grpo_jax.rollouts.encoding import answer_rollouts
 from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch
@@ -103,6 +104,7 @@ def _make_learner(
     if objective.kl_coef:
         # A copy: the start's buffers are donated to the first update.
         reference = start.replace(jax.tree.map(jnp.copy, start.params))
+    compares = config.instrument.counterfactual_every > 0
     settings = UpdateSettings(
         objective=objective,
         rule=plan.weights,
@@ -117,10 +119,17 @@ def _make_learner(
         stop_ids=tuple(plan.task.ends),
         updates=config.updates_per_rollout,
         micro_batch_tokens=config.micro_batch_tokens,
-        with_counterfactual=config.instrument.counterfactual_every > 0,
+        with_counterfactual=compares,
+        with_solving=_needs_solving(plan, objective, compares),
         mesh=context.mesh,
     )
     return Learner(settings, plan.buckets)
+
+
+def _needs_solving(plan: Plan, objective: Objective, compares: bool) -> bool:
+    """Whether a rule for pass rates meets rewards that are none."""
+    changed = plan.task.graded or objective.overlong == "punish"
+    return changed and (plan.weights.pass_rates or compares)
 
 
 def _make_pass_rates(

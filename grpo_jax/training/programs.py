@@ -39,6 +39,7 @@ class UpdateSettings:
         updates: Updates made of one rollout.
         micro_batch_tokens: Tokens per backward pass, on each device.
         with_counterfactual: Also compile the comparison with other prompt weights.
+        with_solving: Rollouts come with what is paid for solving (`Rollouts.solving`).
         mesh: None for a single device.
     """
 
@@ -56,6 +57,7 @@ class UpdateSettings:
     updates: int
     micro_batch_tokens: int
     with_counterfactual: bool
+    with_solving: bool
     mesh: Mesh | None
 
     @property
@@ -94,7 +96,8 @@ class UpdateSettings:
         ids = shape((p, g, tokens), jnp.int32)
         logprobs = shape((p, g, tokens), jnp.float32)
         rewards = shape((p, g), jnp.float32)
-        rollouts = Rollouts(prompt, prompt, ids, ids, logprobs, rewards)
+        solving = rewards if self.with_solving else None
+        rollouts = Rollouts(prompt, prompt, ids, ids, logprobs, rewards, solving)
         return with_shardings(rollouts, self.mesh)
 
 
@@ -157,6 +160,7 @@ def compile_programs(
         logprobs if s.rescore_old else None,
         reference,
         token_shapes,
+        weighed.added_rewards,
     )
     if s.with_counterfactual:
         compare_weights = partial(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.objectives.loss import present_mask, shaped_rewards
+from grpo_jax.objectives.loss import ShapedRewards, present_mask, shaped_rewards
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.types import Rollouts
@@ -28,13 +28,14 @@ class Batch(NamedTuple):
     """Scored and weighed rollouts, with what the objective needs beside them."""
 
     rollouts: Rollouts
-    shaped_rewards: jax.Array  # [P, G], what the advantages and the weights are made of
+    shaped_rewards: jax.Array  # [P, G], what the prompt weights multiply
     weights: jax.Array  # [P], of the prompts
     old_logprobs: jax.Array | None = (
         None  # [P, G, T] before the first of several updates
     )
     reference_logprobs: jax.Array | None = None  # [P, G, T] of the starting policy
     token_weights: jax.Array | None = None  # [P, G, T]
+    added_rewards: jax.Array | None = None  # [P, G], not multiplied by the weights
 
 
 class History(NamedTuple):
@@ -96,26 +97,40 @@ def push_history(
     past = jax.tree.map(shift, past, newest)
     valid = shift(history.valid, jnp.asarray(True))
     history = History(past[0], past[1], valid)
+    # Punishments are in the rewards that are kept, and weighed with them.
+    shaped = shape_rewards(objective, rollouts, None)
     joined = Batch(
         rollouts,
-        shape_rewards(objective, rollouts, None),
+        shaped.weighed,
         weights,
         old_logprobs=rollouts.behaviour_logprobs,
+        added_rewards=shaped.added,
     )
     return history, joined
 
 
 def shape_rewards(
-    objective: Objective, rollouts: Rollouts, reference_logprobs: jax.Array | None
-) -> jax.Array:
-    """[P, G] `shaped_rewards` of rollouts [P, G, T]: less KL in the reward, and divided
-    by length, where the objective says so."""
+    objective: Objective,
+    rollouts: Rollouts,
+    reference_logprobs: jax.Array | None,
+    punishment: jax.Array | None = None,
+) -> ShapedRewards:
+    """`shaped_rewards` [P, G] of scored rollouts [P, G, T].
+
+    Args:
+        objective: Whose KL and scale.
+        rollouts: [P, G, T]; their `solving` only where a rule for pass rates needs it.
+        reference_logprobs: [P, G, T], needed by KL in the reward.
+        punishment: [P, G] to add to the rewards.
+    """
     return shaped_rewards(
         objective,
         rollouts.scored_rewards,
         rollouts.behaviour_logprobs,
         reference_logprobs,
         present_mask(rollouts.completion_mask, rollouts.scored_rewards),
+        solving=rollouts.solving,
+        punishment=punishment,
     )
 
 

@@ -17,11 +17,13 @@ from grpo_jax.models.forward import teacher_forced
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.aggregation import token_coefficients
 from grpo_jax.objectives.loss import (
+    ShapedRewards,
     baselined,
     nan_without_tokens,
     needs_entropy,
     present_mask,
     prompt_terms,
+    weighed_advantages,
 )
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.token_weights import truncated_importance_weights
@@ -38,7 +40,7 @@ class PromptTerms(NamedTuple):
 
     prompts: jax.Array  # [P, L]
     prompt_mask: jax.Array  # [P, L]
-    surrogate_cotangent: jax.Array  # [P], prompt weights / P
+    surrogate_cotangent: jax.Array  # [P], prompt weights / P, or 1 / P if in advantages
     penalty_cotangent: jax.Array  # [P], 1 / P
 
 
@@ -50,7 +52,7 @@ class SampleTerms(NamedTuple):
     old_logprobs: jax.Array | None  # [P, G, T]; None: on policy
     reference_logprobs: jax.Array | None  # [P, G, T]
     token_weights: jax.Array | None  # [P, G, T]
-    advantages: jax.Array  # [P, G], not yet scaled by the prompt weights
+    advantages: jax.Array  # [P, G]; prompt weights left out where they are a cotangent
     coefficients: jax.Array  # [P, G, T], the aggregation's
     token_shares: jax.Array  # [P, G, T], 1 / all tokens of the batch
     newest: jax.Array  # [P, G, T], 1 on tokens whose sampler still exists
@@ -71,11 +73,17 @@ def batch_terms(objective: Objective, batch: Batch, max_length: int) -> Part:
     # Sampler/trainer mismatch cannot be measured on older rollouts of a history: the
     # parameters that sampled them are gone.
     newest = jnp.arange(prompts) < prompts // objective.history
+    advantages, factors = baselined(objective, batch.shaped_rewards), weights
+    if batch.added_rewards is not None:  # the weights are those of one part alone
+        shaped = batch.shaped_rewards
+        shaped = ShapedRewards(shaped, shaped, batch.added_rewards)
+        advantages = weighed_advantages(objective, shaped, weights)
+        factors = jnp.ones_like(weights)
     return Part(
         PromptTerms(
             rollouts.prompts,
             rollouts.prompt_mask,
-            weights / weights.size,
+            factors / weights.size,
             jnp.full_like(weights, 1 / weights.size),
         ),
         SampleTerms(
@@ -84,7 +92,7 @@ def batch_terms(objective: Objective, batch: Batch, max_length: int) -> Part:
             old_logprobs=batch.old_logprobs,
             reference_logprobs=batch.reference_logprobs,
             token_weights=batch.token_weights,
-            advantages=baselined(objective, batch.shaped_rewards),
+            advantages=advantages,
             coefficients=token_coefficients(
                 objective.aggregation, mask, max_length, objective.first_token_weight
             ),

@@ -25,7 +25,8 @@ class Weighed(NamedTuple):
     """Rollouts to train on, weighed."""
 
     rollouts: Rollouts  # [P, G, T]
-    shaped_rewards: jax.Array  # [P, G]
+    shaped_rewards: jax.Array  # [P, G], what the weights multiply
+    added_rewards: jax.Array | None  # [P, G], what they do not
     weights: jax.Array  # [P]
     weights_state: Any  # the rule's, with these rewards in it
     metrics: dict[str, jax.Array]  # scalars
@@ -43,44 +44,54 @@ def weigh(
 ) -> Weighed:
     """Prompt weights of scored rollouts; once per rollout, before its updates.
 
-    Metrics are those of the rewards as scored; the rollouts to train on may have been
+    Metrics are those of the rewards as scored, but for the informative groups, which
+    are those that the weights tell apart; the rollouts to train on may have been
     punished for their length.
 
     Args:
         objective: What shapes the rewards.
         rule: What turns them into weights.
-        rollouts: [P, G, T] completions with rewards [P, G].
+        rollouts: [P, G, T] completions with rewards [P, G], and with what is paid for
+            solving where the rule is one for pass rates and the rewards are none.
         reference_logprobs: [P, G, T], needed by KL in the reward.
         prompt_ids: [P] int32, for rules that remember prompts.
         weights_state: The rule's.
         max_length: Tokens that a completion may have.
     """
-    trained = rollouts
+    trained, punishment = rollouts, None
     if objective.overlong == "punish":
         cache = max(1, round(objective.overlong_share * max_length))
         lengths = rollouts.completion_mask.sum(-1)
-        punished = rollouts.scored_rewards + overlong_punishment(
-            lengths, max_length, cache
-        )
+        punishment = overlong_punishment(lengths, max_length, cache)
+        punished = rollouts.scored_rewards + punishment
         trained = rollouts._replace(
             rewards=punished.astype(rollouts.scored_rewards.dtype)
         )
-    rewards = shape_rewards(objective, trained, reference_logprobs)
-    weights, weights_state = apply_weights(rule, rewards, weights_state, prompt_ids)
-    metrics = group_metrics(rollouts, weights)
-    return Weighed(trained, rewards, weights, weights_state, metrics)
+    told_apart = rollouts if rule.pass_rates else rollouts._replace(solving=None)
+    shaped = shape_rewards(objective, told_apart, reference_logprobs, punishment)
+    weights, state = apply_weights(rule, shaped.judged, weights_state, prompt_ids)
+    metrics = group_metrics(rollouts, weights, shaped.judged)
+    return Weighed(trained, shaped.weighed, shaped.added, weights, state, metrics)
 
 
-def group_metrics(rollouts: Rollouts, weights: jax.Array) -> dict[str, jax.Array]:
+def group_metrics(
+    rollouts: Rollouts, weights: jax.Array, judged: jax.Array
+) -> dict[str, jax.Array]:
     """Scalar metrics of rewards [P, G], their groups, weights [P] and lengths.
 
-    A mean of no rewards is NaN."""
+    A mean of no rewards is NaN.
+
+    Args:
+        rollouts: [P, G, T] as scored.
+        weights: [P], of the prompts.
+        judged: [P, G], the rewards that the weights were made of.
+    """
     statistics = group_statistics(rollouts.scored_rewards)
-    std, tied = group_std(rollouts.scored_rewards)
+    std, _ = group_std(rollouts.scored_rewards)
     present = statistics.present.sum()
     total = (statistics.mean * statistics.count).sum()
     lengths = rollouts.completion_mask.sum(-1)
-    informative = ~tied
+    informative = ~group_statistics(judged).tied
     return {
         "reward/mean": total / present,
         "reward/missing": statistics.present.size - present,

@@ -134,7 +134,8 @@ def test_what_std_normalisation_estimates(group_size):
     centred = expected_gradient(of("reinforce"), group_size)
     EQUAL(centred, (1 - 1 / group_size) * slope)
     # A group whose mean is p itself.
-    group = jnp.stack([2 * p, 0 * p] + [p] * (group_size - 2))[None]
+    off = jnp.minimum(p, 1 - p) / 2
+    group = jnp.stack([p + off, p - off] + [p] * (group_size - 2))[None]
     finite, _ = gj.finite_group_weights(group_size).weights(group, ())
     EQUAL(finite * centred, weight * delta)
 
@@ -144,6 +145,108 @@ def test_max_rl_estimates_the_gradient_of_log_p(group_size=4):
     p, slope = exact()
     actual = expected_gradient(of("max_rl", std_eps=0.0), group_size)
     EQUAL(actual, (1 - (1 - p) ** (group_size - 1)) * slope / p)
+
+
+# ---- KL(policy || reference) of completions of two tokens, by enumeration
+
+
+PREFIX = np.array([[0.2, -0.4, 0.7]])
+NEXT = np.array([[0.3, 0.1, -0.9], [-0.5, 0.8, 0.2], [1.1, -0.3, 0.4]])
+REFERENCE = (np.array([[-0.1, 0.6, 0.3]]), NEXT[::-1] + 0.5 * np.eye(3))
+
+
+def token_logprobs(first, later):
+    """[9, 2] log-probs of the tokens of all completions; `later` by first token."""
+    first, later = jax.nn.log_softmax(first), jax.nn.log_softmax(later)
+    pairs = np.array(list(itertools.product(range(3), repeat=2)))
+    return jnp.stack([first[0, pairs[:, 0]], later[pairs[:, 0], pairs[:, 1]]], 1)
+
+
+def kl_of_completions(*logits):
+    logprobs = token_logprobs(*logits)
+    gap = (logprobs - token_logprobs(*REFERENCE)).sum(1)
+    return jnp.exp(logprobs.sum(1)) @ gap
+
+
+def kl_of_tokens(reverse):
+    """Each token's KL given its prefix, prefixes as often as they are sampled."""
+
+    def total(first, later):
+        kl = 0.0
+        pairs = zip((first, later), REFERENCE, strict=True)
+        often = (np.ones(1), jnp.exp(jax.nn.log_softmax(PREFIX)[0]))
+        for (logits, reference), weights in zip(pairs, often, strict=True):
+            p, q = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
+            p, q = (q, p) if reverse else (p, q)
+            kl += weights @ (jnp.exp(p) * (p - q)).sum(1)
+        return kl
+
+    return total
+
+
+def expected_kl_gradient(divergence, kl_in):
+    """What the objective descends with rewards of 0, over all groups of one."""
+    objective = dataclasses.replace(
+        gj.OBJECTIVES["reinforce"], baseline="none", kl_coef=1.0, kl_in=kl_in,
+        divergence=divergence,
+    )  # fmt: skip
+    reference = token_logprobs(*REFERENCE)[:, None]
+
+    def losses(first, later):
+        logprobs = token_logprobs(first, later)[:, None]
+        return gj.per_prompt_losses(
+            objective,
+            logprobs=logprobs,
+            behaviour_logprobs=jax.lax.stop_gradient(logprobs),
+            reference_logprobs=reference,
+            rewards=jnp.zeros((9, 1)),
+            completion_mask=jnp.ones((9, 1, 2)),
+        )[0]
+
+    probability = jnp.exp(token_logprobs(PREFIX, NEXT).sum(1))
+    return jax.jit(lambda *x: jax.vjp(losses, *x)[1](probability))(PREFIX, NEXT)
+
+
+def gradient_of(function):
+    return jax.jit(jax.grad(function, argnums=(0, 1)))(PREFIX, NEXT)
+
+
+def test_k1_in_the_reward_descends_the_kl_of_completions():
+    actual, expected = expected_kl_gradient("k1", "reward"), kl_of_completions
+    jax.tree.map(EQUAL, actual, gradient_of(expected))
+
+
+@pytest.mark.parametrize(("divergence", "reverse"), [("k2", False), ("k3", True)])
+def test_kl_in_the_loss_descends_that_of_tokens_with_prefixes_frozen(
+    divergence, reverse
+):
+    actual = expected_kl_gradient(divergence, "loss")
+    jax.tree.map(EQUAL, actual, gradient_of(kl_of_tokens(reverse)))
+    # The last token has no say in a prefix; the first one does.
+    whole = gradient_of(kl_of_completions)
+    assert np.abs(actual[0] - whole[0]).max() > 0.05
+    if not reverse:
+        EQUAL(actual[1], whole[1])
+
+
+def test_k3_in_the_reward_lacks_the_gradient_of_its_value():
+    in_reward, in_loss = (expected_kl_gradient("k3", x) for x in ("reward", "loss"))
+    whole = gradient_of(kl_of_completions)
+    jax.tree.map(lambda a, b, c: EQUAL(a, b - c), in_reward, whole, in_loss)
+
+
+# ---- what a loss is on policy
+
+
+def test_which_losses_are_zero_on_policy():
+    arrays = batch(spread=0.0, solved=[1, 2, 3]) | extras()
+    arrays["token_weights"] = np.ones((P, G, T))
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    losses = {name: gj.policy_loss(of(name), **arrays)[0] for name in NAMES}
+    zero = {name for name, loss in losses.items() if abs(loss) < 1e-12}
+    counted_alike = {"grpo", "gspo", "gspo_token", "gmpo", "tic_grpo", "rloo_trl"}
+    variants = {"nthr", "igrpo", "grpo_no_is", "tic_grpo_std"}
+    assert zero == counted_alike | variants
 
 
 # ---- pairs of objectives

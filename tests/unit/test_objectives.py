@@ -23,7 +23,7 @@ def batch(seed=0, shape=(2, 3, 4)):
         logprobs=logprobs,
         behaviour_logprobs=logprobs + noise[0],
         reference_logprobs=logprobs + noise[1],
-        rewards=rng.normal(0, 1, shape[:2]),
+        rewards=rng.uniform(0, 1, shape[:2]),
     )
     arrays |= dict(
         entropy=rng.uniform(0.2, 0.6, shape), token_weights=rng.uniform(0.5, 2, shape)

@@ -25,6 +25,7 @@ from grpo_jax import (
     whitened_advantages,
 )
 from grpo_jax.preconditioner import apply_weights
+from grpo_jax.prompt_weights import WEIGHTS
 
 REWARDS = np.array([[0, 4], [0.35, 0.35]], np.float32)  # std 2, and tied
 
@@ -72,7 +73,8 @@ def test_chained_with_an_optimizer():
 def test_the_prompt_axis_stays_and_so_does_the_dtype():
     tx = scale_by_group_std(eps=0.0)
     grads = {"w": jnp.ones((2, 3, 4), jnp.bfloat16)}
-    updates, _ = jax.jit(partial(tx.update, rewards=REWARDS))(grads, tx.init(grads))
+    state = tx.init({"w": jnp.zeros((3, 4))})
+    updates, _ = jax.jit(partial(tx.update, rewards=REWARDS))(grads, state)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
     np.testing.assert_array_equal(updates["w"][:, 0, 0].astype(np.float32), [0.5, 0])
 
@@ -87,6 +89,113 @@ def test_a_gradient_without_the_prompt_axis_is_refused(shape):
     )
     with pytest.raises(ValueError, match=message):
         jax.jit(partial(tx.update, rewards=REWARDS))(grads, tx.init(grads))
+
+
+# The mean left out: the first update broadcasts the parameters [3] to [2, 3].
+@pytest.mark.parametrize("with_params", [True, False])
+def test_forgetting_the_mean_over_prompts_is_an_error(with_params):
+    def losses(params):
+        return jnp.stack([params["w"].sum(-1), 2 * params["w"].sum(-1)])
+
+    tx = optax.chain(scale_by_group_std(), optax.adam(0.1))
+    params = {"w": jnp.zeros(3)}
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.jacrev(losses)(params)
+        given = params if with_params else None
+        updates, state = tx.update(grads, state, given, rewards=REWARDS)
+        return optax.apply_updates(params, updates), state
+
+    message = r"\['w'\] must be .*got \(2.*chain mean_over_prompts\(\)"
+    params, state = step(params, state)
+    with pytest.raises(ValueError, match=message):
+        step(params, state)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2, 3)])
+def test_the_mean_is_over_prompts_and_nothing_else(shape):
+    tx = mean_over_prompts()
+    state = tx.init({"w": jnp.zeros(3)})
+    message = r"gradient \['w'\] must be \[P, \*\(3,\)\], one per prompt"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(tx.update)({"w": jnp.zeros(shape)}, state)
+    updates, _ = tx.update({"w": jnp.ones((5, 3))}, state)
+    np.testing.assert_array_equal(updates["w"], np.ones(3))
+
+
+TRANSFORMS = {
+    "std": (lambda eps, ddof: scale_by_group_std(eps=eps, ddof=ddof), (0.25, 1)),
+    "power": (
+        lambda power: scale_by_prompt_weights(std_weights(power=power)),
+        (1.5,),
+    ),
+    "batch_std": (
+        lambda eps, ddof: scale_by_prompt_weights(
+            batch_std_weights(eps=eps, ddof=ddof)
+        ),
+        (0.25, 1),
+    ),
+    "group_mean": (
+        lambda eps: scale_by_prompt_weights(group_mean_weights(eps=eps)),
+        (0.25,),
+    ),
+    "posterior": (
+        lambda power, prior, discount: scale_by_prompt_weights(
+            posterior_weights(5, power=power, prior=prior, discount=discount)
+        ),
+        (1.5, 0.25, 0.5),
+    ),
+}
+
+
+# Under a scan, with hyperparameters that are traced, in front of accumulation.
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_hyperparameters_can_be_injected(name):
+    factory, values = TRANSFORMS[name]
+    rewards = binary(1, 2)
+    params, grads = jnp.zeros(3), jnp.arange(6.0).reshape(2, 3)
+    after = optax.MultiSteps(optax.sgd(1.0), 2)
+
+    def run(tx):
+        tx = optax.chain(tx, mean_over_prompts(), after)
+
+        def step(state, _):
+            updates, state = tx.update(
+                grads, state, params, rewards=rewards, prompt_ids=jnp.arange(2)
+            )
+            return state, updates
+
+        state = jax.jit(tx.init)(params)
+        return jax.jit(lambda state: jax.lax.scan(step, state, None, 4)[1])(state)
+
+    actual, expected = run(optax.inject_hyperparams(factory)(*values)), factory(*values)
+    np.testing.assert_allclose(actual, run(expected), rtol=1e-6)
+    assert np.abs(actual).max() > 0.1
+
+
+def test_injected_hyperparameters_move():
+    def factory(eps):
+        return optax.chain(scale_by_group_std(eps=eps), mean_over_prompts())
+
+    tx = optax.inject_hyperparams(factory)(optax.linear_schedule(0.0, 2.0, 1))
+    state, got = tx.init(jnp.zeros(())), []
+    for _ in range(2):
+        updates, state = jax.jit(partial(tx.update, rewards=REWARDS))(
+            jnp.ones(2), state
+        )
+        got.append(float(updates))
+    np.testing.assert_allclose(got, [1 / 4, 1 / 8], rtol=1e-6)  # std 2; (w + 0) / 2
+
+
+def test_a_group_size_is_a_shape():
+    tx = optax.inject_hyperparams(
+        lambda group_size: scale_by_prompt_weights(finite_group_weights(group_size))
+    )(4)
+    state = tx.init(jnp.zeros(()))
+    with pytest.raises(ValueError, match="group_size must be an integer outside jit"):
+        jax.jit(partial(tx.update, rewards=binary(1, 2)))(jnp.ones(2), state)
 
 
 def test_a_new_rule_keeps_its_state():
@@ -232,12 +341,33 @@ def test_one_groups_posterior(power, expected):
     np.testing.assert_allclose(actual, [expected] * 2, rtol=1e-6)
 
 
-# [0, 4] clipped to its share 1 of a success: m = 2.5 / 3; a share between counts.
+# Successes .75 of 2 and a prior of 1/2 each way: m = 1.25 / 3.
 def test_rewards_between_count_as_a_share():
-    actual = weights_of(posterior_weights(), np.float32([[0, 4], [0.25, 0.5]]))
-    shares = [2.5 / 3, (0.75 + 0.5) / 3]
-    expected = [(m * (1 - m)) ** -0.5 for m in shares]
-    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    actual = weights_of(posterior_weights(), np.float32([[0.25, 0.5]]))
+    m = (0.75 + 0.5) / 3
+    np.testing.assert_allclose(actual, [(m * (1 - m)) ** -0.5], rtol=1e-6)
+
+
+PASS_RATES = sorted(name for name, rule in RULES.items() if rule.pass_rates)
+
+
+def test_these_rules_are_made_of_pass_rates():
+    assert PASS_RATES == ["beta", "finite_group", "group_mean", "posterior", "shrunk"]
+    assert sorted(n for n, rule in WEIGHTS.items() if rule.pass_rates) == PASS_RATES
+
+
+# A right answer of weight 1 less a length reward's .9 per wrong one: the mean -.425 is
+# no pass rate; and [0, 4] is a sum of rewards.
+@pytest.mark.parametrize("rewards", [[1, -0.9, -0.9, -0.9], [0, 4, 1, 0]])
+@pytest.mark.parametrize("name", PASS_RATES)
+def test_rewards_that_are_no_pass_rates_are_refused(name, rewards):
+    rule, ids = RULES[name], np.arange(2)
+    rewards = np.float32([rewards, [1, 0, 0, NAN]])
+    message = r"rewards must be in \[0, 1\] for weights made of pass rates, got .* to "
+    with pytest.raises(ValueError, match=message):
+        apply_weights(rule, jnp.asarray(rewards), rule.init(), ids)
+    weights, _ = apply(name, rewards)  # inside jit, which cannot raise
+    assert np.isnan(weights[0]) and np.isfinite(weights[1])
 
 
 # Prompt 2, discount 1/2. Visit 1: (1, 3), m = 1.5/5. Visit 2: (2 + 1/2, 2 + 3/2),

@@ -268,7 +268,7 @@ def test_weighing_moves_the_weights_state_and_updates_do_not(stepper):
     rule, ids = posterior_weights(9), np.int32([2, 4, 6, 8])
     batch = rollouts()._replace(rewards=np.eye(P, G, dtype=np.float32))
     call = jax.jit(partial(weigh, REINFORCE, rule, max_length=T))
-    _, shaped, weights, rule_state, metrics = call(batch, None, ids, rule.init())
+    _, shaped, _, weights, rule_state, metrics = call(batch, None, ids, rule.init())
     np.testing.assert_allclose(weights, [7 / 8.25**0.5] * P, rtol=1e-6)
     np.testing.assert_array_equal(rule_state.successes, [0, 0, 1, 0, 1, 0, 1, 0, 1])
     assert rule_state.count == 1
@@ -356,7 +356,8 @@ def test_group_metrics():
         behaviour_logprobs=None,
         rewards=np.float32([[1, 0, 0, NAN], [1] * 4, [NAN] * 4]),
     )
-    metrics = jax.jit(group_metrics)(batch, np.float32([2, 0, 1]))
+    weights = np.float32([2, 0, 1])
+    metrics = jax.jit(group_metrics)(batch, weights, batch.rewards)
     expected = {
         "reward/mean": 5 / 7,
         "reward/missing": 5,

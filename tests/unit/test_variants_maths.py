@@ -20,11 +20,14 @@ from grpo_jax import (
 )
 from grpo_jax.objectives.objective import AXES
 from grpo_jax.preconditioner import apply_weights
-from grpo_jax.prompt_weights import WEIGHTS
+from grpo_jax.prompt_weights import WEIGHTS, of_pass_rates
 from tests.variants import Case, bools, called_by, check, floats, public_functions
 
 MODULES = (advantages, intervals, loglinear, logprobs, preconditioner, prompt_weights)
-ON_THE_HOST = {*public_functions(intervals), "loglinear.flow_time"}  # nothing to trace
+# Nothing to trace.
+ON_THE_HOST = {
+    *public_functions(intervals), "loglinear.flow_time", "preconditioner.check_number"
+}  # fmt: skip
 
 P, G, T, V, D, K = 3, 4, 5, 7, 3, 6  # K: responses to a prompt of a log-linear policy
 RNG = np.random.default_rng(0)
@@ -73,8 +76,12 @@ def weights_of(rule):
 
 def per_prompt(transform):
     return lambda grads, rewards: transform.update(
-        grads, transform.init(grads), rewards=rewards
+        grads, transform.init(parameters_of(grads)), rewards=rewards
     )[0]
+
+
+def parameters_of(grads):
+    return jax.tree.map(lambda g: g[0], grads)
 
 
 def scaled(weights):
@@ -83,7 +90,7 @@ def scaled(weights):
 
 def mean_over_prompts(grads):
     transform = gj.mean_over_prompts()
-    return transform.update(grads, transform.init(grads))[0]
+    return transform.update(grads, transform.init(parameters_of(grads)))[0]
 
 
 def on_rewards(function, result, reference=None):
@@ -182,6 +189,11 @@ RULES = {  # of WEIGHTS
     "shrunk": INVERSE_POSTERIOR,
     "posterior": INVERSE_POSTERIOR,  # of a first visit
 }
+CASES["prompt_weights.of_pass_rates"] = on_rewards(
+    weights_of(of_pass_rates(preconditioner.stateless(lambda r: r.max(1)))),
+    floats(P),
+    lambda r: r.max(1),
+)
 for name, rule in WEIGHTS.items():
     function, expected = weights_of(rule.build({}, P)), RULES.get(name)
     reference = None if expected is None else lambda r, expected=expected: expected

@@ -258,8 +258,18 @@ FUNCTIONS = {
     "loss.shaped_rewards": Case(
         partial(loss.shaped_rewards, KL_IN_REWARD),
         (REWARDS, BEHAVIOUR, REFERENCE, ONES),
+        loss.ShapedRewards(floats(P, G), floats(P, G), floats(P, G)),
+        lambda r, old, ref, mask: loss.ShapedRewards(
+            r, r, -0.03 * ((old - ref) * mask).sum(-1)
+        ),
+    ),
+    "loss.weighed_advantages": Case(
+        lambda r, added, w: loss.weighed_advantages(
+            DR_GRPO, loss.ShapedRewards(r, r, added), w
+        ),
+        (REWARDS, 2 * REWARDS, np.arange(P, dtype=np.float32)),
         floats(P, G),
-        lambda r, old, ref, mask: r - 0.03 * ((old - ref) * mask).sum(-1),
+        lambda r, added, w: CENTRED * (w[:, None] + 2),
     ),
     "loss.baselined": Case(
         partial(loss.baselined, DR_GRPO), (REWARDS,), floats(P, G), lambda r: CENTRED

@@ -185,12 +185,6 @@ def test_an_unknown_objective_names_the_nearest():
          dict(name="rt_pg", overlong="mask")),
         ("objective.ratio none does not go with history 2",
          dict(name="reinforce", history=2)),
-        ("posterior weights need rewards that are pass rates.*overlong punish",
-         dict(name="dapo", weights=dict(name="posterior"))),
-        ("group_mean weights need .*overlong punish",
-         dict(name="dapo", scale="group_mean")),
-        ("finite_group weights need .*kl_in reward",
-         dict(name="rloo", weights=dict(name="finite_group"))),
     ],
 )  # fmt: skip
 def test_choices_that_do_not_go_together_are_refused(message, kwargs):
