@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 class GroupStatistics(NamedTuple):
@@ -67,7 +68,7 @@ def inverse_std(rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 0) -> jax.
 
 def group_std(rewards: jax.Array, *, ddof: int = 0) -> tuple[jax.Array, jax.Array]:
     """Std [P] of each group, exactly 0 where it is tied, and which are tied [P]."""
-    static = not isinstance(ddof, jax.core.Tracer)
+    static = not isinstance(ddof, Tracer)
     if static and rewards.ndim == 2 and rewards.shape[1] <= ddof:
         raise ValueError(
             f"rewards must be [num_prompts, group_size > {ddof}], got {rewards.shape}; "

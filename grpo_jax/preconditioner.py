@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from grpo_jax.advantages import group_statistics, group_std
 
@@ -80,7 +81,7 @@ def stateless(weights: Callable[[jax.Array], jax.Array]) -> PromptWeights:
 
 def check_number(name: str, value: Any, good: Any, rule: str) -> None:
     """ValueError unless `good`; a traced value (`optax.inject_hyperparams`) passes."""
-    if not isinstance(good, jax.core.Tracer) and not good:
+    if not isinstance(good, Tracer) and not good:
         raise ValueError(f"{name} {rule}, got {value}.")
 
 
@@ -219,9 +220,9 @@ def scale_by_prompt_weights(
         state.shapes.check(updates, params)
         return scaled, ScaleByPromptWeightsState(weights_state, state.shapes)
 
-    # optax's own type of `update` has no required keyword.
+    # optax's own type of `update` has no required keyword, that of a state is narrow.
     return optax.GradientTransformationExtraArgs(
-        init_fn,
+        init_fn,  # pyright: ignore[reportArgumentType]
         update_fn,  # pyright: ignore[reportArgumentType]
     )
 
@@ -254,4 +255,8 @@ def mean_over_prompts() -> optax.GradientTransformation:
         state.shapes.check(updates, params)
         return jax.tree.map(lambda g: g.mean(0), updates), state
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    # optax's own type of a state is narrower than what it takes.
+    return optax.GradientTransformation(
+        init_fn,  # pyright: ignore[reportArgumentType]
+        update_fn,  # pyright: ignore[reportArgumentType]
+    )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from grpo_jax.advantages import (
     expected_group_std,
@@ -58,7 +59,7 @@ def of_pass_rates(rule: PromptWeights) -> PromptWeights:
         rewards: jax.Array, state: Any, *prompt_ids: jax.Array
     ) -> tuple[jax.Array, Any]:
         outside = (jnp.isfinite(rewards) & ((rewards < 0) | (rewards > 1))).any(-1)
-        if not isinstance(outside, jax.core.Tracer) and outside.any():
+        if not isinstance(outside, Tracer) and outside.any():
             raise ValueError(
                 "rewards must be in [0, 1] for weights made of pass rates, got "
                 f"{np.nanmin(rewards):g} to {np.nanmax(rewards):g}; give the rule what "

@@ -33,8 +33,8 @@ FIELDS: dict[str, str] = {
     "mismatch/max_abs": "max |sampler's - trainer's| token log-prob, in nats",
     "loss/policy": "the surrogate part of the loss; its gradient is what matters. On "
     "policy it is 0 where the term is linear in a ratio and completions count alike "
-    "(grpo, gspo, gmpo, tic_grpo), not with log pi as the term (reinforce, rloo, max_rl, cispo) "
-    "nor with longer completions counting more (dapo, dr_grpo)",
+    "(grpo, gspo, gmpo, tic_grpo), not with log pi as the term (reinforce, rloo, "
+    "max_rl, cispo) nor with longer completions counting more (dapo, dr_grpo)",
     "loss/penalty": "the loss terms not proportional to the advantages: KL in the "
     "loss, entropy shift, Fisher-Rao",
     "gradient/norm": "global norm before clipping",

@@ -224,7 +224,7 @@ def test_kl_in_the_loss_descends_that_of_tokens_with_prefixes_frozen(
     jax.tree.map(EQUAL, actual, gradient_of(kl_of_tokens(reverse)))
     # The last token has no say in a prefix; the first one does.
     whole = gradient_of(kl_of_completions)
-    assert np.abs(actual[0] - whole[0]).max() > 0.05
+    assert np.abs(actual[0] - whole[0]).max() > 0.03
     if not reverse:
         EQUAL(actual[1], whole[1])
 
@@ -242,11 +242,11 @@ def test_which_losses_are_zero_on_policy():
     arrays = batch(spread=0.0, solved=[1, 2, 3]) | extras()
     arrays["token_weights"] = np.ones((P, G, T))
     arrays = jax.tree.map(jnp.asarray, arrays)
-    losses = {name: gj.policy_loss(of(name), **arrays)[0] for name in NAMES}
-    zero = {name for name, loss in losses.items() if abs(loss) < 1e-12}
-    counted_alike = {"grpo", "gspo", "gspo_token", "gmpo", "tic_grpo", "rloo_trl"}
-    variants = {"nthr", "igrpo", "grpo_no_is", "tic_grpo_std"}
-    assert zero == counted_alike | variants
+    zero = {"grpo", "gspo", "gmpo", "tic_grpo"}
+    other = {"reinforce", "rloo", "max_rl", "cispo", "dapo", "dr_grpo"}
+    losses = {x: gj.policy_loss(of(x), **arrays)[0] for x in zero | other}
+    assert {name for name, loss in losses.items() if abs(loss) < 1e-12} == zero
+    assert all(abs(losses[name]) > 1e-3 for name in other)
 
 
 # ---- pairs of objectives
