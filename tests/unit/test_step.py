@@ -341,7 +341,8 @@ def test_part_of_a_batch_is_some_of_its_prompts(index, parts, rows):
 
 def test_means_of_no_rewards_are_no_numbers():
     batch = rollouts()._replace(rewards=np.full((P, G), NAN, np.float32))
-    metrics = jax.jit(group_metrics)(batch, np.zeros(P, np.float32))
+    zeros = np.zeros(P, np.float32)
+    metrics = jax.jit(group_metrics)(batch, zeros, batch.rewards)
     assert np.isnan(metrics["reward/mean"]) and np.isnan(metrics["group/std_mean"])
     assert metrics["reward/missing"] == P * G and metrics["group/informative"] == 0
 
