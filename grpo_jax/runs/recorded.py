@@ -62,8 +62,9 @@ def eval_settings(config: EvalConfig) -> EvalConfig:
     """The config with what it leaves open taken from its run, or from the defaults.
 
     The task is the run's, with the fields that `config.task` was made with on top, with
-    all held-out prompts of its data where training evaluated some. Another task, by its
-    name, has that task's defaults.
+    all held-out prompts of its data where training evaluated some; so are the limits
+    and environment variables of its rewards. Another task, by its name, has that task's
+    defaults.
 
     Raises:
         ConfigError: the directory holds no run.
@@ -92,6 +93,9 @@ def eval_settings(config: EvalConfig) -> EvalConfig:
         task = task if given is None else overlaid(task, given)
         settings["max_new_tokens"] = facts.get("max_new_tokens")
         settings["max_prompt_tokens"] = run.sampling.max_prompt_tokens
+        config = dataclasses.replace(
+            config, scoring=overlaid(run.scoring, config.scoring)
+        )
     open_ones = {k: v for k, v in settings.items() if getattr(config, k) is None}
     return dataclasses.replace(config, task=task, **open_ones)
 

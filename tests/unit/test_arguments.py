@@ -22,8 +22,9 @@ from grpo_jax.commands._arguments import (
 )
 from grpo_jax.commands.evaluate import config_like_run
 from grpo_jax.errors import ConfigError
-from grpo_jax.runs.config import EvalConfig, TrainConfig
+from grpo_jax.runs.config import EvalConfig, ScoringConfig, TrainConfig
 from grpo_jax.runs.lines import write_json
+from grpo_jax.runs.recorded import eval_settings
 
 DOC = """`grpo-jax copy FILE [--times
 N]`: copy it.
@@ -164,6 +165,7 @@ def test_a_run_is_asked_as_it_was_trained(tmp_path):
         "task": {"name": "countdown", "template": "qa"},
         "sampling": {"temperature": 0.7, "max_prompt_tokens": 9},
         "model": {"compute_dtype": "bfloat16"},
+        "scoring": {"timeout_s": 9.0, "environment": ["JUDGE"]},
     }
     write_json(tmp_path / "config.json", {"config": config, "max_new_tokens": 6})
     same = config_like_run(str(tmp_path), "countdown")
@@ -174,3 +176,8 @@ def test_a_run_is_asked_as_it_was_trained(tmp_path):
     assert other.task == EvalConfig(pretrained="x").task and not other.max_new_tokens
     assert (same.temperature, other.temperature) == (0.7, 0.7)
     assert same.compute_dtype == other.compute_dtype == "bfloat16"
+    assert same.scoring == ScoringConfig(timeout_s=9.0, environment=("JUDGE",))
+    assert other.scoring == ScoringConfig()
+    asked = EvalConfig(run_dir=str(tmp_path), scoring=ScoringConfig(timeout_s=1.0))
+    assert eval_settings(asked).scoring.environment == ("JUDGE",)
+    assert eval_settings(asked).scoring.timeout_s == 1.0

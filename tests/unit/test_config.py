@@ -13,8 +13,15 @@ from grpo_jax.errors import (
     nearest,
     unknown_name,
 )
-from grpo_jax.runs.config import ObjectiveConfig, OptimizerConfig, SamplingConfig
+from grpo_jax.runs.config import (
+    CheckpointConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    ScoringConfig,
+)
 from grpo_jax.runs.config_files import differences, from_dict, load_config_file, to_dict
+from grpo_jax.runs.directory import claim
 
 CHANGED = TrainConfig(
     objective=ObjectiveConfig(name="dr_grpo", clip=(0.2, 0.28), kl_coef=0.01),
@@ -273,3 +280,26 @@ def test_rules_are_read_from_annotations(record, message):
     check_fields(Outer(), "x.")
     with pytest.raises(ConfigError, match=rf"^x\.{message}"):
         check_fields(record, "x.", ConfigError)
+
+
+def test_a_variables_value_is_neither_taken_nor_repeated():
+    with pytest.raises(ConfigError, match="names of environment variables") as error:
+        TrainConfig(scoring=ScoringConfig(environment=("OK", "KEY=hunter2")))
+    assert "'KEY'" in str(error.value) and "hunter2" not in str(error.value)
+    config = TrainConfig(scoring=ScoringConfig(environment=("KEY",)))
+    assert to_dict(config)["scoring"]["environment"] == ["KEY"]
+
+
+def test_fields_that_an_old_run_lacks_have_their_defaults(tmp_path):
+    config = TrainConfig(run_dir=str(tmp_path / "run"))
+    facts = {"data": "", "base": ""}
+    directory = claim(config, facts)
+    file = directory / "config.json"
+    content = json.loads(file.read_text())
+    del content["config"]["checkpoint"]["best"], content["config"]["scoring"]
+    file.write_text(json.dumps(content))
+    resumed = dataclasses.replace(config, resume=True)
+    assert claim(resumed, facts) == directory
+    best = CheckpointConfig(best="reward")
+    with pytest.raises(ConfigError, match="checkpoint.best: 'pass_rate' -> 'reward'"):
+        claim(dataclasses.replace(resumed, checkpoint=best), facts)
