@@ -108,7 +108,7 @@ def pack_answers(
         completions[i, 0, : len(answer)] = answer
         mask[i, 0, : len(answer)] = 1
     logprobs = np.zeros(completions.shape, np.float32)
-    return Rollouts._make((ids, prompt_mask, completions, mask, logprobs, None))
+    return Rollouts._make((ids, prompt_mask, completions, mask, logprobs, None, None))
 
 
 def decode_groups(
