@@ -101,6 +101,7 @@ def make_plan(
     *,
     with_weights: bool = True,
     local_devices: bool = True,
+    date: str | None = None,
 ) -> Plan:
     """Checks a config against its task and fixes every shape.
 
@@ -109,6 +110,7 @@ def make_plan(
             and tokenizer.
         local_devices: The run is on this machine's devices; else on accelerators, which
             compute in bfloat16 itself, as many as its mesh has.
+        date: Of a task that is made here, as in `load_task`.
 
     Raises:
         ConfigError: the run cannot work as configured.
@@ -117,7 +119,9 @@ def make_plan(
     directory = None
     if config.pretrained is not None:
         directory = local_directory(config.pretrained)
-    task, warm_starts, left_out = task_stage(config, objective, task, directory)
+    task, warm_starts, left_out = task_stage(
+        config, objective, task, directory, date=date
+    )
     lengths = lengths_stage(config, objective, task, warm_starts=warm_starts)
     model = model_stage(
         config,
@@ -176,19 +180,23 @@ def task_stage(
     objective: Objective,
     task: Task | None,
     directory: Path | None,
+    *,
+    date: str | None = None,
 ) -> TaskStage:
     """The task without prompts that are too long, and with enough of them.
 
     Args:
         task: None: the one that the config names.
         directory: The pretrained model's, whose tokenizer is used; None: a new model.
+        date: As `make_plan`.
 
     Raises:
         ConfigError: too few prompts, a tokenizer without EOS or padding, or settings of
             a warm start that does not take place.
     """
     if task is None:
-        task = task_of(config.task, None if directory is None else str(directory))
+        pretrained = None if directory is None else str(directory)
+        task = task_of(config.task, pretrained, date=date)
     task = with_stop_tokens(task, config.sampling.stop_tokens)
     warm_starts = bool(
         config.warm_start.enabled and task.warm_start and directory is None

@@ -41,18 +41,23 @@ FREE = ("compute_dtype", "remat", "lora_rank", "lora_alpha", "lora_targets")
 _BLOCK, _BLOCKS = 2**16, 256  # bytes of a block, and blocks, that a fingerprint reads
 
 
-def task_of(config: TaskConfig, pretrained: str | None) -> Task:
+def task_of(
+    config: TaskConfig, pretrained: str | None, *, date: str | None = None
+) -> Task:
     """The task, in the tokens of the pretrained model if there is one.
+
+    Args:
+        date: As in `load_task`.
 
     Raises:
         ConfigError: the task, its data or the tokenizer cannot be had.
     """
     if pretrained is None:
-        return _load(config)
+        return _load(config, date=date)
     directory = local_directory(pretrained)
     tokenizer = _tokenizer(directory)
     ends = completion_ends(tokenizer, eos_ids(directory))
-    return _load(config, tokenizer=tokenizer, eos_ids=ends)
+    return _load(config, tokenizer=tokenizer, eos_ids=ends, date=date)
 
 
 def with_stop_tokens(task: Task, names: Sequence[str]) -> Task:

@@ -22,7 +22,7 @@ from grpo_jax.runs.lines import read_lines
 from grpo_jax.runs.paths import count_compiles, use_compile_cache
 from grpo_jax.runs.policies import task_to_continue
 from grpo_jax.runs.recorded import continued
-from grpo_jax.tasks.types import Task
+from grpo_jax.tasks.types import Task, now
 from grpo_jax.training.console import Console
 from grpo_jax.training.context import RunContext
 from grpo_jax.training.due import Due
@@ -82,7 +82,10 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
 
 
 def _train(config: TrainConfig, task: Task | None, processes: Processes) -> TrainResult:
-    plan = processes.together(lambda: make_plan(config, _task(config, task)))
+    date = processes.first(now())  # one for all, where a template prints it
+    plan = processes.together(
+        lambda: make_plan(config, _task(config, task, date), date=date)
+    )
     mesh = processes.together(lambda: make_mesh(config.mesh))
     console = Console(config.log.lines_every, process=processes.index)
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
@@ -99,17 +102,15 @@ def _try_rewards(task: Task, pool: VerifierPool | None, console: Console) -> Non
     try_rewards(task.reward, example, task.imitated(example), pool, console.alert)
 
 
-def _task(config: TrainConfig, task: Task | None) -> Task | None:
+def _task(config: TrainConfig, task: Task | None, date: str) -> Task | None:
     """The task: of a resumed run as that run asked it; None: the config's."""
-    if not config.resume or config.run_dir is None:
-        return task
-    run_dir = Path(config.run_dir)
-    if not (run_dir / "config.json").exists():
-        return task
-    check_same_config(run_dir, config)
-    if task is None:
-        return task_to_continue(config.task, run_dir)
-    return dataclasses.replace(task, date=read_facts(run_dir).get("date", task.date))
+    if config.resume and config.run_dir is not None:
+        run_dir = Path(config.run_dir)
+        if (run_dir / "config.json").exists():
+            check_same_config(run_dir, config)
+            task = task or task_to_continue(config.task, run_dir)
+            date = read_facts(run_dir).get("date", date)
+    return task and dataclasses.replace(task, date=date)
 
 
 def _run(context: RunContext, facts: dict[str, Any]) -> TrainResult:

@@ -19,6 +19,8 @@ from grpo_jax.training.run import _save_tokenizer, _task
 from grpo_jax.training.start import facts_of
 from tests.chat_forms import DATED, THINKING, chatml, sums, write_rows
 
+NOW = "2026-08-01T10:00:00"
+
 
 @pytest.fixture
 def rows(tmp_path):
@@ -116,7 +118,7 @@ def edit(directory, change):
 
 
 def resumed(config):
-    plan = make_plan(config, _task(config, None))
+    plan = make_plan(config, _task(config, None, NOW))
     claim(config, facts_of(config, plan))
     return plan
 
@@ -141,7 +143,7 @@ def test_a_run_of_an_older_version_resumes(begun):
             del facts["config"]["task"][name]
 
     edit(directory, as_it_was)
-    resumed(config)
+    assert resumed(config).task.date == NOW  # all its processes have one date
 
 
 @pytest.mark.parametrize(
@@ -171,14 +173,22 @@ def test_an_edited_template_or_row_is_refused(begun, rows, tmp_path):
         resumed(config)
 
 
+def test_the_processes_of_a_run_have_one_date(begun, rows):
+    config = dataclasses.replace(begun[0], resume=False)
+    assert _task(config, None, NOW) is None
+    assert make_plan(config, date=NOW).task.date == NOW
+    given = _task(config, asked(rows, chatml(DATED)), NOW)
+    assert given is not None and given.date == NOW
+
+
 def test_another_setting_is_refused_before_it_is_tried(begun):
     config, _ = begun
     other = dataclasses.replace(config, task=TaskConfig(name="countdown"))
     with pytest.raises(ConfigError, match="cannot resume .* with another config"):
-        _task(other, None)
+        _task(other, None, NOW)
     stops = SamplingConfig(prompts=4, max_new_tokens=8)
     with pytest.raises(ConfigError, match="sampling.stop_tokens: .'<.endoftext.>'. ->"):
-        _task(dataclasses.replace(config, sampling=stops), None)
+        _task(dataclasses.replace(config, sampling=stops), None, NOW)
 
 
 def test_a_run_stopped_before_its_tokenizer_was_written_starts_over(begun):
