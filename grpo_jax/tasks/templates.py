@@ -375,12 +375,15 @@ def apply_chat(
 def _at(date: str) -> str:
     """A definition of `strftime_now` at that time, to be put before a template."""
     clock = datetime.datetime.fromisoformat(date)
-    form = "form"
-    for letter in "aAbBcdDeFfGHIjklmMpRsSTuUVwWxXyYzZ":
-        for code in (f"%{letter}", f"%-{letter}"):
-            form += f" | replace({code!r}, {clock.strftime(code)!r})"
-    form += " | replace('%%', '%')"
-    return f"{{% macro strftime_now(form) %}}{{{{ {form} }}}}{{% endmacro +%}}"
+    letters = "aAbBcdDeFfGHIjklmMpRsSTuUVwWxXyYzZ"
+    codes = [f"%{flag}{letter}" for letter in letters for flag in ("", "-")]
+    pairs = [*((code, clock.strftime(code)) for code in codes), ("%%", "%")]
+    return (
+        "{% macro strftime_now(form) %}{% set now = namespace(text=form) %}"
+        f"{{% for code, value in {pairs!r} %}}"
+        "{% set now.text = now.text | replace(code, value) %}{% endfor %}"
+        "{{ now.text }}{% endmacro +%}"
+    )
 
 
 def _with_marks(frame: _Frame, marks: Sequence[str]) -> str:
