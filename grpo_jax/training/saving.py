@@ -133,7 +133,8 @@ class Saver:
         [P, G, T] of the last one are saved."""
         directory, processes = self._context.directory, self._context.processes
         file = directory / f"nonfinite-step-{step}{processes.file_suffix}.npz"
-        arrays: dict[str, Any] = rollouts._asdict()
+        fields = rollouts._asdict().items()
+        arrays: dict[str, Any] = {k: x for k, x in fields if x is not None}
         kept = f"Its rollouts are in {file}"
         try:
             np.savez(file, step=step, **arrays)

@@ -216,3 +216,48 @@ def test_soak_in_short(tmp_path):
     assert summary["faults"] == summary["as_expected"] == 7
     assert summary["exact"]["arrays_bit_identical"]
     assert summary["exact"]["metrics_identical"]
+
+
+JUDGE = """
+import os, pathlib
+
+def right(example, completion):
+    rows = pathlib.Path(os.environ["JUDGED_RUN"]) / "metrics.jsonl"
+    mended = pathlib.Path(os.environ["JUDGED_RUN"]).with_name("mended").exists()
+    if not mended and rows.exists() and '"step": 2,' in rows.read_text():
+        raise RuntimeError("the judge is gone")
+    return float(len(completion) % 2)
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_every_sample_ends_the_run_and_can_be_mended(
+    run, tmp_path, monkeypatch
+):
+    directory = tmp_path / "run"
+    (tmp_path / "judges.py").write_text(JUDGE)
+    rows = [{"prompt": f"{a}+1=?", "answer": str(a + 1)} for a in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    flags = (
+        "--task", "jsonl", "--task.path", "rows.jsonl", "--steps", 4,
+        "--task.rewards", "judges:right", "--scoring.environment", "JUDGED_RUN",
+    )  # fmt: skip
+    small = (
+        "--model.width", 32, "--model.mlp-width", 48, "--model.head-dim", 8,
+        "--model.num-layers", 1, "--warm-start.max-steps", 2,
+        "--sampling.prompts", 4, "--sampling.group-size", 4,
+        "--sampling.max-new-tokens", 8, "--task.heldout-prompts", 4,
+        "--evaluation.prompts", 4, "--instrument.every", 0,
+    )  # fmt: skip
+    monkeypatch.setenv("JUDGED_RUN", str(directory))
+    code, output = run("train", "--run-dir", directory, *flags, *small, bare=True)
+    assert code == 1 and "Traceback" not in output, output
+    assert "step 3: all 16 rewards are missing: RuntimeError: the judge is" in output
+    assert "stopped at step 2, step 2 is saved" in output
+    assert [row["step"] for row in numbers(directory)] == [0, 1, 2]
+    assert read_lines(directory / "samples.jsonl")[-1]["rewards"] == [None] * 4
+    assert (directory / "report.html").exists()
+    (tmp_path / "mended").write_text("")
+    code, output = run("train", "--run-dir", directory, "--resume", bare=True)
+    assert code == 0 and "resumed at step 2" in output, output
+    assert [row["step"] for row in numbers(directory)] == [0, 1, 2, 3, 4]
