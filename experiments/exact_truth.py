@@ -64,7 +64,7 @@ from common import (
 )
 
 import grpo_jax as gj
-from grpo_jax.diagnostics.geometry import cosine_statistics
+from grpo_jax.diagnostics.cosines import cosine_statistics
 from grpo_jax.instrument.measurement import measure, update_effect
 from grpo_jax.intervals import t_interval
 from grpo_jax.models.policy import Policy

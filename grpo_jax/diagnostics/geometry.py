@@ -13,19 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.advantages import group_statistics, group_std, leave_one_out_advantages
+from grpo_jax.diagnostics.cosines import (
+    CosineStatistics,
+    attenuations,
+    debiased_statistics,
+    pair_terms,
+)
 
-SMALL = 0.1  # |cos| below which two prompts count as orthogonal
-LEAST_SIGNAL = 0.1  # attenuation below which cosines are not debiased
-
-
-class CosineStatistics(NamedTuple):
-    """Statistics of cosines over the pairs i < j of P prompts; each a scalar."""
-
-    mean: jax.Array
-    std: jax.Array
-    mean_abs: jax.Array
-    positive_fraction: jax.Array
-    small_fraction: jax.Array  # of pairs with |cos| < 0.1
+MOST_UNEVEN = 2.5  # (see `_given_rewards`) where parts are more uneven, none is used
 
 
 class PromptGeometry(NamedTuple):
@@ -34,16 +29,25 @@ class PromptGeometry(NamedTuple):
     Statistics are over pairs of two prompts: the matrices' diagonals are left out. A
     prompt without signal (tied, or too few rewards for a debiased figure) is NaN in the
     cosines and left out of the scalars. Inner products are in reward^2 / parameter^2.
+
+    The debiased mean and std estimate those of the true cosines over pairs of prompts,
+    which count by how far their gradients stand out from sampling noise (see
+    `pair_terms`), and equally as groups grow; NaN where noise hides them.
     """
 
     inner: jax.Array  # [P, P], unbiased off the diagonal
     squared_norms: jax.Array  # [P] debiased |grad J_x|^2; may be negative
     raw_squared_norms: jax.Array  # [P] |estimated gradient|^2, inflated by tr Cov / G
-    squared_inner: jax.Array  # [P, P] <g_x, g_y>^2, unbiased off the diagonal
+    expected_squared_norms: jax.Array  # [P] |expectation of the estimated gradient|^2,
+    # debiased, given the rewards that the group got; NaN where parts do not tell
+    squared_inner: jax.Array  # [P, P] <g_x, g_y>^2 of those expectations, unbiased
     cosines: jax.Array  # [P, P] raw, shrunk by the inflated norms
-    mean_cosine: jax.Array  # scalar, debiased: mean raw cosine / attenuation
-    std_cosine: jax.Array  # scalar, debiased: see `debiased_statistics`
-    attenuation: jax.Array  # scalar, sum of debiased / sum of raw squared norms, <= 1
+    mean_cosine: jax.Array  # scalar, debiased
+    std_cosine: jax.Array  # scalar, debiased
+    attenuation: jax.Array  # scalar, mean over prompts of debiased / raw squared norm:
+    # about the factor by which sampling noise shrinks a cosine
+    effective_prompts: jax.Array  # scalar, prompts that the weights of pairs amount to
+    noise_cosine: jax.Array  # scalar, std of a raw cosine between two prompts' noise
     statistics: CosineStatistics  # of the raw cosines moved to the debiased mean and
     # std: those of the true cosines if sampling noise keeps the distribution's shape
     raw_statistics: CosineStatistics  # of `cosines`
@@ -95,6 +99,9 @@ def prompt_geometry(
     halves = part_weights(rewards, 2)  # [P, 2, G // 2]
     even = gram[:, : g // 2 * 2, :, : g // 2 * 2].reshape(p, 2, g // 2, p, 2, g // 2)
     parts = jnp.einsum("phg,phgqkl,qkl->phqk", halves, even, halves)
+    r = jnp.where(statistics.present, rewards, 0.0)
+    lengths = (halves * _by_parts(r, 2)).sum(2)
+    length = (weights * r).sum(1)
 
     # |X_i|^2, the largest eigenvalue of the block.
     largest = jnp.linalg.eigvalsh(within * _pairs_present(statistics.present))[:, -1]
@@ -104,7 +111,12 @@ def prompt_geometry(
         rewards,
         inner=inner,
         squared_norms=_debiased_squared_norms(rewards, within),
-        squared_inner=_squared_inner(parts),
+        parts=parts,
+        lengths=lengths,
+        square_factor=_given_rewards(
+            length, _debiased_squared_norms(rewards, r[:, :, None] * r[:, None])
+        ),
+        inner_factor=_given_rewards(length, _mean_of_products(lengths)),
         m_bound=jnp.where(positive, m_bound, jnp.nan),
         num_directions=num_directions,
     )
@@ -141,13 +153,20 @@ def parts_geometry(
     raw = jnp.diagonal(inner)
     positive = inner > 0
     m_bound = jnp.where(positive, inner, jnp.nan) / raw[:, None]
-    complete = (jnp.isfinite(_by_parts(rewards, h)).sum(2) >= 2).all(1)
+    split = _by_parts(rewards, h)
+    complete = (jnp.isfinite(split).sum(2) >= 2).all(1)
     both = complete[:, None] & complete[None]
+    lengths = (part_weights(rewards, h) * jnp.nan_to_num(split)).sum(2)
+    factor = _given_rewards(lengths.mean(1), _mean_of_products(lengths))
+    factor = jnp.where(complete, factor, jnp.nan)
     return _summary(
         rewards,
         inner=jnp.where(both, inner, jnp.nan),
         squared_norms=jnp.where(complete, between, jnp.nan),
-        squared_inner=jnp.where(both, _squared_inner(parts), jnp.nan),
+        parts=parts,
+        lengths=lengths,
+        square_factor=factor,
+        inner_factor=factor,
         m_bound=m_bound,
         num_directions=num_directions,
     )
@@ -193,135 +212,23 @@ def part_weights(rewards: jax.Array, parts: int) -> jax.Array:
     return _gradient_weights(split.reshape(-1, split.shape[-1])).reshape(split.shape)
 
 
-def cosine_statistics(cosines: jax.Array) -> CosineStatistics:
-    """Statistics of the finite cosines above the diagonal of [P, P].
-
-    Raises:
-        ValueError: `cosines` is not square, or of fewer than two prompts.
-    """
-    if cosines.ndim != 2 or cosines.shape[0] != cosines.shape[1] or len(cosines) < 2:
-        raise ValueError(f"cosines must be [P >= 2, P], got {cosines.shape}.")
-    pairs = jnp.isfinite(cosines) & jnp.triu(jnp.ones(cosines.shape, bool), 1)
-    return weighted_statistics(jnp.where(pairs, cosines, 0.0), pairs)
-
-
-def weighted_statistics(cosines: jax.Array, weights: jax.Array) -> CosineStatistics:
-    """Statistics of cosines [P, P], counted `weights` [P, P] times; NaN of none."""
-    total = weights.sum()
-
-    def mean(values: jax.Array) -> jax.Array:
-        return (weights * values).sum() / total
-
-    centre = mean(cosines)
-    any_counted = jnp.where(jnp.isfinite(centre), 1.0, jnp.nan)  # 1 or NaN
-    return CosineStatistics(
-        centre,
-        jnp.sqrt(mean((cosines - centre) ** 2)),
-        mean(jnp.abs(cosines)),
-        mean(cosines > 0) * any_counted,
-        mean(jnp.abs(cosines) < SMALL) * any_counted,
-    )
-
-
-class Debiased(NamedTuple):
-    """Result of `debiased_statistics`, fields as in `PromptGeometry`."""
-
-    mean_cosine: jax.Array  # scalar
-    std_cosine: jax.Array  # scalar
-    attenuation: jax.Array  # scalar
-    statistics: CosineStatistics
-    raw_statistics: CosineStatistics
-
-
-def debiased_statistics(
-    cosines: jax.Array,
-    squared_norms: jax.Array,
-    raw_squared_norms: jax.Array,
-    squared_inner: jax.Array,
-    sigma: jax.Array,
-    counts: jax.Array,
-    num_directions: int | None,
-) -> Debiased:
-    """Mean, std and statistics of the true cosines, sampling noise removed.
-
-    The mean is that of the raw cosines over the pooled attenuation. The mean square is
-    a ratio of averages, of squared inner products and of products of debiased squared
-    norms, for gradients divided by their prompt's std: pairs count as they do in a
-    std-normalised update. A mean of per-pair ratios would be biased, because a pair's
-    inner product and its raw norms share their noise. NaN where the attenuation is
-    below LEAST_SIGNAL, or a denominator is negative.
-
-    Args:
-        cosines: [P, P] raw; NaN where there is no signal.
-        squared_norms: [P] debiased.
-        raw_squared_norms: [P].
-        squared_inner: [P, P] unbiased squares of inner products.
-        sigma: [P] std of rewards.
-        counts: [P] times that each prompt counts: 1, or its draws in a bootstrap.
-        num_directions: K of a sketch; None: exact.
-    """
-    signal = jnp.isfinite(cosines)
-    both = signal & jnp.isfinite(squared_inner)
-    both &= jnp.isfinite(squared_norms)[:, None] & jnp.isfinite(squared_norms)[None]
-    upper = jnp.triu(counts[:, None] * counts[None], 1)
-    pairs = upper * both
-    paired = (both & ~jnp.eye(len(counts), dtype=bool)).any(1)
-    counted = counts * paired  # [P] of the prompts in at least one pair
-
-    attenuation = (counted * _zero_unless(counted, squared_norms)).sum()
-    attenuation /= (counted * _zero_unless(counted, raw_squared_norms)).sum()
-    attenuation = jnp.where(
-        attenuation < LEAST_SIGNAL, jnp.nan, jnp.minimum(attenuation, 1.0)
-    )
-    filled = jnp.where(signal, cosines, 0.0)
-    raw = weighted_statistics(filled, upper * signal)
-    mean = jnp.clip((pairs * filled).sum() / pairs.sum() / attenuation, -1.0, 1.0)
-
-    variance = jnp.where(counted > 0, sigma**2, 1.0)
-    square = _mean_square(
-        pairs, squared_inner, _zero_unless(counted, squared_norms), variance
-    )
-    if num_directions is not None:  # a sketch adds (1 + cos^2) / K to a squared cosine
-        square = (square - 1 / num_directions) / (1 + 1 / num_directions)
-    square = jnp.minimum(square, 1.0) + 0 * attenuation  # NaN with it
-    std = jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
-    moved = mean + (filled - raw.mean) * std / jnp.where(raw.std > 0, raw.std, 1.0)
-    moved = weighted_statistics(jnp.clip(moved, -1.0, 1.0), pairs)
-    return Debiased(mean, std, attenuation, moved, raw)
-
-
-def _zero_unless(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """Values where their weight is positive, else 0, also in place of NaN."""
-    return jnp.where(weights > 0, values, 0.0)
-
-
-def _mean_square(
-    pairs: jax.Array,
-    squared_inner: jax.Array,
-    squared_norms: jax.Array,
-    variance: jax.Array,
-) -> jax.Array:
-    """Mean squared cosine, a ratio of averages over pairs [P, P]; NaN if undefined.
-
-    Gradients are divided by their prompt's std: norms and variance are [P].
-    """
-    norms = squared_norms / variance
-    scale = variance[:, None] * variance[None]
-    above = pairs * _zero_unless(pairs, squared_inner) / scale
-    below = (pairs * norms[:, None] * norms[None]).sum()
-    return jnp.where(below > 0, above.sum() / jnp.where(below > 0, below, 1), jnp.nan)
-
-
 def _summary(
     rewards: jax.Array,
     *,
     inner: jax.Array,
     squared_norms: jax.Array,
-    squared_inner: jax.Array,
+    parts: jax.Array,
+    lengths: jax.Array,
+    square_factor: jax.Array,
+    inner_factor: jax.Array,
     m_bound: jax.Array,
     num_directions: int | None,
 ) -> PromptGeometry:
-    """All fields of the geometry from inner products [P, P] and debiased norms [P]."""
+    """All fields of the geometry from inner products [P, P] and debiased norms [P].
+
+    parts [P, H, P, H] and lengths [P, H] are of the parts; the factors [P] of
+    `_given_rewards` are those of squared norms and of squared inner products.
+    """
     statistics = group_statistics(rewards)
     raw = jnp.diagonal(inner)
     signal = ~statistics.tied & (raw > 0)
@@ -334,15 +241,11 @@ def _summary(
     off_diagonal = ~jnp.eye(len(raw), dtype=bool)
     both = signal[:, None] & signal[None] & off_diagonal
     sigma, _ = group_std(rewards, ddof=1)
-    debiased = debiased_statistics(
-        cosines,
-        squared_norms,
-        raw,
-        squared_inner,
-        sigma,
-        jnp.ones_like(raw),
-        num_directions,
-    )
+    expected = squared_norms * square_factor + 0 * inner_factor  # NaN where either is
+    expected = jnp.where(signal, expected, jnp.nan)
+    squared_inner = _squared_inner(parts) * inner_factor[:, None] * inner_factor[None]
+    terms = pair_terms(inner, expected, raw, squared_inner, num_directions)
+    debiased = debiased_statistics(cosines, expected, raw, terms)
     finite = jnp.isfinite(cosines)
     largest = jnp.linalg.eigvalsh(jnp.where(finite, cosines, 0.0))[-1]
     floor = 0.0 if num_directions is None else (2 / (jnp.pi * num_directions)) ** 0.5
@@ -351,9 +254,11 @@ def _summary(
         inner=inner,
         squared_norms=squared_norms,
         raw_squared_norms=raw,
+        expected_squared_norms=expected,
         squared_inner=squared_inner,
         cosines=cosines,
         **debiased._asdict(),
+        noise_cosine=_noise_cosine(parts, lengths, expected, raw),
         chi=jnp.where(finite.any(), largest, jnp.nan),
         noise_floor=jnp.asarray(floor, inner.dtype),
         violating_fraction=(both & (inner < 0)).sum() / both.sum(),
@@ -388,6 +293,57 @@ def _squared_inner(parts: jax.Array) -> jax.Array:
     same_right = (parts.sum(1) ** 2).sum(2)
     both = (parts**2).sum((1, 3))
     return (total - same_left - same_right + both) / (h * (h - 1)) ** 2
+
+
+def _mean_of_products(lengths: jax.Array) -> jax.Array:
+    """[P] mean of the products of two different parts' lengths [P, H]."""
+    h = lengths.shape[1]
+    return (lengths.sum(1) ** 2 - (lengths**2).sum(1)) / (h * (h - 1))
+
+
+def _given_rewards(length: jax.Array, product: jax.Array) -> jax.Array:
+    """[P] factor that makes a product of two independent estimates one of the square.
+
+    Given the rewards of its group, a prompt's estimated gradient has expectation
+    `length` times the regression of scores on rewards (exactly so for rewards 0 and 1),
+    length being the variance of the rewards. The products of estimates that share no
+    sample have `product` times its square, which is less where parts of a group differ:
+    0 where only one part has signal. Without the factor norms come out too short, and
+    cosines too large. NaN where it is above MOST_UNEVEN: the rewards alone decide.
+    """
+    usable = product > length**2 / MOST_UNEVEN
+    return jnp.where(usable, length**2 / jnp.where(usable, product, 1.0), jnp.nan)
+
+
+def _noise_cosine(
+    parts: jax.Array, lengths: jax.Array, expected: jax.Array, raw: jax.Array
+) -> jax.Array:
+    """Scalar std of a raw cosine between two prompts' noise, from their parts.
+
+    The noise of a part is what is left of it without its share of the prompt's mean;
+    its variance goes with the part's length. Of all pairs with signal the variances of
+    the inner products are added up, and divided by the sum of |noise|^2 |estimate|^2.
+    """
+    h = parts.shape[1]
+    share = lengths / jnp.where(lengths.mean(1) > 0, lengths.mean(1), 1.0)[:, None]
+    inverse = jnp.where(share > 0, 1 / jnp.where(share > 0, share, 1.0), 0.0)
+    freedom = h * jnp.maximum((share > 0).sum(1) - 1, 1)
+    left = parts - share[:, :, None, None] * parts.mean(1, keepdims=True)
+    both = left - share[None, None] * left.mean(3, keepdims=True)
+    one = jnp.einsum("phq,ph->pq", left.mean(3) ** 2, inverse) / freedom[:, None]
+    two = jnp.einsum("phqk,ph,qk->pq", both**2, inverse, inverse)
+    two /= freedom[:, None] * freedom[None]
+    variance = one + one.T - two
+
+    a = attenuations(expected, raw)
+    used = jnp.isfinite(a)
+    pairs = used[:, None] & used[None] & ~jnp.eye(len(a), dtype=bool)
+    a, raw = jnp.where(used, a, 0.0), jnp.where(used, raw, 0.0)
+    scale = (1 - a[:, None] * a[None]) * raw[:, None] * raw[None]
+    total = jnp.where(pairs, scale, 0.0).sum()
+    variance = jnp.where(pairs, variance, 0.0).sum()
+    usable = (total > 0) & (variance > 0)
+    return jnp.sqrt(jnp.where(usable, variance / jnp.where(usable, total, 1.0), 0.0))
 
 
 def _debiased_squared_norms(rewards: jax.Array, within: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ and .130), and are parameters. A run need not go through the phases in order, or
 all of them.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.advantages import group_statistics, group_std
-from grpo_jax.diagnostics.geometry import PromptGeometry, debiased_statistics
+from grpo_jax.diagnostics.cosine_intervals import CosineDraws, draw_cosines
+from grpo_jax.diagnostics.geometry import PromptGeometry
 
 PHASES = ("I", "II", "III")
-LEAST_PROMPTS = 4  # with signal; bootstrap samples of fewer hardly differ
-INTERVAL = (2.5, 97.5)  # percentiles of the bootstrap
+SURE = 0.95  # share of draws with one phase from which it is the label
 
 
 class Thresholds(NamedTuple):
@@ -35,11 +34,14 @@ THRESHOLDS = Thresholds()
 class Phase(NamedTuple):
     """Result of `phase`: label, the statistics that decide it, their uncertainty."""
 
-    label: str  # "I", "II", "III"; "unknown": too little signal
-    shares: tuple[float, float, float]  # of bootstrap samples of the prompts, I to III
-    small_fraction: float  # debiased, as are the next two
-    small_fraction_interval: tuple[float, float]  # 95 %
-    std_cosine: float
+    label: str  # "I", "II", "III": right in 95 % of cases; else "unknown"
+    # Of draws from the estimates' distribution: certainly I, II, III. Their sum is
+    # below 1 where noise leaves more than one possible; NaN with too little signal
+    shares: tuple[float, float, float]
+    small_fraction: float  # if sampling noise keeps the shape of the cosines'
+    # distribution, within bounds that hold for any
+    small_fraction_interval: tuple[float, float]  # 95 % and more, for any distribution
+    std_cosine: float  # debiased
     std_cosine_interval: tuple[float, float]
     mean_cosine: float
     mean_cosine_interval: tuple[float, float]
@@ -47,6 +49,7 @@ class Phase(NamedTuple):
     rate_factor: float  # C = (8/3) mean sigma, over `sigma_history` and now. For 0/1
     # rewards std-normalisation has the better bound where the true C is below 1
     prompts: int  # with signal
+    effective_prompts: float  # that the weights of pairs amount to
 
 
 def phase(
@@ -57,10 +60,13 @@ def phase(
     sigma: float | None = None,
     sigma_history: tuple[float, ...] = (),
     num_directions: int | None = None,
-    resamples: int = 500,
+    resamples: int = 2000,
     seed: int = 0,
 ) -> Phase:
     """Phase shown by the debiased cosines of P prompts. Not for use inside jit.
+
+    Intervals and label are about prompts like these, the choice of prompts and sampling
+    noise both counted (`draw_cosines`).
 
     Args:
         geometry: Of P prompts, P at least 2.
@@ -71,8 +77,8 @@ def phase(
             which makes C too low.
         sigma_history: `mean_sigma` of earlier measurements; C is over the full run.
         num_directions: As given for the geometry.
-        resamples: Bootstrap samples of the prompts.
-        seed: Of the bootstrap.
+        resamples: Draws from the distribution of the estimates, for intervals, shares.
+        seed: Of the draws.
 
     Raises:
         ValueError: fewer than two prompts, or a threshold that is no share or std.
@@ -89,84 +95,33 @@ def phase(
             "thresholds must be a share in [0, 1] and a std of at least 0, "
             f"got {tuple(thresholds)}."
         )
-    draws = np.random.default_rng(seed).multinomial(p, np.full(p, 1 / p), resamples)
-    counts = np.concatenate([np.ones((1, p)), draws])  # all prompts, then resamples
-    small, std, mean = _resampled(geometry, rewards, counts, num_directions)
-    labels = np.where(
-        small >= thresholds.small_fraction,
-        0,
-        np.where(std >= thresholds.std_cosine, 2, 1),
-    )  # indices of PHASES
-    finite = np.isfinite(small[1:]) & np.isfinite(std[1:])  # not so for a single prompt
-    prompts = int(np.isfinite(np.asarray(geometry.cosines)).any(1).sum())
-    decided = bool(np.isfinite([small[0], std[0]]).all() and prompts >= LEAST_PROMPTS)
-    shares = np.full(3, np.nan)
-    if decided:
-        shares = np.bincount(labels[1:][finite], minlength=3) / max(1, finite.sum())
-    else:
-        finite[:] = False
+    draws = draw_cosines(
+        geometry, num_directions=num_directions, draws=resamples, seed=seed
+    )
+    shares = _shares(draws, thresholds)
+    sure = [name for name, share in zip(PHASES, shares, strict=True) if share >= SURE]
+    prompts = int(np.isfinite(np.asarray(geometry.expected_squared_norms)).sum())
+    small = float(geometry.statistics.small_fraction)
+    if np.isfinite(draws.mean[0]):
+        small = float(np.clip(small, draws.small_low[0], draws.small_high[0]))
     if sigma is None:
         sigma = float(mean_sigma(rewards))
     history = [x for x in (*sigma_history, sigma) if np.isfinite(x)]
     factor = 8 / 3 * float(np.mean(history)) if history else float("nan")
     return Phase(
-        label=PHASES[labels[0]] if decided else "unknown",
-        shares=(float(shares[0]), float(shares[1]), float(shares[2])),
-        small_fraction=float(small[0]),
-        small_fraction_interval=_interval(small[1:][finite]),
-        std_cosine=float(std[0]),
-        std_cosine_interval=_interval(std[1:][finite]),
-        mean_cosine=float(mean[0]),
-        mean_cosine_interval=_interval(mean[1:][finite]),
+        label=sure[0] if sure else "unknown",
+        shares=shares,
+        small_fraction=small,
+        small_fraction_interval=_interval(draws.small_low, draws.small_high),
+        std_cosine=float(geometry.std_cosine),
+        std_cosine_interval=_interval(draws.std, draws.std),
+        mean_cosine=float(geometry.mean_cosine),
+        mean_cosine_interval=_interval(draws.mean, draws.mean),
         mean_sigma=sigma,
         rate_factor=factor,
         prompts=prompts,
+        effective_prompts=float(geometry.effective_prompts),
     )
-
-
-def _resampled(
-    geometry: PromptGeometry,
-    rewards: jax.Array,
-    counts: np.ndarray,
-    num_directions: int | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(small fraction, std, mean) of debiased cosines, each [R], of counts [R, P]."""
-    small, std, mean = _debiased(
-        geometry.cosines,
-        geometry.squared_norms,
-        geometry.raw_squared_norms,
-        geometry.squared_inner,
-        group_std(rewards, ddof=1)[0],
-        jnp.asarray(counts, float),
-        num_directions,
-    )
-    return np.asarray(small), np.asarray(std), np.asarray(mean)
-
-
-@partial(jax.jit, static_argnames="num_directions")
-def _debiased(
-    cosines: jax.Array,
-    squared_norms: jax.Array,
-    raw_squared_norms: jax.Array,
-    squared_inner: jax.Array,
-    sigma: jax.Array,
-    counts: jax.Array,
-    num_directions: int | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def one(counts: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        debiased = debiased_statistics(
-            cosines,
-            squared_norms,
-            raw_squared_norms,
-            squared_inner,
-            sigma,
-            counts,
-            num_directions,
-        )
-        small = debiased.statistics.small_fraction
-        return small, debiased.std_cosine, debiased.mean_cosine
-
-    return jax.vmap(one)(counts)
 
 
 def mean_sigma(rewards: jax.Array) -> jax.Array:
@@ -175,8 +130,18 @@ def mean_sigma(rewards: jax.Array) -> jax.Array:
     return jnp.where(usable, group_std(rewards, ddof=1)[0], 0).sum() / usable.sum()
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    if not len(values):
-        return (float("nan"), float("nan"))
-    low, high = np.percentile(values, INTERVAL)
-    return (float(low), float(high))
+def _shares(draws: CosineDraws, thresholds: Thresholds) -> tuple[float, float, float]:
+    """Shares of the draws in which a phase is certain, I to III; NaN without any."""
+    if not np.isfinite(draws.mean[0]):
+        return (float("nan"),) * 3
+    one = draws.small_low[1:] >= thresholds.small_fraction
+    not_one = draws.small_high[1:] < thresholds.small_fraction
+    wide = draws.std[1:] >= thresholds.std_cosine
+    shares = (one.mean(), (not_one & ~wide).mean(), (not_one & wide).mean())
+    return (float(shares[0]), float(shares[1]), float(shares[2]))
+
+
+def _interval(low: np.ndarray, high: np.ndarray) -> tuple[float, float]:
+    """95 % interval from draws, the first entries left out."""
+    low_end, high_end = np.percentile(low[1:], 2.5), np.percentile(high[1:], 97.5)
+    return (float(low_end), float(high_end))

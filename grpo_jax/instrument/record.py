@@ -9,12 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.advantages import group_std
-from grpo_jax.diagnostics.geometry import (
-    CosineStatistics,
-    PromptGeometry,
-    cosine_statistics,
-    first_order_changes,
-)
+from grpo_jax.diagnostics.cosines import CosineStatistics, cosine_statistics
+from grpo_jax.diagnostics.geometry import PromptGeometry, first_order_changes
 from grpo_jax.diagnostics.phases import Phase
 from grpo_jax.instrument.measurement import Measurement, UpdateEffect
 from grpo_jax.instrument.rows import (
@@ -31,7 +27,7 @@ from grpo_jax.runs.lines import rounded
 
 _GEOMETRY_FIELDS = (
     "cosines", "squared_norms", "raw_squared_norms", "mean_cosine", "std_cosine",
-    "attenuation", "statistics", "raw_statistics", "chi", "noise_floor",
+    "attenuation", "effective_prompts", "noise_cosine", "statistics", "raw_statistics", "chi", "noise_floor",
     "violating_fraction", "m_median", "m_p99", "norm_ratio", "sigma_ratio",
 )  # fmt: skip
 _statistics = jax.jit(cosine_statistics)

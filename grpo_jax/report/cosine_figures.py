@@ -85,8 +85,8 @@ def _histogram(axes: Any, label: str, rows: Rows, cosines: np.ndarray) -> float:
 
 
 def phase_shares(rows: Rows) -> Figure | None:
-    """Shares of bootstrap samples in each phase over the run, and the labels."""
-    if not any(_label(row) in PHASES for row in rows):
+    """Shares of draws in which a phase is certain over the run, and the labels."""
+    if not np.nansum(values(rows, "phase", "shares")) > 0:
         return None
 
     def draw(axes: Any) -> None:
@@ -94,7 +94,7 @@ def phase_shares(rows: Rows) -> Figure | None:
         gap = np.diff(steps).min() if len(steps) > 1 else 1.0
         _stacked_shares(axes, rows, steps, gap)
         _labels(axes, rows, steps)
-        axes.set(xlabel="step", ylabel="share of bootstrap samples", ylim=(0, 1.12))
+        axes.set(xlabel="step", ylabel="share of draws", ylim=(0, 1.12))
         axes.set_xlim(steps[0] - gap, steps[-1] + gap)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
         if len(rows) <= 8:
@@ -109,15 +109,15 @@ def phase_shares(rows: Rows) -> Figure | None:
         )
 
     caption = (
-        "Share of bootstrap samples of the probe prompts in each phase, and the label "
-        "of all of them above (?: unknown)."
+        "Share of draws from the distribution of the estimates (prompts and sampling "
+        "noise) in which a phase is certain; the rest leaves more than one possible. "
+        "Above: the label, where a share is 95 % or more (?: unknown)."
     )
     return svg_figure("Phases", caption, draw)
 
 
 def _stacked_shares(axes: Any, rows: Rows, steps: np.ndarray, gap: float) -> None:
-    labelled = np.array([_label(row) in PHASES for row in rows])
-    shares = np.nan_to_num(values(rows, "phase", "shares")) * labelled[:, None]
+    shares = np.nan_to_num(values(rows, "phase", "shares"))
     bottom = np.zeros(len(rows))
     for name, share in zip(PHASES, shares.T, strict=True):
         style = {"color": PHASE_COLOURS[name], "alpha": 0.75, "lw": 0, "label": name}
@@ -168,7 +168,9 @@ def phase_measures(rows: Rows) -> Figure | None:
         panels[1].set_xlabel("step")
 
     caption = (
-        "Debiased sampled values with 95 % bootstrap intervals over prompts. Dotted: "
+        "Debiased sampled values with 95 % intervals, of prompts and sampling noise. "
+        "The small fraction's holds for any distribution of cosines; its point assumes "
+        "that noise keeps the distribution's shape. Dotted: "
         "the thresholds; I above the upper one, else III above the lower one, else II. "
         "The curve is a local linear fit through five sampled values or more: they are "
         "too few to show whether a change was sudden or gradual."

@@ -4,21 +4,20 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from grpo_jax.diagnostics.phases import PHASES, THRESHOLDS
+from grpo_jax.diagnostics.phases import PHASES, SURE, THRESHOLDS
 from grpo_jax.instrument.rows import (
     Row,
     curvature_correlations,
     exact_label,
     finite_mean,
     is_binary,
+    is_older,
     values,
     with_exact,
 )
 from grpo_jax.intervals import mean_interval
 from grpo_jax.report.interference import Effect, effect_on_hard
 
-WIDE = 0.5  # width of a share's interval that leaves its phase open
-SURE = 0.95  # share of bootstrap samples in one phase
 Rows = Sequence[Row]
 
 
@@ -42,8 +41,8 @@ def _phase_text(rows: Rows) -> str:
         text += _certainty_text(labelled)
     else:
         text = (
-            f"The phase is unknown at all of {_measurements(len(rows))}: fewer than "
-            "two prompts with signal, or too little signal in them."
+            f"The phase is unknown at all of {_measurements(len(rows))}: too few "
+            "prompts with signal, or noise leaves more than one phase possible."
         )
     exact = with_exact(rows)
     if not exact:
@@ -57,17 +56,17 @@ def _phase_text(rows: Rows) -> str:
 
 
 def _certainty_text(labelled: Rows) -> str:
-    shares = np.nan_to_num(values(labelled, "phase", "shares")).max(1)
-    low, high = values(labelled, "phase", "small_fraction_interval").T
-    sure, wide = int((shares >= SURE).sum()), int((high - low > WIDE).sum())
     text = (
-        f"Of {_measurements(len(labelled))} with a label, {sure} "
-        f"{'has' if sure == 1 else 'have'} one phase in {_percent(SURE)} of bootstrap "
-        f"samples (median: {_percent(np.median(shares))}), and {wide} "
-        f"{'has' if wide == 1 else 'have'} an interval of the fraction of small "
-        f"cosines wider than {WIDE:g}"
+        f"A label holds in {_percent(SURE)} of draws from the distribution of the "
+        "estimates, whatever the distribution of the cosines; elsewhere the phase is "
+        "unknown."
     )
-    return text + (", where the label says little." if wide else ".")
+    if older := sum(is_older(row) for row in labelled):
+        text += (
+            f" Not so the labels of {_measurements(older)} by an earlier version: "
+            "they and the intervals beside them are wrong more often than 1 in 20."
+        )
+    return text
 
 
 def _rate_text(rows: Rows) -> str:
@@ -312,7 +311,7 @@ def _line(row: Row) -> list[str]:
     return [
         str(row["step"]),
         phase["label"],
-        shares if phase["label"] in PHASES else "-",
+        shares or "-",
         *(
             f"{_number(phase[name])}\n{_interval(phase[f'{name}_interval'])}"
             for name in ("small_fraction", "std_cosine", "mean_cosine")

@@ -75,21 +75,23 @@ FIELDS: dict[str, str] = {
     "where they are sampled)",
     "eval/heldout_cut_off": "share of sampled completions of held-out prompts cut off "
     "at max_new_tokens",
-    "phase/label": "I, II or III, by the probe prompts' debiased cosines; unknown "
-    "where these hold too little signal",
-    "phase/small_fraction": "fraction of pairs of probe prompts with |cos| < 0.1, "
-    "debiased",
+    "phase/label": "I, II or III where the probe prompts' debiased cosines tell it "
+    "with 95 % confidence, for any distribution; else unknown",
+    "phase/small_fraction": "fraction of pairs of probe prompts with |cos| < 0.1, if "
+    "sampling noise keeps the shape of the cosines' distribution (instrument.jsonl has "
+    "bounds that hold for any)",
     "phase/rate_factor": "C = 8/3 of the mean std of rewards over the measurements so "
     "far (too low where the std is that of sampled groups); for 0/1 rewards and C < 1 "
     "the bound of arXiv:2601.23135 for std-normalisation is the better one",
     "geometry/mean_cosine": "mean cosine between the probe prompts' gradients, "
-    "debiased",
-    "geometry/std_cosine": "std of those cosines, debiased",
-    "geometry/mean_abs_cosine": "mean |cos|, debiased",
+    "debiased; null where noise hides it; pairs count by how far both prompts stand "
+    "out from noise, equally as groups grow",
+    "geometry/std_cosine": "std of those cosines, debiased, pairs counted alike",
+    "geometry/mean_abs_cosine": "mean |cos|, if noise keeps the distribution's shape",
     "geometry/violating_fraction": "fraction of pairs with a negative inner product",
     "geometry/chi": "largest eigenvalue of the matrix of sampled cosines",
-    "geometry/attenuation": "debiased over raw squared norm: the factor by which "
-    "sampling noise shrinks a cosine",
+    "geometry/attenuation": "debiased over raw squared norm, mean over prompts: about "
+    "the factor by which sampling noise shrinks a cosine",
     "geometry/exact_mean_abs_cosine": "mean |cos| of the exact gradients (where one "
     "answer is right)",
     "geometry/exact_std_cosine": "std of the exact cosines",

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax.diagnostics.geometry import cosine_statistics
+from grpo_jax.diagnostics.cosines import cosine_statistics
 
 
 # Pairs (0.5, -0.05, 0.15): mean 0.2, mean of |cos| 0.7/3, two of three positive.

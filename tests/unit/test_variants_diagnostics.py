@@ -9,6 +9,8 @@ import numpy as np
 from absl.testing import parameterized
 
 from grpo_jax.diagnostics import (
+    cosine_intervals,
+    cosines,
     counterfactual,
     curvature,
     geometry,
@@ -19,7 +21,7 @@ from grpo_jax.diagnostics import (
 from tests.variants import public_functions
 
 P, G, K, D, H = 3, 8, 16, 5, 2  # prompts, samples, coordinates, parameters, parts
-ON_THE_HOST = {"phase", "num_parts"}
+ON_THE_HOST = {"phase", "draw_cosines", "num_parts"}
 RNG = np.random.default_rng(0)
 
 
@@ -68,13 +70,17 @@ def compared(params, weights):
 
 
 MATRIX = np.float32([[1, 0.5, -0.2], [0.5, 1, 0.1], [-0.2, 0.1, 1]])
-SCALARS = geometry.CosineStatistics(*[()] * 5)
+SCALARS = cosines.CosineStatistics(*[()] * 5)
 GEOMETRY = geometry.PromptGeometry(
-    inner=(P, P), squared_norms=(P,), raw_squared_norms=(P,), squared_inner=(P, P),
-    cosines=(P, P), mean_cosine=(), std_cosine=(), attenuation=(), statistics=SCALARS,
-    raw_statistics=SCALARS, chi=(), noise_floor=(), violating_fraction=(),
+    inner=(P, P), squared_norms=(P,), raw_squared_norms=(P,),
+    expected_squared_norms=(P,), squared_inner=(P, P), cosines=(P, P), mean_cosine=(),
+    std_cosine=(), attenuation=(), effective_prompts=(), noise_cosine=(),
+    statistics=SCALARS, raw_statistics=SCALARS, chi=(), noise_floor=(), violating_fraction=(),
     m_bound=(P, P), m_median=(), m_p99=(), norm_ratio=(), sigma_ratio=(),
 )  # fmt: skip
+
+UNEQUAL = 1 - np.eye(P, dtype=np.float32)
+TERMS = cosines.PairTerms((P, P), (P, P), (P, P))
 
 # name, function, arguments, shapes of the result
 CASES = [
@@ -109,18 +115,25 @@ CASES = [
         ((P,), (P,)),
     ),
     ("part_weights", partial(geometry.part_weights, parts=H), (REWARDS,), (P, H, 4)),
-    ("cosine_statistics", geometry.cosine_statistics, (MATRIX,), SCALARS),
+    ("cosine_statistics", cosines.cosine_statistics, (MATRIX,), SCALARS),
     (
         "weighted_statistics",
-        geometry.weighted_statistics,
+        cosines.weighted_statistics,
         (MATRIX, np.ones((P, P), np.float32)),
         SCALARS,
     ),
+    ("attenuations", cosines.attenuations, (0.8 * ONES, ONES), (P,)),
+    (
+        "pair_terms",
+        cosines.pair_terms,
+        (MATRIX, 0.8 * ONES, ONES, MATRIX**2),
+        TERMS,
+    ),
     (
         "debiased_statistics",
-        partial(geometry.debiased_statistics, num_directions=None),
-        (MATRIX, 0.8 * ONES, ONES, MATRIX**2, ONES, ONES),
-        geometry.Debiased((), (), (), SCALARS, SCALARS),
+        cosines.debiased_statistics,
+        (MATRIX, 0.8 * ONES, ONES, cosines.PairTerms(0.64 * UNEQUAL, MATRIX, MATRIX)),
+        cosines.Debiased((), (), (), (), SCALARS, SCALARS),
     ),
     (
         "probe_prompt",
@@ -153,6 +166,7 @@ class DiagnosticsTest(chex.TestCase):
 
 def test_every_public_function_has_a_case():
     modules = (counterfactual, curvature, geometry, phases, probe, sketch)
+    modules += (cosines, cosine_intervals)
     public = {name.rpartition(".")[2] for name in public_functions(*modules)}
     missing = public - ON_THE_HOST - {name for name, *_ in CASES}
     assert not missing, f"add to CASES: {', '.join(sorted(missing))}"
