@@ -27,7 +27,8 @@ from grpo_jax.runs.lines import rounded
 
 _GEOMETRY_FIELDS = (
     "cosines", "squared_norms", "raw_squared_norms", "mean_cosine", "std_cosine",
-    "attenuation", "effective_prompts", "noise_cosine", "statistics", "raw_statistics", "chi", "noise_floor",
+    "attenuation", "effective_prompts", "noise_cosine", "statistics",
+    "raw_statistics", "chi", "noise_floor",
     "violating_fraction", "m_median", "m_p99", "norm_ratio", "sigma_ratio",
 )  # fmt: skip
 _statistics = jax.jit(cosine_statistics)

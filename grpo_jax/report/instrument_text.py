@@ -290,10 +290,11 @@ HEADER = (
     "centred",
 )  # fmt: skip
 TABLE_NOTE = (
-    "I / II / III: shares of bootstrap samples of the prompts, whose 2.5 and 97.5 "
-    "percentiles the intervals are. Cosines are debiased; violating: share of pairs "
-    "with a negative inner product, chi: largest eigenvalue of the raw cosines, both "
-    "with sampling noise in them. Rank corr.: Spearman, |curvature| along the prompt's "
+    "I / II / III: shares of draws from the distribution of the estimates in which the "
+    "phase is certain; the intervals are their 2.5 and 97.5 percentiles, of the small "
+    "fraction those of bounds for any distribution. Cosines are debiased; violating: "
+    "share of pairs with a negative inner product, chi: largest eigenvalue of the raw "
+    "cosines, both with sampling noise in them. Rank corr.: Spearman, |curvature| along the prompt's "
     "gradient against sigma squared; noise alone gives sampled ones up to +.3. "
     "Features: mean cosine of hidden states."
 )
@@ -306,12 +307,13 @@ def table(rows: Rows) -> list[list[str]]:
 
 def _line(row: Row) -> list[str]:
     phase, geometry, exact = row["phase"], row["geometry"], row["exact"]
-    shares = " / ".join(f"{x:.2f}" for x in phase["shares"] if x is not None)
+    shares = np.asarray(phase["shares"], float)
+    certain = " / ".join(f"{x:.2f}" for x in shares[np.isfinite(shares)])
     true = {"mean_abs": None, "std": None} if exact is None else exact["statistics"]
     return [
         str(row["step"]),
         phase["label"],
-        shares or "-",
+        certain or "-",
         *(
             f"{_number(phase[name])}\n{_interval(phase[f'{name}_interval'])}"
             for name in ("small_fraction", "std_cosine", "mean_cosine")

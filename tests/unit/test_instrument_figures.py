@@ -43,8 +43,8 @@ def made_row(step, *, prompts=6, exact=True, binary=True, label="II", update=Tru
         "step": step,
         "phase": {
             "label": label,
-            "shares": [0.2, 0.5, 0.3] if labelled else [0.0, 0.0, 0.0],
-            "small_fraction": 0.8 if labelled else 0.0,
+            "shares": [0.01, 0.96, 0.0] if labelled else [NAN, NAN, NAN],
+            "small_fraction": 0.8 if labelled else NAN,
             "small_fraction_interval": [0.1, 0.9] if labelled else [NAN, NAN],
             "std_cosine": 0.08 if labelled else NAN,
             "std_cosine_interval": [0.0, 0.2] if labelled else [NAN, NAN],
@@ -53,6 +53,7 @@ def made_row(step, *, prompts=6, exact=True, binary=True, label="II", update=Tru
             "mean_sigma": 0.3,
             "rate_factor": 0.8,
             "prompts": int(signal.sum()),
+            "effective_prompts": 4.5 if labelled else 1.2,
         },
         "prompts": list(range(prompts)),
         "group_size": 8,
@@ -172,6 +173,31 @@ def test_rows_of_an_older_version_are_left_out():
     assert usable([old, made_row(10)])[0]["step"] == 10
 
 
+# Rows from before `effective_prompts` are read, their labels not taken at their word.
+def test_labels_of_an_older_version_are_said_to_be_less_sure():
+    rows = made_rows(2)
+    rows.append(made_rows(1, label="unknown")[0] | {"step": 30})
+    for row in rows:
+        del row["phase"]["effective_prompts"]
+    rows[0]["phase"]["shares"] = [0.2, 0.5, 0.3]
+    rows[2]["phase"]["small_fraction"] = 0.0
+    read = usable(rows)
+    assert read[2]["phase"]["small_fraction"] is None
+    text = reading(read)[0]
+    assert "II at 2 of 3 measurements" in text
+    assert "Not so the labels of 2 measurements by an earlier version" in text
+    assert instrument_section("", rows)["rows"][0][2] == "0.20 / 0.50 / 0.30"
+
+
+# An unknown phase is not unknown cosines: the figures and their intervals stay.
+def test_a_row_without_a_sure_label_keeps_its_figures():
+    row = made_row(0)
+    row["phase"] |= {"label": "unknown", "shares": [0.0, 0.6, 0.3]}
+    line = table(usable([row]))[0]
+    assert line[1:4] == ["unknown", "0.00 / 0.60 / 0.30", "0.80\n[0.10, 0.90]"]
+    assert "Phases" in titles(instrument_section("", [row]))
+
+
 def test_no_bound_is_drawn_for_rewards_that_are_not_binary():
     rows = made_rows(1, exact=False, binary=False)
     assert is_binary(made_rows()) and not is_binary(rows)
@@ -186,8 +212,7 @@ def test_sentences_follow_the_numbers():
     rows = usable(made_rows())
     phase, rate, interference, noise = reading(rows)
     assert "sampled cosines: II at 5 of 5 measurements" in phase
-    assert "0 have one phase in 95 %" in phase
-    assert "5 have an interval of the fraction of small cosines wider than 0.5" in phase
+    assert "A label holds in 95 % of draws" in phase and "earlier version" not in phase
     # Exact std 0.12 with 80 % below 0.1 is III, so the two never agree.
     assert "III at 5 of 5 measurements; both agree at 0 of 5 measurements" in phase
     assert (
@@ -243,7 +268,7 @@ def test_exact_label_by_the_thresholds():
 
 def test_table_gives_intervals():
     line = table(usable([made_row(0)]))[0]
-    assert line[3] == "0.80\n[0.10, 0.90]" and line[2] == "0.20 / 0.50 / 0.30"
+    assert line[3] == "0.80\n[0.10, 0.90]" and line[2] == "0.01 / 0.96 / 0.00"
 
 
 def test_the_smooth_curve_keeps_a_line_and_turns_a_jump_into_a_slope():

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 
 import grpo_jax as gj
-from grpo_jax.diagnostics.geometry import (
-    debiased_statistics,
-    first_order_changes,
-    parts_geometry,
-)
+from grpo_jax.diagnostics.cosine_intervals import _bounds
+from grpo_jax.diagnostics.cosines import debiased_statistics, pair_terms
+from grpo_jax.diagnostics.geometry import first_order_changes, parts_geometry
 from grpo_jax.diagnostics.phases import (
     PHASES,
     Thresholds,
@@ -102,14 +100,132 @@ def test_missing_rewards_leave_a_prompt_out(x64):
     chex.assert_trees_all_close(kept, alone, rtol=1e-7)
 
 
-# A denominator that noise made negative is no std of 0.
-def test_a_negative_product_of_norms_gives_no_std():
-    squared, raw = jnp.array([10.0, -1.0]), jnp.array([12.0, 3.0])
-    cosines = jnp.array([[1.0, 0.1], [0.1, 1.0]])
-    result = debiased_statistics(
-        cosines, squared, raw, jnp.ones((2, 2)), jnp.ones(2), jnp.ones(2), None
+def random_gradients(prompts=12, d=20, seed=0):
+    """(gradients [P, d] of lognormal norms, their cosines of pairs)."""
+    rng = np.random.default_rng(seed)
+    unit = rng.normal(size=(prompts, d)) + 0.5
+    unit /= np.linalg.norm(unit, axis=1)[:, None]
+    pairs = (unit @ unit.T)[np.triu_indices(prompts, 1)]
+    return unit * rng.lognormal(size=(prompts, 1)), pairs
+
+
+# Without noise the figures are those of the pairs counted equally, whatever the norms.
+@pytest.mark.parametrize("parts", [2, 4])
+def test_without_noise_the_cosines_are_exact_and_pairs_count_equally(x64, parts):
+    gradients, true = random_gradients()
+    geometry, rewards = geometry_of(gradients, parts=parts)
+    result = phase(geometry, rewards)
+    expected = (true.mean(), true.std(), (np.abs(true) < 0.1).mean())
+    actual = (result.mean_cosine, result.std_cosine, result.small_fraction)
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
+    assert geometry.attenuation == pytest.approx(1) and geometry.noise_cosine < 1e-6
+    assert result.effective_prompts == pytest.approx(12)
+
+
+# As groups grow the noise of a part falls, and the error of the figures with it.
+def test_the_figures_tend_to_the_exact_ones_as_groups_grow(x64):
+    gradients, true = random_gradients()
+    errors = []
+    for noise in (0.02, 0.002):
+        geometry, _ = geometry_of(gradients, noise=noise)
+        errors.append(max(
+            abs(float(geometry.mean_cosine) - true.mean()),
+            abs(float(geometry.std_cosine) - true.std()),
+        ))  # fmt: skip
+    assert errors[1] < 0.3 * errors[0] and errors[1] < 0.005
+
+
+# A part's gradient is the variance of its rewards times the regression of scores on
+# rewards: parts of unequal length are no noise. Without that, cosines came out 1.2.
+def test_parts_of_unequal_variance_do_not_make_cosines_larger(x64):
+    rewards = np.array([[1.0, 0, 0, 0, 1, 1, 0, 0], [1, 0, 1, 0, 1, 1, 1, 1]] * 3)
+    rewards[5, 4:] = rewards[4, 4:]
+    variances = rewards.reshape(6, 2, 4).var(2, ddof=1)
+    own = np.sqrt(0.6) * np.eye(6, 7) + np.sqrt(0.4) * np.eye(7)[6]
+    geometry = jitted(rewards, variances[:, :, None] * own[:, None])
+    used = np.isfinite(geometry.expected_squared_norms)
+    # A tied part: no second estimate, no norm.
+    np.testing.assert_array_equal(used, (variances > 0).all(1))
+    length = variances.mean(1) ** 2
+    np.testing.assert_allclose(geometry.expected_squared_norms[used], length[used])
+    np.testing.assert_allclose(geometry.mean_cosine, 0.4)
+    np.testing.assert_allclose(geometry.std_cosine, 0, atol=1e-7)
+    full = jax.jit(gj.prompt_geometry)(rewards, gram_of(rewards, own))
+    np.testing.assert_allclose(full.mean_cosine, 0.4)
+
+
+def gram_of(rewards, gradients):
+    """Gram matrix of scores that are reward times the gradient [P, d], exactly."""
+    scores = rewards[..., None] * gradients[:, None]
+    return np.einsum("pgd,qhd->pgqh", scores, scores)
+
+
+# Two of five prompts above their noise are no basis, nor are attenuations about 0.
+@pytest.mark.parametrize(
+    ("attenuations", "told"),
+    [
+        ([0.5] * 5, True),
+        ([0.5, 0.5, 0.0, 0.0, 0.0], False),
+        ([0.5, -0.5, 0.4, -0.3, 0.6], False),
+        ([0.05] * 5, False),
+        ([0.9, 0.8, 0.7, 0.9, float("nan")], True),
+    ],
+)
+def test_what_noise_hides_is_not_told(attenuations, told):
+    raw = jnp.ones(5)
+    expected = jnp.array(attenuations)
+    cosines = jnp.where(jnp.eye(5, dtype=bool), 1.0, 0.1)
+    terms = pair_terms(cosines, expected, raw, cosines**2)
+    result = debiased_statistics(cosines, expected, raw, terms)
+    for x in (result.mean_cosine, result.std_cosine, result.attenuation):
+        assert bool(np.isfinite(x)) == told
+
+
+# A sketch adds (1 + cos^2) / K to the square of a cosine.
+def test_a_sketch_of_orthogonal_gradients_has_no_spread():
+    raw, cosines = jnp.ones(5), jnp.eye(5)
+    terms = pair_terms(cosines, raw, raw, jnp.full((5, 5), 1 / 64), 64)
+    result = debiased_statistics(cosines, raw, raw, terms)
+    np.testing.assert_allclose(result.std_cosine, 0, atol=1e-6)
+
+
+# Mean .2, variance .01: at most half of the cosines are below .1 (Cantelli). Mean 0,
+# variance .001: at most a tenth are not (Markov). Of 46 % called large a tenth of the
+# others may be wrongly so: 40 % are.
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        ((0.2, 0.01, 0.0, 0.0), (0, 0.5)),
+        ((0.0, 0.001, 0.0, 0.0), (0.9, 1)),
+        ((0.0, 0.1, 0.46, 0.0), (0, 0.6)),
+        ((0.0, 0.1, 0.0, 0.82), (0.8, 1)),
+        ((0.3, -0.001, 0.0, 0.0), (0, 0)),
+    ],
+)
+def test_bounds_on_the_small_fraction(figures, expected):
+    mean, spread, large, small = (np.array([x]) for x in figures)
+    bounds = np.concatenate(_bounds(mean, np.maximum(spread, 0), large, small))
+    np.testing.assert_allclose(bounds, expected, atol=1e-12)
+
+
+# Prompts in four clusters, cosines .6 within and 0 between, without noise: the mean
+# varies with the prompts that are drawn, and the interval says by how much.
+@pytest.mark.slow
+def test_intervals_count_the_choice_of_prompts(x64):
+    rng = np.random.default_rng(0)
+    means, covered = [], 0
+    for seed in range(60):
+        cluster = rng.integers(4, size=16)
+        gradients = 0.6**0.5 * np.eye(30)[cluster] + 0.4**0.5 * np.eye(30)[4:20]
+        result = phase(*geometry_of(gradients, seed=seed), resamples=400)
+        low, high = result.mean_cosine_interval
+        means.append(result.mean_cosine)
+        covered += low <= 0.15 <= high
+    # Pairs are uncorrelated: the variance of one, .36 q (1 - q), over their number.
+    np.testing.assert_allclose(
+        np.std(means), (2 * 0.1875 * 0.36 / 240) ** 0.5, rtol=0.3
     )
-    assert np.isnan(result.std_cosine) and result.attenuation > 0.5
+    assert covered >= 55
 
 
 def test_three_prompts_are_too_few_for_a_phase(x64):

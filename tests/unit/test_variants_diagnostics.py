@@ -75,7 +75,8 @@ GEOMETRY = geometry.PromptGeometry(
     inner=(P, P), squared_norms=(P,), raw_squared_norms=(P,),
     expected_squared_norms=(P,), squared_inner=(P, P), cosines=(P, P), mean_cosine=(),
     std_cosine=(), attenuation=(), effective_prompts=(), noise_cosine=(),
-    statistics=SCALARS, raw_statistics=SCALARS, chi=(), noise_floor=(), violating_fraction=(),
+    statistics=SCALARS, raw_statistics=SCALARS, chi=(), noise_floor=(),
+    violating_fraction=(),
     m_bound=(P, P), m_median=(), m_p99=(), norm_ratio=(), sigma_ratio=(),
 )  # fmt: skip
 
