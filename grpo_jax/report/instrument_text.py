@@ -294,9 +294,9 @@ TABLE_NOTE = (
     "phase is certain; the intervals are their 2.5 and 97.5 percentiles, of the small "
     "fraction those of bounds for any distribution. Cosines are debiased; violating: "
     "share of pairs with a negative inner product, chi: largest eigenvalue of the raw "
-    "cosines, both with sampling noise in them. Rank corr.: Spearman, |curvature| along the prompt's "
-    "gradient against sigma squared; noise alone gives sampled ones up to +.3. "
-    "Features: mean cosine of hidden states."
+    "cosines, both with sampling noise in them. Rank corr.: Spearman, |curvature| "
+    "along the prompt's gradient against sigma squared; noise alone gives sampled "
+    "ones up to +.3. Features: mean cosine of hidden states."
 )
 
 

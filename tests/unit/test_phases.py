@@ -136,7 +136,7 @@ def test_the_figures_tend_to_the_exact_ones_as_groups_grow(x64):
 
 
 # A part's gradient is the variance of its rewards times the regression of scores on
-# rewards: parts of unequal length are no noise. Without that, cosines came out 1.2.
+# rewards: parts of unequal variance are no noise, which would make norms too short.
 def test_parts_of_unequal_variance_do_not_make_cosines_larger(x64):
     rewards = np.array([[1.0, 0, 0, 0, 1, 1, 0, 0], [1, 0, 1, 0, 1, 1, 1, 1]] * 3)
     rewards[5, 4:] = rewards[4, 4:]
