@@ -126,6 +126,13 @@ def test_formula_shows_every_number_that_is_changed():
     assert formula.endswith("A = (R) / (std + 0.01, ddof 1)")
 
 
+def test_formula_does_not_divide_kl_in_the_reward():
+    changed = dataclasses.replace(GRPO, kl_in="reward", divergence="k1")
+    assert changed.formula().endswith(
+        "A = (R - mean) / (std + 1e-06) - 0.04 (K - mean), K = sum_t k1(pi_old, ref)"
+    )
+
+
 def test_the_table_is_read_only():
     with pytest.raises(TypeError):
         OBJECTIVES["mine"] = GRPO
