@@ -17,11 +17,21 @@ gradient of norm 1 in all or in proportion to the norm, normal or t with 3 degre
 mean of raw cosines over a pooled attenuation, a mean square as a ratio of averages
 (weights: squared norms of std-normalised gradients), the fraction of raw cosines moved
 to both, a bootstrap over prompts; a label counts as sure from 95 % of samples on.
-Hardware and time: one CPU core, TIME (--smoke: 20 s).
+Hardware and time: one CPU core, 15 minutes (--smoke: 20 s).
 
 Expected: where something is told, bias well inside the interval, coverage of 93 % or
 more, at most 5 % of labels wrong in any cell; nothing told where noise hides it.
-Got (DATE): GOT
+Got (2026-11-28), before / now: told in 89 / 73 % of runs. Covered there: mean 89 / 98
+%, std 89 / 97 %, small fraction 72 / 100 %. Labels sure in 34 / 28 % of runs, wrong in
+5.4 / .03 %, in the worst cell in 100 / 4 %.
+* Before, lognormal norms and equal noise: 10 to 15 % of labels wrong; of equal cosines,
+  32 prompts and G = 32, 86 to 100 %, all the more the larger G (mean .28, std .29 for
+  .4 and 0, no interval covers). Equal norms: up to 100 % of 12 clusters' labels wrong.
+* Now, G = 4, 8, 16, 32: told in 16, 80, 97, 100 %. The mean is off by .005 or less
+  (.011 and .007 in 2 of 28 rows). A std of 0 comes out as .01 to .05, being a root;
+  others are .002 to .014 too small from G = 8 on, .02 to .03 at G = 4.
+* 12 clusters are the hardest: 8 prompts hardly show them, and the std's interval covers
+  .81 to .89 in such cells. Labels are sure there in .1 % of runs or less.
 """
 
 import dataclasses

@@ -32,6 +32,7 @@ That norms have none is not shown: their slopes on the exact ones go up to 1.62.
 * Mean cosine, exact .081 .016 .024: debiased .114 .013 .035 (G = 8), .090 .018 .050
   (16), .084 .015 .023 (64); raw .052 .006 .011, .058 .010 .019, .077 .014 .017. The
   intervals cover the exact one in 93 to 100 % of measurements.
+  (These and the next two: by the estimators that estimator_coverage.py calls before.)
 * Std of cosines, exact .121 .095 .092: debiased .035 .082 .162, .097 .102 .188, .095
   .106 .158; covered in 81 to 100 %. At step 120 the pairs count very unequally (as in a
   std-normalised update): with the same weights the exact one is .15, so this is the

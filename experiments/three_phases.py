@@ -34,6 +34,7 @@ are near-orthogonal, and nothing on the shared skill.
   rates from one tuning seed and a grid of three, which the intervals leave out; hard
   thirds of the probe set +.030 +- .039, easy +.002 +- .020: where the gain sits is not
   resolved. Held-out -.003 +- .003: facts.
+* Labels and estimates are of before a label had to be sure (estimator_coverage.py).
 * The estimates (32 samples) follow the exact figures: std .111, .139, .145, .120 on
   chains, where late pairs count unequally, .063, .059, .052, .058 on expressions.
 """
@@ -242,7 +243,7 @@ def plot(c: Config, rows: dict, path: Path) -> None:
     axes[1, 0].axhline(THRESHOLDS.small_fraction, color="k", lw=0.8)
     axes[1, 1].set(title="Std of the cosines")
     axes[1, 1].axhline(THRESHOLDS.std_cosine, color="k", lw=0.8)
-    axes[1, 2].set(title="Phase, shares of bootstrap samples (std)", ylim=(0, 1))
+    axes[1, 2].set(title="Phase, shares of draws (std)", ylim=(0, 1))
     for axis in axes.ravel():
         axis.set(xlabel="step")
         axis.legend(frameon=axis is axes[1, 2], fontsize=7.5)
