@@ -56,12 +56,15 @@ def inverse_std(rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 0) -> jax.
         std is a rounding residue, and dividing by it would invent a signal.
 
     Raises:
-        ValueError: `rewards` is not rank 2, or has no more than `ddof` columns.
+        ValueError: `rewards` is not rank 2, or has no more than `ddof` columns; eps is
+            negative, or ddof neither 0 nor 1.
 
     References:
         Shao et al. 2024, arXiv:2402.03300 (the division); Ge et al. 2026,
         arXiv:2601.23135 (why it is an adaptive per-prompt step).
     """
+    if not isinstance(eps, jax.Array) and not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}.")
     std, tied = group_std(rewards, ddof=ddof)
     return jnp.where(tied, 0.0, 1.0 / jnp.where(tied, 1.0, std + eps))
 
@@ -69,6 +72,8 @@ def inverse_std(rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 0) -> jax.
 def group_std(rewards: jax.Array, *, ddof: int = 0) -> tuple[jax.Array, jax.Array]:
     """Std [P] of each group, exactly 0 where it is tied, and which are tied [P]."""
     static = not isinstance(ddof, Tracer)
+    if static and ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof}.")
     if static and rewards.ndim == 2 and rewards.shape[1] <= ddof:
         raise ValueError(
             f"rewards must be [num_prompts, group_size > {ddof}], got {rewards.shape}; "

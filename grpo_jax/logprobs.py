@@ -53,7 +53,7 @@ def token_logprobs(
         hidden: [..., T, D], any float dtype; that of the product with the unembedding.
         unembedding: [D, V], any float dtype. Its gradient is added up over chunks in
             float32 (float64 from float64).
-        token_ids: [..., T] int32 in [0, V).
+        token_ids: [..., T] int32 in [0, V); the log-prob of another is NaN.
         temperature: The policy's, positive; the log-probs are of the tempered policy.
         softcap: The model's `logit_softcap`, applied before the temperature.
         chunk_size: Tokens of a chunk, counted over all leading axes; fewer where V is
@@ -65,9 +65,13 @@ def token_logprobs(
         [..., T] float32 in nats, or with `with_entropy` a pair of them.
 
     Raises:
-        ValueError: shapes do not fit together, or chunk_size < 1.
+        ValueError: shapes do not fit together, chunk_size < 1, or temperature <= 0.
     """
     _check(hidden, unembedding, token_ids, chunk_size)
+    if not isinstance(temperature, jax.Array) and not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
+    # -1 would be the last token; as beyond V, there is no such log-prob.
+    token_ids = jnp.where(token_ids < 0, unembedding.shape[1], token_ids)
     *lead, length, width = hidden.shape
     # float32 even from bfloat16, float64 from float64.
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)

@@ -95,7 +95,6 @@ def from_dict(
     Raises:
         ConfigError: an unknown key (the nearest is named) or a value of another type.
     """
-    record: Any = cls() if base is None else base  # a dataclass; types have no bound
     if not isinstance(values, Mapping):
         what = where.removesuffix(".") or "the config"
         raise ConfigError(
@@ -109,21 +108,29 @@ def from_dict(
                 f"unknown config key {f'{where}{key}'!r}; {nearest(key, fields)}"
                 f"keys here: {', '.join(fields)}."
             )
-    changes = {
-        key: as_type(
-            fields[key], value, f"{where}{key}", getattr(record, key), texts=texts
-        )
-        for key, value in values.items()
-    }
+    changes = {}
+    for key, value in values.items():
+        old = default_of(cls, key) if base is None else getattr(base, key)
+        changes[key] = as_type(fields[key], value, f"{where}{key}", old, texts=texts)
     try:
-        made: Any = dataclasses.replace(record, **changes)
+        made: Any = _made(cls, base, changes, where)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"{where}{error}") from error
-    if isinstance(record, Record):
+    if issubclass(cls, Record):
         object.__setattr__(made, "given", frozenset(changes))
     return made
+
+
+def _made(cls: Any, base: Any, changes: dict[str, Any], where: str) -> Any:
+    """A `cls` of the changes to `base`, or to the defaults where it is None."""
+    if base is not None:
+        return dataclasses.replace(base, **changes)
+    for name in field_types(cls):
+        if name not in changes and default_of(cls, name) is dataclasses.MISSING:
+            raise ConfigError(f"{where}{name} must be given.")
+    return cls(**changes)
 
 
 def overlaid(base: T, over: T) -> T:

@@ -20,7 +20,7 @@ from grpo_jax.intervals import rate_interval
 from grpo_jax.models.policy import Policy
 from grpo_jax.models.pretrained import load_pretrained
 from grpo_jax.parallel.processes import Processes
-from grpo_jax.records import from_dict
+from grpo_jax.records import as_type, from_dict
 from grpo_jax.rewards.pool import VerifierPool, verifier_pool
 from grpo_jax.rewards.trial import try_rewards
 from grpo_jax.rewards.types import Example
@@ -98,7 +98,7 @@ def evaluate(
             evaluation.
     """
     use_compile_cache(partial(_warn, say))
-    config = eval_settings(config)
+    config = eval_settings(as_type(EvalConfig, config, "config"))
     if config.run_dir:
         step = pick_step(Path(config.run_dir), config.step)
         config = dataclasses.replace(config, step=step)

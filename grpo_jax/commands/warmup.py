@@ -13,6 +13,7 @@ from grpo_jax.models.policy import Policy, init_policy, merge_lora
 from grpo_jax.models.pretrained import read_config, save_pretrained
 from grpo_jax.parallel.processes import Processes
 from grpo_jax.planning.resolve import warm_start_settings
+from grpo_jax.records import as_type
 from grpo_jax.rollouts.encoding import encode_prompts
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_prompts
 from grpo_jax.runs.config import WarmupConfig
@@ -47,6 +48,7 @@ def warm_up(
     Raises:
         ConfigError: the task has no solutions, or `output` is not empty.
     """
+    config = as_type(WarmupConfig, config, "config")
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output must be a new or empty directory, got {output}.")

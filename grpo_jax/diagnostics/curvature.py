@@ -52,6 +52,7 @@ def prompt_slope(rewards: jax.Array, first: jax.Array) -> jax.Array:
     Raises:
         ValueError: `first` does not have the shape of `rewards`.
     """
+    _check_derivative(rewards, first)
     return _mean_over_group(rewards, first)
 
 
@@ -72,16 +73,22 @@ def prompt_curvature(
     Raises:
         ValueError: a derivative does not have the shape of `rewards`.
     """
+    _check_derivative(rewards, first)
+    _check_derivative(rewards, second)
     return _mean_over_group(rewards, first**2 + second)
 
 
-def _mean_over_group(rewards: jax.Array, values: jax.Array) -> jax.Array:
-    """[P] mean of leave-one-out advantage * value over the present of [P, G]."""
+def _check_derivative(rewards: jax.Array, values: jax.Array) -> None:
+    """ValueError where derivatives are not [P, G] like the rewards."""
     if values.shape != rewards.shape:
         raise ValueError(
             f"derivatives must be {rewards.shape}, the rewards' shape, "
             f"got {values.shape}."
         )
+
+
+def _mean_over_group(rewards: jax.Array, values: jax.Array) -> jax.Array:
+    """[P] mean of leave-one-out advantage * value over the present of [P, G]."""
     present = group_statistics(rewards).present
     advantages = leave_one_out_advantages(rewards)
     total = (advantages * jnp.where(present, values, 0.0)).sum(1)

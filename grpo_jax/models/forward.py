@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from grpo_jax.logprobs import token_logprobs
 from grpo_jax.models.attention import causal_attention, shared_prefix_attention
@@ -39,6 +41,27 @@ def _positions(mask: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
 
 
+def check_token_ids(name: str, ids: jax.Array | np.ndarray, vocab_size: int) -> None:
+    """Checks token ids, of any shape [...].
+
+    Raises:
+        ValueError: they are no integers, or outside [0, vocab_size), which is not known
+            while they are traced or on other hosts.
+    """
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got {ids.dtype}.")
+    if isinstance(ids, Tracer) or not ids.size:
+        return
+    if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
+        return
+    host = np.asarray(ids)
+    if host.min() < 0 or host.max() >= vocab_size:
+        raise ValueError(
+            f"{name} must be in [0, {vocab_size}), the model's vocabulary, got ids "
+            f"from {host.min()} to {host.max()}."
+        )
+
+
 def next_token_logits(
     policy: Policy, token_ids: jax.Array, attention_mask: jax.Array | None = None
 ) -> jax.Array:
@@ -50,7 +73,19 @@ def next_token_logits(
 
     Returns:
         [B, L, V] float32. Training never forms this array.
+
+    Raises:
+        ValueError: shapes do not fit, or ids are outside the vocabulary (where they are
+            known: not while traced).
     """
+    mask_shape = None if attention_mask is None else attention_mask.shape
+    if token_ids.ndim != 2 or mask_shape not in (None, token_ids.shape):
+        raise ValueError(
+            "token_ids and attention_mask must be [B, L] alike, got "
+            f"{token_ids.shape} and {mask_shape}."
+        )
+    check_token_ids("token_ids", token_ids, policy.config.vocab_size)
+    token_ids = jnp.asarray(token_ids)
     model = policy.module()
     mask = jnp.ones_like(token_ids) if attention_mask is None else attention_mask
     positions = _positions(mask.astype(bool))

@@ -63,7 +63,16 @@ def combined_params(params: Any, frozen: Any) -> Any:
 
 
 def init_policy(config: ModelConfig, key: jax.Array) -> Policy:
-    """A policy with random float32 parameters; with LoRA the base ones in `frozen`."""
+    """A policy with random float32 parameters; with LoRA the base ones in `frozen`.
+
+    Raises:
+        ValueError: the config has no vocabulary.
+    """
+    if config.vocab_size < 1:
+        raise ValueError(
+            f"vocab_size must be at least 1 in a model, got {config.vocab_size}; give "
+            "the tokenizer's length."
+        )
     params, frozen = jax.jit(partial(_new_params, config))(key)
     return dataclasses.replace(abstract_policy(config), params=params, frozen=frozen)
 
@@ -110,7 +119,7 @@ def add_lora(
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {rank}.")
     config = dataclasses.replace(
-        policy.config, lora_rank=rank, lora_alpha=alpha, lora_targets=tuple(targets)
+        policy.config, lora_rank=rank, lora_alpha=alpha, lora_targets=targets
     )
 
     def factors(key):  # XLA drops the random base parameters

@@ -155,8 +155,11 @@ def verify(task: str, gold: str | float, completion: str) -> float:
         1 or 0; 0 also where the check took longer than 3 seconds or died.
 
     Raises:
-        ConfigError: an unknown task, or a gold that is neither text nor a number.
+        ConfigError: an unknown task, or a gold that is neither text nor a number, or a
+            completion that is no text.
     """
+    if not isinstance(completion, str):
+        raise ConfigError(f"completion must be text, got {completion!r}.")
     names = {name: name for name in VERIFIERS if name != "length"} | _TASK_VERIFIERS
     if task not in names:
         raise unknown_name("task to verify", task, names)

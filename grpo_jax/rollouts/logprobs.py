@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models.forward import teacher_forced
+from grpo_jax.models.forward import check_token_ids, teacher_forced
 from grpo_jax.models.policy import Policy
 from grpo_jax.rollouts.micro_batches import (
     MicroBatch,
@@ -31,10 +31,33 @@ def completion_logprobs(
         policy: The distribution.
         rollouts: [P, G, T] completions.
         temperature: Divides the logits, as in `sample`.
+
+    Raises:
+        ValueError: shapes do not fit, the temperature is not positive, or ids are
+            outside the vocabulary (where they are known: not while traced).
     """
+    _check(policy, rollouts, temperature)
     prompts = rollouts.prompts, rollouts.prompt_mask
     logprobs = teacher_forced(policy, *prompts, rollouts.completions, temperature)
     return jnp.where(rollouts.completion_mask.astype(bool), logprobs, 0.0)
+
+
+def _check(policy: Policy, rollouts: Rollouts, temperature: float | jax.Array) -> None:
+    prompts, mask = rollouts.prompts.shape, rollouts.prompt_mask.shape
+    if len(prompts) != 2 or prompts != mask:
+        raise ValueError(
+            f"prompts and prompt_mask must be [P, L] alike, got {prompts} and {mask}."
+        )
+    shape, mask = rollouts.completions.shape, rollouts.completion_mask.shape
+    if len(shape) != 3 or shape != mask or shape[:1] != prompts[:1]:
+        raise ValueError(
+            f"completions and completion_mask must be [{prompts[0]}, G, T] alike, got "
+            f"{shape} and {mask}."
+        )
+    if not isinstance(temperature, jax.Array) and not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
+    for name in ("prompts", "completions"):
+        check_token_ids(name, getattr(rollouts, name), policy.config.vocab_size)
 
 
 def batch_logprobs(

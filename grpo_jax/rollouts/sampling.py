@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.forward import PromptSplit, split_prompts
+from grpo_jax.models.forward import PromptSplit, check_token_ids, split_prompts
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.token_weights import is_eos
 from grpo_jax.parallel.sharding import constrain
@@ -71,6 +71,9 @@ def sample(
         ValueError: shapes do not fit, or an argument is outside its range.
     """
     _check_prompts(prompt_ids, prompt_mask)
+    check_token_ids("prompt_ids", prompt_ids, policy.config.vocab_size)
+    check_token_ids("pad_id", np.asarray(pad_id), policy.config.vocab_size)
+    _check_ends(eos_id)
     _check_settings(group_size, max_new_tokens, temperature, top_k, top_p)
     if prompt_indices is None:
         prompt_indices = np.arange(prompt_ids.shape[0])
@@ -102,6 +105,20 @@ def _check_prompts(
         raise ValueError(
             "prompt_ids and prompt_mask must be [P, L] alike, got "
             f"{prompt_ids.shape} and {prompt_mask.shape}."
+        )
+    if isinstance(prompt_mask, np.ndarray) and not prompt_mask.any(axis=1).all():
+        row = int(prompt_mask.any(axis=1).argmin())
+        raise ValueError(f"prompt {row} has no token: its mask is 0; leave it out.")
+
+
+def _check_ends(eos_id: int | Sequence[int] | jax.Array) -> None:
+    """ValueError where no end [] or [N] is named; one outside the vocabulary never
+    comes."""
+    ids = eos_id if isinstance(eos_id, jax.Array) else np.asarray(eos_id)
+    if not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"eos_id must be a token or several, -1 for completions that never end, "
+            f"got {eos_id}."
         )
 
 

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from grpo_jax.errors import ConfigError, check_choice, unknown_name
+from grpo_jax.records import as_type
 from grpo_jax.tasks.build import TaskRequest
 from grpo_jax.tasks.chains import make_chains
 from grpo_jax.tasks.competition_math import make_math
@@ -114,6 +115,18 @@ def load_task(
     """
     if name not in _MAKERS:
         raise unknown_name("task", name, TASKS)
+    for key, value, least in (
+        ("train_prompts", train_prompts, 1),
+        ("heldout_prompts", heldout_prompts, 0),
+        ("seed", seed, 0),
+    ):
+        _check_number(key, value, least)
+    for key, value in (
+        ("rewards", rewards), ("levels", levels), ("subjects", subjects),
+        ("tag_fields", tag_fields),
+    ):  # fmt: skip
+        if isinstance(value, str):
+            raise ConfigError(f"task.{key} must be a list of values, got {value!r}.")
     options: dict[str, Any] = dict(
         path=path, heldout_path=heldout_path, rewards=tuple(rewards),
         levels=tuple(levels), subjects=tuple(subjects), prompt_field=prompt_field,
@@ -163,6 +176,12 @@ def _arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
         except ValueError:
             arguments[name] = _WORDS.get(value.lower(), value)
     return arguments
+
+
+def _check_number(name: str, value: int | None, least: int) -> None:
+    kind = int if name == "seed" else int | None
+    if (number := as_type(kind, value, f"task.{name}")) is not None and number < least:
+        raise ConfigError(f"task.{name} must be at least {least}, got {value}.")
 
 
 def _check_honoured(name: str, options: Mapping[str, Any]) -> None:

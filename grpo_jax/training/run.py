@@ -13,6 +13,7 @@ from grpo_jax.errors import first_line
 from grpo_jax.parallel.processes import LostProcessError, Processes, exit_at_once, join
 from grpo_jax.parallel.sharding import make_mesh, on_mesh
 from grpo_jax.planning.plan import make_plan
+from grpo_jax.records import as_type
 from grpo_jax.rewards.pool import VerifierPool, verifier_pool
 from grpo_jax.rewards.trial import try_rewards
 from grpo_jax.runs.checkpoints import Checkpoints
@@ -61,7 +62,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
             was computed is in a checkpoint where that could be saved.
         LostProcessError: another process of the run ended; to be resumed.
     """
-    config = continued(config)
+    config = continued(as_type(TrainConfig, config, "config"))
     if task is not None:
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)
