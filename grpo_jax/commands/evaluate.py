@@ -15,7 +15,12 @@ from grpo_jax.commands._arguments import named_run, parse, spelled_out
 from grpo_jax.errors import ConfigError
 from grpo_jax.evaluation.exact import exact_pass_rates
 from grpo_jax.evaluation.figures import missing_and_failed, summarise, table
-from grpo_jax.evaluation.sampled import PromptAnswers, answer_prompts
+from grpo_jax.evaluation.sampled import (
+    PromptAnswers,
+    answer_prompts,
+    batches,
+    prompts_at_a_time,
+)
 from grpo_jax.intervals import rate_interval
 from grpo_jax.models.policy import Policy
 from grpo_jax.models.pretrained import load_pretrained
@@ -50,7 +55,7 @@ from grpo_jax.tasks.types import Task
 # Settings that change no answer and may differ when an evaluation is continued.
 # Nor do paths: fingerprints tell whether the policy and the data are the same.
 _FREE = (
-    "output", "rows", "scoring.", "pretrained", "run_dir", "task.path",
+    "output", "scoring.", "pretrained", "run_dir", "task.path",
     "task.heldout_path",
 )  # fmt: skip
 
@@ -251,8 +256,11 @@ def _answers(
     """Answers to every prompt: those in the file are read, new ones are appended."""
     file, task = directory / f"{decoding.name}.jsonl", evaluation.task
     answers = {row["index"]: PromptAnswers(**row) for row in read_lines(file)}
+    if not _is_free_of_batches(evaluation.config):
+        size = prompts_at_a_time(evaluation.config.rows, decoding.samples)
+        answers = _of_whole_batches(answers, evaluation.indices, size)
     rewrite(file, [row._asdict() for row in answers.values()])
-    batches = answer_prompts(
+    answered = answer_prompts(
         partial(
             sample,
             max_new_tokens=evaluation.max_new_tokens,
@@ -274,7 +282,7 @@ def _answers(
     )
     lines = JsonLines(file)
     try:
-        for batch in batches:
+        for batch in answered:
             for row in batch:
                 lines.write(row._asdict())
                 answers[row.index] = row
@@ -282,6 +290,21 @@ def _answers(
     finally:
         lines.close()
     return [answers[i] for i in evaluation.indices]
+
+
+def _is_free_of_batches(config: EvalConfig) -> bool:
+    """Whether an answer is the same in batches of any size: not in bfloat16, where
+    logits of other shapes round otherwise by more than draws forgive."""
+    return config.compute_dtype == "float32"
+
+
+def _of_whole_batches(
+    answers: dict[int, PromptAnswers], indices: np.ndarray, size: int
+) -> dict[int, PromptAnswers]:
+    """The answers by index of those batches of `indices` [N] that were answered whole:
+    what is left is then asked in the batches in which it would have been."""
+    whole = [b for b in batches(indices, size) if all(i in answers for i in b)]
+    return {int(i): answers[i] for batch in whole for i in batch}
 
 
 def _pass_at(config: EvalConfig) -> list[int]:
@@ -350,7 +373,7 @@ def _claim(
         "policy": params_digest(evaluation.policy.params),
     }
     if file.exists():
-        if changed := _changes(file, facts):
+        if changed := _changes(file, facts, evaluation.config):
             raise ConfigError(
                 f"{directory} holds another evaluation ({'; '.join(changed)}); give "
                 "another --output."
@@ -364,9 +387,9 @@ def _claim(
     file.write_text(json.dumps(facts, indent=2))
 
 
-def _changes(file: Path, facts: dict[str, Any]) -> list[str]:
+def _changes(file: Path, facts: dict[str, Any], evaluated: EvalConfig) -> list[str]:
     """How this evaluation differs from the one in `file`, as far as answers depend on
-    it."""
+    it: in bfloat16 also on the completions sampled at a time."""
     try:
         old = json.loads(file.read_text())
         config = to_dict(
@@ -375,7 +398,8 @@ def _changes(file: Path, facts: dict[str, Any]) -> list[str]:
         rows = differences(config, facts["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged ({error}); give --output.") from error
-    changed = [row for row in rows if not row.startswith(_FREE)]
+    free = (*_FREE, "rows") if _is_free_of_batches(evaluated) else _FREE
+    changed = [row for row in rows if not row.startswith(free)]
     prompts = differing_prompts(old.get("prompts"), facts["prompts"])
     if prompts is not None:
         changed.append(f"the prompts ({prompts})")

@@ -32,6 +32,17 @@ class PromptAnswers(NamedTuple):
     cut_off: Sequence[bool] = ()  # at the limit of tokens; () in files of old versions
 
 
+def prompts_at_a_time(rows: int, samples: int) -> int:
+    """Prompts of a batch of about `rows` completions, `samples` of each prompt."""
+    return max(1, rows // samples)
+
+
+def batches(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Consecutive parts [size] of prompts `indices` [N]; the last may be shorter."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
 def answer_prompts(
     sample: Callable[..., Rollouts],
     policy: Policy,
@@ -49,7 +60,9 @@ def answer_prompts(
 ) -> Iterator[list[PromptAnswers]]:
     """Samples and scores answers to prompts, and yields them batch by batch.
 
-    The answers to a prompt depend on the key and its index, not on the batches.
+    The randomness of a prompt's answers depends on the key and its index, not on the
+    batches. In float32 this holds for the answers too, up to rounding; in bfloat16
+    some answers are others in batches of another size (`grpo_jax.rollouts.sampling`).
 
     Args:
         sample: `sample` with its other arguments bound.
@@ -66,9 +79,8 @@ def answer_prompts(
     """
     ids, mask = prompts
     selected = np.arange(len(examples)) if indices is None else np.asarray(indices)
-    size = max(1, rows // samples)
-    for start in range(0, len(selected), size):
-        batch = selected[start : start + size]
+    size = prompts_at_a_time(rows, samples)
+    for batch in batches(selected, size):
         # The last batch is padded with its own rows: one shape, one program.
         padded = np.resize(batch, size)
         sampled = sample(

@@ -328,7 +328,9 @@ class EvalConfig(Record):
     # Tokens by name that end an answer, besides those of the model or of the run
     stop_tokens: tuple[str, ...] = ()
     max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
-    rows: Count = 64  # completions sampled at a time
+    # Completions sampled at a time. In bfloat16 some answers depend on it, so
+    # there an interrupted evaluation goes on with no other number.
+    rows: Count = 64
     # default: the run's, or float32
     compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] | None = None
     scoring: ScoringConfig = ScoringConfig()

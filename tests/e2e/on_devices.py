@@ -50,6 +50,7 @@ from grpo_jax.training import journal
 from grpo_jax.training.state import Batch
 from grpo_jax.training.weighing import weigh
 from tests.helpers import (
+    bfloat16_errors,
     one_update,
     random_prompts,
     random_rollouts,
@@ -244,6 +245,11 @@ def replayed(directory, step):
     return replay(directory, int(step), task=digits_task()).differing
 
 
+def bfloat16(text, name):
+    """Relative errors of an update's gradient in bfloat16, by leaf."""
+    return bfloat16_errors(name, mesh_of(text))
+
+
 def memory(text):
     """(predicted, XLA's) bytes on a device, of an update and of sampling."""
     from tests.unit.test_memory_analysis import memory_of
@@ -263,7 +269,7 @@ if __name__ == "__main__":
         jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, INDEX)
     if COUNT == 1:
         use_compile_cache()
-    checks = (same_step, programs, whole_run, replayed, memory)
+    checks = (same_step, programs, whole_run, replayed, bfloat16, memory)
     check = {function.__name__: function for function in checks}
     if sys.argv[1] not in ("programs", "memory"):  # of programs as they are run
         jax.config.update("jax_disable_most_optimizations", True)

@@ -301,6 +301,42 @@ def test_evaluation_goes_on_where_it_was(data, pretrained, tmp_path):
         gj.evaluate(dataclasses.replace(config, temperature=0.5), say=said.append)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_batches_go_on_where_they_change_no_answer(
+    data, pretrained, tmp_path, dtype
+):
+    """In bfloat16 another number of rows is another evaluation, and a batch that was
+    half written is asked again as a whole."""
+    config = gj.EvalConfig(
+        pretrained=str(pretrained),
+        task=TaskConfig(name="gsm8k", path=str(data)),
+        greedy=False,
+        samples=2,
+        prompts=6,
+        max_new_tokens=4,
+        rows=8,
+        compute_dtype=dtype,
+        output=str(tmp_path / "eval"),
+    )
+    directory, _ = gj.evaluate(config, say=lambda text: None)
+    file = directory / "samples.jsonl"
+    lines = file.read_text().splitlines()
+    # Batches of 4 and 2 prompts; the first is cut after 3, the second is kept whole.
+    file.write_text("\n".join([*lines[:3], *lines[4:]]) + "\n")
+    said = []
+    gj.evaluate(config, say=said.append)
+    again = file.read_text().splitlines()
+    assert sorted(again) == sorted(lines)
+    kept = again.index(lines[4])
+    assert kept == (0 if dtype == "bfloat16" else 3)
+    other = dataclasses.replace(config, rows=4)
+    if dtype == "float32":
+        gj.evaluate(other, say=said.append)
+    else:
+        with pytest.raises(ConfigError, match="another evaluation.*rows: 8 -> 4"):
+            gj.evaluate(other, say=said.append)
+
+
 def test_a_run_is_evaluated_as_it_was_trained(run, capsys):
     """Its tokenizer, its lengths, and all held-out prompts of the file."""
     assert main(["eval", "--run-dir", str(run.run_dir), "--prompts", "3"]) == 0

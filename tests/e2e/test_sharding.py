@@ -112,3 +112,9 @@ def test_the_plan_of_a_mesh_is_what_xla_says(mesh):
     for name, (predicted, actual) in on_devices("memory", mesh).items():
         print(f"{mesh} {name}: {predicted / 1e6:.1f} MB, XLA {actual / 1e6:.1f} MB")
         assert predicted == pytest.approx(actual, rel=0.15), name
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "lora"])
+def test_bfloat16_gradients_on_a_mesh_are_near_the_float32_ones(name):
+    errors = on_devices("bfloat16", "2x2x2", name)
+    assert max(errors.values()) < 0.04, errors
