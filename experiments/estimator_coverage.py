@@ -38,8 +38,10 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from common import write_config, write_rows, write_table
@@ -134,7 +136,7 @@ def simulate(
         rate = rng.uniform(0.02, 0.98, (c.repeats, p))
     rewards = (rng.random((c.repeats, p, g)) < rate[..., None]).astype(np.float32)
     parts = num_parts(g)
-    weights = np.asarray(part_weights(rewards.reshape(-1, g), parts))
+    weights = np.asarray(part_weights(jnp.asarray(rewards.reshape(-1, g)), parts))
     weights = weights.reshape(c.repeats, p, parts, g // parts)
     centred = rewards.reshape(weights.shape) - rate[..., None, None]
     signal = (weights * centred).sum(-1) * length[..., None]  # [R, P, H]
@@ -193,7 +195,8 @@ def before(
     for name, x in zip(FIGURES, (mean, std, small), strict=True):
         figures[name] = (float(x[0]), *_percentiles(x[1:][finite[1:]]))
     if not finite[0] or signal.sum() < 4 or not finite[1:].any():
-        return dict.fromkeys(figures, (np.nan,) * 3), "unknown"
+        nothing = (float("nan"), float("nan"), float("nan"))
+        return dict.fromkeys(figures, nothing), "unknown"
     drawn = [label_of(s, d) for s, d in zip(small[1:], std[1:], strict=True)]
     drawn = np.array(drawn)[finite[1:]]
     sure = [label for label in PHASES if (drawn == label).mean() >= SURE]
@@ -245,7 +248,7 @@ def summarise(
     """Counts and sums over the repeats of a cell, so that cells can be added up."""
     told = [figures for figures, _ in found if np.isfinite(figures["std"][1])]
     labels = [label for _, label in found]
-    summary = {
+    summary: dict[str, Any] = {
         "told": len(told),
         "sure": sum(label != "unknown" for label in labels),
         "wrong": sum(label not in ("unknown", right) for label in labels),

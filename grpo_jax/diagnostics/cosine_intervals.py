@@ -9,6 +9,7 @@ distribution of the cosines: bounds on it, which hold for any, are estimated ins
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.diagnostics.cosines import (
@@ -76,10 +77,11 @@ def draw_cosines(
 def _pair_sums(geometry: PromptGeometry, num_directions: int | None) -> np.ndarray:
     """[6, P, P] of each pair: the terms of mean and mean square, 1, whether its cosine
     is called not small, and whether small; 0 where a prompt has no signal."""
-    expected = np.asarray(geometry.expected_squared_norms, float)
-    raw = np.asarray(geometry.raw_squared_norms, float)
-    inner = np.asarray(geometry.inner, float)
-    squared_inner = np.asarray(geometry.squared_inner, float)
+    expected = jnp.asarray(geometry.expected_squared_norms)
+    raw = jnp.asarray(geometry.raw_squared_norms)
+    inner, squared_inner = (
+        jnp.asarray(x) for x in (geometry.inner, geometry.squared_inner)
+    )
     terms = pair_terms(inner, expected, raw, squared_inner, num_directions)
     a = np.asarray(attenuations(expected, raw), float)
     used = np.isfinite(a)

@@ -133,7 +133,7 @@ def mean_sigma(rewards: jax.Array) -> jax.Array:
 def _shares(draws: CosineDraws, thresholds: Thresholds) -> tuple[float, float, float]:
     """Shares of the draws in which a phase is certain, I to III; NaN without any."""
     if not np.isfinite(draws.mean[0]):
-        return (float("nan"),) * 3
+        return (float("nan"), float("nan"), float("nan"))
     one = draws.small_low[1:] >= thresholds.small_fraction
     not_one = draws.small_high[1:] < thresholds.small_fraction
     wide = draws.std[1:] >= thresholds.std_cosine
