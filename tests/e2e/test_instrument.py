@@ -1,6 +1,7 @@
 """The instrument in a run: its rows, that it changes no number, that it resumes."""
 
 import dataclasses
+import itertools
 
 import chex
 import jax
@@ -165,7 +166,12 @@ def test_a_run_continued_past_its_end_measures_there_again(tmp_path):
 @pytest.mark.slow
 def test_a_measurement_without_rewards(tmp_path):
     task = load_task("chains", train_prompts=32, heldout_prompts=8)
-    task = dataclasses.replace(task, reward=lambda *_: float("nan"), warm_start=None)
+    calls = itertools.count(1)
+
+    def reward(*_):  # now and then one: a step without any ends the run
+        return 1.0 if next(calls) % 100 == 0 else float("nan")
+
+    task = dataclasses.replace(task, reward=reward, warm_start=None)
     cold = WarmStartConfig(enabled=False)
     config = config_of(tmp_path / "run", warm_start=cold)
     gj.train(dataclasses.replace(config, steps=2), task=task)
