@@ -249,6 +249,12 @@ FUNCTIONS = {
         (floats(P), ()),
         lambda rewards: (INVERSE, ()),
     ),
+    "loss.nan_without_tokens": Case(  # without any: a test of per_prompt_losses
+        lambda value, mask: loss.nan_without_tokens({"kl/mean": value}, mask),
+        (np.float32(0.5), MASK),
+        {"kl/mean": floats()},
+        lambda value, mask: {"kl/mean": value},
+    ),
     "loss.present_mask": Case(
         loss.present_mask,
         (MASK, np.where(REWARDS == 1, np.nan, REWARDS)),
