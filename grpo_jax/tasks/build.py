@@ -4,7 +4,6 @@ Held-out prompts are never trained on: a prompt in both parts is evaluated only.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -26,7 +25,6 @@ from grpo_jax.tasks.tokenizers import (
 )
 from grpo_jax.tasks.types import SourcedExample, Task, WarmStart, now
 
-_BETWEEN_WORDS = re.compile(r"(?<=[a-z]{2}) {2,}(?=[a-z]{2})")
 HELDOUT = 512  # prompts evaluated, where there are that many
 
 
@@ -275,7 +273,9 @@ def _pick_parts(
         train, heldout, count = _split(rng, train, request.heldout_prompts)
         seed = request.seed
         notes.append(f"{count} held-out prompts were split off by task.seed {seed}.")
-    evaluated = {_asked(row.example): row.example for row in heldout}
+    evaluated: dict[tuple[Turns, str], Example] = {}
+    for row in heldout:
+        evaluated.setdefault(_asked(row.example), row.example)  # of repeats the first
     pool = [r.example for r in train if _asked(r.example) not in evaluated]
     if dropped := len(train) - len(pool):
         notes.append(f"{dropped} training rows are held-out prompts and were left out.")
@@ -316,10 +316,10 @@ def _asked(example: Example) -> tuple[Turns, str]:
 
 
 def same_prompt(prompt: str) -> str:
-    """What two prompts have in common that count as one: their text, but for the ends
-    of lines, white space after the last, and blanks between two words.
+    """What two prompts have in common that count as one: their text, where \\r\\n is a
+    line break like any other, without the line breaks before it and the white space
+    after it.
 
-    Other line breaks and spaces tell grids and programs apart.
+    All other line breaks and spaces tell prompts apart, as in grids and programs.
     """
-    lines = prompt.replace("\r\n", "\n").strip("\n").rstrip()
-    return _BETWEEN_WORDS.sub(" ", lines)
+    return prompt.replace("\r\n", "\n").lstrip("\n").rstrip()

@@ -70,7 +70,7 @@ def test_gsm8k_rows(gsm8k):
 
 def test_a_prompt_in_both_parts_is_evaluated_only(gsm8k):
     rows = [worked(7, 999), worked(1, 2), worked(8, 999)]
-    rows[0]["question"] = "How much  are 7 and 999?\n"  # the same words
+    rows[0]["question"] = "How much are 7 and 999?\n"
     write(gsm8k / "train.jsonl", rows)
     task = load_task("gsm8k", path=str(gsm8k))
     assert [e.answer for e in task.train] == ["3"] and len(task.heldout) == 20
@@ -94,6 +94,11 @@ def own(tmp_path, train, test, **options):
         ("  x\nx?", "x\nx?"),
         ("X X  X", "X  X X"),
         ("a\tb?", "a b?"),
+        ("Same  question?", "Same question?"),
+        ("Same question?", "same question?"),
+        ("the  same", "the same"),
+        (" a?", "a?"),
+        ("a \nb?", "a\nb?"),
     ],
 )
 def test_prompts_that_differ_in_lines_or_spaces_are_different(tmp_path, train, test):
@@ -101,7 +106,13 @@ def test_prompts_that_differ_in_lines_or_spaces_are_different(tmp_path, train, t
     assert (len(task.train), len(task.heldout), task.note) == (2, 1, "")
 
 
-@pytest.mark.parametrize("train", ["How many\nare it?\r\n", "How many\r\nare it? "])
+@pytest.mark.parametrize(
+    "train",
+    [
+        *("How many\nare it?\r\n", "How many\r\nare it? ", "How many\nare it?\r"),
+        *("\n\r\nHow many\nare it?", "How many\nare it?\t \n\xa0"),
+    ],
+)
 def test_ends_of_lines_and_of_prompts_tell_nothing_apart(tmp_path, train):
     task = own(tmp_path, [train, "other?"], ["How many\nare it?"])
     assert len(task.train) == 1 and "1 training rows are held-out" in task.note
@@ -111,6 +122,11 @@ def test_what_repeats_in_the_heldout_part_is_counted(tmp_path):
     task = own(tmp_path, ["a?"], ["b?", "b?\n", "c?"])
     assert len(task.heldout) == 2
     assert task.note == "1 held-out rows repeat a prompt and were left out."
+
+
+def test_of_heldout_rows_that_repeat_a_prompt_the_first_is_kept(tmp_path):
+    task = own(tmp_path, ["a?"], ["b?\r\n", "b?", "c?", "b? "])
+    assert [e.prompt for e in task.heldout] == ["b?\r\n", "c?"]
 
 
 def test_thinking_reads_answers_after_it_only(gsm8k):
@@ -376,7 +392,11 @@ def test_arrays_and_parquet_are_read_alike(tmp_path):
     for task in tasks:
         assert task.train == tasks[0].train and task.heldout == tasks[0].heldout
     for name, content, message in (
-        ("a.json", '{"prompt": "x"}', "a.json must be a JSON array, got dict"),
+        (
+            "a.json",
+            '{"prompt": "x"}',
+            "a.json must be a JSON array of objects, got dict",
+        ),
         ("b.json", "[1,]", "b.json, line 1: not JSON .*; expected an array"),
         ("c.json", "[1]", "c.json, row 1: expected a JSON object"),
         ("d.parquet", "x", "cannot read the data file .*d.parquet"),
