@@ -1,5 +1,6 @@
-"""`grpo-jax audit FILE --verifier gsm8k|math [--output FILE.json] [--workers N]`: which
-gold answers the verifier accepts against themselves and rewritten."""
+"""`grpo-jax audit FILE --verifier gsm8k|math [--answer-field F] [--solution-field F]
+[--output FILE.json] [--workers N]`: which gold answers the verifier accepts against
+themselves and rewritten."""
 
 import dataclasses
 import json
@@ -16,6 +17,10 @@ class AuditOptions:
 
     file: str  # rows with gold answers: .jsonl, .json or .parquet
     verifier: str | None = None  # gsm8k | math | exact; must be given
+    answer_field: str | None = None  # of the golds, as "a.b" too; default: answer
+    solution_field: str | None = (
+        None  # with the gold in its last box; default: solution
+    )
     output: str | None = None  # also write the result to this .json file
     workers: int = 2  # processes
 
@@ -27,7 +32,13 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("audit needs a verifier: give --verifier gsm8k or math.")
     from grpo_jax.rewards.audit import audit_file
 
-    audit = audit_file(options.file, options.verifier, workers=options.workers)
+    audit = audit_file(
+        options.file,
+        options.verifier,
+        answer_field=options.answer_field,
+        solution_field=options.solution_field,
+        workers=options.workers,
+    )
     print(audit.text())
     if options.output is not None:
         Path(options.output).write_text(json.dumps(audit.as_dict(), indent=2))

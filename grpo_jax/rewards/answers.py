@@ -14,6 +14,8 @@ MAX_ANSWER = 4000  # characters; the longest gold of MATH has 420
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_OR_BEFORE = re.compile(r"[0-9}][\s$}]*\bor[\s$]*$")
+_OR_AFTER = re.compile(r"[\s$}]*or[\s$]+[-+]?[0-9\\]\S*")
 _HASHES = re.compile(r"####([^\n]*)")
 
 
@@ -60,6 +62,22 @@ def final_number(text: str) -> Fraction | None:
     if (marked := marked_answer(text)) is not None:
         return one_number(marked)
     return ending_number(text[-2 * MAX_ANSWER :])
+
+
+def several_answers(text: str) -> list[str]:
+    """The answers that a text marks by `####` or \\boxed, where they are not the same
+    or an "or" joins another one to the last; else []."""
+    marked = [match.group(1) for match in _HASHES.finditer(text)]
+    marked = [m for m in marked if not _BOX.search(m)]  # "#### \\boxed{5}"
+    marked = list(dict.fromkeys(m.strip() for m in [*marked, *boxes(text)] if m))
+    if len(marked) > 1:
+        return marked
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0 or not marked:
+        return []
+    end = text.find(marked[0], start) + len(marked[0])
+    joined = _OR_BEFORE.search(text[:start][-80:]) or _OR_AFTER.match(text[end:])
+    return [*marked, joined[0].strip()] if joined else []
 
 
 def marked_answer(text: str) -> str | None:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_jax.errors import ConfigError, unknown_name
-from grpo_jax.rewards.answers import last_boxed
+from grpo_jax.rewards.answers import last_boxed, marked_answer, several_answers
 from grpo_jax.rewards.arithmetic import exact_value
 from grpo_jax.rewards.latex import read_answer
 from grpo_jax.rewards.pool import Check, Outcome, VerifierPool
-from grpo_jax.rewards.rows import Row, read_rows, text_of
+from grpo_jax.rewards.rows import Row, lookup, read_rows, text_of
 from grpo_jax.rewards.symbolic import refused
 from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import check_gold
@@ -97,29 +97,71 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit_file(path: str | Path, name: str, *, workers: int = 2) -> Audit:
+def audit_file(
+    path: str | Path,
+    name: str,
+    *,
+    answer_field: str | None = None,
+    solution_field: str | None = None,
+    workers: int = 2,
+) -> Audit:
     """The audit of a data file, read as for training: .jsonl, .json or .parquet.
 
-    A row's gold is its field `answer` (after the last ####, where it has one), or the
-    content of the last \\boxed in its field `solution`.
+    A row's gold is its `answer_field` (what its #### or \\boxed marks, where it has
+    one), or the content of the last \\boxed in its `solution_field`.
+
+    Args:
+        answer_field, solution_field: "a.b" is field b of the object in field a. Where
+            neither is given, "answer" where a row has one, else "solution"; the one
+            that is given is used alone.
 
     Raises:
         ConfigError: an unknown file or verifier, or a row without these fields.
     """
     if name not in REWRITINGS:
         raise unknown_name("verifier to audit", name, REWRITINGS)
+    if answer_field is None and solution_field is None:
+        answer_field, solution_field = "answer", "solution"
     golds = [
-        (int(row.where.rpartition(" ")[2]), _gold(row)) for row in read_rows(Path(path))
+        (int(row.where.rpartition(" ")[2]), _gold(row, answer_field, solution_field))
+        for row in read_rows(Path(path))
     ]
     return audit(name, golds, workers=workers)
 
 
-def _gold(row: Row) -> str | None:
-    if row.values.get("answer") is not None:
-        return text_of(row, "answer").rpartition("####")[2].strip()
-    if not isinstance(row.values.get("solution"), str):
-        raise ConfigError(f"{row.where}: expected a field 'answer' or 'solution'.")
-    return last_boxed(row.values["solution"])
+def _gold(row: Row, answer: str | None, solution: str | None) -> str | None:
+    """The gold in a row's field `answer`, else in `solution`; None without a box."""
+    given = [] if answer is None else [answer]
+    if answer is not None and (solution is None or _value(row, answer) is not None):
+        text = text_of(row, answer)
+        marked = None if several_answers(text) else marked_answer(text)
+        return text.strip() if marked is None else marked.strip()
+    if solution is not None:
+        given.append(solution)
+        if isinstance(worked := _value(row, solution), str):
+            return last_boxed(worked)
+    found = " and ".join(f"field {name!r} {_state(row, name)}" for name in given)
+    raise ConfigError(
+        f"{row.where}: {found}; expected a gold answer, or a solution with a "
+        "\\boxed; name their fields with --answer-field or --solution-field."
+    )
+
+
+def _value(row: Row, field: str) -> Any:
+    """A field's value; None where it has none."""
+    try:
+        return lookup(row.values, field)
+    except KeyError:
+        return None
+
+
+def _state(row: Row, field: str) -> str:
+    """What is wrong with a field that gives no gold, in words."""
+    try:
+        value = lookup(row.values, field)
+    except KeyError:
+        return "is missing"
+    return "is null" if value is None else f"is {value!r:.60}"
 
 
 def audit(

@@ -185,9 +185,8 @@ def _same_body(gold: str, answer: str) -> bool | None:
         return x == y
     if a == b:  # 1, 234 is a list, which is no answer to the number 1,234
         return x is None
-    if re.search(r"[0-9]_", a + b):  # a base may be left out, never changed
-        number = re.sub(r"_\{?[0-9]+\}?$", "", a)
-        return number == b and exact_value(b) is not None
+    if re.search(r"[0-9]_", a + b):  # 101_2 is a number in base 2, and no other text
+        return _same_in_base_ten(a, b) or bool(_same_parts(gold, answer))
     if re.fullmatch(r"\(?[A-Z]\)?", a) and re.fullmatch(r"\(?[A-Z]\)?", b):
         return a.strip("()") == b.strip("()")
     if words := _WORDS.fullmatch(gold):  # to sympy CBAD is a product, equal to ABCD
@@ -197,6 +196,12 @@ def _same_body(gold: str, answer: str) -> bool | None:
     if x is not None or y is not None:  # 1,234 is a number, not the list 1, 234
         return None
     return _same_parts(gold, answer)
+
+
+def _same_in_base_ten(a: str, b: str) -> bool:
+    """Whether two numbers are the same where base 10 is written out, or is not."""
+    values = [exact_value(re.sub(r"_(?:10|\{10\})$", "", x)) for x in (a, b)]
+    return values[0] is not None and values[0] == values[1]
 
 
 def _same_parts(gold: str, answer: str) -> bool | None:

@@ -22,6 +22,10 @@ _DECIMAL = re.compile(
     r"(?:[eE](?P<exponent>[+-]?[0-9]{1,4}))?"
 )
 _MIXED = re.compile(r"([0-9,_']+) +(?![0-9]{3}/)([0-9]+)/([0-9]+)")
+_LONG = re.compile(
+    r"(?P<mantissa>[0-9](?:[0-9]|[ ,_'](?=[0-9]{3})|\.(?=[0-9]))*)"
+    r"(?:[eE](?P<exponent>[+-]?[0-9]+))?"
+)
 # Digits and whatever joins them: all of it is one number, or none is.
 _RUN = re.compile(r"\.?[0-9]+(?:(?:[.,:'_]| */ *| +|[eE][+-]?)\.?[0-9]+)*")
 
@@ -94,6 +98,21 @@ def plain_number(text: str) -> Fraction | None:
     if value is None or not divisor or (slash and " " in above.strip()):
         return None
     return sign * value / divisor
+
+
+def too_many_digits(text: str) -> str | None:
+    """That a number in a text is longer than is read, in words; None where it is not.
+
+    The digits are those of its plain spelling: 1e999 has a thousand.
+    """
+    for match in _LONG.finditer(text.translate(_ASCII)):
+        digits = sum(map(str.isdecimal, match["mantissa"]))
+        exponent = (match["exponent"] or "0").lstrip("+-").lstrip("0")
+        if digits > MAX_DIGITS or int(exponent[:5] or 0) > MAX_DIGITS:
+            number = match[0]
+            shown = number if len(number) <= 60 else f"{number[:40]}...{number[-10:]}"
+            return f"has a number of more than {MAX_DIGITS} digits, {shown}"
+    return None
 
 
 def _decimal(text: str) -> Fraction | None:

@@ -14,9 +14,15 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from types import MappingProxyType
 
-from grpo_jax.rewards.answers import boxes, final_number, last_boxed, marked_answer
+from grpo_jax.rewards.answers import (
+    boxes,
+    final_number,
+    last_boxed,
+    marked_answer,
+    several_answers,
+)
 from grpo_jax.rewards.latex import read_answer, same_answer
-from grpo_jax.rewards.numbers import MAX_DIGITS, PLAIN, one_number
+from grpo_jax.rewards.numbers import PLAIN, one_number, too_many_digits
 from grpo_jax.rewards.symbolic import same_math
 from grpo_jax.rewards.types import Example
 
@@ -258,6 +264,8 @@ def check_gold(name: str, answer: str) -> str | None:
     """
     if name not in ANSWERS:
         return None
+    if name in ("gsm8k", "math") and (several := several_answers(answer)):
+        return f"it marks several answers ({', '.join(x[:40] for x in several[:3])})"
     if name == "gsm8k":
         return _check_number(answer)
     if not answer.strip():
@@ -285,6 +293,8 @@ def refusal(name: str, answer: str) -> str | None:
 def _check_number(answer: str) -> str | None:
     gold = _gold_number(answer)
     if gold is None:
+        if reason := too_many_digits(marked_answer(answer) or answer):
+            return f"it {reason}"
         return f"it ends on no number: {answer[-40:]!r}"
     if PLAIN.fullmatch(answer):
         return None
@@ -299,6 +309,8 @@ def _check_latex(gold: str) -> str | None:
         return "it is empty"
     if re.fullmatch(r"[+-]?(nan|inf|infinity)", gold, re.IGNORECASE):
         return "it is no number"
+    if reason := too_many_digits(gold):
+        return f"it {reason}"
     if last_boxed(f"\\boxed{{{gold}}}") != gold:
         return f"its braces do not match, or it is too long: {gold[:40]!r}"
     if re.search(r"\banswer\s*(?:is\b|[:=])", gold, re.IGNORECASE):
@@ -308,8 +320,6 @@ def _check_latex(gold: str) -> str | None:
     answer = read_answer(gold)
     if same_answer(answer, answer) is not True:
         return "nothing of it can be compared"
-    if re.search(rf"[0-9]{{{MAX_DIGITS}}}", gold):
-        return f"it has more than {MAX_DIGITS} digits"
     return None
 
 

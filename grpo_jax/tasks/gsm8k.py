@@ -7,6 +7,7 @@ worked solutions, without their calculator annotations, are what a warm start im
 import re
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.rewards.answers import several_answers
 from grpo_jax.rewards.types import Example
 from grpo_jax.tasks.build import SourcedExample, TaskRequest, text_task
 from grpo_jax.tasks.files import Row, read_parts
@@ -41,6 +42,11 @@ def _example(row: Row) -> SourcedExample:
         raise ConfigError(
             f"{row.where}: field 'answer' has no '#### number' at its end; correct the "
             "row or remove it."
+        )
+    if several := several_answers(text):
+        raise ConfigError(
+            f"{row.where}: field 'answer' marks several answers "
+            f"({', '.join(several[:3])}); correct the row or remove it."
         )
     number = number.strip()
     if _THOUSANDS.fullmatch(number):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_jax.commands.audit import main
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.audit import ITSELF, SPOILED, SYMBOLIC, audit_file, rewritings
 
@@ -90,7 +91,13 @@ def test_an_audit_of_gsm8k(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "line 1: not JSON"), ("[]", "line 1"), ('{"a": 1}', "'answer' or")],
+    [
+        ("{", "line 1: not JSON"),
+        ("[]", "line 1"),
+        ('{"a": 1}', "field 'answer' is missing and field 'solution' is missing"),
+        ('{"answer": null}', "field 'answer' is null and field 'solution' is missing"),
+        ('{"solution": 5}', "field 'answer' is missing and field 'solution' is 5"),
+    ],
 )
 def test_what_is_no_row(tmp_path, line, message):
     (tmp_path / "rows.jsonl").write_text(line)
@@ -114,6 +121,54 @@ def test_golds_that_are_no_whole_numbers_are_audited(tmp_path):
     assert report.cases == [] and report.counts[ITSELF] == (6, 6)
     assert report.counts["n.00"] == (1, 1) and report.counts["n.n0"] == (2, 2)
     assert report.counts[SPOILED] == (6, 0)
+
+
+def test_fields_are_named_as_in_training(tmp_path):
+    rows = [
+        {"reward_model": {"ground_truth": gold}, "answer": "#### 9", "work": work}
+        for gold, work in (("7", r"\boxed{8}"), (None, r"\boxed{6}, no, \boxed{5}"))
+    ]
+    path, nested = write(tmp_path / "rows.jsonl", rows), "reward_model.ground_truth"
+
+    def golds(**fields):
+        report = audit_file(path, "exact", **fields, workers=1)
+        return [case.gold for case in report.cases], report.counts[ITSELF]
+
+    with pytest.raises(ConfigError, match=f"line 2: field {nested!r} is None"):
+        golds(answer_field=nested)
+    with pytest.raises(ConfigError, match="field 'anwser' is missing; expected text"):
+        golds(answer_field="anwser")
+    with pytest.raises(ConfigError, match="field 'wrok' is missing; expected a gold"):
+        golds(solution_field="wrok")
+    for fields in (dict(), dict(solution_field="work")):
+        assert golds(**fields) == ([], (2, 2))
+    assert golds(answer_field=nested, solution_field="work") == ([], (2, 2))
+
+
+def test_which_field_is_the_gold(tmp_path):
+    rows = [{"a": {"b": "so 7"}, "answer": "3", "w": r"\boxed{many}"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    for fields, gold in (
+        ({"answer_field": "a.b"}, "so 7"),
+        ({"solution_field": "w"}, "many"),
+    ):
+        (case,) = audit_file(path, "gsm8k", **fields, workers=1).cases
+        assert case.gold == gold
+    assert audit_file(path, "gsm8k", workers=1).cases == []
+
+
+def test_the_command_names_the_field(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [{"m": {"gold": "many"}}])
+    main([str(path), "--verifier", "gsm8k", "--answer-field", "m.gold"])
+    assert "ends on no number: 'many'" in capsys.readouterr().out
+
+
+def test_a_gold_that_marks_several_answers_is_a_case(tmp_path):
+    rows = [{"answer": r"\boxed{5} or \boxed{6}"}, {"answer": "#### 5\n#### 6"}]
+    report = audit_file(write(tmp_path / "rows.jsonl", rows), "gsm8k", workers=1)
+    assert [case.cause for case in report.cases] == [
+        "it marks several answers (5, 6)"
+    ] * 2
 
 
 @needs_data
