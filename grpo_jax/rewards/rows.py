@@ -4,16 +4,26 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.rewards.spelling import spelled
+from grpo_jax.rewards.numbers import too_many_digits
+from grpo_jax.rewards.spelling import Written, spelled
 
 MOST_DIGITS = 4000  # of an integer that is read as a number; longer ones are text
+# Endings of other formats; a file of an unknown ending is read as .jsonl.
+UNREAD = frozenset(
+    f".{name}"
+    for name in (
+        *("csv", "tsv", "xls", "xlsx", "ods", "yaml", "yml", "toml", "xml", "arrow"),
+        *("feather", "orc", "avro", "pkl", "pickle", "npy", "npz", "db", "sqlite"),
+        *("gz", "bz2", "xz", "zst", "zip", "tar", "tgz"),
+    )
+)
 _SEPARATOR = re.compile(r"[\s,]*")
 
 
@@ -49,6 +59,11 @@ def read_rows(path: Path, fields: Sequence[str] = ()) -> list[Row]:
         ConfigError: the file cannot be read, is empty, or a row is not such an object
             (its number and what was expected are named).
     """
+    if path.suffix.lower() in UNREAD:
+        raise ConfigError(
+            f"{path}: {path.suffix[1:]} is not read; give .jsonl (an object a line), "
+            ".json (an array of objects) or .parquet."
+        )
     readers = {".json": _read_array, ".parquet": _read_parquet}
     try:
         objects = readers.get(path.suffix, _read_lines)(path, fields)
@@ -74,9 +89,12 @@ def _read_lines(path: Path, fields: Sequence[str]) -> _Objects:
             try:
                 yield f"line {number}", _loads(line)
             except (ValueError, RecursionError) as error:
+                array = (
+                    "" if line.strip() != "[" else "; an array goes into a .json file"
+                )
                 raise ConfigError(
                     f"{path}, line {number}: not JSON ({_reason(error)}); "
-                    f"{_expected(fields)}."
+                    f"{_expected(fields)}{array}."
                 ) from error
 
 
@@ -84,21 +102,34 @@ def _read_text(path: Path) -> str:
     """The file's text in UTF-8, or as its byte order mark says."""
     data = path.read_bytes()
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16" if wide else "utf-8-sig").replace("\r\n", "\n")
+    encoding = "utf-16" if wide else "utf-8"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].decode(encoding, "ignore").count("\n") + 1
+        raise ConfigError(
+            f"{path}, line {line}: not {encoding.upper()} text (byte "
+            f"{data[error.start]:#04x}: {error.reason}); save the file as UTF-8."
+        ) from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def _loads(text: str) -> Any:
-    """The JSON value. A number with more digits than Python's own types keep stays a
-    Decimal, or text: a gold answer is what the file says."""
-    return json.loads(text, parse_float=_float, parse_int=_int)
+    """The JSON value. A number that is no integer keeps its digits, and so does one too
+    long for Python: a gold answer is what the file says."""
+    return json.loads(text, parse_float=_decimal, parse_int=_int)
 
 
-def _float(text: str) -> float | Decimal:
-    value, digits = float(text), Decimal(text)
-    return value if Decimal(repr(value)) == digits or value != value else digits
+def _decimal(text: str) -> Written:
+    try:
+        return Written(text)
+    except InvalidOperation as error:
+        raise ValueError(f"the exponent of {text[:40]} is too large") from error
 
 
-def _int(text: str) -> int | str:
+def _int(text: str) -> int | str | Written:
+    if text == "-0":
+        return Written(text)
     return int(text) if len(text) <= MOST_DIGITS else text
 
 
@@ -110,7 +141,7 @@ def _reason(error: ValueError | RecursionError) -> str:
 
 def _unreadable_row(text: str) -> int:
     """The first element of an array that cannot be read, from 1."""
-    decoder = json.JSONDecoder(parse_float=_float, parse_int=_int)
+    decoder = json.JSONDecoder(parse_float=_decimal, parse_int=_int)
     row, start = 1, text.find("[") + 1
     while True:
         start = _SEPARATOR.match(text, start).end()  # type: ignore[union-attr]
@@ -134,10 +165,38 @@ def _read_array(path: Path, fields: Sequence[str]) -> _Objects:
         ) from error
     if not isinstance(values, list):
         raise ConfigError(
-            f"{path} must be a JSON array, got {type(values).__name__}; "
-            "name a file of one object a line .jsonl."
+            f"{path} must be a JSON array of objects, {_instead(values)}."
         )
     return ((f"row {i}", value) for i, value in enumerate(values, 1))
+
+
+def _instead(value: Any) -> str:
+    """What a .json file holds in place of an array, and what to do."""
+    lists = _lists(value)
+    if len(lists) > 1 and len(lists) == len(value):
+        return (
+            f"got a table by columns ({_some(lists)}); write one object for each row, "
+            "with a value of each column"
+        )
+    if lists:
+        return (
+            f"got an object with a list in {_some(lists)}; give the list alone, "
+            "without the object around it"
+        )
+    return (
+        f"got {type(value).__name__}; name a file of one object a line .jsonl, and "
+        "write rows of an array as [{...}, {...}]"
+    )
+
+
+def _lists(value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return []
+    return [name for name, rows in value.items() if isinstance(rows, list)]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _read_parquet(path: Path, fields: Sequence[str]) -> _Objects:
@@ -193,6 +252,11 @@ def text_of(row: Row, field: str) -> str:
     """
     value, actual = _shown(row.values, field)
     text = spelled(value)
+    long = isinstance(value, int | Decimal) and too_many_digits(actual)
+    if text is None and long:
+        raise ConfigError(
+            f"{row.where}: field {field!r} {long}; correct the row or remove it."
+        )
     if text is None:
         raise ConfigError(
             f"{row.where}: field {field!r} is {actual[:200]}; expected text or a "

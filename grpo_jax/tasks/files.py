@@ -6,6 +6,7 @@ from pathlib import Path
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.rows import (
+    UNREAD,
     Row,
     check_fields,
     in_own_precision,
@@ -45,7 +46,11 @@ def read_parts(
         parts = [read_rows(_part(local, "train"), fields)]
         if heldout_path is None:
             parts.append(read_rows(_part(local, "test"), fields))
-    elif local.is_file() or not _HUB.fullmatch(path) or local.suffix in SUFFIXES:
+    elif (
+        local.is_file()
+        or not _HUB.fullmatch(path)
+        or local.suffix in {*SUFFIXES, *UNREAD}
+    ):
         if not local.is_file():
             raise ConfigError(
                 f"task.path must be a file or a directory with train.jsonl and "
@@ -62,9 +67,9 @@ def read_parts(
 
 
 def _part(directory: Path, name: str) -> Path:
-    """The directory's file of a part; the .jsonl file where none exists, for the
-    error."""
-    files = [directory / f"{name}{suffix}" for suffix in SUFFIXES]
+    """The directory's file of a part; where none exists one of another format, or the
+    .jsonl file, for the error."""
+    files = [directory / f"{name}{suffix}" for suffix in (*SUFFIXES, *sorted(UNREAD))]
     return next((file for file in files if file.is_file()), files[0])
 
 

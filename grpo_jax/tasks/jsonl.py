@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.rows import lookup
+from grpo_jax.rewards.spec import parse_reward
+from grpo_jax.rewards.spelling import Written
 from grpo_jax.rewards.types import Example
 from grpo_jax.tasks.build import SourcedExample, TaskRequest, text_task
 from grpo_jax.tasks.files import Row, read_parts, text_of
@@ -57,6 +59,29 @@ def make_jsonl(
         train=[example(row) for row in train],
         heldout=None if heldout is None else [example(row) for row in heldout],
         default_reward="exact",
+        note=_respelled([*train, *(heldout or [])], answer_field, request.rewards),
+    )
+
+
+def _respelled(rows: Sequence[Row], field: str, rewards: Sequence[str]) -> str:
+    """What the task's note says of golds that are compared as texts, and are numbers
+    that the file writes in another way."""
+    if not {parse_reward(r).name for r in rewards or ("exact",)} & {
+        "exact",
+        "verbatim",
+    }:
+        return ""
+    changed = [
+        f"{row.where}: {value.text} as {text_of(row, field)}"
+        for row in rows
+        if isinstance(value := lookup(row.values, field), Written)
+        and value.text != text_of(row, field)
+    ]
+    if not changed:
+        return ""
+    return (
+        f"{len(changed)} answers are numbers with exponents, spelt as plain decimals "
+        f"(first: {changed[0]})."
     )
 
 

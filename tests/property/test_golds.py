@@ -154,6 +154,81 @@ def test_numbers_of_json_are_what_they_say(tmp_path, seed, name):
         assert score(name, example.answer, own) == 1
 
 
+@pytest.mark.parametrize(
+    ("written", "gold"),
+    [
+        *(("1E3", "1000"), ("1e3", "1000"), ("1.5e1", "15"), ("1.50E+1", "15.0")),
+        *(("25e-1", "2.5"), ("1e-7", "0.0000001"), ("1e22", "1" + "0" * 22)),
+        *((x, x) for x in ("1.50", "0.10", "72.0", "5", "-0", "-0.0", "1000000000.50")),
+        (
+            "0.1000000000000000055511151231257827",
+            "0.1000000000000000055511151231257827",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["exact", "verbatim"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_number_compared_as_text_keeps_its_digits(
+    tmp_path, written, gold, name, suffix
+):
+    """And where it loses its exponent, the note says so."""
+    path = tmp_path / f"rows.{suffix}"
+    rows = [f'{{"prompt": "{i}?", "answer": {x}}}' for i, x in enumerate((1, written))]
+    path.write_text("\n".join(rows) if suffix == "jsonl" else f"[{','.join(rows)}]")
+    task = load_task("jsonl", path=str(path), rewards=(name,), heldout_prompts=1)
+    (example,) = (e for e in task.train + task.heldout if e.prompt == "1?")
+    assert example.answer == gold and score(name, example.answer, gold) == 1
+    place = f"{'line' if suffix == 'jsonl' else 'row'} 2: {written} as {gold})."
+    assert (place in task.note) == (written != gold)
+    assert ("1 answers are numbers with exponents" in task.note) == (written != gold)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math"])
+@pytest.mark.parametrize(
+    "gold",
+    [
+        r"\boxed{5} or \boxed{6}",
+        r"$\boxed{5}$, $\fbox{6}$",
+        r"5 or \boxed{6}",
+        r"$\boxed{5}$ or $6$",
+        r"\boxed{5} or \frac{1}{2}",
+        "#### 5\n#### 6",
+        "#### 5\nso \\boxed{6}",
+    ],
+)
+def test_a_gold_that_marks_several_answers_is_refused(name, gold):
+    assert "it marks several answers" in str(check_gold(name, gold))
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math"])
+@pytest.mark.parametrize(
+    "gold",
+    [
+        r"\boxed{5}",
+        r"so \boxed{5}. Hence \boxed{ 5 }",
+        r"#### \boxed{5}",
+        "\\boxed{5}\n#### 5",
+        r"3 + 2 gives us $\boxed{5}$ oranges",
+        r"more or less \boxed{5}",
+    ],
+)
+def test_one_answer_may_be_marked_twice(name, gold):
+    assert check_gold(name, gold) is None and score(name, gold, r"\boxed{5}") == 1
+
+
+def test_the_last_box_of_a_solution_is_the_gold(tmp_path):
+    """As the files of MATH have it; a field `answer` has one answer only."""
+    row = {"problem": "?", "solution": r"\boxed{5}, no, \boxed{6}", "level": "Level 1"}
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | {"problem": name}))
+    task = load_task("math", path=str(tmp_path))
+    assert [e.answer for e in task.train + task.heldout] == ["6", "6"]
+    answer = {"answer": r"\boxed{5} or \boxed{6}"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row | answer))
+    with pytest.raises(ConfigError, match="test.jsonl, line 1: .* marks several answe"):
+        load_task("math", path=str(tmp_path))
+
+
 def test_floats_of_parquet_are_spelt_in_their_own_precision(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -177,6 +252,11 @@ def test_floats_of_parquet_are_spelt_in_their_own_precision(tmp_path):
     ("value", "text"),
     [
         (5, "5"),
+        (72.0, "72"),
+        (np.float32(72), "72"),
+        (-0.0, "-0"),
+        (1e15, "1" + "0" * 15),
+        (Decimal("1.50"), "1.50"),
         (1e-7, "0.0000001"),
         (1e22, "1" + "0" * 22),
         (2.5, "2.5"),
@@ -196,17 +276,33 @@ def test_spelled(value, text):
     assert spelled(value) == text
 
 
+_MANY = "has a number of more than 400 digits, "
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         ("NaN", "field 'answer' is nan"),
-        ("1e999", r"field 'answer' is Decimal\('1E\+999'\)"),
+        ("1e999", "'answer' has a number of more than 400 digits, 1e999; correct"),
+        ("-2.5E-999", "has a number of more than 400 digits, 2.5E-999; correct"),
+        pytest.param(
+            "1e9" + "9" * 30, "the exponent of 1e9.* is too large", id="1e99..."
+        ),
+        ('"1e999"', "it has a number of more than 400 digits, 1e999; expected one num"),
+        ('"#### 1e99999"', "it has a number of more than 400 digits, 1e99999; exp"),
+        (r'"\\boxed{5} or \\boxed{6}"', r"it marks several answers \(5, 6\); expected"),
         ("true", "field 'answer' is True"),
         ("null", "field 'answer' is None"),
         ("[5]", "field 'answer' is .5."),
         ('""', "ends on no number: ''; expected one number"),
         ('"1,5"', "ends on no number: '1,5'; expected one number.*got '1,5'"),
-        pytest.param("9" * 5000, "ends on no number: '999.*got '999", id="5000_digits"),
+        *(
+            pytest.param(
+                x, f"{_MANY}{x[:40]}[.]{{3}}{x[-10:]}[^0-9]", id=f"{len(x)}_digits"
+            )
+            for x in ("9" * 5000, str(10**400), "7" * 4000)
+        ),
+        pytest.param(f'"{10**400:,}"', _MANY + "10,000,", id="commas"),
         ('"- 5"', "can be read in two ways; expected one number.*got '- 5'"),
         pytest.param("[" * 100_000, "nested too deeply", id="nested"),
     ],

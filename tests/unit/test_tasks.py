@@ -10,6 +10,7 @@ import pytest
 
 from grpo_jax import Example, load_task
 from grpo_jax.errors import ConfigError
+from grpo_jax.rewards.audit import audit_file
 from grpo_jax.rewards.verifiers import verbatim
 from grpo_jax.tasks.files import read_parts, read_rows
 from grpo_jax.tasks.registry import TASKS
@@ -219,8 +220,59 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot read the data file .*absent.jsonl"):
         read_rows(tmp_path / "absent.jsonl", ["answer"])
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ConfigError, match="cannot read the data file .*bytes.jsonl"):
+    with pytest.raises(ConfigError, match="bytes.jsonl, line 1: not UTF-16 text"):
         read_rows(tmp_path / "bytes.jsonl", ["answer"])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "txt"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_text_that_is_not_utf8_names_its_line(tmp_path, suffix, mark):
+    path = tmp_path / f"rows.{suffix}"
+    good = f'{mark}{{"answer": "1 ä"}}\r\n'.encode()
+    path.write_bytes(good + b"\n" + '{"answer": "Äpfel"}\n'.encode("latin-1"))
+    words = r"line 3: not UTF-8 text \(byte 0xc4: .*\); save the file as UTF-8"
+    with pytest.raises(ConfigError, match=words):
+        read_rows(path)
+    with pytest.raises(ConfigError, match=words):
+        audit_file(path, "gsm8k")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.tsv", "a.jsonl.gz", "a.xlsx"])
+def test_other_formats_are_named_with_those_that_are_read(tmp_path, name):
+    (path := tmp_path / name).write_bytes(b"prompt,answer\n1,\xff\n")
+    words = f"{name}: {path.suffix[1:]} is not read; give .jsonl .*, .json .* or .parq"
+    with pytest.raises(ConfigError, match=words):
+        read_rows(path)
+    with pytest.raises(ConfigError, match=words):
+        load_task("jsonl", path=str(path))
+    path.rename(tmp_path / f"train{path.suffix.lower()}")
+    with pytest.raises(
+        ConfigError, match=f"train.*{path.suffix[1:].lower()} is not read"
+    ):
+        load_task("jsonl", path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"data": [{"answer": "1"}]}, "with a list in 'data'; give the list alone"),
+        ({"version": 1, "data": [{}]}, "with a list in 'data'; give the list alone"),
+        ({"q": ["1?"], "a": ["1"]}, r"by columns \('q', 'a'\); write one object for"),
+        ("text", "got str; name a file of one object a line .jsonl"),
+    ],
+)
+def test_what_a_json_file_must_hold(tmp_path, content, words):
+    (path := tmp_path / "rows.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ConfigError, match=f"must be a JSON array of objects, .*{words}"
+    ):
+        read_rows(path)
+
+
+def test_an_array_is_no_file_of_lines(tmp_path):
+    (path := tmp_path / "a.jsonl").write_text('[\n{"answer": "1"}\n]')
+    with pytest.raises(ConfigError, match="line 1: .* an array goes into a .json file"):
+        read_rows(path)
 
 
 def test_the_path_must_be_a_directory(tmp_path):
