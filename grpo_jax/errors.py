@@ -9,6 +9,7 @@ A rule is written beside its field and checked by `check_fields`:
 import dataclasses
 import difflib
 import functools
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -120,6 +121,14 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     rule = OneOf(choices)
     if not rule.allows(value):
         raise ValueError(rule.error(name, value))
+
+
+def check_kind(name: str, value: Any, kind: type, advice: str) -> None:
+    """ConfigError, ending in `advice`, unless the value is of the kind."""
+    if not isinstance(value, kind):
+        raise ConfigError(
+            f"{name} must be a {kind.__name__}, got {reprlib.repr(value)}; {advice}."
+        )
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

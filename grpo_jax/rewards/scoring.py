@@ -11,7 +11,7 @@ from grpo_jax.errors import ConfigError, unknown_name
 from grpo_jax.rewards.pool import Check, Outcome, VerifierPool
 from grpo_jax.rewards.spec import reward_text
 from grpo_jax.rewards.spelling import spelled
-from grpo_jax.rewards.types import Example, Reward
+from grpo_jax.rewards.types import Example, Reward, reward_number
 from grpo_jax.rewards.verifiers import VERIFIERS
 
 _TASK_VERIFIERS = {"chains": "verbatim", "gsm8k-expressions": "verbatim"}
@@ -131,7 +131,7 @@ def _score_in_process(
         for g, completion in enumerate(group):
             try:
                 with np.errstate(over="ignore"):
-                    value = np.float32(float(reward(example, completion)))
+                    value = np.float32(reward_number(reward(example, completion)))
             except (Exception, SystemExit) as error:  # a user's code can raise any
                 errors.append(f"{type(error).__name__}: {error}")
                 continue

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.pool import Check, VerifierPool
-from grpo_jax.rewards.types import Example, Reward
+from grpo_jax.rewards.types import Example, Reward, reward_number
 from grpo_jax.rewards.verifiers import VERIFIERS
 from grpo_jax.rewards.worker import preserved_streams
 
@@ -63,7 +63,7 @@ def _try_here(
     """Calls a function in this process."""
     try:
         with preserved_streams():
-            float(reward(example, completion))
+            reward_number(reward(example, completion))
     except (Exception, SystemExit) as error:  # a user's code can raise any
         name = getattr(reward, "__qualname__", repr(reward))
         _refuse(name, f"{type(error).__name__}: {error}", example, completion)

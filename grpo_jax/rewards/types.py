@@ -1,7 +1,8 @@
 """A question with its gold answer, and a reward by name."""
 
 import dataclasses
-from typing import NamedTuple
+import reprlib
+from typing import Any, NamedTuple
 
 
 class Example(NamedTuple):
@@ -35,3 +36,14 @@ class Reward:
     name: str
     weight: float = 1.0
     options: tuple[tuple[str, float], ...] = ()
+
+
+def reward_number(value: Any) -> float:
+    """What a reward function returned, as a float.
+
+    Raises:
+        TypeError: it is no number, such as None or text that spells one.
+    """
+    if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
+        raise TypeError(f"it returned {reprlib.repr(value)}, not a number")
+    return float(value)

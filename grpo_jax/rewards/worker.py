@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from grpo_jax.rewards.types import Example
+from grpo_jax.rewards.types import Example, reward_number
 
 PR_SET_PDEATHSIG = 1
 
@@ -97,7 +97,8 @@ def _answer(
     function, keep = functions[name], check.get("trial", False)
     try:
         with preserved_streams() if keep else contextlib.nullcontext():
-            value = float(function(example, check["text"], **check["options"]))
+            value = function(example, check["text"], **check["options"])
+            value = reward_number(value)
     except MemoryError:
         os._exit(1)  # what is left of this process cannot be trusted
     except (Exception, SystemExit) as error:

@@ -1,11 +1,12 @@
 """Tasks by name: the table of makers, and `load_task`."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from grpo_jax.errors import ConfigError, check_choice, unknown_name
+from grpo_jax.errors import ConfigError, unknown_name
 from grpo_jax.records import as_type
 from grpo_jax.tasks.build import TaskRequest
 from grpo_jax.tasks.chains import make_chains
@@ -49,6 +50,7 @@ _MAKERS: Mapping[str, _Maker] = MappingProxyType(
     }
 )
 TASKS = tuple(_MAKERS)
+_LEAST = {"train_prompts": 1, "heldout_prompts": 0, "seed": 0}
 
 
 def load_task(
@@ -113,48 +115,64 @@ def load_task(
         ConfigError: an unknown task, an option that it does not honour, or data that
             does not fit.
     """
-    if name not in _MAKERS:
+    if as_type(str, name, "task.name") not in _MAKERS:
         raise unknown_name("task", name, TASKS)
-    for key, value, least in (
-        ("train_prompts", train_prompts, 1),
-        ("heldout_prompts", heldout_prompts, 0),
-        ("seed", seed, 0),
-    ):
-        _check_number(key, value, least)
-    for key, value in (
-        ("rewards", rewards), ("levels", levels), ("subjects", subjects),
-        ("tag_fields", tag_fields),
-    ):  # fmt: skip
-        if isinstance(value, str):
-            raise ConfigError(f"task.{key} must be a list of values, got {value!r}.")
-    options: dict[str, Any] = dict(
-        path=path, heldout_path=heldout_path, rewards=tuple(rewards),
-        levels=tuple(levels), subjects=tuple(subjects), prompt_field=prompt_field,
-        system_field=system_field, answer_field=answer_field,
-        solution_field=solution_field, tag_fields=tuple(tag_fields),
-        vocab_size=vocab_size, thinking=thinking or None,
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        raise ConfigError(
+            f"task.tokenizer must be a tokenizer, got {tokenizer!r}; load_tokenizer "
+            "reads that of a model."
+        )
+    language = _typed(
+        seed=seed, train_prompts=train_prompts, heldout_prompts=heldout_prompts,
+        eos_ids=eos_ids, template=template, system=system,
+        control_tokens=control_tokens, date=date,
     )  # fmt: skip
+    options = _typed(
+        path=path, heldout_path=heldout_path, rewards=rewards, levels=levels,
+        subjects=subjects, prompt_field=prompt_field, system_field=system_field,
+        answer_field=answer_field, solution_field=solution_field,
+        tag_fields=tag_fields, vocab_size=vocab_size, thinking=thinking,
+    )  # fmt: skip
+    options["thinking"] = options["thinking"] or None
     given = {key: value for key, value in options.items() if value not in (None, ())}
     _check_honoured(name, given)
     shared = {key: given.pop(key) for key in [*given] if key in TaskRequest._fields}
-    try:
-        check_choice("task.control_tokens", control_tokens, ("spell", "keep"))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    arguments = _arguments(template_arguments)
     request = TaskRequest(
-        seed=seed,
-        train_prompts=train_prompts,
-        heldout_prompts=heldout_prompts,
-        tokenizer=tokenizer,
-        eos_ids=tuple(eos_ids),
-        template=template,
-        system=system,
-        template_arguments=_arguments(template_arguments),
-        control_tokens=control_tokens,
-        date=date,
-        **shared,
+        tokenizer=tokenizer, template_arguments=arguments, **language, **shared
     )
     return _MAKERS[name].make(request, **given)
+
+
+def _typed(**options: Any) -> dict[str, Any]:
+    """The options as the types that `load_task` annotates, sequences as tuples."""
+    hints = typing.get_type_hints(load_task)
+    typed = {}
+    for key, value in options.items():
+        name, hint = f"task.{key}", hints[key]
+        if typing.get_origin(hint) is Sequence:
+            typed[key] = _as_values(typing.get_args(hint)[0], value, name)
+        else:
+            typed[key] = as_type(hint, value, name)
+        least = _LEAST.get(key)
+        if least is not None and typed[key] is not None and typed[key] < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}.")
+    return typed
+
+
+def _as_values(kind: Any, given: Any, name: str) -> tuple:
+    """A sequence as a tuple of values of the kind, which may be a union."""
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ConfigError(f"{name} must be a list of values, got {given!r}.")
+    values = tuple(given)
+    kinds = typing.get_args(kind) or (kind,)
+    if len(kinds) == 1:
+        return as_type(tuple[kind, ...], values, name)
+    for value in values:
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            names = " or ".join(k.__name__ for k in kinds)
+            raise ConfigError(f"{name} must be values of {names}, got {value!r}.")
+    return values
 
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}  # in any case
@@ -164,6 +182,13 @@ def _arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
     """Variables of a chat template, with values of JSON where they are text."""
     if isinstance(given, Mapping):
         return dict(given)
+    if not isinstance(given, list | tuple) or not all(
+        isinstance(text, str) for text in given
+    ):
+        raise ConfigError(
+            "task.template_arguments must be a mapping or a list of NAME=VALUE, got "
+            f"{given!r}; give {{'NAME': VALUE}} or ['NAME=VALUE']."
+        )
     arguments = {}
     for text in given:
         name, equals, value = text.partition("=")
@@ -176,12 +201,6 @@ def _arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
         except ValueError:
             arguments[name] = _WORDS.get(value.lower(), value)
     return arguments
-
-
-def _check_number(name: str, value: int | None, least: int) -> None:
-    kind = int if name == "seed" else int | None
-    if (number := as_type(kind, value, f"task.{name}")) is not None and number < least:
-        raise ConfigError(f"task.{name} must be at least {least}, got {value}.")
 
 
 def _check_honoured(name: str, options: Mapping[str, Any]) -> None:

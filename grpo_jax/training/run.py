@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from grpo_jax.errors import first_line
+from grpo_jax.errors import check_kind, first_line
 from grpo_jax.parallel.processes import LostProcessError, Processes, exit_at_once, join
 from grpo_jax.parallel.sharding import make_mesh, on_mesh
 from grpo_jax.planning.plan import make_plan
@@ -64,6 +64,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
     """
     config = continued(as_type(TrainConfig, config, "config"))
     if task is not None:
+        check_kind("task", task, Task, "name one in config.task, or give load_task's")
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)
     join(config.distributed)

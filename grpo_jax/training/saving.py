@@ -10,6 +10,7 @@ from grpo_jax.parallel.sharding import on_mesh, single_device_mesh
 from grpo_jax.report.page import write_report
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.lines import read_lines
 from grpo_jax.training.context import RunContext
 from grpo_jax.training.journal import Journal
 from grpo_jax.training.state import TrainState
@@ -152,9 +153,11 @@ class Saver:
         )
 
     def report(self, finished: bool) -> None:
-        """Writes report.html; a failure is a warning."""
+        """Writes report.html, unless there is no step yet; a failure is a warning."""
         context = self._context
         if not context.processes.is_writer:
+            return
+        if not read_lines(context.directory / "metrics.jsonl"):
             return
         try:
             with on_mesh(single_device_mesh(context.mesh)):

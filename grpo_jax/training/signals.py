@@ -4,6 +4,9 @@ A signal sets `StopSignals.received`, which `Processes.stopping` reads (with sev
 processes at their next exchange). `Loop` sees it between the phases of a step and does
 not start the next one; `Loop._end` saves the steps made and writes the report;
 `grpo-jax train` exits with 0. Of a warm start nothing is kept.
+
+A signal that the process was started to ignore stays ignored, as SIGINT is in the
+background jobs of a script (`grpo-jax train ... &`): Ctrl-C is for the foreground.
 """
 
 import signal
@@ -12,7 +15,7 @@ from typing import Any
 
 
 class StopSignals:
-    """Handlers of SIGTERM and SIGINT while the context is open.
+    """Handlers of SIGTERM and SIGINT, where not ignored, while the context is open.
 
     The first signal asks the run to save and end, which it does when the phase in
     progress is over; the second one kills it.
@@ -27,6 +30,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             try:
                 self._previous[number] = signal.signal(number, self._handle)
             except ValueError:  # not the main thread: the caller keeps its handlers

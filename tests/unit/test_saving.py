@@ -167,3 +167,10 @@ def test_no_thread_is_left_where_a_run_cannot_be_restored(tmp_path, monkeypatch)
 def test_the_figure_of_the_best_checkpoint_is_one_of_two():
     with pytest.raises(ValueError, match="best must be one of pass_rate, reward"):
         dataclasses.replace(TrainConfig(), checkpoint=CheckpointConfig(best="loss"))
+
+
+def test_a_run_without_a_step_has_no_report_and_no_warning(saver, tmp_path, capsys):
+    made, _ = saver()
+    made.report(finished=False)
+    assert not (tmp_path / "report.html").exists()
+    assert "report" not in "".join(capsys.readouterr())

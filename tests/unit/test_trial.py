@@ -1,6 +1,7 @@
 """Each reward of the user's is called once before a run depends on it."""
 
 import random
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -37,6 +38,12 @@ def leaves(example, completion):
 def undecided(example, completion):
     return float("nan")
 
+def text(example, completion):
+    return "1.0"
+
+def nothing(example, completion):
+    pass
+
 random.seed(0)
 
 def draws(example, completion):
@@ -70,6 +77,8 @@ def test_rewards_that_answer_are_taken_in_silence(own):
         ("judge", "TypeError: .*coroutine"),
         ("leaves", "SystemExit"),
         ("key", "KeyError: 'TRIAL_KEY'"),
+        ("text", "TypeError: it returned '1.0', not a number"),
+        ("nothing", "TypeError: it returned None, not a number"),
     ],
 )
 def test_a_reward_that_raises_ends_the_run_before_it_starts(own, name, words):
@@ -130,3 +139,24 @@ def test_functions_of_this_process_are_called_but_not_the_packages_own():
     with pytest.raises(ConfigError, match=r"raises fails .*LookupError: 2"):
         try_rewards(raises, EXAMPLE, "2", None, print)
     try_rewards(exact, EXAMPLE, "2", None, print)
+
+
+@pytest.mark.parametrize("value", ["1.0", b"1", None, [1.0], {"score": 1}, 1j])
+def test_what_is_no_number_is_a_missing_reward(value):
+    from grpo_jax.rewards.scoring import score
+
+    with pytest.raises(ConfigError, match="it returned .*, not a number"):
+        try_rewards(lambda e, c: value, EXAMPLE, "2", None, print)
+    scores = score(lambda e, c: value, [EXAMPLE], [["2"]])
+    assert np.isnan(scores.rewards).all() and "not a number" in scores.errors[0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, 1, 1.0, np.True_, np.int8(1), np.float32(1), np.ones(()), Decimal(1)],
+)
+def test_numbers_of_any_kind_are_rewards(value):
+    from grpo_jax.rewards.scoring import score
+
+    try_rewards(lambda e, c: value, EXAMPLE, "2", None, print)
+    assert score(lambda e, c: value, [EXAMPLE], [["2"]]).rewards == 1

@@ -146,11 +146,34 @@ def test_the_text_of_targets_is_not_a_list_of_letters(policy):
         ({"heldout_prompts": -1}, "task.heldout_prompts must be at least 0, got -1"),
         ({"seed": None}, "task.seed must be a whole number, got None"),
         ({"rewards": "exact"}, "task.rewards must be a list of values, got 'exact'"),
+        ({"rewards": (len,)}, "task.rewards must be text, got <built-in"),
+        ({"thinking": "no"}, "task.thinking must be true or false, got 'no'"),
+        ({"thinking": 1}, "task.thinking must be true or false, got 1"),
+        ({"path": 3}, "task.path must be text, got 3"),
+        ({"template": True}, "task.template must be text, got True"),
+        ({"system": ("a",)}, r"task.system must be text, got \('a',\)"),
+        ({"date": 2024}, "task.date must be text, got 2024"),
+        ({"control_tokens": "no"}, "control_tokens must be one of spell, keep, got"),
+        ({"eos_ids": 3}, "task.eos_ids must be a list of values, got 3"),
+        ({"eos_ids": ("3",)}, "task.eos_ids must be a whole number, got '3'"),
+        ({"levels": "12"}, "task.levels must be a list of values, got '12'"),
+        ({"levels": [1.5]}, r"task.levels must be values of str or int, got 1\.5"),
+        ({"tag_fields": {"a": 1}}, "task.tag_fields must be a list of values, got"),
+        ({"vocab_size": "300"}, "task.vocab_size must be a whole number, got '300'"),
+        ({"tokenizer": "gpt2"}, "task.tokenizer must be a tokenizer, got 'gpt2'"),
+        ({"template_arguments": "a=1"}, r"mapping or a list .*got 'a=1'; give \{'NAME"),
+        ({"template_arguments": [1]}, r"mapping or a list of NAME=VALUE, got \[1\]"),
     ],
 )
 def test_options_of_a_task(options, message):
     with pytest.raises(ConfigError, match=message):
         gj.load_task("chains", **options)
+
+
+@pytest.mark.parametrize("wrong", ["gsm8k", 3, gj.ModelConfig()])
+def test_a_task_of_a_run_is_one(wrong):
+    with pytest.raises(ConfigError, match="task must be a Task, got .*load_task's"):
+        gj.train(gj.TrainConfig(), task=wrong)
 
 
 @pytest.mark.parametrize(
