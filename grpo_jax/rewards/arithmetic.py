@@ -52,6 +52,8 @@ class _Reader:
 
     def __init__(self, text: str):
         self.tokens: list[str] = []
+        if comma_in_brackets(text):  # (3,456) is a pair
+            raise _NoValueError
         for old, new in _OPERATORS.items():
             text = re.sub(re.escape(old) + r"(?![A-Za-z])", new, text)
         text, end = text.strip(), 0
@@ -149,6 +151,16 @@ class _Reader:
         if value is None or self._next()[:1].isdecimal() or self._next() == "\\frac":
             raise _NoValueError  # 2 3, 2\frac{3}{2}
         return value
+
+
+def comma_in_brackets(text: str) -> bool:
+    """Whether a comma stands between ( and ), or [ and ]."""
+    depth = 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth > 0:
+            return True
+    return False
 
 
 def _bounded(value: Fraction) -> Fraction:

@@ -74,10 +74,17 @@ _UNITS = {
     )
     for word in names
 }
-_TEXT_UNIT = re.compile(r"(?s)(.*\S)\s*\\text\s*\{([^{}]*)\}(?:\^\s*\{?[0-9]\}?)?")
+_POWER = r"(?:\^\s*\{?([0-9])\}?)?"
+_TEXT_UNIT = re.compile(rf"(?s)(.*\S)\s*\\text\s*\{{([^{{}}]*)\}}{_POWER}")
+_POWERS = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cubed": "3"}
+_SYMBOL_UNITS = [  # of the whole answer: $5, 5%, 5 degrees
+    (re.compile(r"-?\s*\\\$[^$]*"), "dollar"),
+    (re.compile(r"(?s).*\\?%"), "percent"),
+    (re.compile(rf"(?s).*(?:{_DEGREES.pattern})"), "degree"),
+]
 _BARE_UNIT = re.compile(
     rf"(.*[0-9}}])\s*({'|'.join(re.escape(u) for u in _UNITS if len(u) > 2)})"
-    r"(?:\^\s*\{?[0-9]\}?)?"
+    + _POWER
 )
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -108,6 +115,7 @@ def read_answer(text: str) -> Answer:
         text = text.replace(old, new)
     text = re.sub(r"(?<=[0-9]),\s*\\!\s*(?=[0-9]{3})", "", text)  # 20,\!000
     text = _SPACES.sub(_space, text)
+    symbol = _symbol_unit(text.strip().rstrip(".,;: "))
     text = re.sub(r"\\\$|\$|\\[()\[\]](?![0-9])", "", text)
     text = _SIZES.sub("", text)
     text = _TEXT.sub(r"\\text", text)
@@ -119,6 +127,7 @@ def read_answer(text: str) -> Answer:
     if (words := _WORDS.fullmatch(text)) and re.search("[0-9]", text):
         text = words.group(1).rstrip(".,;: ")
     text, unit = _without_unit(text)
+    unit = unit or symbol
     text = re.sub(r"\\?%", "", text).strip()
     text = re.sub(r"^\\approx(?![A-Za-z])\s*", "", text)
     text = re.sub(r"(?<![0-9])\.(?=[0-9])", "0.", text)
@@ -144,6 +153,10 @@ def _command(match: re.Match) -> str:
     return f"\\{_COMMANDS.get(name, name)}"
 
 
+def _symbol_unit(text: str) -> str:
+    return next((unit for mark, unit in _SYMBOL_UNITS if mark.fullmatch(text)), "")
+
+
 def _without_unit(text: str) -> tuple[str, str]:
     """(text without its unit, canonical unit or "")."""
     match = _TEXT_UNIT.fullmatch(text) or _BARE_UNIT.fullmatch(text)
@@ -157,7 +170,10 @@ def _without_unit(text: str) -> tuple[str, str]:
     units = {_UNITS[word] for word in words if word in _UNITS}
     if not units and len(match.group(2).strip()) < 2:  # 3\text{A} is no three amperes
         return text, ""
-    # "square feet" has the unit foot; "miles per hour" the unit "hour mile".
+    # "square feet" has the unit "2 foot"; "miles per hour" the unit "hour mile".
+    powers = {_POWERS[word] for word in words if word in _POWERS}
+    power = match.group(3) or "".join(sorted(powers))
+    units |= {power} if units and power not in ("", "1") else set()
     return match.group(1).rstrip(".,;: "), " ".join(sorted(units))
 
 
@@ -189,13 +205,48 @@ def _same_body(gold: str, answer: str) -> bool | None:
         return _same_in_base_ten(a, b) or bool(_same_parts(gold, answer))
     if re.fullmatch(r"\(?[A-Z]\)?", a) and re.fullmatch(r"\(?[A-Z]\)?", b):
         return a.strip("()") == b.strip("()")
+    if re.fullmatch(r"\(?[A-Da-d]\)?", a) and re.fullmatch(r"\(?[A-Da-d]\)?", b):
+        return a.strip("()").upper() == b.strip("()").upper()  # a choice
     if words := _WORDS.fullmatch(gold):  # to sympy CBAD is a product, equal to ABCD
         return a.casefold() == b.casefold() or bool(_same_parts(words.group(1), answer))
     if a.isalpha() and a.casefold() == b.casefold() and len(a) > 1:
         return True
+    kinds = {_kind(gold), _kind(answer)}
+    if "tuple" in kinds and (x is not None or y is not None):
+        return False
     if x is not None or y is not None:  # 1,234 is a number, not the list 1, 234
         return None
-    return _same_parts(gold, answer)
+    if (verdict := _same_named(gold, answer)) is not None:
+        return verdict
+    return False if kinds == {"tuple", "list"} else _same_parts(gold, answer)
+
+
+def _kind(body: str) -> str:
+    """What an answer is by its brackets and commas: "tuple" (point or interval: the
+    order of its parts counts), "list" (or set: it does not), or "one"."""
+    left, parts, _ = _parts(body)
+    if left == r"\{":
+        return "list"
+    if len(parts) == 1 or exact_value(body) is not None:
+        return "one"
+    return "tuple" if left else "list"
+
+
+def _same_named(gold: str, answer: str) -> bool | None:
+    """Whether x = 5, y = 3 is the same as 5, 3 or (5, 3), in that order; None for
+    answers of any other form."""
+    (left, golds, _), (left2, answers, _) = _parts(gold), _parts(answer)
+    pair = [[read_answer(part) for part in x] for x in (golds, answers)]
+    named, named2 = (len({part.prefix for part in parts} - {""}) > 1 for parts in pair)
+    if named == named2 or len(golds) != len(answers):
+        return None
+    unnamed, bracket = (answers, left2) if named else (golds, left)
+    if any("=" in part for part in unnamed):
+        return None
+    if bracket == r"\{" or (named2 and not bracket):  # a list is in any order
+        return False if named else None
+    verdicts = [same_answer(g, a) for g, a in zip(*pair, strict=True)]
+    return True if all(verdicts) else False if False in verdicts else None
 
 
 def _same_in_base_ten(a: str, b: str) -> bool:
@@ -230,9 +281,9 @@ def _parts(text: str) -> tuple[str, list[str], str]:
     for left, right in ((r"\{", r"\}"), ("(", ")"), ("(", "]"), ("[", ")"), ("[", "]")):
         inner = text[len(left) : -len(right)]
         if text.startswith(left) and text.endswith(right) and balanced(inner):
-            return left, _split(inner), right
+            return left, split_parts(inner), right
     parts = []
-    for part in _split(text):
+    for part in split_parts(text):
         both = re.split(r"\\pm(?![A-Za-z])", part)
         parts += [part] if len(both) != 2 else [s.join(both) for s in "+-"]
     return "", parts, ""
@@ -248,7 +299,7 @@ def balanced(text: str) -> bool:
     return depth == 0
 
 
-def _split(text: str) -> list[str]:
+def split_parts(text: str) -> list[str]:
     """The text cut at commas and semicolons outside brackets."""
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):

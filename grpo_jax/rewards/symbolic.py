@@ -11,8 +11,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from grpo_jax.rewards.arithmetic import NOT_ARITHMETIC, exact_value
-from grpo_jax.rewards.latex import balanced, read_answer, same_answer
+from grpo_jax.rewards.arithmetic import (
+    NOT_ARITHMETIC,
+    comma_in_brackets,
+    exact_value,
+)
+from grpo_jax.rewards.latex import balanced, read_answer, same_answer, split_parts
+from grpo_jax.rewards.wellformed import incomplete
 
 MAX_SYMBOLIC = 400  # characters that sympy may be given
 MAX_DEPTH = 10  # brackets within brackets
@@ -46,7 +51,30 @@ def same_math(gold: str, answer: str, *, spelling: bool = True) -> bool:
     bodies = [a.equation() if equations else a.body for a in (left, right)]
     if any(map(NOT_ARITHMETIC.search, bodies)):  # 12:30 is no 2:5
         return "".join(bodies[0].split()) == "".join(bodies[1].split())
-    return _comparable(*bodies) and _same_by_math_verify(*bodies)
+    if not _comparable(*bodies):
+        return False
+    return _same_by_math_verify(*_without_capitals(*map(_spaced, bodies)))
+
+
+def _spaced(body: str) -> str:
+    """The body with a space after each comma in brackets: math_verify takes (3,456)
+    for 3456."""
+    return re.sub(r",(?=[0-9])", ", ", body) if comma_in_brackets(body) else body
+
+
+def _without_capitals(*bodies: str) -> list[str]:
+    """The bodies with an unused small letter for each capital: to math_verify R is r,
+    and E the number e."""
+    outside = re.compile(
+        r"(\\(?:text|mathbb|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+)|([A-Za-z])"
+    )
+    used = {m[2] for body in bodies for m in outside.finditer(body) if m[2]}
+    free = [x for x in "abcfghjklmnopqrstuvwxyz" if not used & {x, x.upper()}]
+    new = {x: x.lower() for x in used}
+    for capital in sorted(x for x in used if x.isupper()):
+        if capital.lower() in used or capital in "EID":
+            new[capital] = free.pop() if free else capital
+    return [outside.sub(lambda m: m[1] or new[m[2]], body) for body in bodies]
 
 
 def refused(body: str) -> str | None:
@@ -57,6 +85,8 @@ def refused(body: str) -> str | None:
         return "a character that is not listed"
     if not balanced(body):
         return "brackets that do not match"
+    if incomplete(body):
+        return "a command or an operator without its argument"
     if "__" in body:
         return "two underscores"
     if re.search(rf"[0-9]{{{MAX_DIGITS}}}", body):
@@ -83,6 +113,9 @@ def _comparable(gold: str, answer: str) -> bool:
     if (":" in gold) != (":" in answer):  # 2:5 is no 0.4
         return False
     # math_verify takes the right-hand side of any equation: 2+2=5 would be a 5.
+    if "=" in gold and "=" not in answer:  # x = 1, x = 2 is 1, 2; x + y = 5 is no 5
+        names = {read_answer(part).prefix for part in split_parts(gold)}
+        return len(names) == 1 and "" not in names
     return "=" in gold or "=" not in answer
 
 

@@ -25,6 +25,7 @@ from grpo_jax.rewards.latex import read_answer, same_answer
 from grpo_jax.rewards.numbers import PLAIN, one_number, too_many_digits
 from grpo_jax.rewards.symbolic import same_math
 from grpo_jax.rewards.types import Example
+from grpo_jax.rewards.wellformed import incomplete
 
 TAIL = 20_000  # last characters of a completion that are searched for an answer
 MAX_EXPRESSION = 300  # characters of a countdown answer
@@ -317,6 +318,8 @@ def _check_latex(gold: str) -> str | None:
         return "it is a sentence"
     if re.fullmatch(r"[0-9]+\s*[-\u2010-\u2013]\s*[0-9]+", gold):  # a range or a score
         return "it can be read in two ways"
+    if missing := incomplete(gold):
+        return f"its LaTeX is not complete: {missing}"
     answer = read_answer(gold)
     if same_answer(answer, answer) is not True:
         return "nothing of it can be compared"
