@@ -14,6 +14,17 @@ MAX_ANSWER = 4000  # characters; the longest gold of MATH has 420
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_BASE = re.compile(r" *_(?:[0-9]|\{ *[0-9]+ *\})")  # \\boxed{101}_2 is 101_2
+# What makes a box a part of something longer, such as -\\boxed{5} or \\boxed{5}/6.
+_PART_BEFORE = re.compile(
+    r"(?:[-+\u2212/^_]|[0-9] *[:.]?|(?<!\*)\*|\\(?:times|cdot|div|pm))[\s$]*$|"
+    r"(?:[\^_]|\\(?:[dtc]?frac|binom)(?:\{[^{}]*\})?|\\sqrt)\{$"
+)
+_PART_AFTER = re.compile(
+    r"[\s$~]*(?:\^(?!\s*\{?\s*\\circ)|[_!/]|\*(?!\*)|[-+] *[0-9\\]|"
+    r"\\(?:pi|sqrt|[dtc]?frac|times|cdot|div|pm)(?![A-Za-z])|"
+    r"(?:dozen|hundred|thousand|million|billion|trillion)s?\b)|[0-9]"
+)
 _OR_BEFORE = re.compile(r"[0-9}][\s$}]*\bor[\s$]*$")
 _OR_AFTER = re.compile(r"[\s$}]*or[\s$]+[-+]?[0-9\\]\S*")
 _HASHES = re.compile(r"####([^\n]*)")
@@ -48,7 +59,12 @@ def _box_at(text: str, start: int) -> str | None:
     for brace in _BRACE.finditer(body):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)  # \{ opens no group
         if depth == 0:
-            return body[1 : brace.start()].strip()
+            inside, base = (
+                body[1 : brace.start()].strip(),
+                _BASE.match(body, brace.end()),
+            )
+            number = re.fullmatch(r"-?[0-9.]+", inside)
+            return f"{inside}{base[0].strip()}" if base and number else inside
     return None
 
 
@@ -67,17 +83,39 @@ def final_number(text: str) -> Fraction | None:
 def several_answers(text: str) -> list[str]:
     """The answers that a text marks by `####` or \\boxed, where they are not the same
     or an "or" joins another one to the last; else []."""
-    marked = [match.group(1) for match in _HASHES.finditer(text)]
+    marked = [part.partition("\n")[0] for part in text.split("####")[1:]]
     marked = [m for m in marked if not _BOX.search(m)]  # "#### \\boxed{5}"
     marked = list(dict.fromkeys(m.strip() for m in [*marked, *boxes(text)] if m))
     if len(marked) > 1:
         return marked
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0 or not marked:
-        return []
-    end = text.find(marked[0], start) + len(marked[0])
-    joined = _OR_BEFORE.search(text[:start][-80:]) or _OR_AFTER.match(text[end:])
+    before, after = _around_box(text)
+    joined = _OR_BEFORE.search(before) or _OR_AFTER.match(after)
     return [*marked, joined[0].strip()] if joined else []
+
+
+def part_of(text: str) -> str | None:
+    """What the last \\boxed of a text is a part of: a gold of -\\boxed{5} is no 5."""
+    before, after = _around_box(text)
+    if _PART_BEFORE.search(before) or _PART_AFTER.match(after):
+        return text.strip()[-60:]
+    return None
+
+
+def _around_box(text: str) -> tuple[str, str]:
+    """(up to 80 characters before the last \\boxed{...}, what follows it)."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    inside = last_boxed(text)
+    if start < 0 or not inside:
+        return "", ""
+    depth = 0
+    for brace in _BRACE.finditer(text, start + 5):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0 and brace.group() == "}":
+            end = brace.end()
+            base = _BASE.match(text, end)
+            belongs = base is not None and inside.endswith(base[0].strip())
+            return text[:start][-80:], text[base.end() if base and belongs else end :]
+    return text[:start][-80:], ""  # \\boxed 5
 
 
 def marked_answer(text: str) -> str | None:

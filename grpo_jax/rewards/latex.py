@@ -202,7 +202,8 @@ def _same_body(gold: str, answer: str) -> bool | None:
     if a == b:  # 1, 234 is a list, which is no answer to the number 1,234
         return x is None
     if re.search(r"[0-9]_", a + b):  # 101_2 is a number in base 2, and no other text
-        return _same_in_base_ten(a, b) or bool(_same_parts(gold, answer))
+        a, b = (re.sub(r"^\((-?[0-9.]+)\)_", r"\1_", x) for x in (a, b))
+        return a == b or _same_in_base_ten(a, b) or bool(_same_parts(gold, answer))
     if re.fullmatch(r"\(?[A-Z]\)?", a) and re.fullmatch(r"\(?[A-Z]\)?", b):
         return a.strip("()") == b.strip("()")
     if re.fullmatch(r"\(?[A-Da-d]\)?", a) and re.fullmatch(r"\(?[A-Da-d]\)?", b):

@@ -117,7 +117,7 @@ def _read_text(path: Path) -> str:
 def _loads(text: str) -> Any:
     """The JSON value. A number that is no integer keeps its digits, and so does one too
     long for Python: a gold answer is what the file says."""
-    return json.loads(text, parse_float=_decimal, parse_int=_int)
+    return json.loads(text, **_PARSERS)
 
 
 def _decimal(text: str) -> Written:
@@ -133,6 +133,22 @@ def _int(text: str) -> int | str | Written:
     return int(text) if len(text) <= MOST_DIGITS else text
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in values if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands there twice")
+    return values
+
+
+_PARSERS: Any = {
+    "parse_float": _decimal,
+    "parse_int": _int,
+    "object_pairs_hook": _object,
+}
+
+
 def _reason(error: ValueError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
@@ -141,7 +157,7 @@ def _reason(error: ValueError | RecursionError) -> str:
 
 def _unreadable_row(text: str) -> int:
     """The first element of an array that cannot be read, from 1."""
-    decoder = json.JSONDecoder(parse_float=_decimal, parse_int=_int)
+    decoder = json.JSONDecoder(**_PARSERS)
     row, start = 1, text.find("[") + 1
     while True:
         start = _SEPARATOR.match(text, start).end()  # type: ignore[union-attr]

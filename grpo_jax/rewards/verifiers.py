@@ -19,6 +19,7 @@ from grpo_jax.rewards.answers import (
     final_number,
     last_boxed,
     marked_answer,
+    part_of,
     several_answers,
 )
 from grpo_jax.rewards.latex import read_answer, same_answer
@@ -267,6 +268,8 @@ def check_gold(name: str, answer: str) -> str | None:
         return None
     if name in ("gsm8k", "math") and (several := several_answers(answer)):
         return f"it marks several answers ({', '.join(x[:40] for x in several[:3])})"
+    if name in ("gsm8k", "math") and (longer := part_of(answer)):
+        return f"its \\boxed is part of something longer: {longer!r}"
     if name == "gsm8k":
         return _check_number(answer)
     if not answer.strip():

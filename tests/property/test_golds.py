@@ -193,6 +193,7 @@ def test_a_number_compared_as_text_keeps_its_digits(
         r"$\boxed{5}$ or $6$",
         r"\boxed{5} or \frac{1}{2}",
         "#### 5\n#### 6",
+        "#### 5 #### 6",
         "#### 5\nso \\boxed{6}",
     ],
 )
@@ -204,7 +205,56 @@ def test_a_gold_that_marks_several_answers_is_refused(name, gold):
 @pytest.mark.parametrize(
     "gold",
     [
+        *(
+            r"-\boxed{5}",
+            r"= -$\boxed{5}$",
+            r"\frac{\boxed{5}}{6}",
+            r"\frac{1}{\boxed{5}}",
+        ),
+        *(
+            r"\boxed{5}!",
+            r"\boxed{5}^2",
+            r"$\boxed{5}$/6",
+            r"\boxed{5}\pi",
+            r"\boxed{5}6",
+        ),
+        *(r"2\boxed{5}", r"2 \cdot \boxed{5}", r"2:\boxed{5}", r"x^{\boxed{5}}"),
+        *(
+            r"\boxed{5} million",
+            r"\boxed{5} + 3",
+            r"\boxed{5}\frac{1}{2}",
+            r"3.\boxed{5}",
+            r"\boxed{x}_1",
+        ),
+    ],
+)
+def test_a_gold_whose_box_is_a_part_of_it_is_refused(name, gold):
+    assert "part of something longer" in str(check_gold(name, gold))
+
+
+def test_a_base_after_the_box_belongs_to_the_number():
+    """As in seven solutions of MATH."""
+    for gold in (r"so \boxed{110}_2.", r"\boxed{110}_{2}", r"\boxed{110_2}", "(110)_2"):
+        assert check_gold("math", gold) is None and check_gold("gsm8k", gold)
+        for right in (r"\boxed{110}_2", r"\boxed{110}_{2}.", r"\boxed{110_{2}}"):
+            assert score("math", gold, right) == 1, (gold, right)
+        for wrong in (r"\boxed{110}", r"\boxed{6}", r"\boxed{110}_3"):
+            assert score("math", gold, wrong) == 0, (gold, wrong)
+    assert score("gsm8k", "110", r"\boxed{110}_2") == 0
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math"])
+@pytest.mark.parametrize(
+    "gold",
+    [
         r"\boxed{5}",
+        *(r"**\boxed{5}**", r"3 + 2 = \boxed{5}^\circ", r"\boxed{5}$ (that is, $5$)."),
+        *(
+            r"x = \boxed{5}.\]",
+            r"{\boxed{5}}",
+            r"\text{Answer: }\boxed{5}",
+            r"\boxed 5",
+        ),
         r"so \boxed{5}. Hence \boxed{ 5 }",
         r"#### \boxed{5}",
         "\\boxed{5}\n#### 5",

@@ -207,8 +207,12 @@ def test_a_task_made_in_code_refuses_half_a_character_too(tmp_path):
             '{"prompt": ' + "[" * 5000 + "]" * 5000 + "}",
             "nested too deep|expected text",
         ),
+        (
+            '{"prompt": "x", "answer": "1", "answer": "2"}',
+            "'answer' stands there twice",
+        ),
     ],
-    ids=["open", "nested"],
+    ids=["open", "nested", "twice"],
 )
 def test_what_json_cannot_read_names_its_line(tmp_path, line, words):
     lines = [json.dumps(row) for row in sums(6)]
