@@ -6,11 +6,57 @@ is exactly 0.
 """
 
 import math
-from typing import NamedTuple
+import operator
+import reprlib
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+
+
+def check_number(
+    name: str, value: Any, allows: Callable[[Any], Any], rule: str
+) -> None:
+    """ValueError unless the value is a number (or array) and allowed; a traced one
+    (`optax.inject_hyperparams`) passes."""
+    good: Any = isinstance(value, Real | np.ndarray | jax.Array)
+    if good and not isinstance(value, bool):
+        good = allows(value)
+        if isinstance(good, Tracer) or np.all(good):
+            return
+    raise ValueError(f"{name} {rule}, got {reprlib.repr(value)}.")
+
+
+def not_negative(value: Any) -> Any:
+    """Whether a number is 0 or more."""
+    return value >= 0
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """A static whole number; ValueError for all else, and for one below `least`."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None and isinstance(value, jax.Array):
+        raise ValueError(
+            f"{name} must be an integer outside jit, got {value}; give "
+            f"optax.inject_hyperparams static_args={name!r}."
+        )
+    if whole is None or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    if whole < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return whole
+
+
+def as_array(values: Any) -> jax.Array:
+    """An array [...] as it is; numbers and lists of them as an array of floats."""
+    return values if hasattr(values, "ndim") else jnp.asarray(values, float)
 
 
 class GroupStatistics(NamedTuple):
@@ -25,6 +71,7 @@ class GroupStatistics(NamedTuple):
 
 def group_statistics(rewards: jax.Array) -> GroupStatistics:
     """Mean, deviations and ties of each prompt's rewards [P, G] that are present."""
+    rewards = as_array(rewards)
     if rewards.ndim != 2:
         raise ValueError(
             f"rewards must be [num_prompts, group_size], got {rewards.shape}; "
@@ -63,15 +110,14 @@ def inverse_std(rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 0) -> jax.
         Shao et al. 2024, arXiv:2402.03300 (the division); Ge et al. 2026,
         arXiv:2601.23135 (why it is an adaptive per-prompt step).
     """
-    if not isinstance(eps, jax.Array) and not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}.")
+    check_number("eps", eps, not_negative, "must not be negative")
     std, tied = group_std(rewards, ddof=ddof)
     return jnp.where(tied, 0.0, 1.0 / jnp.where(tied, 1.0, std + eps))
 
 
 def group_std(rewards: jax.Array, *, ddof: int = 0) -> tuple[jax.Array, jax.Array]:
     """Std [P] of each group, exactly 0 where it is tied, and which are tied [P]."""
-    static = not isinstance(ddof, Tracer)
+    rewards, static = as_array(rewards), not isinstance(ddof, Tracer)
     if static and ddof not in (0, 1):
         raise ValueError(f"ddof must be 0 or 1, got {ddof}.")
     if static and rewards.ndim == 2 and rewards.shape[1] <= ddof:
@@ -113,6 +159,7 @@ def inverse_batch_std(
     rewards: jax.Array, *, eps: float = 1e-6, ddof: int = 0
 ) -> jax.Array:
     """[P] 1 / (std of all rewards [P, G] + eps), repeated; 0 if they all tie."""
+    rewards = as_array(rewards)
     count = len(group_statistics(rewards).count)  # also checks the shape
     return inverse_std(rewards.reshape(1, -1), eps=eps, ddof=ddof).repeat(count)
 
@@ -125,6 +172,7 @@ def inverse_group_mean(rewards: jax.Array, *, eps: float = 1e-6) -> jax.Array:
     grad log p (Tajwar et al. 2026, arXiv:2602.02710). At G = 2 it is p (1 - p) grad
     logit p: REINFORCE. A group whose mean is not positive gets 0.
     """
+    check_number("eps", eps, not_negative, "must not be negative")
     statistics = group_statistics(rewards)
     usable = ~statistics.tied & (statistics.mean > 0)
     return jnp.where(usable, 1.0 / jnp.where(usable, statistics.mean + eps, 1.0), 0.0)
@@ -229,8 +277,7 @@ def expected_group_std(p: jax.Array, group_size: int) -> jax.Array:
     Returns:
         [...], population std (ddof 0), summed exactly over the binomial.
     """
-    if group_size < 2:
-        raise ValueError(f"group_size must be at least 2, got {group_size}.")
+    group_size = whole_number("group_size", group_size, 2)
     p = jnp.asarray(p, float)[..., None]
     shape = (1,) * (p.ndim - 1) + (group_size - 1,)
     mixed = range(1, group_size)  # successes in a group that is not tied

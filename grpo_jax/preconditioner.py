@@ -25,9 +25,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
-from grpo_jax.advantages import group_statistics, group_std
+from grpo_jax.advantages import (
+    as_array,
+    check_number,
+    group_statistics,
+    group_std,
+    not_negative,
+)
 
 Power = float | optax.Schedule  # a schedule counts calls: one per batch of rollouts
 
@@ -61,8 +66,11 @@ def apply_weights(
     Raises:
         ValueError: the rule remembers prompts and prompt_ids [P] are missing.
     """
+    rewards = as_array(rewards)
     if not rule.by_prompt:
         return rule.weights(rewards, state)
+    if prompt_ids is not None and not hasattr(prompt_ids, "shape"):
+        prompt_ids = jnp.asarray(prompt_ids)
     if prompt_ids is None or prompt_ids.shape != rewards.shape[:1]:
         got = None if prompt_ids is None else prompt_ids.shape
         raise ValueError(
@@ -79,10 +87,11 @@ def stateless(weights: Callable[[jax.Array], jax.Array]) -> PromptWeights:
     )
 
 
-def check_number(name: str, value: Any, good: Any, rule: str) -> None:
-    """ValueError unless `good`; a traced value (`optax.inject_hyperparams`) passes."""
-    if not isinstance(good, Tracer) and not good:
-        raise ValueError(f"{name} {rule}, got {value}.")
+def check_power(power: Any) -> None:
+    """ValueError unless it is a finite number or a schedule."""
+    if not callable(power):
+        rule = "must be a finite number or a schedule"
+        check_number("power", power, lambda x: abs(x) < float("inf"), rule)
 
 
 def unit_weights() -> PromptWeights:
@@ -110,7 +119,9 @@ def std_weights(
         Ge et al. 2026, arXiv:2601.23135 (the preconditioner view of power 1); the same
         view independently in arXiv:2607.00152 and arXiv:2605.24331.
     """
-    check_number("eps", eps, eps >= 0, "must not be negative")
+    check_number("eps", eps, not_negative, "must not be negative")
+    check_number("ddof", ddof, lambda x: (x == 0) | (x == 1), "must be 0 or 1")
+    check_power(power)
 
     def weights(rewards: jax.Array, power: Any) -> jax.Array:
         std, tied = group_std(rewards, ddof=ddof)
@@ -154,7 +165,8 @@ class ParameterShapes:
                         f"{now[path]}; chain mean_over_prompts() right after the "
                         "weights, or every parameter gets a copy for each prompt."
                     )
-        for path, got in ParameterShapes.of(updates).by_path:
+        gradients = ParameterShapes.of(updates).by_path
+        for path, got in gradients:
             shape = shapes.get(path, got[1:])
             if not got or got[1:] != shape:
                 raise ValueError(
@@ -162,6 +174,11 @@ class ParameterShapes:
                     f"as `init` saw the parameter, got {got}; differentiate the [P] "
                     "losses (jax.jacrev), not their mean, and chain "
                     "mean_over_prompts() once, right after the weights."
+                )
+            if got[0] != gradients[0][1][0]:
+                raise ValueError(
+                    "gradients must be of the same prompts, [P, *param_shape], got "
+                    f"{gradients[0][0]} {gradients[0][1]} and {path} {got}."
                 )
 
 
@@ -187,7 +204,13 @@ def scale_by_prompt_weights(
     `rewards` [P, G], and `prompt_ids` [P] where the rule remembers prompts. It keeps
     the prompt axis: chain `mean_over_prompts` after it. Without that the next update
     raises ValueError: it meets parameters with a prompt axis that `init` did not see.
+    Chain it first: what an optimizer makes of these gradients cannot be told from them.
     """
+    if not isinstance(prompt_weights, PromptWeights):
+        raise ValueError(
+            f"prompt_weights must be PromptWeights, got {prompt_weights!r}; call a "
+            "rule, such as std_weights()."
+        )
 
     def init_fn(params: Any) -> ScaleByPromptWeightsState:
         shapes = ParameterShapes.of(params)
@@ -198,11 +221,16 @@ def scale_by_prompt_weights(
         state: Any,
         params: Any = None,
         *,
-        rewards: jax.Array,
+        rewards: jax.Array | None = None,
         prompt_ids: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[Any, ScaleByPromptWeightsState]:
         del extra_args
+        if rewards is None:
+            raise ValueError(
+                "rewards must be [P, G], those of the prompts, got None; call "
+                "update(grads, state, params, rewards=rewards)."
+            )
         weights, weights_state = apply_weights(
             prompt_weights, rewards, state.weights_state, prompt_ids
         )

@@ -1,6 +1,5 @@
 """Rules for prompt weights, and the registry of those that `--weights` names."""
 
-import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,16 +11,20 @@ import optax
 from jax.core import Tracer
 
 from grpo_jax.advantages import (
+    as_array,
+    check_number,
     expected_group_std,
     group_statistics,
     inverse_batch_std,
     inverse_beta_density,
     inverse_group_mean,
+    not_negative,
+    whole_number,
 )
 from grpo_jax.preconditioner import (
     Power,
     PromptWeights,
-    check_number,
+    check_power,
     stateless,
     std_weights,
     unit_weights,
@@ -44,6 +47,8 @@ PEER_STD: Mapping[str, Mapping[str, float]] = MappingProxyType(
 
 def batch_std_weights(*, eps: float = 1e-6, ddof: int = 0) -> PromptWeights:
     """w_p = 1 / (std of all the batch's rewards + eps): the same for every prompt."""
+    check_number("eps", eps, not_negative, "must not be negative")
+    check_number("ddof", ddof, lambda x: (x == 0) | (x == 1), "must be 0 or 1")
     return stateless(lambda rewards: inverse_batch_std(rewards, eps=eps, ddof=ddof))
 
 
@@ -58,6 +63,7 @@ def of_pass_rates(rule: PromptWeights) -> PromptWeights:
     def weights(
         rewards: jax.Array, state: Any, *prompt_ids: jax.Array
     ) -> tuple[jax.Array, Any]:
+        rewards = as_array(rewards)
         outside = (jnp.isfinite(rewards) & ((rewards < 0) | (rewards > 1))).any(-1)
         if not isinstance(outside, Tracer) and outside.any():
             raise ValueError(
@@ -77,6 +83,7 @@ def group_mean_weights(*, eps: float = 1e-6) -> PromptWeights:
 
     It ascends sum log p_x as G grows (`inverse_group_mean` has the finite group's).
     """
+    check_number("eps", eps, not_negative, "must not be negative")
     return of_pass_rates(stateless(lambda r: inverse_group_mean(r, eps=eps)))
 
 
@@ -100,15 +107,7 @@ def finite_group_weights(group_size: int | None = None) -> PromptWeights:
             rewards.
     """
     if group_size is not None:
-        try:
-            group_size = operator.index(group_size)
-        except TypeError as error:
-            raise ValueError(
-                f"group_size must be an integer outside jit, got {group_size}; give "
-                "optax.inject_hyperparams static_args='group_size'."
-            ) from error
-        if group_size < 2:
-            raise ValueError(f"group_size must be at least 2, got {group_size}.")
+        group_size = whole_number("group_size", group_size, 2)
 
     def weights(rewards: jax.Array) -> jax.Array:
         statistics = group_statistics(rewards)
@@ -152,9 +151,13 @@ def posterior_weights(
 
     The rewards must be in [0, 1]; between, they count as a share of a success.
     """
-    check_number("prior", prior, prior > 0, "must be positive")
-    kept = (discount >= 0) & (discount <= 1)
-    check_number("discount", discount, kept, "must be in [0, 1]")
+    if num_prompts is not None:
+        num_prompts = whole_number("num_prompts", num_prompts, 1)
+    check_power(power)
+    check_number("prior", prior, lambda x: x > 0, "must be positive")
+    check_number(
+        "discount", discount, lambda x: (x >= 0) & (x <= 1), "must be in [0, 1]"
+    )
 
     def init() -> PosteriorWeightsState:
         counts = (None, None)

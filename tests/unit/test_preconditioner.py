@@ -213,8 +213,99 @@ def test_a_new_rule_keeps_its_state():
 
 def test_rewards_are_a_required_keyword():
     tx = scale_by_group_std()
-    with pytest.raises(TypeError, match="rewards"):
+    message = (
+        r"rewards must be \[P, G\], .*update\(grads, state, params, rewards=rewards"
+    )
+    with pytest.raises(ValueError, match=message):
         tx.update(np.float32([1, 2]), tx.init(np.float32(0)))
+
+
+def test_rewards_and_ids_may_be_lists():
+    grads, rule = np.float32([1, 2]), posterior_weights(3)
+    for tx, more in (
+        (scale_by_group_std(), {}),
+        (scale_by_prompt_weights(rule), {"prompt_ids": [2, 0]}),
+    ):
+        state = tx.init(np.float32(0))
+        got = tx.update(grads, state, rewards=[[0, 1, 1], [0, 1, 0]], **more)
+        arrays = {name: np.array(ids) for name, ids in more.items()}
+        rewards = np.float32([[0, 1, 1], [0, 1, 0]])
+        expected = tx.update(grads, state, rewards=rewards, **arrays)
+        chex.assert_trees_all_close(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", ["std", std_weights, None, 1.0])
+def test_a_rule_is_one(wrong):
+    with pytest.raises(
+        ValueError, match=r"must be PromptWeights, got .*std_weights\(\)"
+    ):
+        scale_by_prompt_weights(wrong)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "message"),
+    [
+        *(
+            (rule, {"eps": eps}, "eps must not be negative, got")
+            for rule in (std_weights, batch_std_weights, group_mean_weights)
+            for eps in (-1e-3, NAN, "1", None)
+        ),
+        *(
+            (rule, {"ddof": ddof}, "ddof must be 0 or 1, got")
+            for rule in (std_weights, batch_std_weights)
+            for ddof in (2, -1, 0.5, "1", None)
+        ),
+        *(
+            (rule, {"power": power}, "power must be a finite number or a schedule, got")
+            for rule in (std_weights, posterior_weights)
+            for power in ("1", NAN, INF, None, (1,))
+        ),
+        *(
+            (finite_group_weights, {"group_size": size}, message)
+            for size, message in (
+                (2.5, r"group_size must be a whole number, got 2\.5"),
+                ("4", "group_size must be a whole number, got '4'"),
+                (True, "group_size must be a whole number, got True"),
+                (1, "group_size must be at least 2, got 1"),
+            )
+        ),
+        (
+            posterior_weights,
+            {"num_prompts": 0},
+            "num_prompts must be at least 1, got 0",
+        ),
+        (posterior_weights, {"num_prompts": 2.5}, "must be a whole number, got 2.5"),
+        (posterior_weights, {"prior": "1"}, "prior must be positive, got '1'"),
+        (posterior_weights, {"prior": NAN}, "prior must be positive, got nan"),
+        (
+            posterior_weights,
+            {"discount": NAN},
+            r"discount must be in \[0, 1\], got nan",
+        ),
+        (
+            posterior_weights,
+            {"discount": None},
+            r"discount must be in \[0, 1\], got None",
+        ),
+    ],
+)
+def test_settings_of_rules_are_refused_where_they_are_made(rule, settings, message):
+    with pytest.raises(ValueError, match=message):
+        rule(**settings)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_gradients_of_different_numbers_of_prompts_have_no_mean(jit):
+    tx = mean_over_prompts()
+    state = tx.init({"a": jnp.zeros(2), "b": jnp.zeros(())})
+    grads = {"a": jnp.ones((3, 2)), "b": jnp.ones(4)}
+    update = jax.jit(tx.update) if jit else tx.update
+    message = r"of the same prompts, .*\['a'\] \(3, 2\) and \['b'\] \(4,\)"
+    with pytest.raises(ValueError, match=message):
+        update(grads, state)
 
 
 def binary(*solved, group_size=4):

@@ -26,7 +26,9 @@ from tests.variants import Case, bools, called_by, check, floats, public_functio
 MODULES = (advantages, intervals, loglinear, logprobs, preconditioner, prompt_weights)
 # Nothing to trace.
 ON_THE_HOST = {
-    *public_functions(intervals), "loglinear.flow_time", "preconditioner.check_number"
+    *public_functions(intervals), "loglinear.flow_time", "preconditioner.check_power",
+    *(f"advantages.{n}" for n in ("check_number", "not_negative", "whole_number")),
+    "advantages.as_array",
 }  # fmt: skip
 
 P, G, T, V, D, K = 3, 4, 5, 7, 3, 6  # K: responses to a prompt of a log-linear policy

@@ -48,6 +48,31 @@ def test_settings_of_the_std(function, settings, message):
         function(REWARDS, **settings)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        gj.inverse_std,
+        gj.centred_advantages,
+        gj.leave_one_out_advantages,
+        gj.whitened_advantages,
+        lambda r: gj.std_weights().weights(r, ())[0],
+        lambda r: gj.batch_std_weights().weights(r, ())[0],
+        lambda r: gj.beta_weights().weights(r, ())[0],
+        lambda r: gj.finite_group_weights().weights(r, ())[0],
+    ],
+)
+def test_rewards_may_be_a_list(function):
+    np.testing.assert_allclose(function(REWARDS.tolist()), function(REWARDS), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"rewards must be \[num_prompts, group_size"):
+        function([1.0, 0.0])
+
+
+@pytest.mark.parametrize("size", [2.5, "4", None])
+def test_a_group_size_is_whole(size):
+    with pytest.raises(ValueError, match="group_size must be a whole number, got"):
+        gj.expected_group_std(0.5, size)
+
+
 @pytest.mark.parametrize("wrong", [ONES[:, :1], ONES[:1], ONES.T, ONES[0]])
 def test_derivatives_are_not_broadcast(wrong):
     for arguments in ((wrong, ONES), (ONES, wrong)):
