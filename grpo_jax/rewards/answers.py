@@ -23,7 +23,7 @@ _PART_BEFORE = re.compile(
 _PART_AFTER = re.compile(
     r"[\s$~]*(?:\^(?!\s*\{?\s*\\circ)|[_!/]|\*(?!\*)|[-+] *[0-9\\]|"
     r"\\(?:pi|sqrt|[dtc]?frac|times|cdot|div|pm)(?![A-Za-z])|"
-    r"(?:dozen|hundred|thousand|million|billion|trillion)s?\b)|[0-9]"
+    r"(?:dozen|hundred|thousand|million|billion|trillion)s?\b)|[0-9{]"
 )
 _OR_BEFORE = re.compile(r"[0-9}][\s$}]*\bor[\s$]*$")
 _OR_AFTER = re.compile(r"[\s$}]*or[\s$]+[-+]?[0-9\\]\S*")

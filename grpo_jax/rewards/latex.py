@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from grpo_jax.rewards.arithmetic import exact_value
-from grpo_jax.rewards.numbers import SCALE
+from grpo_jax.rewards.numbers import ENDLESS, SCALE
 
 _SPACES = re.compile(r"(\\\\)|\\!\s*|\\(?:[,;: ]|q?quad(?![A-Za-z]))|~")
 _SIZES = re.compile(
@@ -83,8 +83,7 @@ _SYMBOL_UNITS = [  # of the whole answer: $5, 5%, 5 degrees
     (re.compile(rf"(?s).*(?:{_DEGREES.pattern})"), "degree"),
 ]
 _BARE_UNIT = re.compile(
-    rf"(.*[0-9}}])\s*({'|'.join(re.escape(u) for u in _UNITS if len(u) > 2)})"
-    + _POWER
+    rf"(.*[0-9}}])\s*({'|'.join(re.escape(u) for u in _UNITS if len(u) > 2)})" + _POWER
 )
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -122,7 +121,7 @@ def read_answer(text: str) -> Answer:
     text = re.sub(r"\\([A-Za-z]+)", _command, text)
     text = re.sub(r"\s*,?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*", ", ", text)
     text = re.sub(r"(?<=[\s0-9}]),?\s+(?:and|or)\s+", ", ", text)
-    text = _DEGREES.sub("", text)
+    text = ENDLESS.sub(r"\1\\ldots ", _DEGREES.sub("", text))
     text = text.strip().rstrip(".,;: ")
     if (words := _WORDS.fullmatch(text)) and re.search("[0-9]", text):
         text = words.group(1).rstrip(".,;: ")

@@ -75,7 +75,9 @@ _ONE_LETTER = "aAmgshlLdcpFC"  # units, and the article; 5x and 5k are no 5
 _SQUARE = (
     r"(?:mm|cm|dm|m|km|in|ft|yd|mi|inch|inches|feet|foot|yards?|miles?|meters?|units?)"
 )
-_BROKEN = "\ufffd\u200b-\u200f\u2060\ufeff"  # an unknown token, or nothing to be seen
+# An unknown token, nothing to be seen, or a mark above a digit (0.3\u0305 is 1/3).
+_BROKEN = "\ufffd\x00-\x08\x0e-\x1f\x7f\u200b-\u200f\u2060\ufeff\u0304\u0305\u0307"
+ENDLESS = re.compile(r"([0-9]\.[0-9]+)\s*(?:\.{2,}|\u2026|\\[lc]?dots(?![A-Za-z]))")
 # Before a number, it is part of something else: x5, 10^5, \frac{a}{5}, a/5.
 _SPOILS = re.compile(
     rf"(?:[\w^√/{_BROKEN}]|±\s*|\\pm\s*|(?:[\^_}}]|frac|sqrt|binom|\])\{{)$"
@@ -134,6 +136,7 @@ def plain_fractions(text: str) -> str:
 def _plain(text: str) -> str:
     """The text with one spelling for what Unicode, LaTeX and Markdown spell in many."""
     text = plain_fractions(text.translate(_ASCII))
+    text = ENDLESS.sub("\\1\ufffd", text)  # 0.333... is another number than 0.333
     for pattern, replacement in _WRITINGS:
         text = pattern.sub(replacement, text)
     return text

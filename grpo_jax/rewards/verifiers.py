@@ -317,6 +317,8 @@ def _check_latex(gold: str) -> str | None:
         return f"it {reason}"
     if last_boxed(f"\\boxed{{{gold}}}") != gold:
         return f"its braces do not match, or it is too long: {gold[:40]!r}"
+    if hidden := re.search(r"[\x00-\x08\x0e-\x1f\x7f\u200b-\u200f\u2060\ufeff]", gold):
+        return f"it holds a character that is not seen, {hidden[0]!r}"
     if re.search(r"\banswer\s*(?:is\b|[:=])", gold, re.IGNORECASE):
         return "it is a sentence"
     if re.fullmatch(r"[0-9]+\s*[-\u2010-\u2013]\s*[0-9]+", gold):  # a range or a score

@@ -225,11 +225,36 @@ def test_a_gold_that_marks_several_answers_is_refused(name, gold):
             r"\boxed{5}\frac{1}{2}",
             r"3.\boxed{5}",
             r"\boxed{x}_1",
+            r"\boxed{5}{6}",
         ),
     ],
 )
 def test_a_gold_whose_box_is_a_part_of_it_is_refused(name, gold):
     assert "part of something longer" in str(check_gold(name, gold))
+
+
+@pytest.mark.parametrize("dots", ["...", " ...", "\u2026", r"\ldots", r"\dots", "..."])
+def test_a_decimal_that_goes_on_is_another_number(dots):
+    endless = f"0.333{dots}"
+    assert check_gold("gsm8k", endless) and check_gold("math", endless) is None
+    assert score("math", endless, rf"\boxed{{{endless}}}") == 1
+    for name in ("gsm8k", "math"):
+        assert score(name, "0.333", rf"\boxed{{{endless}}}") == 0
+        assert score(name, endless, r"\boxed{0.333}") == 0
+        assert score(name, "5", rf"so \boxed{{5}}{dots}") == 1
+
+
+@pytest.mark.parametrize("sign", ["\x00", "\u200b", "\ufeff", "\x7f"])
+def test_what_is_not_seen_is_no_part_of_a_gold(sign):
+    for gold in (f"5{sign}", f"{sign}5", f"1{sign}5"):
+        assert check_gold("gsm8k", gold) and check_gold("math", gold)
+    assert score("gsm8k", "5", f"\\boxed{{5{sign}}}") == 0
+
+
+def test_a_line_above_digits_is_a_repeating_decimal():
+    for mark in "\u0304\u0305\u0307":
+        assert check_gold("gsm8k", f"0.3{mark}")
+        assert score("gsm8k", "0.3", f"#### 0.3{mark}") == 0
 
 
 def test_a_base_after_the_box_belongs_to_the_number():
