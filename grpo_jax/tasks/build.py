@@ -107,7 +107,7 @@ def text_task(
             learning_rate=learning_rate,
         ),
         note=f"{note} {parts.note}".strip(),
-        warnings=control_token_warnings(sourced, language),
+        warnings=(*parts.left_out, *control_token_warnings(sourced, language)),
         places={row.example: row.where for row in reversed(sourced)},
         **language._asdict(),
     )
@@ -259,6 +259,7 @@ class _Parts(NamedTuple):
     train: list[Example]  # the requested number of the pool
     heldout: list[Example]
     note: str  # what was split off or left out
+    left_out: tuple[str, ...]  # its sentences on rows that are in no part
 
 
 def _pick_parts(
@@ -277,16 +278,19 @@ def _pick_parts(
     for row in heldout:
         evaluated.setdefault(_asked(row.example), row.example)  # of repeats the first
     pool = [r.example for r in train if _asked(r.example) not in evaluated]
+    left_out = []
     if dropped := len(train) - len(pool):
-        notes.append(f"{dropped} training rows are held-out prompts and were left out.")
+        left_out.append(
+            f"{dropped} training rows are held-out prompts and were left out."
+        )
     if repeated := len(heldout) - len(evaluated):
-        notes.append(f"{repeated} held-out rows repeat a prompt and were left out.")
+        left_out.append(f"{repeated} held-out rows repeat a prompt and were left out.")
     trained = pick(rng, pool, request.train_prompts, "train_prompts")
     count = request.heldout_prompts
     if count is None:
         count = min(HELDOUT, len(evaluated))
     picked = pick(rng, list(evaluated.values()), count or None, "heldout_prompts")
-    return _Parts(pool, trained, picked, " ".join(notes))
+    return _Parts(pool, trained, picked, " ".join([*notes, *left_out]), tuple(left_out))
 
 
 def _split(

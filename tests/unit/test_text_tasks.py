@@ -75,6 +75,7 @@ def test_a_prompt_in_both_parts_is_evaluated_only(gsm8k):
     task = load_task("gsm8k", path=str(gsm8k))
     assert [e.answer for e in task.train] == ["3"] and len(task.heldout) == 20
     assert "2 training rows are held-out prompts and were left out" in task.note
+    assert "2 training rows are held-out prompts and were left out." in task.warnings
 
 
 def own(tmp_path, train, test, **options):
@@ -122,6 +123,7 @@ def test_what_repeats_in_the_heldout_part_is_counted(tmp_path):
     task = own(tmp_path, ["a?"], ["b?", "b?\n", "c?"])
     assert len(task.heldout) == 2
     assert task.note == "1 held-out rows repeat a prompt and were left out."
+    assert task.warnings == (task.note,)
 
 
 def test_of_heldout_rows_that_repeat_a_prompt_the_first_is_kept(tmp_path):
