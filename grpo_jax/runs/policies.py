@@ -192,9 +192,15 @@ def fingerprint(directory: Path) -> str:
 
 
 def _as_recorded(examples: Sequence[Example]) -> list[list]:
-    """Examples as lists, without a context where there is none: runs of older versions
-    had no such field."""
-    return [list(e if e.context else e[:-1]) for e in examples]
+    """Examples as older versions had them, as lists: without a context where there is
+    none, and with the 110 of a solution's \\boxed{110}_2 for the answer 110_2."""
+    recorded = []
+    for example in examples:
+        number, _, base = example.answer.partition("_")
+        if base and f"\\boxed{{{number}}}_{base}" in example.solution:
+            example = example._replace(answer=number)
+        recorded.append(list(example if example.context else example[:-1]))
+    return recorded
 
 
 def data_fingerprint(task: Task) -> str:

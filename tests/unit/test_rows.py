@@ -379,3 +379,17 @@ def test_the_fingerprint_of_rows_without_turns_is_that_of_older_versions(tmp_pat
     text = json.dumps([*rows, "chat", None, [2], vocabulary])
     expected = hashlib.sha256(text.encode()).hexdigest()[:20]
     assert data_fingerprint(task) == expected
+
+
+@pytest.mark.parametrize("base", ["_2", "_{12}"])
+def test_a_base_after_the_box_leaves_the_fingerprint_as_it_was(tmp_path, base):
+    task = task_of(tmp_path, sums(6))
+    first, *rest = task.train
+
+    def fingerprint(answer, solution):
+        example = first._replace(answer=answer, solution=solution)
+        return data_fingerprint(dataclasses.replace(task, train=[example, *rest]))
+
+    after, inside = rf"\boxed{{110}}{base}", rf"\boxed{{110{base}}}"
+    assert fingerprint(f"110{base}", after) == fingerprint("110", after)
+    assert fingerprint(f"110{base}", inside) != fingerprint("110", inside)
