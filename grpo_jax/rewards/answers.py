@@ -17,11 +17,11 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BASE = re.compile(r" *_(?:[0-9]|\{ *[0-9]+ *\})")  # \\boxed{101}_2 is 101_2
 # What makes a box a part of something longer, such as -\\boxed{5} or \\boxed{5}/6.
 _PART_BEFORE = re.compile(
-    r"(?:[-+\u2212/^_]|[0-9] *[:.]?|(?<!\*)\*|\\(?:times|cdot|div|pm))[\s$]*$|"
-    r"(?:[\^_]|\\(?:[dtc]?frac|binom)(?:\{[^{}]*\})?|\\sqrt)\{$"
+    r"(?:[-+\u2212/^_]|(?<!\*)\*|\\(?:times|cdot|div|pm))[ $]*\Z|[0-9][:.]?\Z|"
+    r"(?:[\^_]|\\(?:[dtc]?frac|binom)(?:\{[^{}]*\})?|\\sqrt)\{\Z"
 )
 _PART_AFTER = re.compile(
-    r"[\s$~]*(?:\^(?!\s*\{?\s*\\circ)|[_!/]|\*(?!\*)|[-+] *[0-9\\]|"
+    r"[ $~]*(?:\^(?!\s*\{?\s*\\circ)|[_!/]|\*(?!\*)|[-+] *[0-9\\]|"
     r"\\(?:pi|sqrt|[dtc]?frac|times|cdot|div|pm)(?![A-Za-z])|"
     r"(?:dozen|hundred|thousand|million|billion|trillion)s?\b)|[0-9{]"
 )
@@ -59,10 +59,8 @@ def _box_at(text: str, start: int) -> str | None:
     for brace in _BRACE.finditer(body):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)  # \{ opens no group
         if depth == 0:
-            inside, base = (
-                body[1 : brace.start()].strip(),
-                _BASE.match(body, brace.end()),
-            )
+            inside = body[1 : brace.start()].strip()
+            base = _BASE.match(body, brace.end())
             number = re.fullmatch(r"-?[0-9.]+", inside)
             return f"{inside}{base[0].strip()}" if base and number else inside
     return None

@@ -273,6 +273,7 @@ def test_a_base_after_the_box_belongs_to_the_number():
     "gold",
     [
         r"\boxed{5}",
+        *("2 + 3 = 5\n\\boxed{5}\n- 1", r"it is $5$. $\boxed{5}$", r"(2) \boxed{5}"),
         *(r"**\boxed{5}**", r"3 + 2 = \boxed{5}^\circ", r"\boxed{5}$ (that is, $5$)."),
         *(
             r"x = \boxed{5}.\]",
