@@ -13,11 +13,12 @@ from jax.typing import DTypeLike
 
 from grpo_jax.commands._arguments import parse
 from grpo_jax.errors import ConfigError
-from grpo_jax.models.hub import base_name, is_adapter, load_tokenizer
+from grpo_jax.models.hub import ADAPTER_CONFIG, base_name, is_adapter, load_tokenizer
 from grpo_jax.models.lora import save_adapter
 from grpo_jax.models.policy import Policy, merge_lora
 from grpo_jax.models.pretrained import file_dtype, save_pretrained
 from grpo_jax.models.rounding import check_loss, rounding_loss
+from grpo_jax.records import as_type
 from grpo_jax.runs.directory import read_facts
 from grpo_jax.runs.recorded import run_config
 from grpo_jax.runs.snapshots import load_policy, pick_step
@@ -79,13 +80,18 @@ def export(
         ConfigError: the step was not saved, the run has no LoRA factors, or rounding
             would lose more than `max_loss`.
     """
-    run_dir, directory, dtype = Path(run_dir), Path(directory), file_dtype(dtype)
+    run_dir = Path(as_type(str, run_dir, "run_dir"))
+    directory = Path(as_type(str, directory, "directory"))
+    step, dtype = as_type(int | None, step, "step"), file_dtype(dtype)
+    adapter = as_type(bool, adapter, "adapter")
+    max_loss = as_type(float, max_loss, "max_loss")
     facts = read_facts(run_dir)
     step = pick_step(run_dir, step)
     if (directory / "checkpoints").exists() or directory.is_file():
         raise ConfigError(
             f"{directory} is a run or a file; export to a directory of its own."
         )
+    _check_output(directory)
     if adapter and dtype is not None:
         raise ConfigError("dtype is of a whole model's files; leave it out.")
     policy = load_policy(run_dir, step)
@@ -98,6 +104,17 @@ def export(
     ends = facts.get("eos_ids")
     save_pretrained(policy, directory, tokenizer=tokenizer, eos_ids=ends)
     return step
+
+
+def _check_output(directory: Path) -> None:
+    """ConfigError for a directory of other files than a model's or an adapter's."""
+    names = {p.name for p in directory.glob("*")} if directory.is_dir() else set()
+    if names and not names & {"config.json", ADAPTER_CONFIG}:
+        some = ", ".join(sorted(names)[:3])
+        raise ConfigError(
+            f"{directory} holds files that are no model's ({some}); export to a new "
+            "directory, or to one of an earlier export."
+        )
 
 
 def _base_of(pretrained: str | None) -> str | None:

@@ -7,13 +7,14 @@ and .130), and are parameters. A run need not go through the phases in order, or
 all of them.
 """
 
+import reprlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.advantages import group_statistics, group_std
+from grpo_jax.advantages import as_array, group_statistics, group_std
 from grpo_jax.diagnostics.cosine_intervals import CosineDraws, draw_cosines
 from grpo_jax.diagnostics.geometry import PromptGeometry
 
@@ -87,9 +88,20 @@ def phase(
         Ge et al. 2026, arXiv:2601.23135, Table 3 and Theorem 3.2 (C(T), which compares
         two upper bounds).
     """
-    p = len(rewards)
-    if p < 2:
+    if not isinstance(geometry, PromptGeometry):
+        raise ValueError(
+            f"geometry must be a PromptGeometry, got {reprlib.repr(geometry)}; "
+            "prompt_geometry makes one."
+        )
+    rewards = as_array(rewards)
+    p = rewards.shape[0] if rewards.ndim == 2 else None
+    if p is not None and p < 2:
         raise ValueError(f"rewards must be of 2 prompts or more, got {p}.")
+    if p != len(geometry.inner):
+        raise ValueError(
+            f"rewards must be [P, G] of the geometry's {len(geometry.inner)} prompts, "
+            f"got {rewards.shape}."
+        )
     if not (0 <= thresholds.small_fraction <= 1 and thresholds.std_cosine >= 0):
         raise ValueError(
             "thresholds must be a share in [0, 1] and a std of at least 0, "

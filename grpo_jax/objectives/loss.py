@@ -5,6 +5,7 @@ needs them apart: global quantities (advantages, coefficients) once per batch, t
 differentiable part once per micro-batch, prompt weights on the cotangent.
 """
 
+import reprlib
 from typing import Any, NamedTuple
 
 import jax
@@ -375,6 +376,17 @@ def _check(
             f"objective must be an Objective, got {objective!r}; look one up in "
             "OBJECTIVES."
         )
+    needed = {"logprobs": logprobs, "rewards": rewards} | {
+        name: same_shape[name] for name in ("behaviour_logprobs", "completion_mask")
+    }
+    optional = {"solving": solving, "advantages": advantages} | same_shape
+    given = {name: x for name, x in optional.items() if x is not None}
+    for name, array in (given | needed).items():
+        if not hasattr(array, "ndim"):
+            raise ValueError(
+                f"{name} must be an array, got {reprlib.repr(array)}; give jnp.asarray "
+                "of a list."
+            )
     if logprobs.ndim != 3:
         raise ValueError(
             f"logprobs must be [P, G, T], got {logprobs.shape}; reshape flat rows with "

@@ -1,6 +1,8 @@
 """Figures as inline SVG, in one style, and their colours."""
 
+import functools
 import io
+import logging
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -33,11 +35,7 @@ def svg_figure(
         rows, columns: Of axes.
         height: Of the figure in inches; it is 4.6 wide.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     style: dict[Any, Any] = {
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "grpo_jax",
@@ -62,3 +60,20 @@ def svg_figure(
         plt.close(figure)
     svg = buffer.getvalue()
     return Figure(title=title, caption=caption, svg=svg[svg.index("<svg") :])
+
+
+@functools.cache
+def _pyplot() -> Any:
+    """matplotlib.pyplot; it takes a temporary directory in silence where HOME, or what
+    MPLCONFIGDIR names, cannot be written."""
+    logger = logging.getLogger("matplotlib")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    finally:
+        logger.setLevel(before)
+    return plt

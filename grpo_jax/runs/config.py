@@ -339,9 +339,15 @@ class EvalConfig(Record):
 
     def __post_init__(self):
         super().__post_init__()
-        if bool(self.pretrained) == bool(self.run_dir):
+        if self.pretrained and self.run_dir:
             raise ConfigError(
-                "eval needs one policy: give --pretrained DIR or --run-dir DIR."
+                f"eval needs one policy, got pretrained={self.pretrained!r} and "
+                f"run_dir={self.run_dir!r}; leave one of them out."
+            )
+        if not self.pretrained and not self.run_dir:
+            raise ConfigError(
+                "eval needs one policy: give pretrained, a model's directory, or "
+                "run_dir, a run's (--pretrained DIR or --run-dir DIR)."
             )
         if self.step is not None and not self.run_dir:
             raise ConfigError("step is a run's: give it with --run-dir.")

@@ -1,5 +1,6 @@
 """Parameters as safetensors files, and read from a checkpoint without its state."""
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -21,21 +22,22 @@ def restore_params(directory: Path) -> Any:
     """
     import orbax.checkpoint as ocp
 
-    path = directory.absolute() / "state"
+    path: Any = directory.absolute() / "state"
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree["params"]
+        # Not by a Checkpointer: it misses the metadata of a whole checkpoint there.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            tree = handler.metadata(path).tree["params"]
             item = {"params": jax.tree.map(abstract, tree)}
             restore_args = ocp.checkpoint_utils.construct_restore_args(item)
             args = ocp.args.PyTreeRestore(
                 item=item, restore_args=restore_args, partial_restore=True
             )
-            params = checkpointer.restore(path, args=args)["params"]
+            params = handler.restore(path, args=args)["params"]
     except Exception as error:  # orbax has many kinds of errors for a damaged file
         raise ConfigError(
             f"the checkpoint {directory} cannot be read ({summary(error)})."

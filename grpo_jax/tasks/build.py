@@ -15,9 +15,10 @@ from grpo_jax.rewards.spec import parse_reward
 from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import ANSWERS, refusal, verbatim
 from grpo_jax.streams import Stream, host_rng
-from grpo_jax.tasks.ends import completion_ends
+from grpo_jax.tasks.ends import completion_ends, turn_end_warnings
+from grpo_jax.tasks.jinja import check_arguments
 from grpo_jax.tasks.row_checks import check_texts, control_token_warnings
-from grpo_jax.tasks.templates import Turns, check_arguments, check_template
+from grpo_jax.tasks.templates import Turns, check_template
 from grpo_jax.tasks.tokenizers import (
     character_tokenizer,
     check_single_spelling,
@@ -107,7 +108,11 @@ def text_task(
             learning_rate=learning_rate,
         ),
         note=f"{note} {parts.note}".strip(),
-        warnings=(*parts.left_out, *control_token_warnings(sourced, language)),
+        warnings=(
+            *parts.left_out,
+            *control_token_warnings(sourced, language),
+            *turn_end_warnings(*language[:3]),
+        ),
         places={row.example: row.where for row in reversed(sourced)},
         **language._asdict(),
     )

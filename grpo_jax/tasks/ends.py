@@ -34,6 +34,21 @@ def turn_end(tokenizer: Any) -> int | None:
     return next((i for i in ids if i in added), None)
 
 
+def turn_end_warnings(
+    tokenizer: Any, ends: Sequence[int], template: str
+) -> tuple[str, ...]:
+    """A warning where a chat template ends a turn with text alone, and nothing but the
+    tokenizer's own EOS, which the model may never write, ends an answer."""
+    own = {tokenizer.eos_token_id}
+    if template != "chat" or not set(ends) <= own or turn_end(tokenizer) is not None:
+        return ()
+    return (
+        "the chat template ends an answer with no token of its own, so that answers "
+        f"end only at {named_tokens(tokenizer, ends)}; where the model writes another "
+        "one there, name it in stop_tokens.",
+    )
+
+
 def completion_ends(tokenizer: Any, ids: Sequence[int] = ()) -> tuple[int, ...]:
     """The ids, the tokenizer's EOS and the token that ends a turn, each once."""
     more = (tokenizer.eos_token_id, turn_end(tokenizer))

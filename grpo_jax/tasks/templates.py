@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from grpo_jax.errors import ConfigError, check_choice
+from grpo_jax.tasks.jinja import syntax_error
 from grpo_jax.tasks.plain_text import (
     TextError,
     bos,
@@ -81,36 +82,6 @@ def check_template(tokenizer: Any, template: str, system: str | None = None) -> 
             raise ConfigError(
                 f"template qwen-math needs the tokens {', '.join(sorted(absent))}, "
                 "which this tokenizer lacks; choose another template."
-            )
-
-
-def check_arguments(
-    tokenizer: Any, template: str, arguments: Mapping[str, Any]
-) -> None:
-    """Raises ConfigError for arguments that the template would not read."""
-    if not arguments:
-        return
-    if template != "chat":
-        raise ConfigError(
-            f"task.template_arguments go with template chat, got template {template!r};"
-            " leave them out."
-        )
-    import jinja2
-    from jinja2 import meta
-
-    source = tokenizer.get_chat_template(tools=arguments.get("tools"))
-    extensions = ["jinja2.ext.loopcontrols", "jinja2.ext.do"]
-    environment = jinja2.Environment(extensions=extensions)
-    source = re.sub(r"{%(-?)\s*(end)?generation\s*(-?)%}", "", source)
-    read = meta.find_undeclared_variables(environment.parse(source))
-    read -= {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
-    read -= set(tokenizer.special_tokens_map)
-    for name in arguments:
-        if name not in read:
-            known = ", ".join(sorted(read)) or "none"
-            raise ConfigError(
-                f"task.template_arguments: the chat template reads no {name!r}; it "
-                f"reads {known}."
             )
 
 
@@ -365,6 +336,8 @@ def apply_chat(
         return tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=answer_follows, **options
         )
+    except jinja2.TemplateSyntaxError as error:
+        raise syntax_error(tokenizer, error) from error
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         roles = dict.fromkeys(role for role, _ in conversations[0])
         raise ConfigError(

@@ -1,16 +1,19 @@
 """A checkpoint is read whole or not at all, whichever of its files is damaged."""
 
 import gc
+import logging
 import os
 import shutil
 from typing import Any, NamedTuple
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.params import restore_params
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -118,3 +121,9 @@ def test_none_readable_is_an_error(copy):
     with pytest.raises(ConfigError, match="nothing was changed"):
         restored(copy)
     assert (copy / "1").is_dir() and (copy / "2").is_dir()
+
+
+def test_parameters_are_read_alone_and_in_silence(saved, caplog):
+    params = restore_params(saved / "2")
+    chex.assert_trees_all_equal(params, state_of(2).params)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.models.hub import load_tokenizer
+from grpo_jax.rollouts.encoding import encode_prompts
 from grpo_jax.runs.config import TaskConfig
 from grpo_jax.runs.policies import task_of, with_stop_tokens
 from grpo_jax.tasks.ends import (
@@ -12,6 +14,7 @@ from grpo_jax.tasks.ends import (
     named_tokens,
     stop_token_ids,
     turn_end,
+    turn_end_warnings,
 )
 from grpo_jax.tasks.registry import load_task
 from grpo_jax.tasks.templates import CHATML
@@ -92,6 +95,35 @@ def test_the_end_of_a_turn_and_the_tokenizers_eos_end_a_completion(family, tmp_p
     task = load_task("jsonl", path=path, tokenizer=tokenizer)
     assert task.ends == tuple(ids(ends))
     assert load_task("jsonl", path=path, tokenizer=tokenizer, eos_ids=[3]).ends == (3,)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_turn_that_ends_with_text_alone_is_a_warning(family, tmp_path):
+    make, turn, ends = FAMILIES[family]
+    path = write_rows(tmp_path / "rows.jsonl", sums())
+    task = load_task("jsonl", path=path, tokenizer=make())
+    said = [w for w in task.warnings if "no token of its own" in w]
+    assert len(said) == (task.template == "chat" and turn is None)
+    for warning in said:
+        assert f"only at {ends[0]} (" in warning and "stop_tokens" in warning
+    named = load_task("jsonl", path=path, tokenizer=make(), eos_ids=[3])
+    assert not turn_end_warnings(named.tokenizer, named.ends, named.template)
+
+
+def test_a_template_that_is_no_jinja_is_named(tmp_path):
+    tokenizer = chatml("{% for m in messages %}{{ m.content }", eos="<|endoftext|>")
+    path = write_rows(tmp_path / "rows.jsonl", sums())
+    task = load_task("jsonl", path=path, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="the chat template has a syntax error in it"):
+        encode_prompts(task, task.train)
+    tokenizer.save_pretrained(tmp_path / "model")
+    for arguments in ((), ("a=1",)):
+        with pytest.raises(ConfigError, match="model/chat_template.jinja has a syntax"):
+            read = load_tokenizer(tmp_path / "model")
+            task = load_task(
+                "jsonl", path=path, tokenizer=read, template_arguments=arguments
+            )
+            encode_prompts(task, task.train)
 
 
 @pytest.mark.parametrize(

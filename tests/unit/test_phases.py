@@ -319,3 +319,13 @@ def test_no_estimates_sign_decides_what_first_order_changes_keep(x64):
         changes = first_order_changes(inner, jnp.array([0.5, -0.1]), jnp.ones(2))
         expected = np.array([[0.5, -0.1], [product, product]]) / 3**0.5
         np.testing.assert_allclose(changes, expected)
+
+
+def test_rewards_of_a_phase_are_of_the_geometrys_prompts():
+    geometry, rewards = geometry_of(spread(4, 0.0))
+    assert phase(geometry, rewards.tolist()) == phase(geometry, rewards)
+    for wrong in (rewards.T, rewards[0], rewards[:3]):
+        with pytest.raises(ValueError, match=r"rewards must be \[P, G\] of .* 4 prom"):
+            phase(geometry, wrong)
+    with pytest.raises(ValueError, match="geometry must be a PromptGeometry, got"):
+        phase(rewards, rewards)

@@ -1,6 +1,9 @@
 """The report of runs whose figures are missing: words in their place."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -90,3 +93,21 @@ def test_prompt_weights_of_which_nothing_is_known_are_dashes(tmp_path):
     [line] = comparison(read_run(directory))
     assert line["norm"] == "1.00" and line["update"] == "-" and line["cosines"] == ["-"]
     assert line["change"] == ["-", "-", "-"] and line["total"] == "+0.5000"
+
+
+def test_figures_are_drawn_in_silence_where_home_cannot_be_written(tmp_path):
+    code = (
+        "from grpo_jax.report.svg import svg_figure\n"
+        "print(svg_figure('a', 'b', lambda axes: axes.plot([1, 2]))['svg'][:4])"
+    )
+    home = tmp_path / "file" / "home"  # not even root can make it
+    home.parent.write_text("")
+    dropped = ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
+    environment = {k: v for k, v in os.environ.items() if k not in dropped}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("<svg\n", "")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import grpo_jax as gj
+from grpo_jax.commands.export import _check_output
 from grpo_jax.errors import ConfigError
 
 REWARDS = np.array([[1.0, 0, 0, 1], [0, 0, 1, 0]], np.float32)
@@ -223,5 +224,45 @@ def test_a_config_is_one(function):
 def test_what_a_config_needs_is_named():
     with pytest.raises(ConfigError, match="config.output must be given"):
         gj.warm_up({"seed": 1})
-    with pytest.raises(ConfigError, match="eval needs one policy"):
+    with pytest.raises(ConfigError, match="one policy: give pretrained, .* or run_dir"):
         gj.evaluate({"seed": 1})
+    message = "one policy, got pretrained='m' and run_dir='r'; leave one of them out"
+    with pytest.raises(ConfigError, match=message):
+        gj.EvalConfig(pretrained="m", run_dir="r")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": "3"}, "step must be a whole number, got '3'"),
+        ({"adapter": "no"}, "adapter must be true or false, got 'no'"),
+        ({"max_loss": "1"}, "max_loss must be a number, got '1'"),
+        ({"run_dir": 3}, "run_dir must be text, got 3"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, got 'int8'"),
+    ],
+)
+def test_options_of_an_export(options, message):
+    given = {"run_dir": "run", "directory": "out"} | options
+    with pytest.raises(ConfigError, match=message):
+        gj.export(**given)
+
+
+def test_an_export_keeps_away_from_other_files(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"no model's \(thesis.tex\); export to a n"):
+        _check_output(tmp_path)
+    (tmp_path / "config.json").write_text("{}")  # of an earlier export
+    _check_output(tmp_path)
+    _check_output(tmp_path / "new")
+
+
+@pytest.mark.parametrize("wrong", [None, ONES.tolist()])
+@pytest.mark.parametrize(
+    "name", ["logprobs", "behaviour_logprobs", "rewards", "completion_mask"]
+)
+def test_arrays_of_a_loss(name, wrong):
+    cube = np.ones((2, 4, 3), np.float32)
+    arrays = {n: cube for n in ("logprobs", "behaviour_logprobs", "completion_mask")}
+    arrays |= {"rewards": REWARDS, name: wrong}
+    with pytest.raises(ValueError, match=f"{name} must be an array, got"):
+        gj.per_prompt_losses(gj.OBJECTIVES["grpo"], **arrays)
