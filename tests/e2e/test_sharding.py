@@ -116,5 +116,8 @@ def test_the_plan_of_a_mesh_is_what_xla_says(mesh):
 
 @pytest.mark.parametrize("name", ["tied", "untied", "lora"])
 def test_bfloat16_gradients_on_a_mesh_are_near_the_float32_ones(name):
+    """Layers' outputs are summed over tensor devices in bfloat16, one term a device,
+    which one device does not; sums over tokens would cost the embedding .06 to .13."""
     errors = on_devices("bfloat16", "2x2x2", name)
-    assert max(errors.values()) < 0.04, errors
+    embedding = errors.get("['embedding']['embedding']", 0.0)
+    assert embedding < 0.03 and max(errors.values()) < 0.06, errors
