@@ -176,7 +176,7 @@ def whole_run(directory, text, steps, *options):
     partial_credit = task.reward
 
     def reward(example, completion):
-        if INDEX == COUNT - 1 and next(calls) == 70:
+        if INDEX == COUNT - 1 and next(calls) == 1 + 70:  # one tries it
             if "hang" in options:
                 time.sleep(600)
             if "die" in options:

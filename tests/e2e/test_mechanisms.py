@@ -413,8 +413,8 @@ def test_drafts_compile_nothing_later(refined):
 def test_missing_rewards_of_drafts_are_reported(tmp_path, capsys):
     calls = iter(range(10**6))
 
-    def reward(example, completion):  # 20 at the start, 16 drafts, then completions
-        if 20 <= next(calls) < 36:
+    def reward(example, completion):  # 1 trial, 20 at the start, 16 drafts, the rest
+        if 21 <= next(calls) < 37:
             raise RuntimeError("the verifier is down")
         return starts_with_a_digit(example, completion)
 
