@@ -18,9 +18,8 @@ class AuditOptions:
     file: str  # rows with gold answers: .jsonl, .json or .parquet
     verifier: str | None = None  # gsm8k | math | exact; must be given
     answer_field: str | None = None  # of the golds, as "a.b" too; default: answer
-    solution_field: str | None = (
-        None  # with the gold in its last box; default: solution
-    )
+    # Of the worked solutions, with the gold in the last box; default: solution
+    solution_field: str | None = None
     output: str | None = None  # also write the result to this .json file
     workers: int = 2  # processes
 

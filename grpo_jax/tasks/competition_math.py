@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.answers import last_boxed
+from grpo_jax.rewards.rows import Row, text_of
 from grpo_jax.rewards.types import Example
 from grpo_jax.tasks.build import SourcedExample, TaskRequest, text_task
-from grpo_jax.tasks.files import Row, read_parts, text_of
+from grpo_jax.tasks.files import read_parts
 from grpo_jax.tasks.types import Task
 
 

@@ -11,10 +11,7 @@ from grpo_jax.rewards.rows import (
     check_fields,
     in_own_precision,
     read_rows,
-    text_of,
 )
-
-__all__ = ["Row", "read_parts", "read_rows", "text_of"]
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:config

@@ -8,9 +8,10 @@ import re
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.answers import several_answers
+from grpo_jax.rewards.rows import Row
 from grpo_jax.rewards.types import Example
 from grpo_jax.tasks.build import SourcedExample, TaskRequest, text_task
-from grpo_jax.tasks.files import Row, read_parts
+from grpo_jax.tasks.files import read_parts
 from grpo_jax.tasks.types import Task
 
 _THOUSANDS = re.compile(r"-?\$?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?")

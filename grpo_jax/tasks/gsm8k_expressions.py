@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from grpo_jax.errors import ConfigError
+from grpo_jax.rewards.rows import Row
 from grpo_jax.rewards.types import Example
 from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.build import TaskRequest, single_answer_task
-from grpo_jax.tasks.files import Row, read_parts
+from grpo_jax.tasks.files import read_parts
 from grpo_jax.tasks.types import Task, WarmStart
 
 ALPHABET = "0123456789+-*/().="

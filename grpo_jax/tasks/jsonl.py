@@ -7,12 +7,12 @@ which of their fields are used.
 from collections.abc import Sequence
 
 from grpo_jax.errors import ConfigError
-from grpo_jax.rewards.rows import lookup
+from grpo_jax.rewards.rows import Row, lookup, text_of
 from grpo_jax.rewards.spec import parse_reward
 from grpo_jax.rewards.spelling import Written
 from grpo_jax.rewards.types import Example
 from grpo_jax.tasks.build import SourcedExample, TaskRequest, text_task
-from grpo_jax.tasks.files import Row, read_parts, text_of
+from grpo_jax.tasks.files import read_parts
 from grpo_jax.tasks.messages import read_prompt, read_system
 from grpo_jax.tasks.templates import Turns
 from grpo_jax.tasks.types import Task

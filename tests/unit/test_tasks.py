@@ -11,8 +11,9 @@ import pytest
 from grpo_jax import Example, load_task
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.audit import audit_file
+from grpo_jax.rewards.rows import read_rows
 from grpo_jax.rewards.verifiers import verbatim
-from grpo_jax.tasks.files import read_parts, read_rows
+from grpo_jax.tasks.files import read_parts
 from grpo_jax.tasks.registry import TASKS
 from grpo_jax.tasks.tokenizers import character_tokenizer
 
