@@ -14,7 +14,7 @@ import numpy as np
 class Stream(enum.IntEnum):
     """Streams of the host, drawn by numpy; 9 is used by `experiments/common.py`."""
 
-    PUZZLES = 0  # generated prompts: chains, countdown
+    PUZZLES = 0  # generated prompts: chains, countdown, ladder
     DATA_PARTS = 1  # which rows of a file are trained on, which are held out
     WARM_START_BATCHES = 2
     EVALUATED_PROMPTS = 3  # of the trained prompts, those that training evaluates

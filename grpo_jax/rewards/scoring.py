@@ -14,7 +14,11 @@ from grpo_jax.rewards.spelling import spelled
 from grpo_jax.rewards.types import Example, Reward, reward_number
 from grpo_jax.rewards.verifiers import VERIFIERS
 
-_TASK_VERIFIERS = {"chains": "verbatim", "gsm8k-expressions": "verbatim"}
+_TASK_VERIFIERS = {
+    "chains": "verbatim",
+    "gsm8k-expressions": "verbatim",
+    "ladder": "number_or_exact",
+}
 
 
 class Scores(NamedTuple):

@@ -50,6 +50,18 @@ def gsm8k(example: Example, completion: str, *, thinking: float = 0.0) -> float:
     return float(gold is not None and gold == number)
 
 
+def number_or_exact(
+    example: Example, completion: str, *, thinking: float = 0.0
+) -> float:
+    """`gsm8k` where the gold answer is nothing but a number, else `exact`."""
+    verifier = gsm8k if _is_number(example.answer) else exact
+    return verifier(example, completion, thinking=thinking)
+
+
+def _is_number(gold: str) -> bool:
+    return PLAIN.fullmatch(gold.strip()) is not None
+
+
 def math(
     example: Example, completion: str, *, exact: float = 1.0, thinking: float = 0.0
 ) -> float:
@@ -224,6 +236,7 @@ VERIFIERS: Mapping[str, Callable[..., float]] = MappingProxyType(
         "exact": exact,
         "verbatim": verbatim,
         "gsm8k": gsm8k,
+        "number_or_exact": number_or_exact,
         "math": math,
         "countdown": countdown,
         "boxed_format": boxed_format,
@@ -237,7 +250,8 @@ VERIFIERS: Mapping[str, Callable[..., float]] = MappingProxyType(
 ZERO_OR_ONE = {name: f for name, f in VERIFIERS.items() if name != "length"}
 
 
-ANSWERS = ("exact", "verbatim", "gsm8k", "math", "countdown")  # compare with the gold
+# Those that compare with the gold.
+ANSWERS = ("exact", "verbatim", "gsm8k", "number_or_exact", "math", "countdown")
 _EXPECTED = {
     "gsm8k": "one number, such as 72, -5, 2.5, 1,080, 3/4 or 1 1/2, alone, after "
     "'####' or in a \\boxed{}",
@@ -270,7 +284,7 @@ def check_gold(name: str, answer: str) -> str | None:
         return f"it marks several answers ({', '.join(x[:40] for x in several[:3])})"
     if name in ("gsm8k", "math") and (longer := part_of(answer)):
         return f"its \\boxed is part of something longer: {longer!r}"
-    if name == "gsm8k":
+    if name == "gsm8k" or (name == "number_or_exact" and _is_number(answer)):
         return _check_number(answer)
     if not answer.strip():
         return "it is empty"

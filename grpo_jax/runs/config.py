@@ -40,7 +40,7 @@ class TaskConfig(Record):
     """What is asked and how it is scored; an option that a task does not know is an
     error."""
 
-    # chains | gsm8k-expressions | gsm8k | math | countdown | jsonl
+    # chains | gsm8k-expressions | gsm8k | math | countdown | ladder | jsonl
     name: str = "chains"
     path: str | None = None  # the data's file or directory, for tasks that read one
     heldout_path: str | None = None  # a file only evaluated, such as MATH-500's
@@ -62,16 +62,16 @@ class TaskConfig(Record):
     rewards: tuple[str, ...] = ()
     # Answers count after </think> only; default: anywhere, an unfinished thought's too
     thinking: bool = False
-    levels: tuple[int, ...] = ()  # math: 1 to 5; default: all
+    levels: tuple[int, ...] = ()  # math: 1 to 5; ladder: 1 to 8; default: all
     subjects: tuple[str, ...] = ()  # math: such as Algebra; default: all
+    skills: tuple[str, ...] = ()  # ladder: such as add; default: all
     # jsonl: the field of the question, text or a list of messages; a.b: field b in a
     prompt_field: str | None = None
     system_field: str | None = None  # jsonl: the field of each row's system turn
     answer_field: str | None = None  # jsonl: the field of the gold answer
     solution_field: str | None = None  # jsonl: the field of a worked text
     tag_fields: tuple[str, ...] = ()  # jsonl: fields that evaluation is split by
-    # Of a tokenizer made from the task's own text
-    vocab_size: Annotated[int, at_least(300)] | None = None
+    vocab_size: Annotated[int, at_least(300)] | None = None  # of a tokenizer made here
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ Held-out prompts are never trained on: a prompt in both parts is evaluated only.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -179,6 +179,23 @@ def pick(
     return [examples[i] for i in rng.permutation(len(examples))[:count]]
 
 
+def default_template(request: TaskRequest) -> str:
+    """The template requested, else that of the tokenizer; one made here has chat."""
+    keep = request.control_tokens == "keep"  # data that have their template
+    chat = request.tokenizer is None or bool(request.tokenizer.chat_template)
+    return request.template or ("chat" if chat and not keep else "none")
+
+
+def check_present(name: str, wanted: Sequence[Any], present: Iterable[Any]) -> None:
+    """Raises ConfigError where a value of the option task.`name` is not present."""
+    found = {str(value) for value in present}
+    if absent := {str(value) for value in wanted} - found:
+        raise ConfigError(
+            f"task.{name} must be among {', '.join(sorted(found))}, "
+            f"got {', '.join(sorted(absent))}."
+        )
+
+
 def check_golds(rewards: Sequence[Reward], rows: Sequence[SourcedExample]) -> None:
     """Raises ConfigError, naming the row, where a reward could never accept its
     gold answer."""
@@ -241,9 +258,7 @@ def _make_language(
             f"task.vocab_size is of a tokenizer trained here, got {request.vocab_size} "
             "and a tokenizer; leave one of them out."
         )
-    keep = request.control_tokens == "keep"  # data that have their template
-    default = "chat" if tokenizer.chat_template and not keep else "none"
-    template = request.template or default
+    template = default_template(request._replace(tokenizer=tokenizer))
     check_template(tokenizer, template, request.system)
     check_arguments(tokenizer, template, request.template_arguments)
     return _Language(

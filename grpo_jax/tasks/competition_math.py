@@ -12,7 +12,7 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.answers import last_boxed
 from grpo_jax.rewards.rows import Row, text_of
 from grpo_jax.rewards.types import Example
-from grpo_jax.tasks.build import SourcedExample, TaskRequest, text_task
+from grpo_jax.tasks.build import SourcedExample, TaskRequest, check_present, text_task
 from grpo_jax.tasks.files import read_parts
 from grpo_jax.tasks.types import Task
 
@@ -94,11 +94,8 @@ def _select(
             continue
         chosen = {str(value) for value in wanted}
         present = {dict(row.example.tags)[name] for row in rows}
-        if (absent := chosen - present) and not part:
-            raise ConfigError(
-                f"task.{name}s must be among {', '.join(sorted(present))}, "
-                f"got {', '.join(sorted(absent))}."
-            )
+        if not part:
+            check_present(f"{name}s", wanted, present)
         rows = [row for row in rows if dict(row.example.tags)[name] in chosen]
     if not rows:
         raise ConfigError(

@@ -15,6 +15,7 @@ from grpo_jax.tasks.countdown import make_countdown
 from grpo_jax.tasks.gsm8k import make_gsm8k
 from grpo_jax.tasks.gsm8k_expressions import make_gsm8k_expressions
 from grpo_jax.tasks.jsonl import make_jsonl
+from grpo_jax.tasks.ladder import make_ladder
 from grpo_jax.tasks.types import Task
 
 _FILES = ("path", "heldout_path", "rewards", "vocab_size", "thinking")
@@ -46,6 +47,9 @@ _MAKERS: Mapping[str, _Maker] = MappingProxyType(
                 "tag_fields",
             ),  # fmt: skip
         ),
+        "ladder": _Maker(
+            make_ladder, ("rewards", "vocab_size", "thinking", "levels", "skills")
+        ),
         "math": _Maker(make_math, (*_FILES, "levels", "subjects")),
     }
 )
@@ -71,6 +75,7 @@ def load_task(
     rewards: Sequence[str] = (),
     levels: Sequence[str | int] = (),
     subjects: Sequence[str] = (),
+    skills: Sequence[str] = (),
     prompt_field: str | None = None,
     system_field: str | None = None,
     answer_field: str | None = None,
@@ -104,7 +109,8 @@ def load_task(
             default: the time of this call.
         rewards: Such as "math", "r1_format=0.2" or "module:function=0.5", added up; the
             first decides what is solved. Default: the task's own.
-        levels, subjects: MATH problems to keep.
+        levels: MATH problems, or questions of the ladder, to keep.
+        subjects, skills: The same, of MATH and of the ladder.
         prompt_field, system_field, answer_field, solution_field, tag_fields: Fields of
             a jsonl task's rows.
         vocab_size: Size of a tokenizer trained for the task.
@@ -129,9 +135,10 @@ def load_task(
     )  # fmt: skip
     options = _typed(
         path=path, heldout_path=heldout_path, rewards=rewards, levels=levels,
-        subjects=subjects, prompt_field=prompt_field, system_field=system_field,
-        answer_field=answer_field, solution_field=solution_field,
-        tag_fields=tag_fields, vocab_size=vocab_size, thinking=thinking,
+        subjects=subjects, skills=skills, prompt_field=prompt_field,
+        system_field=system_field, answer_field=answer_field,
+        solution_field=solution_field, tag_fields=tag_fields,
+        vocab_size=vocab_size, thinking=thinking,
     )  # fmt: skip
     options["thinking"] = options["thinking"] or None
     given = {key: value for key, value in options.items() if value not in (None, ())}

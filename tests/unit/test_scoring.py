@@ -403,6 +403,8 @@ def test_verify_is_the_verdict_of_training():
     ):
         gj.verify("gsm8k", float("nan"), "5")
     assert gj.verify("countdown", "7 from 3 4", "<answer>3+4</answer>") == 1
+    assert gj.verify("ladder", "7 km", "7 km") == gj.verify("ladder", 7, "3 + 4 = 7")
+    assert gj.verify("ladder", "7 km", "7") == 0 and gj.verify("ladder", 7, "7") == 1
     with pytest.raises(ConfigError, match="task to verify.*did you mean 'gsm8k'"):
         gj.verify("gsm9k", "", "")
 

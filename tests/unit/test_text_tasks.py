@@ -434,6 +434,7 @@ def test_data_that_is_not_there(path, message):
         ("gsm8k", "prompt_field", "q"),
         ("math", "solution_field", "q"),
         ("countdown", "subjects", ("Algebra",)),
+        ("math", "skills", ("add",)),
         ("gsm8k-expressions", "rewards", ("exact",)),
         ("jsonl", "levels", (1,)),
     ],
@@ -466,7 +467,7 @@ def test_a_given_tokenizer_is_used_by_every_task(gsm8k):
     tokenizer = train_tokenizer(["some text"], 300)
     sizes = dict(train_prompts=20, heldout_prompts=5, tokenizer=tokenizer)
     for name in TASKS:
-        if name in ("chains", "countdown"):
+        if name in ("chains", "countdown", "ladder"):
             task = load_task(name, **sizes)
         elif name == "gsm8k":
             task = load_task(name, path=str(gsm8k), **sizes, system="Be brief.")
@@ -474,7 +475,8 @@ def test_a_given_tokenizer_is_used_by_every_task(gsm8k):
             continue
         assert task.tokenizer is tokenizer and task.template == "chat"
         (ids,) = encode_prompts(task, task.train[:1])
-        turns = [{"role": "user", "content": task.train[0].prompt}]
+        asked = (*task.train[0].context, ("user", task.train[0].prompt))
+        turns = [{"role": role, "content": content} for role, content in asked]
         if task.system:
             turns.insert(0, {"role": "system", "content": task.system})
         assert (
