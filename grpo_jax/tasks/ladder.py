@@ -111,6 +111,21 @@ def in_words(number: int) -> str:
     return f"{tens}-{_SMALL[number % 10]}" if number % 10 else tens
 
 
+def _number(draw: _Draw) -> _Question:
+    number, (word,) = draw.number(2, 99), draw.words(1)
+    return _Question(f"Number: {number} {word}", str(number))
+
+
+def _word(draw: _Draw) -> _Question:
+    number, (word,) = draw.number(2, 99), draw.words(1)
+    return _Question(f"Word: {number} {word}", word)
+
+
+def _repeat(draw: _Draw) -> _Question:
+    number = draw.number(10, 9999)
+    return _Question(f"Repeat: {number}", str(number))
+
+
 def _copy(draw: _Draw) -> _Question:
     words = " ".join(draw.words(2))
     return _Question(f"Repeat: {words}", words)
@@ -136,14 +151,9 @@ def _reverse(draw: _Draw) -> _Question:
     return _Question(f"Reverse: {', '.join(words)}", ", ".join(words[::-1]))
 
 
-def _letters(draw: _Draw) -> _Question:
-    words = draw.words(3)
-    return _Question(f"First letters: {' '.join(words)}", " ".join(w[0] for w in words))
-
-
 def _capitals(draw: _Draw) -> _Question:
-    words = " ".join(draw.words(2))
-    return _Question(f"In capitals: {words}", words.upper())
+    number, (word,) = draw.number(2, 99), draw.words(1)
+    return _Question(f"In capitals: {number} {word}", f"{number} {word.upper()}")
 
 
 def _count(draw: _Draw) -> _Question:
@@ -154,11 +164,6 @@ def _count(draw: _Draw) -> _Question:
 def _smaller(draw: _Draw) -> _Question:
     a, b = draw.numbers(2, 10, 99)
     return _Question(f"Smaller: {a} or {b}", str(min(a, b)))
-
-
-def _larger(draw: _Draw) -> _Question:
-    a, b = draw.numbers(2, 10, 99)
-    return _Question(f"Larger: {a} or {b}", str(max(a, b)))
 
 
 def _largest(draw: _Draw) -> _Question:
@@ -175,12 +180,6 @@ def _sort(draw: _Draw) -> _Question:
 def _even(draw: _Draw) -> _Question:
     number = draw.number(10, 999)
     return _Question(f"Even or odd: {number}", "odd" if number % 2 else "even")
-
-
-def _next(draw: _Draw) -> _Question:
-    a, step = draw.number(1, 90), draw.number(1, 9)
-    terms = ", ".join(str(a + i * step) for i in range(3))
-    return _Question(f"Next: {terms}", str(a + 3 * step))
 
 
 def _digits(draw: _Draw) -> _Question:
@@ -214,7 +213,7 @@ def _remainder(draw: _Draw) -> _Question:
 
 
 def _unit(draw: _Draw) -> _Question:
-    a, b, name = draw.number(2, 30), draw.number(2, 30), draw.owner()[0]
+    a, b, name = draw.number(2, 9), draw.number(2, 9), draw.owner()[0]
     return _Question(f"{name} walks {a} km, then {b} km. How far?", f"{a + b} km")
 
 
@@ -224,16 +223,17 @@ def _buy(draw: _Draw) -> _Question:
     return _Question(question, f"{a} + {b} = {a + b}")
 
 
-def _give(draw: _Draw) -> _Question:
-    (name, things), a, b = draw.owner(), draw.number(10, 20), draw.number(2, 9)
-    question = f"{name} has {a} {things} and gives away {b}. How many?"
-    return _Question(question, f"{a} - {b} = {a - b}")
-
-
 def _boxes(draw: _Draw) -> _Question:
     (name, things), a, b = draw.owner(), draw.number(2, 9), draw.number(2, 9)
     question = f"{name} has {a} boxes of {b} {things}. How many?"
     return _Question(question, f"{a} * {b} = {a * b}")
+
+
+def _share(draw: _Draw) -> _Question:
+    (name, things), friends, each = draw.owner(), draw.number(2, 9), draw.number(2, 9)
+    total = friends * each
+    question = f"{name} shares {total} {things} among {friends} friends. How many each?"
+    return _Question(question, f"{total} / {friends} = {each}")
 
 
 def _buy_and_lose(draw: _Draw) -> _Question:
@@ -263,15 +263,14 @@ SKILLS = tuple(
     _skill(level, draw, seed)
     for seed, (level, draw) in enumerate(
         [
-            (1, _copy), (1, _last),
-            (2, _first), (2, _smaller),
-            (3, _even), (3, _buy), (3, _capitals),
-            (4, _second), (4, _boxes), (4, _letters),
-            (5, _add), (5, _largest), (5, _digits),
-            (6, _reverse), (6, _give), (6, _larger),
-            (7, _count), (7, _add_two_digits), (7, _next), (7, _spell),
-            (8, _buy_and_lose), (8, _boxes_and_lose), (8, _sort), (8, _remainder),
-            (8, _multiply), (8, _unit),
+            (1, _number), (1, _repeat), (1, _add),
+            (2, _word), (2, _last), (2, _copy),
+            (3, _first), (3, _smaller), (3, _boxes),
+            (4, _buy), (4, _even), (4, _share),
+            (5, _add_two_digits), (5, _spell), (5, _capitals),
+            (6, _largest), (6, _second), (6, _digits),
+            (7, _count), (7, _remainder), (7, _reverse), (7, _unit),
+            (8, _sort), (8, _multiply), (8, _buy_and_lose), (8, _boxes_and_lose),
         ]
     )
 )  # fmt: skip

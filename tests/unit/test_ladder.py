@@ -40,20 +40,20 @@ def value(text):
 
 
 DERIVED = {
+    "number": lambda q, n: n[0],
+    "word": lambda q, n: q.split()[-1],
+    "repeat": lambda q, n: n[0],
     "copy": lambda q, n: " ".join(words(q)),
     "first": lambda q, n: words(q)[0],
     "second": lambda q, n: words(q)[1],
     "last": lambda q, n: words(q)[-1],
     "reverse": lambda q, n: ", ".join(reversed(words(q))),
-    "letters": lambda q, n: " ".join(word[0] for word in words(q)),
     "capitals": lambda q, n: q.split(": ")[1].upper(),
     "count": lambda q, n: q.count(",") + 1,
     "smaller": lambda q, n: min(n),
-    "larger": lambda q, n: max(n),
     "largest": lambda q, n: max(n),
     "sort": lambda q, n: ", ".join(str(x) for x in sorted(n)),
     "even": lambda q, n: "even" if q[-1] in "02468" else "odd",
-    "next": lambda q, n: 2 * n[2] - n[1],
     "digits": lambda q, n: value(q.split(": ")[1]),
     "add": lambda q, n: n[0] + n[1],
     "add_two_digits": lambda q, n: n[0] + n[1],
@@ -61,8 +61,8 @@ DERIVED = {
     "remainder": lambda q, n: n[0] - n[1] * (n[0] // n[1]),
     "unit": lambda q, n: f"{sum(n)} km",
     "buy": lambda q, n: sum(n),
-    "give": lambda q, n: n[0] - n[1],
     "boxes": lambda q, n: n[0] * n[1],
+    "share": lambda q, n: next(x for x in range(99) if x * n[1] == n[0]),
     "buy_and_lose": lambda q, n: n[0] + n[1] - n[2],
     "boxes_and_lose": lambda q, n: n[0] * n[1] - n[2],
 }
@@ -105,7 +105,7 @@ def test_rewards_pay_right_answers_in_their_form(ladder):
     assert {tag(e, "skill") for e in ladder.train if not e.answer.isdigit()} == FORMS
 
 
-FORMS = {"copy", "first", "second", "last", "reverse", "letters", "capitals", "sort"}
+FORMS = {"copy", "first", "second", "word", "last", "reverse", "capitals", "sort"}
 FORMS |= {"even", "spell", "unit"}
 
 
