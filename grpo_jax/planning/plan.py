@@ -18,6 +18,7 @@ from grpo_jax.models.hub import local_directory
 from grpo_jax.models.pretrained import check_weights, read_config
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.planning.devices import check_mesh, device_memory
+from grpo_jax.planning.learning_rate import LearningRate, learning_rate
 from grpo_jax.planning.memory import MemoryInputs, readable
 from grpo_jax.planning.resolve import (
     resolve_objective,
@@ -49,6 +50,7 @@ class Plan:
     task: Task
     objective: Objective
     weights: PromptWeights
+    learning_rate: LearningRate
     model: ModelConfig  # with the tokenizer's vocabulary
     prompts: list[list[int]]  # token ids of the trained prompts
     prompt_length: int
@@ -132,6 +134,7 @@ def make_plan(
     )
     shapes = shapes_stage(config, objective, task, lengths)
     weights = resolve_weights(config, objective, len(task.train))
+    rate = learning_rate(config, lora=bool(model.config.lora_rank))
     probe = probe_stage(config, model.config, len(task.train), lengths)
     if warm_starts:  # its errors come before anything is written
         settings = warm_start_settings(config.warm_start, task)
@@ -149,6 +152,7 @@ def make_plan(
         task=task,
         objective=objective,
         weights=weights,
+        learning_rate=rate,
         model=model.config,
         prompts=lengths.prompts,
         prompt_length=lengths.prompt_length,
@@ -168,10 +172,17 @@ def make_plan(
             model.config,
             lengths,
             shapes,
+            rate=rate,
             probe=probe.probe,
             peak=memory.peak,
         ),
-        warnings=[*left_out, *lengths.warnings, *probe.warnings, *memory.warnings],
+        warnings=[
+            *left_out,
+            *lengths.warnings,
+            *([rate.warning] if rate.warning else []),
+            *probe.warnings,
+            *memory.warnings,
+        ],
     )
 
 
@@ -370,6 +381,7 @@ def headline(
     lengths: Lengths,
     shapes: Shapes,
     *,
+    rate: LearningRate,
     probe: ProbePlan | None,
     peak: int,
 ) -> str:
@@ -388,6 +400,7 @@ def headline(
         f"micro-batch {micro.prompts} x {micro.samples}",
         f"ends at {named_tokens(task.tokenizer, task.ends)}",
         f"{_size(model)}, {model.compute_dtype}",
+        rate.text(),
     ]
     if config.mesh != MeshConfig():
         sizes = dataclasses.asdict(config.mesh).items()

@@ -85,6 +85,7 @@ def _summary(run: RunFiles) -> dict[str, Any]:
         "weights": "" if weights == "objective" else f" with {weights} weights",
         "source": OBJECTIVES[objective].source if objective in OBJECTIVES else "",
         "task": run.config["task"]["name"],
+        "rate": _rate(run),
         "rows": _pass_rates(run),
         "phases": _seconds(run),
         "mismatch": f"{mismatch.max():.1e}" if len(mismatch) else "none yet",
@@ -95,6 +96,12 @@ def _summary(run: RunFiles) -> dict[str, Any]:
         "hung": int(run.series("eval/failed")[1].sum()),
         "verdict": _verdict(run),
     }
+
+
+def _rate(run: RunFiles) -> str:
+    """The learning rate and where it comes from; "" where it was not recorded."""
+    rate = run.config.get("optimizer", {}).get("learning_rate")
+    return "" if rate is None else f"{rate:g}, {run.rate_from}"
 
 
 def _pass_rates(run: RunFiles) -> list[tuple[str, str, str]]:

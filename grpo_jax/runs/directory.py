@@ -155,7 +155,10 @@ def record(directory: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     """Writes config.json; for a resumed run, once it is certain to go on."""
     origin = None
     if config.resume:  # modules are still found where it began
-        origin = began_in(directory, read_facts(directory))
+        begun = read_facts(directory)
+        origin = began_in(directory, begun)
+        first = ("learning_rate_from",)  # what the first start said of it holds
+        facts = facts | {name: begun[name] for name in first if name in begun}
         config = with_paths(config, _absolute)
     content = {
         "config": to_dict(config),
@@ -239,10 +242,14 @@ def read_facts(directory: Path) -> dict[str, Any]:
     return facts
 
 
-def read_notes(directory: Path) -> tuple[dict[str, str], str]:
-    """(package versions, the task's note) of a run."""
+def read_notes(directory: Path) -> tuple[dict[str, str], str, str]:
+    """(package versions, the task's note, where its learning rate comes from)."""
     facts = read_facts(directory)
-    return facts.get("versions", {}), facts.get("note", "")
+    return (
+        facts.get("versions", {}),
+        facts.get("note", ""),
+        facts.get("learning_rate_from", "as given"),
+    )
 
 
 def versions() -> dict[str, str]:

@@ -39,6 +39,9 @@ FIELDS: dict[str, str] = {
     "loss, entropy shift, Fisher-Rao",
     "gradient/norm": "global norm before clipping",
     "update/norm": "global norm of the parameters' change",
+    "update/log_prob_change": "nats per token, root mean square: how far the step's "
+    "last update moves the log-probs of its own samples at least, to first order "
+    "(gradient times change over the rms of weighted advantages)",
     "update/applied": "optimizer updates applied since step 0",
     "update/skipped": "optimizer updates skipped since step 0: gradient not finite",
     "update/stopped": "1 if the step's remaining updates were left out: the ratio had "

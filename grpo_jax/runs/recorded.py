@@ -55,7 +55,13 @@ def continued(config: TrainConfig) -> TrainConfig:
         return config
     if not (Path(config.run_dir) / "config.json").exists():
         return config  # refused where the directory is claimed
-    return overlaid(run_config(config.run_dir), config)
+    begun = run_config(config.run_dir)
+    config = overlaid(begun, config)
+    if config.optimizer.learning_rate is None:  # left open: not another one
+        rate = begun.optimizer.learning_rate
+        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+        config = dataclasses.replace(config, optimizer=optimizer)
+    return config
 
 
 def eval_settings(config: EvalConfig) -> EvalConfig:

@@ -7,8 +7,17 @@ from grpo_jax.runs.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
-    """Learning rate over optimizer updates: linear warm-up, then the named decay."""
+    """Learning rate over optimizer updates: linear warm-up, then the named decay.
+
+    Raises:
+        ValueError: the learning rate is left open, as before a run's plan is made.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
+    if peak is None:
+        raise ValueError(
+            "optimizer.learning_rate must be a number here, got None; make_plan says "
+            "which one a run takes by default."
+        )
     decay = max(1, total_updates - warmup)
     after = {
         "constant": lambda: optax.constant_schedule(peak),

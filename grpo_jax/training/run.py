@@ -88,6 +88,7 @@ def _train(config: TrainConfig, task: Task | None, processes: Processes) -> Trai
     plan = processes.together(
         lambda: make_plan(config, _task(config, task, date), date=date)
     )
+    config = _with_rate(config, plan.learning_rate.value)
     mesh = processes.together(lambda: make_mesh(config.mesh))
     console = Console(config.log.lines_every, process=processes.index)
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
@@ -97,6 +98,13 @@ def _train(config: TrainConfig, task: Task | None, processes: Processes) -> Trai
         use_compile_cache(console.warn)
         context = RunContext(config, plan, directory, processes, pool, mesh, console)
         return _run(context, facts)
+
+
+def _with_rate(config: TrainConfig, rate: float) -> TrainConfig:
+    """The config with the learning rate that the run takes: config.json keeps it, so
+    that a resumed run has the same where the defaults have changed."""
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def _try_rewards(task: Task, pool: VerifierPool | None, console: Console) -> None:

@@ -47,6 +47,7 @@ def facts_of(config: TrainConfig, plan: Plan) -> dict[str, Any]:
         "template_arguments": dict(task.template_arguments),
         "date": task.date,
         "max_new_tokens": plan.max_new_tokens,
+        "learning_rate_from": plan.learning_rate.source,
         "model": dataclasses.asdict(plan.model),
         "data": data_fingerprint(task),
         "prompts": asked_facts(task, plan.prompts),

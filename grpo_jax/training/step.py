@@ -102,6 +102,32 @@ def batch_terms(objective: Objective, batch: Batch, max_length: int) -> Part:
     )
 
 
+def log_prob_change(batch: Part, gain: jax.Array) -> jax.Array:
+    """How far an update moves its own samples' log-probs, at least, to first order.
+
+    The loss is sum_i q_i s_i log pi_i over tokens i, q_i the aggregation's coefficient
+    over P and s_i the weighted advantage. So its change is `gain` = sum_i q_i s_i d_i,
+    with d_i the change of a log-prob, and by Cauchy and Schwarz
+    rms_q(d) >= |gain| / sqrt(sum_i q_i s_i^2 sum_i q_i). Half its square is about the
+    KL between the policies before and after. Exact up to second order where the loss
+    has no other terms and a surrogate's slope is the advantage.
+
+    Args:
+        batch: [P, G, T] coefficients and [P, G] advantages of the full batch.
+        gain: [], gradient times change of the parameters.
+
+    Returns:
+        [] float32, in nats per token; 0 where no sample has an advantage.
+    """
+    prompt, sample = batch
+    factors = prompt.surrogate_cotangent / prompt.penalty_cotangent  # [P]
+    slopes = sample.advantages * factors[:, None]  # [P, G]
+    q = (sample.coefficients * prompt.penalty_cotangent[:, None, None]).sum(-1)
+    squares = (q * slopes**2).sum() * q.sum()
+    known = squares > 0
+    return jnp.where(known, jnp.abs(gain) / jnp.sqrt(jnp.where(known, squares, 1)), 0)
+
+
 def part_losses(
     objective: Objective, policy: Policy, part: Part, temperature: float
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Metrics, jax.Array]]:
@@ -250,6 +276,8 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         change_norm = optax.tree.norm(changes)
+        gain = optax.tree.vdot(grads, changes)
+        moved = log_prob_change(batch_terms(objective, batch, max_length), gain)
         finite = jnp.isfinite(norm) & jnp.isfinite(change_norm)
         applied = finite
         if objective.stop_deviation is not None:
@@ -272,6 +300,7 @@ def make_train_step(
         metrics |= {
             "gradient/norm": norm,
             "update/norm": jnp.where(applied, change_norm, 0.0),
+            "update/log_prob_change": jnp.where(applied, moved, 0.0),
             "update/applied": state.updates,
             "update/skipped": state.skipped,
             "update/skipped_in_a_row": state.skipped_in_a_row,
