@@ -22,7 +22,7 @@ RATES = MappingProxyType(
     {
         "new": RateRule(3e-4, 1e-2, "a new model"),
         "pretrained": RateRule(1e-5, 3e-5, "a pretrained model trained in full"),
-        "lora": RateRule(1e-4, 1e-3, "LoRA on a pretrained model"),
+        "lora": RateRule(3e-4, 1e-3, "LoRA on a pretrained model"),
     }
 )
 
@@ -31,6 +31,7 @@ class LearningRate(NamedTuple):
     """A run's learning rate, at its peak."""
 
     value: float
+    default: float  # of what is trained
     source: str  # in words: a default and of what, or given
     warning: str | None  # where it is high for what is trained
 
@@ -53,7 +54,8 @@ def learning_rate(config: TrainConfig, *, lora: bool) -> LearningRate:
     rule = rate_rule(pretrained=config.pretrained is not None, lora=lora)
     given = config.optimizer.learning_rate
     if given is None:
-        return LearningRate(rule.default, f"the default for {rule.trained}", None)
+        source = f"the default for {rule.trained}"
+        return LearningRate(rule.default, rule.default, source, None)
     source = "as the run began" if config.resume else "as given"
     warning = None
     if given > rule.high:
@@ -62,4 +64,4 @@ def learning_rate(config: TrainConfig, *, lora: bool) -> LearningRate:
             f"{rule.high:g} the first updates may destroy it. Its default is "
             f"{rule.default:g}."
         )
-    return LearningRate(given, source, warning)
+    return LearningRate(given, rule.default, source, warning)

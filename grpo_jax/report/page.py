@@ -85,7 +85,7 @@ def _summary(run: RunFiles) -> dict[str, Any]:
         "weights": "" if weights == "objective" else f" with {weights} weights",
         "source": OBJECTIVES[objective].source if objective in OBJECTIVES else "",
         "task": run.config["task"]["name"],
-        "rate": _rate(run),
+        "learning_rate": _learning_rate(run),
         "rows": _pass_rates(run),
         "phases": _seconds(run),
         "mismatch": f"{mismatch.max():.1e}" if len(mismatch) else "none yet",
@@ -98,7 +98,7 @@ def _summary(run: RunFiles) -> dict[str, Any]:
     }
 
 
-def _rate(run: RunFiles) -> str:
+def _learning_rate(run: RunFiles) -> str:
     """The learning rate and where it comes from; "" where it was not recorded."""
     rate = run.config.get("optimizer", {}).get("learning_rate")
     return "" if rate is None else f"{rate:g}, {run.rate_from}"

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from grpo_jax.parallel.processes import UnwrittenError
 from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.runs.lines import to_numbers
 from grpo_jax.training.collector import Collected, tied_groups
 from grpo_jax.training.context import RunContext
 from grpo_jax.training.due import Due
+from grpo_jax.training.first_updates import WATCHED, advice, too_far
 from grpo_jax.training.journal import Journal
 from grpo_jax.training.observers import Observers
 from grpo_jax.training.parts import Parts
@@ -90,7 +92,8 @@ class Loop:
         self._learner = parts.learner
         self._observers, self._saver = observers, saver
         self._watchdog, self._due = watchdog, due
-        self._keep_measurement, self._warned_of_ties = keep_measurement, False
+        self._keep_measurement = keep_measurement
+        self._warned_of_ties = self._warned_of_rate = False
 
     def run(self) -> TrainResult:
         """Makes the remaining steps, or as many as fit before a stop."""
@@ -134,6 +137,7 @@ class Loop:
         timer.lap("time/update_s")
         self.step += 1  # the step is made, whatever fails from here on
         metrics, host = weighed.metrics | updated, collected.metrics
+        self._watch_first_updates(metrics)
         # Kept now in case observing fails, and again with what it measured.
         self.journal.keep(self.step, metrics, timer.times | host)
         rewards = collected.rollouts.scored_rewards
@@ -144,6 +148,23 @@ class Loop:
         observed = self._observe(collected, compare_times, timer)
         self.journal.keep(self.step, metrics, timer.times | host | observed)
         self._save_if_due(collected.rollouts)
+
+    def _watch_first_updates(self, metrics: dict[str, Any]) -> None:
+        """Warns once where the first updates move the policy too far."""
+        config = self.context.config
+        warmup = -(-config.optimizer.warmup_steps // config.updates_per_rollout)
+        if self._warned_of_rate or self.step > WATCHED + warmup:
+            return
+        names = {"update/log_prob_change", "kl/mean"} & metrics.keys()
+        figures = to_numbers({name: metrics[name] for name in names})
+        measured = too_far(self.step, figures, warmup=warmup)
+        if measured is None:
+            return
+        self._warned_of_rate = True
+        rate = self.context.plan.learning_rate
+        self.context.console.warn(
+            f"step {self.step}: {measured}. {advice(rate.value, rate.default)}"
+        )
 
     def _check_rewards(self, collected: Collected) -> None:
         """Ends the run, with what it has, where no sample of a step got a reward."""

@@ -163,13 +163,19 @@ def test_reward_rises(tmp_path):
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.1
 
 
-def test_same_seed_same_numbers(tmp_path):
+def test_same_seed_same_numbers_and_a_warning_of_a_destructive_rate(tmp_path, capsys):
+    high = OptimizerConfig(learning_rate=3.0)
+
     def rewards(name):
-        result = gj.train(small_config(tmp_path / name), task=digits_task())
+        config = small_config(tmp_path / name, optimizer=high)
+        result = gj.train(config, task=digits_task())
         rows = read_lines(result.run_dir / "metrics.jsonl")
         return [(row.get("reward/mean"), row.get("gradient/norm")) for row in rows]
 
     assert rewards("a") == rewards("b")
+    printed = capsys.readouterr().out
+    assert printed.count("warning: optimizer.learning_rate 3 is high for a new") == 2
+    assert printed.count("try --optimizer.learning-rate 0.0003") == 2  # once a run
 
 
 def test_rewards_that_fail_are_masked_counted_and_shown(tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 import grpo_jax as gj
 from grpo_jax.errors import ConfigError
 from grpo_jax.planning import plan as stages
+from grpo_jax.planning.learning_rate import learning_rate
 from grpo_jax.planning.plan import (
     ModelStage,
     headline,
@@ -187,6 +188,7 @@ def test_the_model_directory_is_resolved_once(directory, monkeypatch):
     monkeypatch.setattr(stages, "local_directory", resolved)
     made = make_plan(config(pretrained="org/name"))
     assert names == ["org/name"] and made.model.max_positions == 16
+    assert "the default for a pretrained model trained in full" in made.headline
 
 
 # ---- shapes
@@ -284,9 +286,11 @@ def test_headline_names_what_differs(task):
     def text(wanted, row=GRPO, probe=None):
         shapes = shapes_stage(wanted, row, task, LENGTHS)
         model = gj.ModelConfig(vocab_size=20, lora_rank=4)
+        rate = learning_rate(wanted, lora=False)
         return headline(
-            wanted, row, task, model, LENGTHS, shapes, probe=probe, peak=5000
-        )
+            wanted, row, task, model, LENGTHS, shapes,
+            rate=rate, probe=probe, peak=5000,
+        )  # fmt: skip
 
     plain = text(config())
     assert plain.startswith("grpo on chains: ") and plain.endswith(
@@ -294,6 +298,7 @@ def test_headline_names_what_differs(task):
     )
     assert "4 prompts x 4 samples, 10 + 8 tokens, micro-batch 4 x 4" in plain
     assert " | ends at <eos> (1) | " in plain
+    assert " | learning rate 0.0003, the default for a new model | " in plain
     assert "of LoRA trained, float32" in plain and "mesh" not in plain
     meshed = config(mesh=MeshConfig(data=2), weights=WeightsConfig(name="unit"))
     assert "mesh data 2 x fsdp 1 x tensor 1" in text(meshed)

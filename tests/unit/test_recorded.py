@@ -11,10 +11,11 @@ from grpo_jax.cli import main
 from grpo_jax.commands import plan
 from grpo_jax.commands.evaluate import config_like_run
 from grpo_jax.errors import ConfigError
+from grpo_jax.planning.learning_rate import learning_rate
 from grpo_jax.records import overlaid
 from grpo_jax.runs.config import TaskConfig
 from grpo_jax.runs.config_files import load_config_file, to_dict
-from grpo_jax.runs.directory import claim, record
+from grpo_jax.runs.directory import claim, read_notes, record
 from grpo_jax.runs.recorded import continued, eval_settings, run_config
 
 FACTS = {"max_new_tokens": 12, "data": "1", "base": ""}
@@ -88,6 +89,22 @@ def test_a_run_to_resume_is_the_one_that_began(begun):
     assert continued(asked) == expected
     assert continued(expected) == expected
     assert continued(TrainConfig(steps=2)) == TrainConfig(steps=2)
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"learning_rate": None, "eps": 1e-8}])
+def test_a_resumed_run_keeps_its_learning_rate(begun, optimizer):
+    """Whatever the default is by now, which a config of its own leaves open."""
+    file = begun / "config.json"
+    content = json.loads(file.read_text()) | {"learning_rate_from": "the default"}
+    content["config"]["optimizer"]["learning_rate"] = 0.5
+    file.write_text(json.dumps(content))
+    config = continued(TrainConfig(run_dir=begun, resume=True, optimizer=optimizer))
+    rate = learning_rate(config, lora=False)
+    assert rate.value == 0.5 and rate.source == "as the run began"
+    now = FACTS | {"learning_rate_from": rate.source}
+    record(claim(config, now), config, now)
+    assert read_notes(begun)[2] == "the default"
+    assert run_config(begun).optimizer.learning_rate == 0.5
 
 
 def test_the_config_of_a_run_is_a_config(begun):

@@ -153,6 +153,13 @@ def test_an_update_counts_and_reports(stepper):
     # sgd at rate 1 moves by the gradient.
     np.testing.assert_allclose(metrics["update/norm"], metrics["gradient/norm"], 1e-6)
     assert metrics["gradient/norm"] > 1e-3
+    # Gradient times change is minus the squared norm; coefficients are the mask over G.
+    batch = weighed(REINFORCE, rollouts())
+    advantages = gj.centred_advantages(batch.rollouts.rewards)
+    lengths = batch.rollouts.completion_mask.sum(-1)
+    squares = (lengths * advantages**2).mean() * lengths.mean()
+    expected = metrics["gradient/norm"] ** 2 / squares**0.5
+    np.testing.assert_allclose(metrics["update/log_prob_change"], expected, 1e-4)
     np.testing.assert_allclose(metrics["ratio/mean"], 1, rtol=1e-6)
 
 
