@@ -20,9 +20,9 @@ class RateRule(NamedTuple):
 
 RATES = MappingProxyType(
     {
-        "new": RateRule(3e-4, 1e-2, "a new model"),
+        "new": RateRule(3e-4, 3e-3, "a new model"),
         "pretrained": RateRule(1e-5, 3e-5, "a pretrained model trained in full"),
-        "lora": RateRule(3e-4, 1e-3, "LoRA on a pretrained model"),
+        "lora": RateRule(3e-4, 5e-4, "LoRA on a pretrained model"),
     }
 )
 

@@ -166,9 +166,7 @@ class ScoringConfig(Record):
 class OptimizerConfig(Record):
     """AdamW behind a global-norm clip."""
 
-    # Peak; default: by what is trained, lower for pretrained models. The run's
-    # config.json has the one that it took
-    learning_rate: Positive | None = None
+    learning_rate: Positive | None = None  # peak; default: by what is trained
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up
     warmup_steps: Natural = 0  # optimizer updates of linear warm-up
     weight_decay: NotNegative = 0.0  # decoupled, on matrices only

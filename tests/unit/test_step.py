@@ -13,6 +13,7 @@ from grpo_jax import (
     OBJECTIVES,
     ModelConfig,
     Rollouts,
+    centred_advantages,
     completion_logprobs,
     init_policy,
     posterior_weights,
@@ -155,7 +156,7 @@ def test_an_update_counts_and_reports(stepper):
     assert metrics["gradient/norm"] > 1e-3
     # Gradient times change is minus the squared norm; coefficients are the mask over G.
     batch = weighed(REINFORCE, rollouts())
-    advantages = gj.centred_advantages(batch.rollouts.rewards)
+    advantages = centred_advantages(batch.rollouts.rewards)
     lengths = batch.rollouts.completion_mask.sum(-1)
     squares = (lengths * advantages**2).mean() * lengths.mean()
     expected = metrics["gradient/norm"] ** 2 / squares**0.5
