@@ -108,9 +108,9 @@ def log_prob_change(batch: Part, gain: jax.Array) -> jax.Array:
     The loss is sum_i q_i s_i log pi_i over tokens i, q_i the aggregation's coefficient
     over P and s_i the weighted advantage. So its change is `gain` = sum_i q_i s_i d_i,
     with d_i the change of a log-prob, and by Cauchy and Schwarz
-    rms_q(d) >= |gain| / sqrt(sum_i q_i s_i^2 sum_i q_i). Half its square is about the
-    KL between the policies before and after. Exact up to second order where the loss
-    has no other terms and a surrogate's slope is the advantage.
+    rms_q(d) >= |gain| / sqrt(sum_i q_i s_i^2 sum_i q_i). Half rms_q(d)^2 is
+    about the KL between the policies before and after, to second order. The bound is
+    one where the loss has no other terms and a surrogate's slope is the advantage.
 
     Args:
         batch: [P, G, T] coefficients and [P, G] advantages of the full batch.
