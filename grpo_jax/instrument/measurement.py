@@ -60,7 +60,7 @@ def measure(
     """
     rewards = _rewards(rollouts)
     hash_fn = partial(gradient_hash, key=key, width=width)
-    logprobs = partial(_group_logprobs, policy, temperature, micro_batch_tokens)
+    logprobs = partial(group_logprobs, policy, temperature, micro_batch_tokens)
 
     def probe(prompt: tuple[Rollouts, Rollouts | None]) -> Probe:
         group, answer = prompt
@@ -75,7 +75,7 @@ def measure(
 
     probes = jax.lax.map(probe, (rollouts, answers))
     features = jax.lax.map(
-        partial(_mean_hidden_state, policy, micro_batch_tokens), rollouts
+        partial(mean_hidden_state, policy, micro_batch_tokens), rollouts
     )  # [P, D]
     geometry = parts_geometry(
         rewards, probes.vectors, num_directions=None if exact else width
@@ -85,7 +85,7 @@ def measure(
     return Measurement(
         probes._replace(**without_vectors),
         geometry,
-        cosines(_noise(probes.vectors)),
+        cosines(noise_vectors(probes.vectors)),
         cosines(features),
         cosines(features - features.mean(0)),
         cosines(probes.exact_vector),
@@ -104,7 +104,7 @@ def _samples(group: Rollouts) -> tuple[jax.Array, jax.Array]:
     return group.completions, group.completion_mask
 
 
-def _group_logprobs(
+def group_logprobs(
     policy: Policy,
     temperature: float | jax.Array,
     micro_batch_tokens: int,
@@ -123,7 +123,7 @@ def _group_logprobs(
     return batch_logprobs(current, group, temperature, micro)[0].sum(-1)
 
 
-def _mean_hidden_state(
+def mean_hidden_state(
     policy: Policy, micro_batch_tokens: int, group: Rollouts
 ) -> jax.Array:
     """[D] mean hidden state over one prompt's sampled tokens."""
@@ -141,7 +141,7 @@ def _mean_hidden_state(
     return jax.lax.map(total, parts).sum(0) / count
 
 
-def _noise(vectors: jax.Array) -> jax.Array:
+def noise_vectors(vectors: jax.Array) -> jax.Array:
     """[P, K] alternating sums of the parts' gradients [P, H, K]: their noise alone."""
     parts = vectors.shape[1]
     signs = jnp.where(jnp.arange(parts) % 2 == 0, 1.0, -1.0)
