@@ -61,7 +61,7 @@ def learning_rate(config: TrainConfig, *, lora: bool) -> LearningRate:
     if given > rule.high:
         warning = (
             f"optimizer.learning_rate {given:g} is high for {rule.trained}: above "
-            f"{rule.high:g} the first updates may destroy it. Its default is "
-            f"{rule.default:g}."
+            f"{rule.high:g} the first updates may destroy it, unless it is a tiny one. "
+            f"The default is {rule.default:g}."
         )
     return LearningRate(given, rule.default, source, warning)

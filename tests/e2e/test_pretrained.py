@@ -19,6 +19,7 @@ from grpo_jax.runs.config import (
     CheckpointConfig,
     EvaluationConfig,
     InstrumentConfig,
+    OptimizerConfig,
     SamplingConfig,
     TaskConfig,
     WarmStartConfig,
@@ -76,6 +77,7 @@ def settings(data, pretrained, **changes):
         evaluation=EvaluationConfig(every=2, prompts=4, samples=2),
         instrument=InstrumentConfig(every=0),
         checkpoint=CheckpointConfig(every=2),
+        optimizer=OptimizerConfig(learning_rate=3e-4),  # the model is a tiny one
         steps=4,
     )
     return dataclasses.replace(config, **changes)

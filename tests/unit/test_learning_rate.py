@@ -40,7 +40,7 @@ def test_a_high_rate_is_warned_of(kind):
 
     assert rule.default < rule.high and warning(rule.high) is None
     text = warning(1.01 * rule.high) or ""
-    assert rule.trained in text and f"default is {rule.default:g}" in text
+    assert rule.trained in text and f"The default is {rule.default:g}" in text
 
 
 def part(q, factors, advantages):

@@ -27,7 +27,7 @@ Shape = jax.ShapeDtypeStruct
 
 def learner(params):
     """(optimizer, the state of a run that starts with it)."""
-    config = OptimizerConfig()
+    config = OptimizerConfig(learning_rate=3e-4)
     optimizer = make_optimizer(config, make_schedule(config, 1))
     state = jax.eval_shape(lambda x: init_state(x, optimizer, std_weights()), params)
     return optimizer, state

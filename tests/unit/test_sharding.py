@@ -86,9 +86,8 @@ def test_a_size_that_does_not_divide_is_replicated():
 
 
 def test_moments_are_sharded_like_their_parameters():
-    optimizer = make_optimizer(
-        OptimizerConfig(), make_schedule(OptimizerConfig(), total_updates=1)
-    )
+    settings = OptimizerConfig(learning_rate=3e-4)
+    optimizer = make_optimizer(settings, make_schedule(settings, total_updates=1))
     policy = abstract_policy(TINY)
     state = jax.eval_shape(
         lambda params: init_state(params, optimizer, gj.std_weights()), policy.params
