@@ -2,9 +2,10 @@
 
 Each prompt follows two solved examples of its skill, as earlier turns of a chat:
 without them a small model talks where it should answer. Answers are a word, a list or
-a number, some after one or two steps of arithmetic. Levels are ordered by what a
-model of 135 M parameters solves before training: nearly all of level 1, nearly nothing
-of the last. Several skills have little in common: all levels are a mix of tasks.
+a number, some after one or two steps of arithmetic. Levels follow what a model of
+135 M parameters solves before training: nearly all of level 1, nearly nothing of the
+last, though neighbours may not differ. Most skills have little in common: all levels
+together are a mix of tasks.
 """
 
 import itertools
