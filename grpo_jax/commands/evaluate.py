@@ -256,8 +256,10 @@ def _answers(
     """Answers to every prompt: those in the file are read, new ones are appended."""
     file, task = directory / f"{decoding.name}.jsonl", evaluation.task
     answers = {row["index"]: PromptAnswers(**row) for row in read_lines(file)}
+    size = prompts_at_a_time(
+        evaluation.config.rows, decoding.samples, len(evaluation.indices)
+    )
     if not _is_free_of_batches(evaluation.config):
-        size = prompts_at_a_time(evaluation.config.rows, decoding.samples)
         answers = _of_whole_batches(answers, evaluation.indices, size)
     rewrite(file, [row._asdict() for row in answers.values()])
     answered = answer_prompts(
@@ -273,7 +275,7 @@ def _answers(
         evaluation.examples,
         evaluation.prompts,
         samples=decoding.samples,
-        rows=evaluation.config.rows,
+        size=size,
         key=key,
         pool=pool,
         processes=Processes(),

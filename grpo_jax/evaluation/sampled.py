@@ -19,6 +19,8 @@ from grpo_jax.rollouts.judging import (
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks.types import Task
 
+_MULTIPLE = 8  # of the prompts of a batch
+
 
 class PromptAnswers(NamedTuple):
     """A policy's k sampled answers to one prompt; every list has k entries."""
@@ -32,9 +34,21 @@ class PromptAnswers(NamedTuple):
     cut_off: Sequence[bool] = ()  # at the limit of tokens; () in files of old versions
 
 
-def prompts_at_a_time(rows: int, samples: int) -> int:
-    """Prompts of a batch of about `rows` completions, `samples` of each prompt."""
-    return max(1, rows // samples)
+def prompts_at_a_time(rows: int, samples: int, prompts: int) -> int:
+    """Prompts of a batch, as every batch of an evaluation has them.
+
+    As few batches as `rows` allows, of as few prompts as they need; a multiple of 8 of
+    them, so that evaluations of about the same size share one program.
+
+    Args:
+        rows: Completions of a batch, at most (of one prompt, if it has more).
+        samples: Of each prompt.
+        prompts: To be answered, of all batches.
+    """
+    most = max(1, rows // samples)
+    batches = -(-max(1, prompts) // most)
+    needed = -(-prompts // batches)
+    return max(1, min(most, -(-needed // _MULTIPLE) * _MULTIPLE))
 
 
 def batches(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -51,12 +65,13 @@ def answer_prompts(
     prompts: tuple[np.ndarray, np.ndarray],
     *,
     samples: int,
-    rows: int,
+    size: int,
     key: jax.Array,
     pool: VerifierPool | None,
     processes: Processes,
     warn: Callable[[str], None],
     indices: Sequence[int] | None = None,
+    names: np.ndarray | None = None,
 ) -> Iterator[list[PromptAnswers]]:
     """Samples and scores answers to prompts, and yields them batch by batch.
 
@@ -70,16 +85,18 @@ def answer_prompts(
         examples: The N examples of the prompts.
         prompts: Their token ids and mask, [N, L] each.
         samples: Answers to each prompt.
-        rows: Completions sampled at a time, about.
+        size: Prompts of a batch; a smaller one is filled up.
         key: PRNG key of all answers.
         pool: Workers of the task's rewards; None where its reward is a function.
         processes: All processes of the run must iterate together.
         warn: Gets a text for a batch in which rewards are missing, or checks hung.
         indices: Prompts to answer; default: all N.
+        names: [N] int32 that name the prompts for the randomness; default: 0 to N-1.
     """
     ids, mask = prompts
-    selected = np.arange(len(examples)) if indices is None else np.asarray(indices)
-    size = prompts_at_a_time(rows, samples)
+    everything = np.arange(len(examples))
+    selected = everything if indices is None else np.asarray(indices)
+    names = everything if names is None else names
     for batch in batches(selected, size):
         # The last batch is padded with its own rows: one shape, one program.
         padded = np.resize(batch, size)
@@ -89,7 +106,7 @@ def answer_prompts(
             mask[padded],
             group_size=samples,
             key=key,
-            prompt_indices=padded.astype(np.int32),
+            prompt_indices=names[padded].astype(np.int32),
         )
         on_host = _first_rows(fetch_to_host(sampled), len(batch))
         scored = score_rollouts(

@@ -9,6 +9,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
+from grpo_jax.evaluation.sampled import prompts_at_a_time
 from grpo_jax.logprobs import MAX_LOGITS
 from grpo_jax.models.config import ModelConfig, num_factors, num_parameters
 from grpo_jax.parallel.sharding import MeshShape, batch_shards
@@ -351,6 +352,7 @@ class MemoryInputs:
     probe_bytes: int = 0
     weightings: int = 0
     evaluation_samples: int = 1
+    evaluation_prompts: int = 0  # whose completions are sampled; 0: many
     base_bytes: int = 4
     widened: bool = False
     mesh: MeshConfig = MeshConfig()
@@ -378,6 +380,7 @@ class MemoryInputs:
             )
         completions = self.prompts * self.group_size
         samples = self.evaluation_samples
+        asked = self.evaluation_prompts or completions
         return estimate_memory(
             self.model,
             prompts=self.prompts,
@@ -390,7 +393,7 @@ class MemoryInputs:
             probe=probe,
             probe_bytes=self.probe_bytes if probe else 0,
             weightings=self.weightings,
-            evaluated=(max(1, completions // samples), samples),
+            evaluated=(prompts_at_a_time(completions, samples, asked), samples),
             updated=self.updated,
             base_bytes=self.base_bytes,
             widened=self.widened,

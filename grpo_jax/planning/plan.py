@@ -18,6 +18,11 @@ from grpo_jax.models.hub import local_directory
 from grpo_jax.models.pretrained import check_weights, read_config
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.planning.devices import check_mesh, device_memory
+from grpo_jax.planning.evaluated import (
+    EvaluatedPrompts,
+    evaluated_prompts,
+    evaluation_text,
+)
 from grpo_jax.planning.learning_rate import LearningRate, learning_rate
 from grpo_jax.planning.memory import MemoryInputs, readable
 from grpo_jax.planning.resolve import (
@@ -62,6 +67,7 @@ class Plan:
     buckets: list[int]  # completion lengths of the update
     micro: MicroBatch  # of the longest bucket
     probe: ProbePlan | None  # None: no instrument
+    evaluated: EvaluatedPrompts
     memory: MemoryInputs
     headline: str
     warnings: list[str]
@@ -139,6 +145,7 @@ def make_plan(
     if warm_starts:  # its errors come before anything is written
         settings = warm_start_settings(config.warm_start, task)
         Demonstrations(task, settings, lengths.prompt_length, lengths.answer_tokens)
+    evaluated = evaluated_prompts(config, task, lengths)
     memory = memory_stage(
         config,
         objective,
@@ -146,6 +153,7 @@ def make_plan(
         lengths,
         shapes,
         probe.probe,
+        evaluated,
         local_devices=local_devices,
     )
     return Plan(
@@ -164,6 +172,7 @@ def make_plan(
         buckets=shapes.buckets,
         micro=shapes.micro,
         probe=probe.probe,
+        evaluated=evaluated,
         memory=memory.inputs,
         headline=headline(
             config,
@@ -174,6 +183,7 @@ def make_plan(
             shapes,
             rate=rate,
             probe=probe.probe,
+            evaluated=evaluated,
             peak=memory.peak,
         ),
         warnings=[
@@ -329,6 +339,7 @@ def memory_stage(
     lengths: Lengths,
     shapes: Shapes,
     probe: ProbePlan | None,
+    evaluated: EvaluatedPrompts,
     *,
     local_devices: bool = True,
 ) -> MemoryStage:
@@ -353,6 +364,7 @@ def memory_stage(
         probe_bytes=probe.vector_bytes if probe else 0,
         weightings=WEIGHTINGS * (config.instrument.counterfactual_every > 0),
         evaluation_samples=config.evaluation.samples,
+        evaluation_prompts=evaluated.sampled,
         base_bytes=model.base_bytes,
         widened=jax.default_backend() == "cpu" and local_devices,
         mesh=config.mesh,
@@ -383,6 +395,7 @@ def headline(
     *,
     rate: LearningRate,
     probe: ProbePlan | None,
+    evaluated: EvaluatedPrompts,
     peak: int,
 ) -> str:
     """The first lines of a run: its loss written out, shapes, size and memory.
@@ -407,6 +420,7 @@ def headline(
         parts.append("mesh " + " x ".join(f"{name} {size}" for name, size in sizes))
     parts.append(f"about {readable(peak, 'B')} on the device")
     text = " | ".join(parts)
+    text += f"\n{evaluation_text(config, task, evaluated)}"
     if probe:
         text += f"\ninstrument: {probe.text(config.instrument.every)}"
     return text

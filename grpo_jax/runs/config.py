@@ -31,6 +31,7 @@ ProbePrompts = Annotated[int, at_least(2, "; one prompt has no angle to another"
 PolicyTemperature = Annotated[
     float, positive("; it is part of the policy that is trained")
 ]
+SampleTemperature = Annotated[float, positive("; greedy decoding is --greedy")]
 Ddof = Annotated[int, Bound("be 0 or 1", lambda x: x in (0, 1))]
 Seed = Annotated[int, at_least(0), Bound("be below 2**63", lambda x: x < 2**63)]
 
@@ -219,7 +220,11 @@ class EvaluationConfig(Record):
     """Pass rates on trained and held-out prompts, exact where one answer is right."""
 
     every: Natural = 10  # steps; also at the start and at the end; 0: only those two
-    prompts: Count = 256  # trained prompts evaluated (held-out ones: all)
+    # Trained prompts evaluated, beside all held-out ones; default: 256 where one answer
+    # is right, else as many of either as max_overhead allows, from 16 to 256
+    prompts: Count | None = None
+    # Of step time, on average, where completions are sampled and no number is given
+    max_overhead: Positive = 0.05
     samples: Count = 1  # of each prompt, at the policy's temperature
 
 
@@ -316,11 +321,7 @@ class EvalConfig(Record):
     # K sampled answers of each prompt, for avg@k and pass@k; 0: none
     samples: Natural = 0
     pass_at: tuple[int, ...] = ()  # the k's of pass@k; default: 1, 2, 4, ... samples
-    # Of the samples
-    # default: the run's, or 1
-    temperature: Annotated[float, positive("; greedy decoding is --greedy")] | None = (
-        None
-    )
+    temperature: SampleTemperature | None = None  # default: the run's, or 1
     top_k: Count | None = None  # samples are drawn from the k most likely tokens
     # Or from the fewest that have this much probability
     top_p: Annotated[float, UP_TO_ONE] | None = None
@@ -340,10 +341,8 @@ class EvalConfig(Record):
     def __post_init__(self):
         super().__post_init__()
         if self.pretrained and self.run_dir:
-            raise ConfigError(
-                f"eval needs one policy, got pretrained={self.pretrained!r} and "
-                f"run_dir={self.run_dir!r}; leave one of them out."
-            )
+            got = f"pretrained={self.pretrained!r} and run_dir={self.run_dir!r}"
+            raise ConfigError(f"eval needs one policy, got {got}; leave one out.")
         if not self.pretrained and not self.run_dir:
             raise ConfigError(
                 "eval needs one policy: give pretrained, a model's directory, or "

@@ -293,7 +293,10 @@ def _pick_parts(
     if heldout is None:
         train, heldout, count = _split(rng, train, request.heldout_prompts)
         seed = request.seed
-        notes.append(f"{count} held-out prompts were split off by task.seed {seed}.")
+        total = count + len({_asked(row.example) for row in train})
+        notes.append(
+            f"{count} of {total} prompts were held out, chosen by task.seed {seed}."
+        )
     evaluated: dict[tuple[Turns, str], Example] = {}
     for row in heldout:
         evaluated.setdefault(_asked(row.example), row.example)  # of repeats the first

@@ -215,12 +215,18 @@ class Loop:
     def _prepare(self) -> None:
         """Compiles what a step needs and measures the start; less if asked to stop."""
         began, processes, step = time.monotonic(), self.context.processes, self.step
+        plan, say = self.context.plan, self.context.console.say
+        lengths = " or ".join(map(str, plan.buckets))
+        say(
+            f"compiling the update: {plan.model.num_layers} layers, completions of "
+            f"{lengths} tokens"
+        )
         with self._watchdog.phase("compilation"):
             self._learner.compile(self.state, lambda: processes.stopping)
         if processes.stopping:
             return
         observed = self._observers.prepare(
-            self.state.params, step, self._keep_measurement
+            self.state.params, step, self._keep_measurement, say
         )
         if processes.stopping:
             return
@@ -238,7 +244,8 @@ class Loop:
                 if (evaluated if name.startswith("eval/") else measured)
             }
             self.journal.complete(step, late)
-        self.context.console.say(f"ready after {time.monotonic() - began:.1f} s")
+        seconds = time.monotonic() - began
+        say(f"ready after {seconds:.1f} s; the first step compiles its sampler")
 
     def _end(self) -> TrainResult:
         """Saves the last step and reports the run.

@@ -1,5 +1,6 @@
 """What watches a run: pass rates, probe measurements, counterfactual updates."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +52,13 @@ class Observers:
         self._learner, self._journal = learner, journal
         self._watchdog, self._processes = watchdog, processes
 
-    def prepare(self, params: Any, step: int, keep_measurement: bool) -> dict[str, Any]:
+    def prepare(
+        self,
+        params: Any,
+        step: int,
+        keep_measurement: bool,
+        say: Callable[[str], None],
+    ) -> dict[str, Any]:
         """Evaluates and measures before the first step, due or not: what these need is
         compiled here, and no step waits for it.
 
@@ -59,10 +66,13 @@ class Observers:
             params: After `step` steps.
             step: Where the run starts or resumes.
             keep_measurement: Whether the measurement belongs into instrument.jsonl.
+            say: Gets a sentence as each begins.
         """
+        say("evaluating the start (the first evaluation compiles its sampler)")
         metrics = self._evaluate(params, step)
         if self._instrument is None or self._processes.stopping:
             return metrics
+        say("measuring the start (the first measurement compiles its programs)")
         with self._watchdog.phase("measurement"):
             metrics |= self._instrument.measure(params, step)
             self._instrument.compile(params)

@@ -21,7 +21,6 @@ from grpo_jax.rollouts.encoding import answer_rollouts
 from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.sampling import sample
-from grpo_jax.streams import Stream, host_rng
 from grpo_jax.training.collector import Collector
 from grpo_jax.training.context import RunContext
 from grpo_jax.training.learner import Learner
@@ -63,8 +62,7 @@ def make_parts(context: RunContext, start: Policy) -> Parts:
         context.pool,
         context.processes,
     )
-    rng = host_rng(config.seed, Stream.EVALUATED_PROMPTS)
-    picked = rng.permutation(len(task.train))
+    picked = plan.evaluated.picked
     objective = _settled_objective(context, start, prompts, picked)
     updates = config.steps * config.updates_per_rollout
     schedule = make_schedule(config.optimizer, updates)
@@ -72,7 +70,7 @@ def make_parts(context: RunContext, start: Policy) -> Parts:
         prompts,
         _make_collector(context, prompts, objective),
         _make_learner(context, start, objective, schedule),
-        _make_pass_rates(context, policy, sampler, picked),
+        _make_pass_rates(context, policy, sampler),
         schedule,
         picked,
     )
@@ -133,13 +131,12 @@ def _needs_solving(plan: Plan, objective: Objective, compares: bool) -> bool:
 
 
 def _make_pass_rates(
-    context: RunContext, policy: Policy, sampler: SampleFn, picked: np.ndarray
+    context: RunContext, policy: Policy, sampler: SampleFn
 ) -> PassRates:
     config, plan, sampling = context.config, context.plan, context.config.sampling
-    train = plan.task.train
     return PassRates(
         plan.task,
-        [train[i] for i in picked[: config.evaluation.prompts]],
+        *plan.evaluated.examples(plan.task),
         policy,
         sampler,
         context.keys.evaluation,

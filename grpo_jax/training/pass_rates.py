@@ -1,9 +1,11 @@
 """Pass rates of the policy on trained and held-out prompts, with intervals."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from grpo_jax.evaluation.exact import exact_pass_rates
 from grpo_jax.evaluation.figures import (
@@ -12,7 +14,11 @@ from grpo_jax.evaluation.figures import (
     missing_and_failed,
     pass_rate_interval,
 )
-from grpo_jax.evaluation.sampled import PromptAnswers, answer_prompts
+from grpo_jax.evaluation.sampled import (
+    PromptAnswers,
+    answer_prompts,
+    prompts_at_a_time,
+)
 from grpo_jax.intervals import rate_interval
 from grpo_jax.models.policy import Policy
 from grpo_jax.parallel.processes import Processes
@@ -39,12 +45,12 @@ class PassRates:
 
     Args:
         task: Whose prompts.
-        trained: Trained examples to evaluate; held-out ones are all evaluated.
+        trained, heldout: Examples to evaluate.
         policy: Without trained parameters.
         sample: `gj.sample` with everything but prompts, group size and key.
         key: Folded with the step.
         samples: Completions of each prompt, where they are sampled.
-        rows: Completions sampled at a time.
+        rows: Completions sampled at a time, at most.
         prompt_tokens, max_new_tokens: L and T.
         temperature: The sampling temperature.
         micro_batch_tokens: Tokens per forward pass, on each device.
@@ -60,6 +66,7 @@ class PassRates:
         self,
         task: Task,
         trained: Sequence[Example],
+        heldout: Sequence[Example],
         policy: Policy,
         sample: SampleFn,
         key: jax.Array,
@@ -87,17 +94,14 @@ class PassRates:
                 answers = answer_rollouts(task, examples, prompt_tokens, max_new_tokens)
             return EvaluatedPart(examples, prompts, answers)
 
-        self.parts = {"train": encoded(trained), "heldout": encoded(task.heldout)}
+        self.parts = {"train": encoded(trained), "heldout": encoded(heldout)}
 
     def measure(self, params: Any, step: int) -> dict[str, float]:
         """`eval/...` metrics of the parameters after `step` steps."""
         metrics: dict[str, float] = {}
-        key = jax.random.fold_in(self._key, step)
-        answered: list[PromptAnswers] = []
+        sampled = self._sampled(params, jax.random.fold_in(self._key, step))
         for name, part in self.parts.items():
-            rows: list[PromptAnswers] = []
-            if part.answers is None or name == "heldout":
-                rows = self._sampled(params, part, key)
+            rows = sampled.get(name, [])
             if part.answers is None:
                 rate = pass_rate_interval(rows)
             else:
@@ -110,7 +114,7 @@ class PassRates:
                 metrics[f"eval/{name}_cut_off"] = cut_off_share(rows)
                 stem = f"eval/{name}_reward"
                 metrics |= _with_interval(stem, stem, mean_reward_interval(rows))
-            answered += rows
+        answered = [row for rows in sampled.values() for row in rows]
         metrics["eval/missing"], failed = missing_and_failed(answered)
         if self._pool is not None:
             metrics["eval/failed"] = failed
@@ -122,24 +126,35 @@ class PassRates:
             exact_pass_rates(policy, answers, self._temperature, self._tokens)
         )
 
-    def _sampled(
-        self, params: Any, part: EvaluatedPart, key: jax.Array
-    ) -> list[PromptAnswers]:
-        """Answers to the prompts of a part."""
+    def _sampled(self, params: Any, key: jax.Array) -> dict[str, list[PromptAnswers]]:
+        """Answers to the held-out prompts, and to the trained ones where no exact pass
+        rate is known: all in the same batches, so that few are filled up."""
+        parts = {
+            name: part
+            for name, part in self.parts.items()
+            if part.answers is None or name == "heldout"
+        }
+        examples = [x for part in parts.values() for x in part.examples]
+        ids, mask = zip(*(part.prompts for part in parts.values()), strict=True)
         batches = answer_prompts(
             self._sample,
             self._policy.replace(params),
             self._task,
-            part.examples,
-            part.prompts,
+            examples,
+            (np.concatenate(ids), np.concatenate(mask)),
             samples=self._samples,
-            rows=self._rows,
+            size=prompts_at_a_time(self._rows, self._samples, len(examples)),
             key=key,
             pool=self._pool,
             processes=self._processes,
             warn=self._warn,
+            names=np.concatenate([np.arange(len(p.examples)) for p in parts.values()]),
         )
-        return [row for rows in batches for row in rows]
+        rows = iter(row for rows in batches for row in rows)
+        return {
+            name: list(itertools.islice(rows, len(part.examples)))
+            for name, part in parts.items()
+        }
 
 
 def _with_interval(

@@ -187,6 +187,8 @@ def _announce(context: RunContext) -> None:
     console.say(plan.headline)
     for warning in plan.warnings:
         console.warn(warning)
+    if plan.task.note:
+        console.say(f"{plan.task.name}: {plan.task.note}")
     console.say(f"run directory: {directory}")
     context.processes.on_writer(lambda: _save_tokenizer(plan.task, directory))
 

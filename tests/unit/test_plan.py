@@ -9,6 +9,7 @@ import pytest
 import grpo_jax as gj
 from grpo_jax.errors import ConfigError
 from grpo_jax.planning import plan as stages
+from grpo_jax.planning.evaluated import evaluated_prompts
 from grpo_jax.planning.learning_rate import learning_rate
 from grpo_jax.planning.plan import (
     ModelStage,
@@ -253,7 +254,8 @@ def memory(task, wanted=None, row=GRPO, model=None, **options):
     wanted = wanted or config()
     stage = ModelStage(model or gj.ModelConfig(vocab_size=20), 4)
     shapes = shapes_stage(wanted, row, task, LENGTHS)
-    return memory_stage(wanted, row, stage, LENGTHS, shapes, None, **options)
+    asked = evaluated_prompts(wanted, task, LENGTHS)
+    return memory_stage(wanted, row, stage, LENGTHS, shapes, None, asked, **options)
 
 
 def test_memory_stage_reads_objective_and_config(task):
@@ -290,12 +292,12 @@ def test_headline_names_what_differs(task):
         return headline(
             wanted, row, task, model, LENGTHS, shapes,
             rate=rate, probe=probe, peak=5000,
+            evaluated=evaluated_prompts(wanted, task, LENGTHS),
         )  # fmt: skip
 
     plain = text(config())
-    assert plain.startswith("grpo on chains: ") and plain.endswith(
-        " | about 5.00kB on the device"
-    )
+    assert plain.startswith("grpo on chains: ")
+    assert " | about 5.00kB on the device\nevaluation: 40 trained and 16 " in plain
     assert "4 prompts x 4 samples, 10 + 8 tokens, micro-batch 4 x 4" in plain
     assert " | ends at <eos> (1) | " in plain
     assert " | learning rate 0.0003, the default for a new model | " in plain

@@ -226,7 +226,7 @@ def test_what_a_config_needs_is_named():
         gj.warm_up({"seed": 1})
     with pytest.raises(ConfigError, match="one policy: give pretrained, .* or run_dir"):
         gj.evaluate({"seed": 1})
-    message = "one policy, got pretrained='m' and run_dir='r'; leave one of them out"
+    message = "one policy, got pretrained='m' and run_dir='r'; leave one out"
     with pytest.raises(ConfigError, match=message):
         gj.EvalConfig(pretrained="m", run_dir="r")
 
