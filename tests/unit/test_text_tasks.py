@@ -217,7 +217,7 @@ def test_one_file_is_split_by_seed(tmp_path):
     task = load_task("gsm8k", path=path, seed=3)
     assert len(task.heldout) == 9  # a tenth of 90 different prompts
     assert {e.prompt for e in task.heldout}.isdisjoint(e.prompt for e in task.train)
-    assert "9 of 40 prompts were held out, chosen by task.seed 3." in task.note
+    assert "9 of 90 prompts were held out, chosen by task.seed 3." in task.note
     assert load_task("gsm8k", path=path, seed=4).heldout != task.heldout
     with pytest.raises(ConfigError, match="heldout_prompts must be below 90, the pro"):
         load_task("gsm8k", path=path, heldout_prompts=90)
