@@ -10,6 +10,7 @@ from grpo_jax.runs.config import TrainConfig
 # counted low: without what the host and the optimizer do.
 SAMPLING, GRADIENT, SECOND_ORDER = 2, 4, 6
 FLOOR = 160  # fixed cost, in tokens, of a pass over one prompt's few samples
+LEAST_PROMPTS = 8  # unless fewer are asked for: they seldom tell cosines (BUILD_NOTES)
 MOST_PROMPTS = 32  # unless more are asked for: they cost memory and file size
 VECTOR_BYTES = 128 * 2**20  # limit of `ProbePlan.vector_bytes`
 
@@ -22,7 +23,9 @@ class ProbePlan:
     group_size: int
     width: int  # coordinates kept of a gradient
     exact: bool  # whether these are all of them
-    share: float  # of a step's time that measurements take, averaged over steps
+    share: float  # of a step's time that all measurements take, averaged over steps
+    every: int = 1  # steps between measurements
+    at_start: bool = True  # whether one comes before the first step
 
     @property
     def num_directions(self) -> int | None:
@@ -34,13 +37,19 @@ class ProbePlan:
         """Bytes of every part's gradient or its sums, and of three more a prompt."""
         return 4 * self.prompts * (num_parts(self.group_size) + 3) * self.width
 
-    def text(self, every: int) -> str:
-        """One line about measurements every `every` steps."""
+    def text(self, steps: int) -> str:
+        """One line about the measurements of a run of `steps` steps."""
         kept = "full gradients" if self.exact else f"gradients in {self.width:,} sums"
         return (
-            f"{self.prompts} probe prompts x {self.group_size} samples, {kept}, every "
-            f"{every} steps and at the end: about {100 * self.share:.0f} % of step time"
+            f"{self.prompts} probe prompts x {self.group_size} samples, {kept}, "
+            f"{self._when(steps)}: about {100 * self.share:.0f} % of step time"
         )
+
+    def _when(self, steps: int) -> str:
+        if self.every >= steps:
+            return "at the start and at the end" if self.at_start else "at the end"
+        start = "at the start, " if self.at_start else ""
+        return f"{start}every {self.every} steps and at the end"
 
 
 def plan_probe(
@@ -54,7 +63,9 @@ def plan_probe(
     """Chooses probe prompts and coordinates within config.instrument.max_overhead.
 
     From a count of forward passes, not from a clock, so that the same command measures
-    the same prompts; the run measures the share that it takes.
+    the same prompts; the run measures the share that it takes. Where LEAST_PROMPTS do
+    not fit, and neither `every` nor `prompts` was given, there are fewer measurements:
+    at the start and at the end, or at the end alone.
 
     Args:
         config: With instrument, sampling and steps.
@@ -67,7 +78,7 @@ def plan_probe(
         None where the instrument is off.
 
     Raises:
-        ConfigError: not even two prompts fit, or the group is too small to be split.
+        ConfigError: LEAST_PROMPTS fit in none of these ways, or the task has too few.
     """
     wanted, sampling = config.instrument, config.sampling
     if not wanted.every:
@@ -76,27 +87,57 @@ def plan_probe(
     step = (SAMPLING + GRADIENT) * sampling.prompts
     step *= prompt_tokens + sampling.group_size * max_new_tokens
     per_prompt = _cost(group_size, prompt_tokens, max_new_tokens)
-    allowed = wanted.max_overhead * wanted.every * step / per_prompt
-    prompts = wanted.prompts or min(MOST_PROMPTS, int(allowed))
     if train_prompts < max(2, wanted.prompts or 0):
         raise ConfigError(
             f"instrument.prompts must be from 2 to {train_prompts}, the task's trained "
             f"prompts, got {wanted.prompts or 'no number'}; lower it, or set "
             "instrument.every to 0."
         )
-    prompts = min(prompts, train_prompts)
-    if prompts < 2:
-        share = 2 * per_prompt / (wanted.every * step)
-        raise ConfigError(
-            f"instrument.max_overhead {wanted.max_overhead:g} is too low for two probe "
-            f"prompts: they would take about {100 * share:.0f} % of step time; raise "
-            "instrument.every or max_overhead, or set instrument.every to 0."
-        )
+    budget = wanted.max_overhead * config.steps * step / per_prompt  # prompts measured
+    every, at_start, prompts = _schedule(config, budget, train_prompts)
     width = max(1, VECTOR_BYTES // (4 * prompts * (num_parts(group_size) + 3)))
-    measured = {*range(0, config.steps + 1, wanted.every), config.steps}
-    share = (len(measured) - 1) * prompts * per_prompt / (config.steps * step)
+    looks = _looks(config.steps, every, at_start)
+    share = looks * prompts * per_prompt / (config.steps * step)
     exact = parameters <= width
-    return ProbePlan(prompts, group_size, parameters if exact else width, exact, share)
+    size = parameters if exact else width
+    return ProbePlan(prompts, group_size, size, exact, share, every, at_start)
+
+
+def _schedule(
+    config: TrainConfig, budget: float, train_prompts: int
+) -> tuple[int, bool, int]:
+    """(every, at_start, prompts) of the first way in which enough prompts fit.
+
+    Args:
+        config: With instrument and steps.
+        budget: Prompts that may be measured in the whole run.
+        train_prompts: As `plan_probe`.
+    """
+    wanted, steps = config.instrument, config.steps
+    if wanted.prompts:
+        return wanted.every, wanted.at_start, wanted.prompts
+    least = min(LEAST_PROMPTS, train_prompts)
+    ways = [(wanted.every, wanted.at_start)]
+    if not {"every", "at_start"} & wanted.given:
+        ways += [(steps, True), (steps, False)]
+    for every, at_start in ways:
+        prompts = int(budget / _looks(steps, every, at_start))
+        if prompts >= least:
+            return every, at_start, min(prompts, MOST_PROMPTS, train_prompts)
+    looks = _looks(steps, *ways[-1])
+    share = wanted.max_overhead * least * looks / budget
+    times = f"{looks} times" if looks > 1 else "once"
+    raise ConfigError(
+        f"instrument.max_overhead {wanted.max_overhead:g} is too low for {least} probe "
+        f"prompts, below which little can be told: measured {times}, they would take "
+        f"about {100 * share:.0f} % of step time; raise "
+        "steps or max_overhead, give instrument.prompts, or set instrument.every to 0."
+    )
+
+
+def _looks(steps: int, every: int, at_start: bool) -> int:
+    """Measurements of a run."""
+    return len({*range(0, steps + 1, every), steps} - (set() if at_start else {0}))
 
 
 def _cost(group_size: int, prompt_tokens: int, max_new_tokens: int) -> int:

@@ -422,7 +422,7 @@ def headline(
     text = " | ".join(parts)
     text += f"\n{evaluation_text(config, task, evaluated)}"
     if probe:
-        text += f"\ninstrument: {probe.text(config.instrument.every)}"
+        text += f"\ninstrument: {probe.text(config.steps)}"
     return text
 
 

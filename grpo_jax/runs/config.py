@@ -232,9 +232,9 @@ class EvaluationConfig(Record):
 class InstrumentConfig(Record):
     """Curvature and geometry of prompts' gradients, on a fixed set of probe prompts."""
 
-    every: Natural = 40  # steps; also at the start and at the end; 0: never
-    # Of step time, on average; chooses how many probe prompts there are
-    max_overhead: Positive = 0.1
+    every: Natural = 40  # steps; also at the end; 0: never; by default rarer if dear
+    at_start: bool = True  # also before the first step
+    max_overhead: Positive = 0.1  # of step time; chooses prompts, and when
     prompts: ProbePrompts | None = None  # default: what max_overhead allows
     # Samples of each, a multiple of 4; default: sampling's, at least 8
     group_size: Annotated[int, at_least(4)] | None = None

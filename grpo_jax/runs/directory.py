@@ -10,6 +10,7 @@ from typing import Any
 from grpo_jax.errors import ConfigError
 from grpo_jax.runs.config import TrainConfig
 from grpo_jax.runs.config_files import differences, to_dict, with_paths
+from grpo_jax.runs.lines import read_lines
 
 # Settings that may change on resume: those that the maths does not depend on. `steps`
 # may as long as neither the learning rate nor the weights depend on it. Paths of data
@@ -225,6 +226,8 @@ def read_config_dict(directory: Path) -> dict[str, Any]:
 def read_facts(directory: Path) -> dict[str, Any]:
     """The content of config.json: config, versions, and the facts given to `claim`.
 
+    Older runs did not record how many prompts they measured: it is filled in.
+
     Raises:
         ConfigError: the directory holds no run.
     """
@@ -239,7 +242,22 @@ def read_facts(directory: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged ({error}); it cannot be used.") from error
+    if isinstance(facts["config"].get("instrument"), dict):
+        facts["config"]["instrument"] |= _measured(directory, facts["config"])
     return facts
+
+
+def _measured(directory: Path, config: dict[str, Any]) -> dict[str, int]:
+    """What a run of an older version chose and did not record: the prompts of its
+    measurements, or no measurements where it took steps without any."""
+    wanted = config["instrument"]
+    if wanted.get("prompts") is not None or not wanted.get("every", 1):
+        return {}
+    rows = read_lines(Path(directory) / "instrument.jsonl")
+    if rows:
+        return {"prompts": len(rows[0]["prompts"])}
+    steps = read_lines(Path(directory) / "metrics.jsonl")
+    return {"every": 0} if any(row.get("step", 0) > 0 for row in steps) else {}
 
 
 def read_notes(directory: Path) -> tuple[dict[str, str], str, str]:

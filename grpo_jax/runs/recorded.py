@@ -57,6 +57,10 @@ def continued(config: TrainConfig) -> TrainConfig:
         return config  # refused where the directory is claimed
     begun = run_config(config.run_dir)
     config = overlaid(begun, config)
+    if config.instrument.prompts is None:  # left open: as many as before
+        prompts = begun.instrument.prompts
+        instrument = dataclasses.replace(config.instrument, prompts=prompts)
+        config = dataclasses.replace(config, instrument=instrument)
     if config.optimizer.learning_rate is None:  # left open: not another one
         rate = begun.optimizer.learning_rate
         optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)

@@ -9,8 +9,8 @@ from grpo_jax.runs.config import TrainConfig
 class Due:
     """What follows a number of steps; step 0 is the start of the run.
 
-    Evaluation and measurement are due at the start, at the end and every so many steps
-    between; the others every so many steps.
+    Evaluation and measurement are due at the start (measurement where the config says
+    so), at the end and every so many steps between; the others every so many steps.
 
     Attributes:
         with_instrument: Whether the run has probe prompts.
@@ -25,8 +25,11 @@ class Due:
 
     def measurement(self, step: int) -> bool:
         """Whether the probe prompts are measured."""
-        every = self.config.instrument.every
-        return self.with_instrument and (self._ends(step) or _every(every, step))
+        wanted = self.config.instrument
+        if step == 0 and not wanted.at_start:
+            return False
+        due = self._ends(step) or _every(wanted.every, step)
+        return self.with_instrument and due
 
     def comparison(self, step: int) -> bool:
         """Whether prompt weights are compared by a counterfactual update."""

@@ -72,6 +72,8 @@ class Observers:
         metrics = self._evaluate(params, step)
         if self._instrument is None or self._processes.stopping:
             return metrics
+        if not (keep_measurement or self._due.measurement(0)):
+            return metrics
         say("measuring the start (the first measurement compiles its programs)")
         with self._watchdog.phase("measurement"):
             metrics |= self._instrument.measure(params, step)

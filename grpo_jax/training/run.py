@@ -12,7 +12,7 @@ import jax
 from grpo_jax.errors import check_kind, first_line
 from grpo_jax.parallel.processes import LostProcessError, Processes, exit_at_once, join
 from grpo_jax.parallel.sharding import make_mesh, on_mesh
-from grpo_jax.planning.plan import make_plan
+from grpo_jax.planning.plan import Plan, make_plan
 from grpo_jax.records import as_type
 from grpo_jax.rewards.pool import VerifierPool, verifier_pool
 from grpo_jax.rewards.trial import try_rewards
@@ -88,7 +88,7 @@ def _train(config: TrainConfig, task: Task | None, processes: Processes) -> Trai
     plan = processes.together(
         lambda: make_plan(config, _task(config, task, date), date=date)
     )
-    config = _with_rate(config, plan.learning_rate.value)
+    config = _as_planned(config, plan)
     mesh = processes.together(lambda: make_mesh(config.mesh))
     console = Console(config.log.lines_every, process=processes.index)
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
@@ -100,11 +100,22 @@ def _train(config: TrainConfig, task: Task | None, processes: Processes) -> Trai
         return _run(context, facts)
 
 
-def _with_rate(config: TrainConfig, rate: float) -> TrainConfig:
-    """The config with the learning rate that the run takes: config.json keeps it, so
-    that a resumed run has the same where the defaults have changed."""
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
-    return dataclasses.replace(config, optimizer=optimizer)
+def _as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
+    """The config with the learning rate and the measurements that the run takes:
+    config.json keeps them, so that a resumed run has the same where the defaults have
+    changed."""
+    rate, probe = plan.learning_rate.value, plan.probe
+    chosen: dict[str, Any] = {"every": 0}
+    if probe is not None:
+        chosen = {
+            name: getattr(probe, name)
+            for name in ("every", "at_start", "prompts", "group_size")
+        }
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
+        instrument=dataclasses.replace(config.instrument, **chosen),
+    )
 
 
 def _try_rewards(task: Task, pool: VerifierPool | None, console: Console) -> None:

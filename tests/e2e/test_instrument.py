@@ -23,6 +23,7 @@ from grpo_jax.runs.config import (
     WarmStartConfig,
 )
 from grpo_jax.runs.lines import read_lines
+from grpo_jax.runs.recorded import run_config
 from grpo_jax.runs.snapshots import load_policy, saved_steps
 from grpo_jax.tasks.registry import load_task
 
@@ -162,6 +163,32 @@ def test_a_run_continued_past_its_end_measures_there_again(tmp_path):
     assert [row["update"] is None for row in rows] == [False, False, True]
 
 
+# Nothing is measured, nor compiled for it, before the end; a resumed run knows.
+@pytest.mark.slow
+def test_a_measurement_at_the_end_alone(tmp_path):
+    wanted = InstrumentConfig(every=4, at_start=False, prompts=4, group_size=8)
+    directory = tmp_path / "run"
+    gj.train(config_of(directory, wanted, steps=2))
+    assert [row["step"] for row in rows_of(directory)] == [2]
+    gj.train(TrainConfig(run_dir=str(directory), resume=True, steps=4))
+    rows = rows_of(directory)
+    assert rows[-1]["step"] == 4 and rows[-1]["update"] is None
+    metrics = {row["step"]: row for row in rows_of(directory, "metrics")}
+    assert "time/instrument_s" not in metrics[0]
+    assert metrics[4]["time/instrument_s"] > 0
+
+
+# What the plan chose is recorded.
+@pytest.mark.slow
+def test_a_run_records_what_it_measures(tmp_path):
+    directory = tmp_path / "run"
+    gj.train(config_of(directory, InstrumentConfig(max_overhead=6.0), steps=2))
+    chosen = run_config(directory).instrument
+    (first, last) = rows_of(directory)
+    assert len(first["prompts"]) == chosen.prompts >= 8
+    assert (first["step"], last["step"], chosen.at_start) == (0, 2, True)
+
+
 # All rewards missing at a measurement: no phase, and the run goes on and resumes.
 @pytest.mark.slow
 def test_a_measurement_without_rewards(tmp_path):
@@ -189,23 +216,53 @@ def plan(parameters=10**5, **settings):
     return plan_probe(config, parameters=parameters, **SIZES)
 
 
+# All looks count, the one before the first step too: 11 of 400 steps with every 40.
 def test_the_budget_chooses_the_probe_set():
-    few, many = plan(max_overhead=0.05), plan(max_overhead=0.2)
-    assert 2 <= few.prompts < many.prompts <= 32
-    for result, most in ((few, 0.05), (many, 0.2)):
+    few, many = plan(max_overhead=0.1, every=50), plan(max_overhead=0.4, every=50)
+    assert 8 <= few.prompts < many.prompts <= 32
+    for result, most in ((few, 0.1), (many, 0.4)):
+        assert result.every == 50 and result.at_start
         assert 0.6 * most < result.share <= most
-    assert plan(every=80).prompts > plan(every=40).prompts
+    assert plan(every=80).prompts > plan(every=50).prompts
     assert few.exact and few.num_directions is None
     large = plan(parameters=10**9)
     assert not large.exact and large.num_directions == large.width
     assert large.width * 4 * large.prompts * 7 <= 2**27
     assert plan(every=0) is None
     assert plan(prompts=40).prompts == 40  # as asked for; the plan warns
-    assert "% of step time" in few.text(40)
+    once, nine = (plan(prompts=4, every=e, at_start=False) for e in (400, 40))
+    np.testing.assert_allclose(nine.share, 10 * once.share)
+    assert "% of step time" in few.text(400)
+
+
+# As the budget falls: every so many steps, at both ends, at the end alone, not at all.
+def test_too_few_probe_prompts_are_measured_rarely_instead():
+    unit = plan(prompts=8, every=400, at_start=False).share  # of 8 prompts once
+    ways = [
+        (plan(max_overhead=1.01 * looks * unit), text)
+        for looks, text in (
+            (11, "at the start, every 40 steps and at the end"),
+            (2, "at the start and at the end"),
+            (1, "gradients, at the end"),
+        )
+    ]
+    for probe, text in ways:
+        assert probe.prompts >= 8
+        assert text in probe.text(400)
+    assert [(w.every, w.at_start) for w, _ in ways] == [
+        (40, True),
+        (400, True),
+        (400, False),
+    ]
+    with pytest.raises(ConfigError, match="measured once"):
+        plan(max_overhead=0.9 * unit)
+    with pytest.raises(ConfigError, match="measured 11 times"):  # given: as given
+        plan(every=40, max_overhead=5 * unit, at_start=True)
+    assert plan(prompts=2, max_overhead=5 * unit).every == 40
 
 
 def test_bad_budgets_raise():
-    with pytest.raises(ConfigError, match="too low for two probe prompts: they w"):
+    with pytest.raises(ConfigError, match="too low for 8 probe prompts, below"):
         plan(max_overhead=0.001)
     with pytest.raises(ConfigError, match="must be from 2 to 500.* got 501"):
         plan(prompts=501)
@@ -219,7 +276,7 @@ def test_the_default_instrument_is_left_out_where_it_does_not_fit():
     small = SamplingConfig(prompts=2, group_size=2)
     result = make_plan(TrainConfig(sampling=small))
     assert result.probe is None and "the instrument is off" in result.warnings[0]
-    with pytest.raises(ConfigError, match="too low for two probe prompts"):
+    with pytest.raises(ConfigError, match="too low for 8 probe prompts"):
         make_plan(TrainConfig(sampling=small, instrument=InstrumentConfig(every=41)))
 
 

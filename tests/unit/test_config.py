@@ -22,6 +22,7 @@ from grpo_jax.runs.config import (
 )
 from grpo_jax.runs.config_files import differences, from_dict, load_config_file, to_dict
 from grpo_jax.runs.directory import claim
+from grpo_jax.runs.recorded import continued, run_config
 
 CHANGED = TrainConfig(
     objective=ObjectiveConfig(name="dr_grpo", clip=(0.2, 0.28), kl_coef=0.01),
@@ -288,6 +289,30 @@ def test_a_variables_value_is_neither_taken_nor_repeated():
     assert "'KEY'" in str(error.value) and "hunter2" not in str(error.value)
     config = TrainConfig(scoring=ScoringConfig(environment=("KEY",)))
     assert to_dict(config)["scoring"]["environment"] == ["KEY"]
+
+
+# An older version chose the number of probe prompts anew at every start, by another
+# rule: what it measured says how many there were, and no rows that there were none.
+@pytest.mark.parametrize(
+    ("rows", "measured"), [([{"step": 0, "prompts": [3, 1, 4]}], 3), ([], None)]
+)
+def test_an_old_run_keeps_its_probe_prompts(tmp_path, rows, measured):
+    facts = {"data": "", "base": ""}
+    config = TrainConfig(run_dir=str(tmp_path / "run"))
+    directory = claim(config, facts)
+    assert run_config(directory).instrument == config.instrument  # no step yet
+    for name, lines in (("instrument", rows), ("metrics", [{"step": 1}])):
+        (directory / f"{name}.jsonl").write_text(
+            "".join(json.dumps(x) + "\n" for x in lines)
+        )
+    asked = TrainConfig(run_dir=str(directory), resume=True)
+    resumed = continued(asked)
+    assert resumed.instrument.prompts == measured
+    assert resumed.instrument.every == (40 if measured else 0)
+    assert claim(resumed, facts) == directory
+    others = dataclasses.replace(resumed.instrument, prompts=9)
+    with pytest.raises(ConfigError, match="instrument.prompts: "):
+        claim(dataclasses.replace(resumed, instrument=others), facts)
 
 
 def test_fields_that_an_old_run_lacks_have_their_defaults(tmp_path):
