@@ -276,7 +276,9 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         change_norm = optax.tree.norm(changes)
-        gain = jnp.asarray(optax.tree.vdot(grads, changes))
+        # Not a vdot of flat arrays, for which a mesh would gather them.
+        products = jax.tree.map(lambda g, c: (g * c).sum(), grads, changes)
+        gain = jnp.asarray(optax.tree.sum(products))
         moved = log_prob_change(batch_terms(objective, batch, max_length), gain)
         finite = jnp.isfinite(norm) & jnp.isfinite(change_norm)
         applied = finite
