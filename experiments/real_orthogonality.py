@@ -15,7 +15,7 @@ others (even or odd, last word, two words repeated, largest number); drawn by se
 2), and kept where between an eighth and seven eighths of 16 first samples are right:
 what is measured is on other samples. Gradients of all 134.5 M parameters ("full") and
 of LoRA factors of rank 16 ("lora"), at the start and at the middle and end of each run
-of `--checkpoints` (`grpo-jax train --pretrained` on ladder); the prompts stay. Both of one
+of `--checkpoints` (`grpo-jax train --pretrained`); the prompts stay. Both of one
 function: factors are merged, or new ones added. G = 32 samples in 4 parts of 8, and at
 the start with seed 0 as many others, and both together as G = 64; at most 14 tokens.
 Gradients are hashed to 16,384 sums, checked on three of them.
