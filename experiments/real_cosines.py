@@ -62,8 +62,8 @@ def _prompts(x: Probed, indices: np.ndarray) -> Probed:
 
 def _brief(found: dict[str, Any]) -> dict[str, Any]:
     """Debiased mean and std, and the raw mean, without intervals."""
-    numbers = found["mean"][0], found["std"][0], found["raw"]["mean"]
-    return dict(zip(("mean", "std", "raw"), numbers, strict=True))
+    debiased = {name: found[name][0] for name in ("mean", "std")}
+    return debiased | {"raw": found["raw"]["mean"]}
 
 
 def _digits(values: Any) -> list[float]:

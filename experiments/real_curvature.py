@@ -54,6 +54,7 @@ from real_probes import (
 )
 from scipy import stats
 
+from grpo_jax.instrument.rows import finite_mean
 from grpo_jax.runs.lines import read_lines, without_nan
 from grpo_jax.runs.paths import use_compile_cache
 
@@ -164,7 +165,7 @@ def figure(
             scale = x["own"] if which == "shuffled" else np.ones(len(curvature))
             curvature[used] = scale[used] * x[kind][other] / scale[other]
         found.append(correlation(x[sigma], curvature, method))
-    return float(np.nanmean(found)) if np.isfinite(found).any() else np.nan
+    return float(finite_mean(np.array(found), 0))
 
 
 def interval(
@@ -184,7 +185,7 @@ def interval(
             i = rng.integers(count, size=count) if resample else np.arange(count)
             drawn = [{n: x[i] for n, x in step.items()} for step in steps]
             found.append(figure(drawn, *what, rng))
-        return float(np.nanmean(found)) if np.isfinite(found).any() else np.nan
+        return float(finite_mean(np.array(found), 0))
 
     rng = np.random.default_rng(0)
     estimates = [mean(rng, False) for _ in range(20 if random else 1)]

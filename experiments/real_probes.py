@@ -15,6 +15,7 @@ from common import once_by_settings
 from real_gradients import Probed, as_kind, kept_in, probe, save
 from real_model import real_model
 
+from grpo_jax.evaluation.sampled import batches
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.policy import Policy, init_policy
 from grpo_jax.models.pretrained import load_pretrained
@@ -247,8 +248,7 @@ def sample_scored(
     pad_id = task.tokenizer.pad_token_id
     prompts, mask = pad_left(ids, longest, pad_id)
     parts = []
-    for start in range(0, len(ids), at_once):
-        some = np.arange(start, min(start + at_once, len(ids)))
+    for some in batches(np.arange(len(ids)), at_once):
         filled = np.resize(some, at_once)  # one shape, one program
         drawn = sample(
             policy,

@@ -19,7 +19,7 @@ from grpo_jax.rollouts.judging import (
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.tasks.types import Task
 
-_MULTIPLE = 8  # of the prompts of a batch
+MULTIPLE = 8  # of the prompts of a batch
 
 
 class PromptAnswers(NamedTuple):
@@ -48,7 +48,7 @@ def prompts_at_a_time(rows: int, samples: int, prompts: int) -> int:
     most = max(1, rows // samples)
     batches = -(-max(1, prompts) // most)
     needed = -(-prompts // batches)
-    return max(1, min(most, -(-needed // _MULTIPLE) * _MULTIPLE))
+    return max(1, min(most, -(-needed // MULTIPLE) * MULTIPLE))
 
 
 def batches(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:

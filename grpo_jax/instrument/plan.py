@@ -4,7 +4,7 @@ import dataclasses
 
 from grpo_jax.diagnostics.probe import num_parts
 from grpo_jax.errors import ConfigError
-from grpo_jax.runs.config import TrainConfig
+from grpo_jax.runs.config import SamplingConfig, TrainConfig
 
 # Costs in forward passes over tokens, measured on a CPU (BUILD_NOTES.md). A step is
 # counted low: without what the host and the optimizer do.
@@ -24,8 +24,8 @@ class ProbePlan:
     width: int  # coordinates kept of a gradient
     exact: bool  # whether these are all of them
     share: float  # of a step's time that all measurements take, averaged over steps
-    every: int = 1  # steps between measurements
-    at_start: bool = True  # whether one comes before the first step
+    every: int  # steps between measurements
+    at_start: bool  # whether one comes before the first step
 
     @property
     def num_directions(self) -> int | None:
@@ -84,8 +84,7 @@ def plan_probe(
     if not wanted.every:
         return None
     group_size = wanted.group_size or max(8, -(-sampling.group_size // 4) * 4)
-    step = (SAMPLING + GRADIENT) * sampling.prompts
-    step *= prompt_tokens + sampling.group_size * max_new_tokens
+    step = step_cost(sampling, prompt_tokens, max_new_tokens)
     per_prompt = _cost(group_size, prompt_tokens, max_new_tokens)
     if train_prompts < max(2, wanted.prompts or 0):
         raise ConfigError(
@@ -138,6 +137,12 @@ def _schedule(
 def _looks(steps: int, every: int, at_start: bool) -> int:
     """Measurements of a run."""
     return len({*range(0, steps + 1, every), steps} - (set() if at_start else {0}))
+
+
+def step_cost(sampling: SamplingConfig, prompt_tokens: int, max_new_tokens: int) -> int:
+    """Forward passes over tokens that a training step takes."""
+    tokens = prompt_tokens + sampling.group_size * max_new_tokens  # of a prompt
+    return (SAMPLING + GRADIENT) * sampling.prompts * tokens
 
 
 def _cost(group_size: int, prompt_tokens: int, max_new_tokens: int) -> int:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grpo_jax.instrument.plan import GRADIENT, SAMPLING
+from grpo_jax.evaluation.sampled import MULTIPLE
+from grpo_jax.instrument.plan import SAMPLING, step_cost
 from grpo_jax.planning.shapes import Lengths
 from grpo_jax.rewards.types import Example
 from grpo_jax.runs.config import EvaluationConfig, TrainConfig
@@ -13,7 +14,6 @@ from grpo_jax.streams import Stream, host_rng
 from grpo_jax.tasks.types import Task
 
 MOST, LEAST = 256, 16  # trained prompts; and held-out ones, where time decides
-MULTIPLE = 8  # of the number that time allows: both parts then have one shape
 PERIOD = EvaluationConfig.every  # steps that pay for an evaluation, if only the ends do
 
 
@@ -23,7 +23,10 @@ class EvaluatedPrompts(NamedTuple):
     picked: np.ndarray  # all trained prompts in the order that fixed sets take
     trained: np.ndarray
     heldout: np.ndarray
-    sampled: int  # how many have their answers sampled: not those with exact rates
+
+    def sampled(self, task: Task) -> int:
+        """How many have their answers sampled: trained ones with exact rates do not."""
+        return len(self.heldout) + (0 if task.single_answer else len(self.trained))
 
     def examples(self, task: Task) -> tuple[Sequence[Example], Sequence[Example]]:
         """(trained, held-out) examples."""
@@ -47,22 +50,19 @@ def evaluated_prompts(
     picked = rng.permutation(len(task.train))
     heldout = np.arange(len(task.heldout))
     number = config.evaluation.prompts
-    if number is not None or task.single_answer:
-        trained = picked[: number or MOST]
-        sampled = len(heldout) + (0 if task.single_answer else len(trained))
-        return EvaluatedPrompts(picked, trained, heldout, sampled)
-    number = _affordable(config, lengths)
-    if config.task.heldout_prompts is None:
-        heldout = np.sort(rng.permutation(len(heldout))[:number])
-    trained = picked[:number]
-    return EvaluatedPrompts(picked, trained, heldout, len(trained) + len(heldout))
+    if number is None and task.single_answer:
+        number = MOST
+    elif number is None:
+        number = _affordable(config, lengths)
+        if config.task.heldout_prompts is None:
+            heldout = np.sort(rng.permutation(len(heldout))[:number])
+    return EvaluatedPrompts(picked, picked[:number], heldout)
 
 
 def _affordable(config: TrainConfig, lengths: Lengths) -> int:
     """Prompts of either part that an evaluation has time for."""
-    p, g = config.sampling.prompts, config.sampling.group_size
     length, t = lengths.prompt_length, lengths.max_new_tokens
-    step = (SAMPLING + GRADIENT) * p * (length + g * t)
+    step = step_cost(config.sampling, length, t)
     period = config.evaluation.every or PERIOD
     prompt = SAMPLING * (length + config.evaluation.samples * t)
     number = config.evaluation.max_overhead * period * step / prompt / 2
@@ -84,9 +84,6 @@ def evaluation_text(config: TrainConfig, task: Task, asked: EvaluatedPrompts) ->
     how = "" if samples == 1 else f", {samples} samples of each"
     if task.single_answer:
         how = ", exact"
-    when = (
-        f"every {every} steps, at the start and at the end"
-        if every
-        else ("at the start and at the end")
-    )
+    when = f"every {every} steps, " if every else ""
+    when += "at the start and at the end"
     return f"evaluation: {' and '.join(parts)} prompts{how}, {when}"

@@ -153,7 +153,7 @@ def make_plan(
         lengths,
         shapes,
         probe.probe,
-        evaluated,
+        evaluated.sampled(task),
         local_devices=local_devices,
     )
     return Plan(
@@ -339,13 +339,14 @@ def memory_stage(
     lengths: Lengths,
     shapes: Shapes,
     probe: ProbePlan | None,
-    evaluated: EvaluatedPrompts,
+    evaluation_prompts: int,
     *,
     local_devices: bool = True,
 ) -> MemoryStage:
     """What memory depends on, with warnings where the model or the device is too small.
 
     Args:
+        evaluation_prompts: How many have their answers sampled in an evaluation.
         local_devices: As `make_plan`.
     """
     inputs = MemoryInputs(
@@ -364,7 +365,7 @@ def memory_stage(
         probe_bytes=probe.vector_bytes if probe else 0,
         weightings=WEIGHTINGS * (config.instrument.counterfactual_every > 0),
         evaluation_samples=config.evaluation.samples,
-        evaluation_prompts=evaluated.sampled,
+        evaluation_prompts=evaluation_prompts,
         base_bytes=model.base_bytes,
         widened=jax.default_backend() == "cpu" and local_devices,
         mesh=config.mesh,

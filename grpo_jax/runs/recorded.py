@@ -57,14 +57,13 @@ def continued(config: TrainConfig) -> TrainConfig:
         return config  # refused where the directory is claimed
     begun = run_config(config.run_dir)
     config = overlaid(begun, config)
-    if config.instrument.prompts is None:  # left open: as many as before
-        prompts = begun.instrument.prompts
-        instrument = dataclasses.replace(config.instrument, prompts=prompts)
-        config = dataclasses.replace(config, instrument=instrument)
-    if config.optimizer.learning_rate is None:  # left open: not another one
-        rate = begun.optimizer.learning_rate
-        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
-        config = dataclasses.replace(config, optimizer=optimizer)
+    # What a rule chose when the run began is not chosen anew where it is left open.
+    for part, name in (("instrument", "prompts"), ("optimizer", "learning_rate")):
+        settings = getattr(config, part)
+        if getattr(settings, name) is None:
+            chosen = {name: getattr(getattr(begun, part), name)}
+            settings = dataclasses.replace(settings, **chosen)
+            config = dataclasses.replace(config, **{part: settings})
     return config
 
 

@@ -60,7 +60,8 @@ class Observers:
         say: Callable[[str], None],
     ) -> dict[str, Any]:
         """Evaluates and measures before the first step, due or not: what these need is
-        compiled here, and no step waits for it.
+        compiled here, and no step waits for it. A run that does not measure its start
+        compiles the measurement where the first one is due.
 
         Args:
             params: After `step` steps.

@@ -40,7 +40,9 @@ def test_an_evaluation_takes_its_share_of_the_steps_before_it(task):
     # A step: 6 x 16 x (160 + 16 x 32) = 64,512 passes over tokens; 5 % of ten: 32,256.
     # A prompt: 2 x (160 + 32) = 384; so 84 prompts, 42 of either part, in eights 40.
     _, chosen = asked(task)
-    assert len(chosen.trained) == len(chosen.heldout) == 40 and chosen.sampled == 80
+    assert (
+        len(chosen.trained) == len(chosen.heldout) == 40 and chosen.sampled(task) == 80
+    )
     # Twice the share, and four samples of each: 64,512 / 576 = 112; 56 of either part.
     _, chosen = asked(task, max_overhead=0.1, samples=4)
     assert len(chosen.trained) == len(chosen.heldout) == 56
@@ -68,7 +70,7 @@ def test_numbers_that_are_given_are_kept(task):
     exact = dataclasses.replace(task, single_answer=True)
     _, chosen = asked(exact)
     assert len(chosen.trained) == 256 and len(chosen.heldout) == 100
-    assert chosen.sampled == 100
+    assert chosen.sampled(exact) == 100
 
 
 def test_prompts_are_chosen_once_each_and_by_the_runs_seed(task):

@@ -254,7 +254,7 @@ def memory(task, wanted=None, row=GRPO, model=None, **options):
     wanted = wanted or config()
     stage = ModelStage(model or gj.ModelConfig(vocab_size=20), 4)
     shapes = shapes_stage(wanted, row, task, LENGTHS)
-    asked = evaluated_prompts(wanted, task, LENGTHS)
+    asked = evaluated_prompts(wanted, task, LENGTHS).sampled(task)
     return memory_stage(wanted, row, stage, LENGTHS, shapes, None, asked, **options)
 
 
