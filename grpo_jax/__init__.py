@@ -101,8 +101,8 @@ _HOMES = {
     "grpo_jax.rewards.scoring": ("verify",),
     "grpo_jax.tasks.types": ("Task",),
     "grpo_jax.tasks.registry": ("load_task",),
-    "grpo_jax.runs.config": (
-        "TrainConfig",
+    "grpo_jax.runs.config": ("TrainConfig",),
+    "grpo_jax.runs.command_configs": (
         "EvalConfig",
         "WarmupConfig",
     ),

@@ -33,7 +33,8 @@ from grpo_jax.rollouts.asked import asked_facts
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_prompts
 from grpo_jax.rollouts.sampling import sample
-from grpo_jax.runs.config import EvalConfig, TaskConfig
+from grpo_jax.runs.command_configs import EvalConfig
+from grpo_jax.runs.config import TaskConfig
 from grpo_jax.runs.config_files import differences, to_dict
 from grpo_jax.runs.directory import differing_prompts
 from grpo_jax.runs.lines import JsonLines, read_lines, rewrite, write_json

@@ -16,7 +16,7 @@ from grpo_jax.planning.resolve import warm_start_settings
 from grpo_jax.records import as_type
 from grpo_jax.rollouts.encoding import encode_prompts
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_prompts
-from grpo_jax.runs.config import WarmupConfig
+from grpo_jax.runs.command_configs import WarmupConfig
 from grpo_jax.runs.paths import cache_directory, use_compile_cache
 from grpo_jax.runs.policies import (
     check_language,

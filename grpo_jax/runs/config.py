@@ -18,7 +18,7 @@ from grpo_jax.errors import (
     positive,
 )
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.records import Dtype, Record
+from grpo_jax.records import Record
 
 # What the numbers of a field may be; `check_fields` reads it off the annotation.
 Natural = Annotated[int, at_least(0)]
@@ -162,6 +162,17 @@ class ScoringConfig(Record):
     # the values are kept nowhere
     environment: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                # Not the whole text: after the name there may be a secret.
+                raise ConfigError(
+                    "scoring.environment takes names of environment variables, got "
+                    f"{re.split(r'[^A-Za-z_0-9]', name)[0]!r} and more; export the "
+                    "variable, and give its name alone."
+                )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Record):
@@ -293,8 +304,8 @@ class TrainConfig(Record):
 
     def __post_init__(self):
         super().__post_init__()
-        _check(self)
-        _check_vocabulary(self.model)
+        check_config(self)
+        check_vocabulary(self.model)
         _check_lora(self.model)
         _check_distributed(self.distributed)
         group = self.instrument.group_size
@@ -307,99 +318,12 @@ class TrainConfig(Record):
             raise ConfigError("resume needs the run to continue: give --run-dir DIR.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig(Record):
-    """What a policy is asked, how often, and where the answers go."""
-
-    pretrained: str | None = None  # the policy: a directory or a Hub name; or
-    run_dir: str | None = None  # a run's, whose task is then the default
-    step: Natural | None = None  # of the run; default: its newest checkpoint
-    task: TaskConfig = TaskConfig(heldout_prompts=0)
-    part: Literal["heldout", "train"] = "heldout"  # of the task's prompts
-    prompts: Count | None = None  # only so many of them, drawn by seed; default: all
-    greedy: bool = True  # one answer of each prompt by greedy decoding
-    # K sampled answers of each prompt, for avg@k and pass@k; 0: none
-    samples: Natural = 0
-    pass_at: tuple[int, ...] = ()  # the k's of pass@k; default: 1, 2, 4, ... samples
-    temperature: SampleTemperature | None = None  # default: the run's, or 1
-    top_k: Count | None = None  # samples are drawn from the k most likely tokens
-    # Or from the fewest that have this much probability
-    top_p: Annotated[float, UP_TO_ONE] | None = None
-    max_new_tokens: Count | None = None  # default: the run's, or the task's longest
-    # Tokens by name that end an answer, besides those of the model or of the run
-    stop_tokens: tuple[str, ...] = ()
-    max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
-    # Completions sampled at a time. In bfloat16 some answers depend on it, so
-    # there an interrupted evaluation goes on with no other number.
-    rows: Count = 64
-    # default: the run's, or float32
-    compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] | None = None
-    scoring: ScoringConfig = ScoringConfig()
-    seed: Seed = 0  # of the samples
-    output: str | None = None  # a directory; an interrupted evaluation goes on there
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.pretrained and self.run_dir:
-            got = f"pretrained={self.pretrained!r} and run_dir={self.run_dir!r}"
-            raise ConfigError(f"eval needs one policy, got {got}; leave one out.")
-        if not self.pretrained and not self.run_dir:
-            raise ConfigError(
-                "eval needs one policy: give pretrained, a model's directory, or "
-                "run_dir, a run's (--pretrained DIR or --run-dir DIR)."
-            )
-        if self.step is not None and not self.run_dir:
-            raise ConfigError("step is a run's: give it with --run-dir.")
-        _check(self)
-        if not self.greedy and not self.samples:
-            raise ConfigError("nothing to evaluate: give --samples K or --greedy.")
-        for k in self.pass_at:
-            if not 1 <= k <= self.samples:
-                raise ConfigError(
-                    f"pass_at must be between 1 and samples={self.samples}, got {k}."
-                )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmupConfig(Record):
-    """Supervised learning of a task's solutions, saved as a model directory."""
-
-    output: str  # the directory to write: config.json, safetensors, tokenizer
-    pretrained: str | None = None  # what to start from; default: a new `model`
-    task: TaskConfig = TaskConfig()
-    model: ModelConfig = ModelConfig()
-    warm_start: WarmStartConfig = WarmStartConfig()
-    max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
-    max_new_tokens: Count | None = None  # longer solutions are left out; default: 99 %
-    seed: Seed = 0  # of parameters and of the order of demonstrations
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check(self)
-        _check_vocabulary(self.model)
-        if not self.warm_start.enabled:
-            raise ConfigError("warm_start.enabled must be true here; leave it out.")
-
-
-def _check(config: "TrainConfig | EvalConfig | WarmupConfig") -> None:
+def check_config(config: Record) -> None:
     """ConfigError for a number that is not finite or a field that breaks its rule."""
     for name, value in _leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} must be a finite number, got {value}.")
     check_fields(config, error=ConfigError)
-    if not isinstance(config, WarmupConfig):
-        _check_environment(config.scoring.environment)
-
-
-def _check_environment(names: tuple[str, ...]) -> None:
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            # Not the whole text: after the name there may be a secret.
-            raise ConfigError(
-                "scoring.environment takes names of environment variables, got "
-                f"{re.split(r'[^A-Za-z_0-9]', name)[0]!r} and more; export the "
-                "variable, and give its name alone."
-            )
 
 
 def _leaves(record: Any, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -414,7 +338,8 @@ def _leaves(record: Any, where: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{where}{field.name}", value
 
 
-def _check_vocabulary(model: ModelConfig) -> None:
+def check_vocabulary(model: ModelConfig) -> None:
+    """ConfigError for a vocabulary of negative size."""
     if model.vocab_size < 0:
         got = model.vocab_size
         raise ConfigError(f"model.vocab_size must be at least 0, got {got}.")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.records import from_dict, overlaid
-from grpo_jax.runs.config import EvalConfig, TaskConfig, TrainConfig
+from grpo_jax.runs.command_configs import EvalConfig
+from grpo_jax.runs.config import TaskConfig, TrainConfig
 from grpo_jax.runs.config_files import with_paths
 from grpo_jax.runs.directory import began_in, read_facts
 

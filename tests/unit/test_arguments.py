@@ -22,7 +22,8 @@ from grpo_jax.commands._arguments import (
 )
 from grpo_jax.commands.evaluate import config_like_run
 from grpo_jax.errors import ConfigError
-from grpo_jax.runs.config import EvalConfig, ScoringConfig, TrainConfig
+from grpo_jax.runs.command_configs import EvalConfig
+from grpo_jax.runs.config import ScoringConfig, TrainConfig
 from grpo_jax.runs.lines import write_json
 from grpo_jax.runs.recorded import eval_settings
 

@@ -1,0 +1,93 @@
+"""The settings of `grpo-jax eval` and `grpo-jax warmup`, as a run's in config.py."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from grpo_jax.errors import UP_TO_ONE, ConfigError
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.records import Dtype, Record
+from grpo_jax.runs.config import (
+    Count,
+    Natural,
+    SampleTemperature,
+    ScoringConfig,
+    Seed,
+    TaskConfig,
+    WarmStartConfig,
+    check_config,
+    check_vocabulary,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig(Record):
+    """What a policy is asked, how often, and where the answers go."""
+
+    pretrained: str | None = None  # the policy: a directory or a Hub name; or
+    run_dir: str | None = None  # a run's, whose task is then the default
+    step: Natural | None = None  # of the run; default: its newest checkpoint
+    task: TaskConfig = TaskConfig(heldout_prompts=0)
+    part: Literal["heldout", "train"] = "heldout"  # of the task's prompts
+    prompts: Count | None = None  # only so many of them, drawn by seed; default: all
+    greedy: bool = True  # one answer of each prompt by greedy decoding
+    # K sampled answers of each prompt, for avg@k and pass@k; 0: none
+    samples: Natural = 0
+    pass_at: tuple[int, ...] = ()  # the k's of pass@k; default: 1, 2, 4, ... samples
+    temperature: SampleTemperature | None = None  # default: the run's, or 1
+    top_k: Count | None = None  # samples are drawn from the k most likely tokens
+    # Or from the fewest that have this much probability
+    top_p: Annotated[float, UP_TO_ONE] | None = None
+    max_new_tokens: Count | None = None  # default: the run's, or the task's longest
+    # Tokens by name that end an answer, besides those of the model or of the run
+    stop_tokens: tuple[str, ...] = ()
+    max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
+    # Completions sampled at a time. In bfloat16 some answers depend on it, so
+    # there an interrupted evaluation goes on with no other number.
+    rows: Count = 64
+    # default: the run's, or float32
+    compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] | None = None
+    scoring: ScoringConfig = ScoringConfig()
+    seed: Seed = 0  # of the samples
+    output: str | None = None  # a directory; an interrupted evaluation goes on there
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pretrained and self.run_dir:
+            got = f"pretrained={self.pretrained!r} and run_dir={self.run_dir!r}"
+            raise ConfigError(f"eval needs one policy, got {got}; leave one out.")
+        if not self.pretrained and not self.run_dir:
+            raise ConfigError(
+                "eval needs one policy: give pretrained, a model's directory, or "
+                "run_dir, a run's (--pretrained DIR or --run-dir DIR)."
+            )
+        if self.step is not None and not self.run_dir:
+            raise ConfigError("step is a run's: give it with --run-dir.")
+        check_config(self)
+        if not self.greedy and not self.samples:
+            raise ConfigError("nothing to evaluate: give --samples K or --greedy.")
+        for k in self.pass_at:
+            if not 1 <= k <= self.samples:
+                raise ConfigError(
+                    f"pass_at must be between 1 and samples={self.samples}, got {k}."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmupConfig(Record):
+    """Supervised learning of a task's solutions, saved as a model directory."""
+
+    output: str  # the directory to write: config.json, safetensors, tokenizer
+    pretrained: str | None = None  # what to start from; default: a new `model`
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
+    max_new_tokens: Count | None = None  # longer solutions are left out; default: 99 %
+    seed: Seed = 0  # of parameters and of the order of demonstrations
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_config(self)
+        check_vocabulary(self.model)
+        if not self.warm_start.enabled:
+            raise ConfigError("warm_start.enabled must be true here; leave it out.")
