@@ -30,6 +30,7 @@ from grpo_jax.rewards.pool import VerifierPool, verifier_pool
 from grpo_jax.rewards.trial import try_rewards
 from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.asked import asked_facts
+from grpo_jax.rollouts.embedded import check_embedded
 from grpo_jax.rollouts.encoding import answer_rollouts, encode_prompts, pad_left
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_prompts
 from grpo_jax.rollouts.sampling import sample
@@ -186,7 +187,7 @@ def _prepare(config: EvalConfig, say: Callable[[str], None]) -> _Evaluation:
     if not examples:
         raise ConfigError(f"task {task.name} has no {config.part} prompts to ask.")
     policy = _policy(config)
-    check_language(task, policy.config)
+    check_embedded(task, policy.config.vocab_size)
     policy = policy.reconfigured(compute_dtype=config.compute_dtype)
     indices = np.arange(len(examples))
     if config.prompts is not None and config.prompts < len(examples):

@@ -14,6 +14,7 @@ from grpo_jax.models.pretrained import read_config, save_pretrained
 from grpo_jax.parallel.processes import Processes
 from grpo_jax.planning.resolve import warm_start_settings
 from grpo_jax.records import as_type
+from grpo_jax.rollouts.embedded import check_embedded
 from grpo_jax.rollouts.encoding import encode_prompts
 from grpo_jax.rollouts.lengths import bucket, completion_tokens, drop_long_prompts
 from grpo_jax.runs.command_configs import WarmupConfig
@@ -55,7 +56,7 @@ def warm_up(
     use_compile_cache(lambda text: say(f"warning: {text}"))
     task, settings = _task(config, say)
     policy = _policy(config, task)
-    check_language(task, policy.config)
+    check_embedded(task, policy.config.vocab_size)
     examples = task.train + ([settings.longest] if settings.longest else [])
     prompts = encode_prompts(task, examples)
     result = warm_start(

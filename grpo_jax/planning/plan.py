@@ -34,6 +34,7 @@ from grpo_jax.planning.resolve import (
 from grpo_jax.planning.shapes import Lengths, Shapes, lengths_stage, shapes_stage
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.demonstrations import Demonstrations
+from grpo_jax.rollouts.embedded import check_embedded
 from grpo_jax.rollouts.lengths import drop_long_prompts
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.refine import Piece
@@ -139,6 +140,7 @@ def make_plan(
         local_devices=local_devices,
     )
     shapes = shapes_stage(config, objective, task, lengths)
+    check_embedded(task, model.config.vocab_size, refine=shapes.refine)
     weights = resolve_weights(config, objective, len(task.train))
     rate = learning_rate(config, lora=bool(model.config.lora_rank))
     probe = probe_stage(config, model.config, len(task.train), lengths)
@@ -276,15 +278,14 @@ def model_stage(
     with_weights: bool = True,
     local_devices: bool = True,
 ) -> ModelStage:
-    """The shape of the model, checked against the tokenizer and the mesh.
+    """The shape of the model, checked against the mesh.
 
     Args:
         directory: The pretrained model's; None: a new model.
         with_weights, local_devices: As `make_plan`.
 
     Raises:
-        ConfigError: the model cannot be read, does not go with the tokenizer, or cannot
-            be split over the mesh.
+        ConfigError: the model cannot be read, or cannot be split over the mesh.
     """
     model, base_bytes = config.model, 4
     if directory is not None:
@@ -295,7 +296,6 @@ def model_stage(
         base_bytes = 2 if stored.compute_dtype == "bfloat16" else 4
     vocab_size = model.vocab_size or len(task.tokenizer)
     model = dataclasses.replace(model, vocab_size=vocab_size)
-    check_language(task, model)
     check_mesh(config.mesh, config.sampling, model, local_devices=local_devices)
     return ModelStage(model, base_bytes)
 

@@ -134,20 +134,14 @@ def _tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def check_language(task: Task, model: ModelConfig | None = None) -> None:
-    """ConfigError where no completion could end, or a token has no embedding."""
+def check_language(task: Task) -> None:
+    """ConfigError where no completion could end."""
     tokenizer = task.tokenizer
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         missing = "EOS" if tokenizer.eos_token_id is None else "padding"
         raise ConfigError(
             f"the tokenizer of task {task.name} has no {missing} token; set one "
             "(a completion could never end)."
-        )
-    if model is not None and model.vocab_size < len(tokenizer):
-        raise ConfigError(
-            f"model.vocab_size must be at least {len(tokenizer)}, the tokenizer's, "
-            f"got {model.vocab_size}; the model and the tokenizer do not belong "
-            "together, or, for a new model, leave it out."
         )
 
 
