@@ -4,7 +4,7 @@ import dataclasses
 
 from grpo_jax.diagnostics.probe import num_parts
 from grpo_jax.errors import ConfigError
-from grpo_jax.runs.config import SamplingConfig, TrainConfig
+from grpo_jax.runs.config import StepBatch, TrainConfig
 
 # Costs in forward passes over tokens, measured on a CPU (BUILD_NOTES.md). A step is
 # counted low: without what the host and the optimizer do.
@@ -80,11 +80,11 @@ def plan_probe(
     Raises:
         ConfigError: LEAST_PROMPTS fit in none of these ways, or the task has too few.
     """
-    wanted, sampling = config.instrument, config.sampling
+    wanted, batch = config.instrument, config.batch
     if not wanted.every:
         return None
-    group_size = wanted.group_size or max(8, -(-sampling.group_size // 4) * 4)
-    step = step_cost(sampling, prompt_tokens, max_new_tokens)
+    group_size = wanted.group_size or max(8, -(-batch.group_size // 4) * 4)
+    step = step_cost(batch, prompt_tokens, max_new_tokens)
     per_prompt = _cost(group_size, prompt_tokens, max_new_tokens)
     if train_prompts < max(2, wanted.prompts or 0):
         raise ConfigError(
@@ -139,10 +139,10 @@ def _looks(steps: int, every: int, at_start: bool) -> int:
     return len({*range(0, steps + 1, every), steps} - (set() if at_start else {0}))
 
 
-def step_cost(sampling: SamplingConfig, prompt_tokens: int, max_new_tokens: int) -> int:
+def step_cost(batch: StepBatch, prompt_tokens: int, max_new_tokens: int) -> int:
     """Forward passes over tokens that a training step takes."""
-    tokens = prompt_tokens + sampling.group_size * max_new_tokens  # of a prompt
-    return (SAMPLING + GRADIENT) * sampling.prompts * tokens
+    tokens = prompt_tokens + batch.group_size * max_new_tokens  # of a prompt
+    return (SAMPLING + GRADIENT) * batch.prompts * tokens
 
 
 def _cost(group_size: int, prompt_tokens: int, max_new_tokens: int) -> int:

@@ -9,12 +9,12 @@ import jax
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel.sharding import batch_shards
-from grpo_jax.runs.config import MeshConfig, SamplingConfig
+from grpo_jax.runs.config import MeshConfig, StepBatch
 
 
 def check_mesh(
     mesh: MeshConfig,
-    sampling: SamplingConfig,
+    batch: StepBatch,
     model: ModelConfig,
     *,
     local_devices: bool = True,
@@ -36,7 +36,7 @@ def check_mesh(
     text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     if local_devices:
         _check_devices(count, text)
-    p, g = sampling.prompts, sampling.group_size
+    p, g = batch
     shards = batch_shards(p, g, mesh)
     if math.prod(shards) != mesh.data * mesh.fsdp:
         raise ConfigError(

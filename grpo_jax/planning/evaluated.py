@@ -62,7 +62,7 @@ def evaluated_prompts(
 def _affordable(config: TrainConfig, lengths: Lengths) -> int:
     """Prompts of either part that an evaluation has time for."""
     length, t = lengths.prompt_length, lengths.max_new_tokens
-    step = step_cost(config.sampling, length, t)
+    step = step_cost(config.batch, length, t)
     period = config.evaluation.every or PERIOD
     prompt = SAMPLING * (length + config.evaluation.samples * t)
     number = config.evaluation.max_overhead * period * step / prompt / 2

@@ -81,7 +81,7 @@ def _memory(inputs: MemoryInputs, limit: int | None) -> dict[str, Any]:
 
 
 def _step(config: TrainConfig, plan: Plan) -> dict[str, Any]:
-    p, g = config.sampling.prompts, config.sampling.group_size
+    p, g = config.batch
     length = plan.train_prompt_length
     updated, splits = plan.memory.updated, {}
     shards = batch_shards(updated, g, config.mesh)
@@ -104,7 +104,7 @@ def _step(config: TrainConfig, plan: Plan) -> dict[str, Any]:
 
 
 def _informative(config: TrainConfig, counted: list[Counted] | None) -> dict[str, Any]:
-    p, g = config.sampling.prompts, config.sampling.group_size
+    p, g = config.batch
     sizes = sorted({g, *GROUP_SIZES})
     if counted is None:
         rows = {

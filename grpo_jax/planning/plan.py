@@ -232,7 +232,7 @@ def task_stage(
             f"{len(task.train)} and {len(task.heldout)}."
         )
     task, warnings = _short_enough(task, config.sampling.max_prompt_tokens)
-    count, prompts = len(task.train), config.sampling.prompts
+    count, prompts = len(task.train), config.batch.prompts
     if count < prompts:
         raise ConfigError(
             f"sampling.prompts must be at most {count}, the task's trained "
@@ -296,7 +296,7 @@ def model_stage(
         base_bytes = 2 if stored.compute_dtype == "bfloat16" else 4
     vocab_size = model.vocab_size or len(task.tokenizer)
     model = dataclasses.replace(model, vocab_size=vocab_size)
-    check_mesh(config.mesh, config.sampling, model, local_devices=local_devices)
+    check_mesh(config.mesh, config.batch, model, local_devices=local_devices)
     return ModelStage(model, base_bytes)
 
 
@@ -351,8 +351,8 @@ def memory_stage(
     """
     inputs = MemoryInputs(
         model=model.config,
-        prompts=config.sampling.prompts,
-        group_size=config.sampling.group_size,
+        prompts=config.batch.prompts,
+        group_size=config.batch.group_size,
         prompt_tokens=shapes.train_prompt_length,
         max_new_tokens=lengths.max_new_tokens,
         micro_batch_tokens=config.micro_batch_tokens,
@@ -409,7 +409,7 @@ def headline(
         f"{config.objective.name} on {task.name}: {objective.formula()}"
         f"{weights_text(config.weights)}",
         *objective.mechanisms(),
-        f"{config.sampling.prompts} prompts x {config.sampling.group_size} samples, "
+        f"{config.batch.prompts} prompts x {config.batch.group_size} samples, "
         f"{shapes.train_prompt_length} + {lengths.max_new_tokens} tokens, "
         f"micro-batch {micro.prompts} x {micro.samples}",
         f"ends at {named_tokens(task.tokenizer, task.ends)}",

@@ -66,11 +66,11 @@ def _check_updates(config: TrainConfig, objective: Objective) -> None:
             f"updates_per_rollout must be 1 for {name}, which has no importance "
             f"ratio, got {updates}; the second update would be off policy."
         )
-    if objective.disjoint and config.sampling.prompts % updates:
+    if objective.disjoint and config.batch.prompts % updates:
         raise ConfigError(
             f"updates_per_rollout must divide sampling.prompts for {name}, each of "
             f"whose updates has its own prompts, got {updates} and "
-            f"{config.sampling.prompts}."
+            f"{config.batch.prompts}."
         )
     for field in ("stop_deviation", "disjoint"):  # in a preset they may stay unused
         if updates == 1 and getattr(config.objective, field):

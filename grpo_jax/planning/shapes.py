@@ -93,8 +93,8 @@ def shapes_stage(
         ConfigError: a refine template that is wrong, or that nothing uses.
     """
     refine, length = _refined(config, objective, task, lengths)
-    updated = objective.history * config.sampling.prompts
-    group_size, longest = config.sampling.group_size, lengths.max_new_tokens
+    prompts, group_size = config.batch
+    updated, longest = objective.history * prompts, lengths.max_new_tokens
     micro = micro_batch(
         updated,
         group_size,

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from grpo_jax.errors import (
     UP_TO_ONE,
@@ -139,8 +139,9 @@ class WeightsConfig(Record):
 class SamplingConfig(Record):
     """How rollouts are made; a step holds prompts x group_size completions."""
 
-    prompts: Count = 16  # P, prompts per step
-    group_size: GroupSize = 16  # G, completions per prompt
+    prompts: Count | None = None  # P, prompts per step; default: 16, or 8 of pretrained
+    # G, completions per prompt; default: 16, or 8 of a pretrained model
+    group_size: GroupSize | None = None
     temperature: PolicyTemperature = 1.0  # of the policy, sampled and trained
     max_prompt_tokens: Count | None = None  # longer prompts are left out; default: none
     max_new_tokens: Count | None = None  # T; default: the task's longest answer and EOS
@@ -272,6 +273,16 @@ class LogConfig(Record):
     lines_every: Count = 10  # steps between printed lines where there is no terminal
 
 
+class StepBatch(NamedTuple):
+    """What a step samples."""
+
+    prompts: int  # P
+    group_size: int  # G
+
+
+NEW_BATCH, PRETRAINED_BATCH = StepBatch(16, 16), StepBatch(8, 8)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(Record):
     """One run: a policy, a task, an objective, and how long."""
@@ -301,6 +312,15 @@ class TrainConfig(Record):
     micro_batch_tokens: Count = 16384
     seed: Seed = 0  # of parameters, order of prompts and sampling
     resume: bool = False  # continue the run in run_dir
+
+    @property
+    def batch(self) -> StepBatch:
+        """The prompts of a step and the samples of each, as given or by default."""
+        default = NEW_BATCH if self.pretrained is None else PRETRAINED_BATCH
+        given = self.sampling
+        return StepBatch(
+            given.prompts or default.prompts, given.group_size or default.group_size
+        )
 
     def __post_init__(self):
         super().__post_init__()

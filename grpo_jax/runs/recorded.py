@@ -59,7 +59,10 @@ def continued(config: TrainConfig) -> TrainConfig:
     begun = run_config(config.run_dir)
     config = overlaid(begun, config)
     # What a rule chose when the run began is not chosen anew where it is left open.
-    for part, name in (("instrument", "prompts"), ("optimizer", "learning_rate")):
+    for part, name in (
+        ("sampling", "prompts"), ("sampling", "group_size"),
+        ("instrument", "prompts"), ("optimizer", "learning_rate"),
+    ):  # fmt: skip
         settings = getattr(config, part)
         if getattr(settings, name) is None:
             chosen = {name: getattr(getattr(begun, part), name)}

@@ -1,6 +1,7 @@
 """The parts of a run, made from its context and the policy that it starts from."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -83,8 +84,8 @@ def _make_collector(
     return Collector(
         prompts,
         objective,
-        num_prompts=config.sampling.prompts,
-        group_size=config.sampling.group_size,
+        num_prompts=config.batch.prompts,
+        group_size=config.batch.group_size,
         draft_template=plan.refine,
         train_prompt_tokens=plan.train_prompt_length,
         buckets=plan.buckets,
@@ -109,8 +110,8 @@ def _make_learner(
         optimizer=make_optimizer(config.optimizer, schedule),
         policy=start.replace(None),
         reference=reference,
-        prompts=config.sampling.prompts,
-        group_size=config.sampling.group_size,
+        prompts=config.batch.prompts,
+        group_size=config.batch.group_size,
         prompt_tokens=plan.train_prompt_length,
         max_new_tokens=plan.max_new_tokens,
         temperature=config.sampling.temperature,
@@ -133,7 +134,7 @@ def _needs_solving(plan: Plan, objective: Objective, compares: bool) -> bool:
 def _make_pass_rates(
     context: RunContext, policy: Policy, sampler: SampleFn
 ) -> PassRates:
-    config, plan, sampling = context.config, context.plan, context.config.sampling
+    config, plan = context.config, context.plan
     return PassRates(
         plan.task,
         *plan.evaluated.examples(plan.task),
@@ -141,10 +142,10 @@ def _make_pass_rates(
         sampler,
         context.keys.evaluation,
         samples=config.evaluation.samples,
-        rows=sampling.prompts * sampling.group_size,  # as many as a step samples
+        rows=math.prod(config.batch),  # as many as a step samples
         prompt_tokens=plan.prompt_length,
         max_new_tokens=plan.max_new_tokens,
-        temperature=sampling.temperature,
+        temperature=config.sampling.temperature,
         micro_batch_tokens=config.micro_batch_tokens,
         pool=context.pool,
         processes=context.processes,
@@ -172,12 +173,11 @@ def make_instrument(
         answers = answer_rollouts(
             plan.task, examples, plan.prompt_length, plan.max_new_tokens
         )
-    sampling = config.sampling
     probe_prompts = ProbePrompts(
         parts.prompts,
         indices,
         group_size=probe.group_size,
-        step_samples=sampling.prompts * sampling.group_size,
+        step_samples=math.prod(config.batch),
         warn=context.console.warn,
     )
     sigmas = [row["phase"]["mean_sigma"] for row in earlier]
@@ -187,7 +187,7 @@ def make_instrument(
         probe_prompts,
         answers,
         prompts=indices,
-        temperature=sampling.temperature,
+        temperature=config.sampling.temperature,
         prompt_tokens=plan.prompt_length,
         max_new_tokens=plan.max_new_tokens,
         micro_batch_tokens=config.micro_batch_tokens,
@@ -203,12 +203,11 @@ def _settled_objective(
     objective = context.plan.objective
     if not needs_entropy(objective) or objective.entropy_limit is None:
         return objective
-    sampling = context.config.sampling
-    group = prompts.sample(
-        start.params, picked[: sampling.prompts], context.keys.evaluation, 1
-    )
+    config = context.config
+    first = picked[: config.batch.prompts]
+    group = prompts.sample(start.params, first, context.keys.evaluation, 1)
     _, entropy = batch_logprobs(
-        start, group, sampling.temperature, MicroBatch(1, 1), with_entropy=True
+        start, group, config.sampling.temperature, MicroBatch(1, 1), with_entropy=True
     )
     entropy, mask = gather_to_host((entropy, group.completion_mask))
     mean = float(entropy[mask > 0].mean())

@@ -240,7 +240,7 @@ def test_differences_name_every_leaf():
         CHANGED, steps=4, sampling=dataclasses.replace(CHANGED.sampling, prompts=2)
     )
     rows = differences(to_dict(CHANGED), to_dict(other))
-    assert rows == ["sampling.prompts: 16 -> 2", "steps: 3 -> 4"]
+    assert rows == ["sampling.prompts: None -> 2", "steps: 3 -> 4"]
     assert differences({"a": 1}, {}) == ["a: 1 -> None"]
 
 
@@ -328,3 +328,10 @@ def test_fields_that_an_old_run_lacks_have_their_defaults(tmp_path):
     best = CheckpointConfig(best="reward")
     with pytest.raises(ConfigError, match="checkpoint.best: 'pass_rate' -> 'reward'"):
         claim(dataclasses.replace(resumed, checkpoint=best), facts)
+
+
+def test_a_pretrained_model_has_a_smaller_batch_by_default():
+    assert TrainConfig().batch == (16, 16)
+    assert TrainConfig(pretrained="m").batch == (8, 8)
+    given = TrainConfig(pretrained="m", sampling=SamplingConfig(group_size=5))
+    assert given.batch == (8, 5)

@@ -107,6 +107,17 @@ def test_a_resumed_run_keeps_its_learning_rate(begun, optimizer):
     assert run_config(begun).optimizer.learning_rate == 0.5
 
 
+def test_a_resumed_run_keeps_its_batch(begun):
+    file = begun / "config.json"
+    content = json.loads(file.read_text())
+    content["config"]["pretrained"] = "some/model"
+    content["config"]["sampling"] |= {"prompts": 16, "group_size": 16}
+    file.write_text(json.dumps(content))
+    sampling = {"prompts": None, "temperature": 0.7}
+    config = continued(TrainConfig(run_dir=begun, resume=True, sampling=sampling))
+    assert config.batch == (16, 16)
+
+
 def test_the_config_of_a_run_is_a_config(begun):
     config = load_config_file(str(begun / "config.json"))
     assert config == dataclasses.replace(run_config(begun), run_dir=None)

@@ -23,7 +23,7 @@ from grpo_jax.parallel.sharding import (
 from grpo_jax.planning.devices import check_mesh
 from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch, split_batch
-from grpo_jax.runs.config import MeshConfig, OptimizerConfig, SamplingConfig
+from grpo_jax.runs.config import NEW_BATCH, MeshConfig, OptimizerConfig, StepBatch
 from grpo_jax.runs.config_files import from_dict
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.state import init_state
@@ -154,9 +154,9 @@ def eight_devices(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices() * 8)
 
 
-def refused(mesh, sampling=None, model=TINY):
+def refused(mesh, batch=NEW_BATCH, model=TINY):
     with pytest.raises(ConfigError) as error:
-        check_mesh(MeshConfig(**mesh), sampling or SamplingConfig(), model)
+        check_mesh(MeshConfig(**mesh), batch, model)
     return str(error.value)
 
 
@@ -166,10 +166,10 @@ def test_more_devices_than_visible_are_refused():
 
 
 def test_a_mesh_with_idle_devices_is_refused(eight_devices):
-    sampling = SamplingConfig(prompts=6, group_size=9)
-    message = refused({"data": 2, "fsdp": 4}, sampling)
+    batch = StepBatch(6, 9)
+    message = refused({"data": 2, "fsdp": 4}, batch)
     assert "make sampling.prompts a multiple of 8" in message
-    check_mesh(MeshConfig(fsdp=8), SamplingConfig(prompts=2, group_size=8), TINY)
+    check_mesh(MeshConfig(fsdp=8), StepBatch(2, 8), TINY)
 
 
 def test_heads_that_cannot_be_split_are_refused(eight_devices):
