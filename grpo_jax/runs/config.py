@@ -187,6 +187,9 @@ class OptimizerConfig(Record):
     b2: Decay = 0.999  # Adam's decay of the square
     eps: NotNegative = 1e-8  # Adam's
     clip_norm: NotNegative = 1.0  # global gradient norm kept below this; 0: no clipping
+    # An update whose gradient is 0 everywhere, as where all groups tie, is left out;
+    # False: Adam's mean of past gradients and weight decay move the parameters on
+    skip_empty: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

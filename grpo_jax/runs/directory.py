@@ -226,7 +226,8 @@ def read_config_dict(directory: Path) -> dict[str, Any]:
 def read_facts(directory: Path) -> dict[str, Any]:
     """The content of config.json: config, versions, and the facts given to `claim`.
 
-    Older runs did not record how many prompts they measured: it is filled in.
+    What older runs did without recording it is filled in: how many prompts they
+    measured, updates without a gradient, which they made, and float32 to compute in.
 
     Raises:
         ConfigError: the directory holds no run.
@@ -242,8 +243,13 @@ def read_facts(directory: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged ({error}); it cannot be used.") from error
-    if isinstance(facts["config"].get("instrument"), dict):
-        facts["config"]["instrument"] |= _measured(directory, facts["config"])
+    config = facts["config"]
+    if isinstance(config.get("instrument"), dict):
+        config["instrument"] |= _measured(directory, config)
+    if isinstance(config.get("optimizer"), dict):
+        config["optimizer"].setdefault("skip_empty", False)
+    if isinstance(config.get("model"), dict):
+        config["model"].setdefault("compute_dtype", "float32")
     return facts
 
 

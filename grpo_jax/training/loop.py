@@ -93,7 +93,8 @@ class Loop:
         self._observers, self._saver = observers, saver
         self._watchdog, self._due = watchdog, due
         self._keep_measurement = keep_measurement
-        self._warned_of_ties = self._warned_of_rate = False
+        self._warned_of_ties: set[str] = set()
+        self._warned_of_rate = False
 
     def run(self) -> TrainResult:
         """Makes the remaining steps, or as many as fit before a stop."""
@@ -145,6 +146,7 @@ class Loop:
             before, self.state.params, rewards, self.step
         )
         del before  # a copy of the parameters
+        self._warn(collected, metrics)
         observed = self._observe(collected, compare_times, timer)
         self.journal.keep(self.step, metrics, timer.times | host | observed)
         self._save_if_due(collected.rollouts)
@@ -181,7 +183,7 @@ class Loop:
     def _observe(
         self, collected: Collected, compare_times: dict[str, float], timer: Stopwatch
     ) -> dict[str, Any]:
-        """Metrics measured after an update; warns, logs samples and ends the timer too.
+        """Metrics measured after an update; logs samples and ends the timer too.
 
         Args:
             collected: The step's rollouts.
@@ -189,7 +191,6 @@ class Loop:
             timer: The step's timer.
         """
         step, params, spent_s = self.step, self.state.params, "time/instrument_s"
-        self._warn(collected)
         if self._due.samples(step):
             log, train = self.context.config.log, self.context.plan.task.train
             self.journal.samples(step, collected, train, log.samples_prompts)
@@ -278,8 +279,13 @@ class Loop:
             raise unsaved
         return TrainResult(context.directory, last, finished)
 
-    def _warn(self, collected: Collected) -> None:
-        """Warns of rewards that are missing, of hung checks, of groups all tied."""
+    def _warn(self, collected: Collected, metrics: dict[str, Any]) -> None:
+        """Warns of rewards that are missing, of hung checks, of groups all tied.
+
+        Args:
+            collected: The step's rollouts.
+            metrics: Of the step's last update.
+        """
         console, cost, step = self.context.console, collected.cost, self.step
         if cost.errors:
             console.warn(
@@ -290,12 +296,33 @@ class Loop:
             console.warn(
                 f"step {step}: {cost.failures} checks hung or died; they score 0."
             )
-        if (
-            tied_groups(collected.rollouts.scored_rewards).all()
-            and not self._warned_of_ties
-        ):
-            self._warned_of_ties = True
+        if not tied_groups(collected.rollouts.scored_rewards).all():
+            return
+        effect = effect_of_ties(
+            bool(metrics["update/empty"]),
+            skips=self.context.config.optimizer.skip_empty,
+            kl=self.context.plan.objective.kl_coef > 0,
+        )
+        if effect not in self._warned_of_ties:
+            self._warned_of_ties.add(effect)
             console.warn(
-                f"step {step}: no group is informative, all its prompts have "
-                "weight 0 (said once; see group/informative in metrics.jsonl)."
+                f"step {step}: no group is informative; {effect} (said once; see "
+                "group/informative in metrics.jsonl)."
             )
+
+
+def effect_of_ties(empty: bool, *, skips: bool, kl: bool) -> str:
+    """What the update of a step does whose groups are all tied, in words.
+
+    Args:
+        empty: Its gradient is 0 everywhere.
+        skips: Such an update is left out.
+        kl: The objective has a KL term.
+    """
+    if empty and skips:
+        return "the gradient is 0 and the update is left out"
+    if empty:
+        return "the gradient is 0, and only Adam's mean of past ones moves anything"
+    if kl:
+        return "the update goes only towards the starting policy (KL)"
+    return "the update follows only what is the same for all samples of a group"

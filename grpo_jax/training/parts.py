@@ -120,6 +120,7 @@ def _make_learner(
         micro_batch_tokens=config.micro_batch_tokens,
         with_counterfactual=compares,
         with_solving=_needs_solving(plan, objective, compares),
+        skip_empty=config.optimizer.skip_empty,
         mesh=context.mesh,
     )
     return Learner(settings, plan.buckets)

@@ -40,6 +40,7 @@ class UpdateSettings:
         micro_batch_tokens: Tokens per backward pass, on each device.
         with_counterfactual: Also compile the comparison with other prompt weights.
         with_solving: Rollouts come with what is paid for solving (`Rollouts.solving`).
+        skip_empty: Leave out updates whose gradient is 0 everywhere.
         mesh: None for a single device.
     """
 
@@ -58,6 +59,7 @@ class UpdateSettings:
     micro_batch_tokens: int
     with_counterfactual: bool
     with_solving: bool
+    skip_empty: bool
     mesh: Mesh | None
 
     @property
@@ -194,6 +196,7 @@ def _compile_update(
         micro=s.micro(prompts, tokens),
         temperature=s.temperature,
         max_length=s.max_new_tokens,
+        skip_empty=s.skip_empty,
     )
 
     def update(state: TrainState, batch: Batch, index: Any, at: Any, frozen: Any):

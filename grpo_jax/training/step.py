@@ -243,12 +243,14 @@ def make_train_step(
     micro: MicroBatch,
     temperature: float,
     max_length: int,
+    skip_empty: bool = True,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """train_step(state, batch, at=None, frozen=None) -> (state, metrics), pure; jit it
     with donated state.
 
     An update that is not finite changes nothing but the counts of skipped ones; nor
-    does one after the objective's `stop_deviation` was passed.
+    does one after the objective's `stop_deviation` was passed, nor one without any
+    gradient: Adam's moments would move the parameters on what older rollouts said.
 
     Args:
         policy: A template without parameters. `frozen` ones are an argument of the
@@ -258,6 +260,7 @@ def make_train_step(
         micro: Prompts and samples per backward pass.
         temperature: The sampling temperature.
         max_length: Tokens that a completion may have.
+        skip_empty: Leave out an update whose gradient is 0 everywhere.
 
     The step's `at` is where the gradient is taken, by default at the state's
     parameters: without an importance ratio, all updates of one rollout take it at the
@@ -281,10 +284,12 @@ def make_train_step(
         gain = jnp.asarray(optax.tree.sum(products))
         moved = log_prob_change(batch_terms(objective, batch, max_length), gain)
         finite = jnp.isfinite(norm) & jnp.isfinite(change_norm)
-        applied = finite
+        nonzero = jax.tree.map(lambda g: (g != 0).any(), grads)  # NaN is not 0
+        empty = ~jax.tree.reduce(jnp.logical_or, nonzero)
+        applied = finite & ~empty if skip_empty else finite
         if objective.stop_deviation is not None:
             stopped = metrics["ratio/deviation"] > objective.stop_deviation
-            applied = finite & ~stopped
+            applied &= ~stopped
             metrics["update/stopped"] = stopped.astype(jnp.int32)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(applied, new, old),
@@ -303,6 +308,7 @@ def make_train_step(
             "gradient/norm": norm,
             "update/norm": jnp.where(applied, change_norm, 0.0),
             "update/log_prob_change": jnp.where(applied, moved, 0.0),
+            "update/empty": empty.astype(jnp.int32),
             "update/applied": state.updates,
             "update/skipped": state.skipped,
             "update/skipped_in_a_row": state.skipped_in_a_row,

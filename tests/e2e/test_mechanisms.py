@@ -246,10 +246,13 @@ def test_where_nothing_is_informative_the_run_goes_on(tmp_path, capsys):
     for row in rows[1:]:
         assert (row["group/refills"], row["group/refilled"]) == (3, 0)
         assert row["group/informative"] == row["gradient/norm"] == 0
+        assert row["update/empty"] == 1 and row["update/applied"] == 0
     chex.assert_trees_all_equal(
         seen.updates[0].before.params, seen.updates[-1].after.params
     )
-    assert "informative 0%" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "informative 0%" in output
+    assert output.count("the gradient is 0 and the update is left out (said once") == 1
 
 
 # ---- overlong completions, truncated importance weights

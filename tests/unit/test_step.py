@@ -27,8 +27,10 @@ from grpo_jax.rollouts.micro_batches import (
 )
 from grpo_jax.runs.config import OptimizerConfig
 from grpo_jax.runs.fields import FIELDS
+from grpo_jax.training.loop import effect_of_ties
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.state import Batch, empty_history, part_of, push_history
+from grpo_jax.training.step import make_train_step
 from grpo_jax.training.weighing import group_metrics, weigh
 from tests.helpers import random_rollouts, tiny_policy, train_step, weighed
 
@@ -190,6 +192,72 @@ def test_a_batch_without_signal_changes_nothing(stepper):
     after, metrics = step(state, weighed(REINFORCE, tied))
     assert metrics["gradient/norm"] == 0
     chex.assert_trees_all_equal(after.params, state.params)
+
+
+@pytest.fixture(scope="module")
+def moved(policy):
+    """(state, objective -> train step) after an AdamW update with weight decay."""
+    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, schedule="cosine")
+    optimizer = make_optimizer(config, make_schedule(config, 10))
+
+    def steps(objective=REINFORCE, **options):
+        _, init = train_step(policy, objective, MicroBatch(P, G), optimizer, T)
+        fixed = dict(micro=MicroBatch(P, G), temperature=1.0, max_length=T)
+        step = make_train_step(policy, objective, optimizer, **fixed, **options)
+        return jax.jit(step), init(policy.params)
+
+    step, state = steps()
+    state, metrics = step(state, weighed(REINFORCE, rollouts()))
+    assert metrics["update/empty"] == 0
+    return state, steps
+
+
+TIED = rollouts()._replace(rewards=np.full((P, G), 0.35, np.float32))
+
+
+def test_without_a_gradient_neither_moments_nor_decay_move_anything(moved):
+    state, steps = moved
+    after, metrics = steps()[0](state, weighed(REINFORCE, TIED))
+    chex.assert_trees_all_equal(after, state._replace(skipped_in_a_row=0))
+    assert after.updates == 1 and after.skipped == 0  # nor the schedule's count
+    assert metrics["update/empty"] == 1
+    assert metrics["update/norm"] == metrics["gradient/norm"] == 0
+
+
+def test_an_older_run_goes_on_with_adams_moments(moved):
+    state, steps = moved
+    step, _ = steps(skip_empty=False)
+    after, metrics = step(state, weighed(REINFORCE, TIED))
+    assert metrics["update/empty"] == 1 and metrics["update/norm"] > 1e-3
+    assert after.updates == 2
+
+
+# What a tied group still has a gradient of: its reward itself, and KL.
+@pytest.mark.parametrize(
+    "objective",
+    [
+        dataclasses.replace(REINFORCE, baseline="none"),
+        dataclasses.replace(REINFORCE, kl_coef=0.1),
+    ],
+    ids=["without a baseline", "with KL"],
+)
+def test_tied_groups_with_a_gradient_make_an_update(moved, objective):
+    state, steps = moved
+    reference = np.full((P, G, T), -1.0, np.float32) if objective.kl_coef else None
+    batch = weighed(objective, TIED, reference=reference)
+    after, metrics = steps(objective)[0](state, batch)
+    assert metrics["update/empty"] == 0 and metrics["gradient/norm"] > 1e-4
+    assert after.updates == 2 and metrics["update/norm"] > 0
+
+
+def test_what_tied_groups_leave_of_an_update_is_said():
+    said = [
+        effect_of_ties(empty, skips=skips, kl=kl)
+        for empty, skips, kl in [(1, 1, 1), (1, 0, 1), (0, 1, 1), (0, 1, 0)]
+    ]
+    parts = ["left out", "Adam's mean", "starting policy (KL)", "all samples of a"]
+    for i, part in enumerate(parts):
+        assert [part in text for text in said] == [j == i for j in range(4)]
 
 
 def test_a_batch_without_rewards_has_no_means_over_tokens(stepper):
