@@ -262,6 +262,8 @@ class CheckpointConfig(Record):
     """What can be resumed: the latest `keep` and the best on held-out prompts."""
 
     every: Count = 20  # steps; also at the end and on SIGTERM
+    # Also after so many since the last one, or since the start; 0: never
+    minutes: NotNegative = 10.0
     keep: Count = 2  # latest ones kept, besides the best
     # The figure of held-out prompts that the best one is chosen by
     best: Literal["pass_rate", "reward"] = "pass_rate"

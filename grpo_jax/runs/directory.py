@@ -16,8 +16,9 @@ from grpo_jax.runs.lines import read_lines
 # may as long as neither the learning rate nor the weights depend on it. Paths of data
 # and of the pretrained model may change, their fingerprints may not.
 FREE_ON_RESUME = (
-    "run_dir", "resume", "checkpoint.every", "checkpoint.keep", "log.", "task.path",
-    "task.heldout_path", "pretrained", "scoring.workers", "scoring.environment", "mesh",
+    "run_dir", "resume", "checkpoint.every", "checkpoint.minutes", "checkpoint.keep",
+    "log.", "task.path", "task.heldout_path", "pretrained", "scoring.workers",
+    "scoring.environment", "mesh",
 )  # fmt: skip
 
 _SHOWN = 40  # characters around the place where two prompts differ

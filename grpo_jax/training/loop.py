@@ -203,7 +203,8 @@ class Loop:
 
     def _save_if_due(self, rollouts: Rollouts) -> None:
         failed = int(self.state.skipped_in_a_row) >= SKIPPED_LIMIT
-        if not (failed or self._due.checkpoint(self.step)):
+        due = failed or self._due.checkpoint(self.step)
+        if not (due or self._saver.overdue()):
             return
         # The row first: metrics.jsonl always has the row of a checkpoint's step.
         self.journal.flush()

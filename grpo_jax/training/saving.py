@@ -1,6 +1,7 @@
 """What is kept of a run: checkpoints, rows that could not be written, the report."""
 
 import contextlib
+import time
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,16 @@ class Saver:
     ):
         self._context, self._checkpoints = context, checkpoints
         self._journal, self._watchdog = journal, watchdog
+        self._last_save = time.monotonic()
+
+    def overdue(self) -> bool:
+        """Whether `checkpoint.minutes` passed since the last save, or since the start,
+        by the clock of the process that writes; a call of all processes together."""
+        limit_s = 60 * self._context.config.checkpoint.minutes
+        if not limit_s:
+            return False
+        elapsed = time.monotonic() - self._last_save
+        return self._context.processes.first(elapsed >= limit_s)
 
     def save(
         self, state: TrainState, step: int, row: dict[str, Any], **more: Any
@@ -60,6 +71,7 @@ class Saver:
             row: The row of the step, with the score that `checkpoint.best` names.
             more: JSON, kept beside the state.
         """
+        self._last_save = time.monotonic()
         score = row.get(SCORES[self._context.config.checkpoint.best])
         with self._watchdog.phase("saving"):
             self._checkpoints.save(step, state, {"step": step} | more, score)

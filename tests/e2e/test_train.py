@@ -24,6 +24,7 @@ from grpo_jax.runs.config import (
 )
 from grpo_jax.runs.fields import FIELDS
 from grpo_jax.runs.lines import read_lines
+from grpo_jax.runs.snapshots import saved_steps
 from grpo_jax.training import programs
 from grpo_jax.training.saving import NonFiniteGradientsError
 from grpo_jax.training.step import make_train_step
@@ -105,6 +106,31 @@ def test_every_field_is_documented_and_the_promised_ones_are_present(finished):
     assert max(row["mismatch/max_abs"] for row in rows[1:]) < 1e-5
     assert all(0 <= row["completion/cut_off"] <= 1 for row in rows[1:])
     assert all("eval/heldout_cut_off" in row for row in evaluated)
+
+
+def test_the_parts_of_the_time_are_told_apart(finished):
+    rows = read_lines(finished.run_dir / "metrics.jsonl")
+    parts = ("sample", "score", "reference", "update", "evaluation", "instrument")
+    for row in rows[1:]:
+        assert row["time/reference_s"] > 0 and row["time/score_s"] > 0
+        known = sum(row.get(f"time/{part}_s", 0) for part in parts)
+        assert known <= row["time/step_s"]
+    assert [row["step"] for row in rows if "time/start_s" in row] == [0]
+    timed = [row["step"] for row in rows if "time/evaluation_s" in row]
+    assert timed == [0, 3, 6] and rows[0]["time/start_s"] > 0
+    assert "Where the time went" in (finished.run_dir / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_checkpoints_are_also_saved_by_time(tmp_path):
+    often = CheckpointConfig(every=1000, minutes=1e-9, keep=9)
+    config = small_config(tmp_path / "run", checkpoint=often, steps=3)
+    gj.train(config)
+    assert saved_steps(tmp_path / "run") == [0, 1, 2, 3]
+    rarely = CheckpointConfig(every=1000, minutes=0, keep=9)
+    changes = dict(checkpoint=rarely, steps=5, resume=True)
+    gj.train(dataclasses.replace(config, **changes))
+    assert saved_steps(tmp_path / "run") == [0, 1, 2, 3, 5]
 
 
 def test_measurements_of_the_instrument_are_in_their_file(finished):

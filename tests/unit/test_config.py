@@ -144,7 +144,7 @@ AT_LEAST_ZERO = (
     "optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.weight_decay",
     "evaluation.every", "instrument.every", "log.samples_every",
     "warm_start.noisy_steps", "seed", "task.seed", "objective.kl_coef",
-    "objective.std_eps", "optimizer.eps",
+    "objective.std_eps", "optimizer.eps", "checkpoint.minutes",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,14 +45,14 @@ class Saved:
 def saver(tmp_path):
     """Makes (saver, checkpoints) around a journal with these unwritten rows."""
 
-    def make(best="pass_rate", unwritten=(), last_row=None):
+    def make(best="pass_rate", unwritten=(), last_row=None, processes=None, **more):
         config = TrainConfig(
-            run_dir=str(tmp_path), checkpoint=CheckpointConfig(best=best)
+            run_dir=str(tmp_path), checkpoint=CheckpointConfig(best=best, **more)
         )
         context = SimpleNamespace(
             config=config,
             directory=tmp_path,
-            processes=Processes(),
+            processes=processes or Processes(),
             console=Console(1),
             mesh=None,
         )
@@ -75,6 +76,33 @@ def test_the_best_checkpoint_is_chosen_by_the_figure_that_is_named(saver, best, 
     one.save(None, 3, {RATE: 0.25, REWARD: 1.5})
     one.save(None, 4, {})
     assert checkpoints.calls == [(3, score), (4, None)]
+
+
+def test_a_save_is_overdue_some_minutes_after_the_last_one(saver, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    (one, _), (never, _) = saver(minutes=10), saver(minutes=0)
+    overdue = []
+    for now[0] in (0.0, 599.0, 600.0, 601.0):
+        overdue.append(one.overdue())
+    assert overdue == [False, False, True, True]
+    one.save(None, 3, {})
+    assert not one.overdue()
+    now[0] += 600
+    assert one.overdue() and not never.overdue()
+
+
+@pytest.mark.parametrize("writers", [True, False])
+def test_the_writers_clock_decides_for_all(saver, monkeypatch, writers):
+    asked = []
+
+    def first(value):
+        asked.append(value)
+        return writers
+
+    processes = SimpleNamespace(first=first)
+    one, _ = saver(minutes=1e-9, processes=processes)
+    assert one.overdue() == writers and asked == [True]
 
 
 def test_an_unwritten_row_is_saved_with_its_score(saver):
