@@ -11,8 +11,11 @@ from grpo_jax.report.svg import (
     BLACK,
     BLUE,
     COLOURS,
+    GREEN,
     GREY,
     ORANGE,
+    PALE,
+    PURPLE,
     SAND,
     Figure,
     svg_figure,
@@ -20,6 +23,16 @@ from grpo_jax.report.svg import (
 from grpo_jax.runs.fields import FIELDS, PART
 
 Runs = Sequence[RunFiles]
+SHADES = {  # parts of a run's time
+    "start": GREY,
+    "sample": BLUE,
+    "score": SAND,
+    "reference": GREEN,
+    "update": ORANGE,
+    "evaluation": PURPLE,
+    "instrument": BLACK,
+    "other": PALE,
+}
 BINS = 5  # of pass rates, in the figure of predicted changes
 
 
@@ -44,7 +57,7 @@ def run_figures(runs: Runs) -> list[Figure]:
         _metric(runs, "Entropy", "entropy/sampled", smooth=True),
         _metric(runs, "KL to the start", "kl/mean", smooth=True),
         _metric(runs, "Sampler/trainer mismatch", "mismatch/max_abs", log=True),
-        _step_times(runs),
+        _time_figure(runs),
         *(
             _predicted_changes(run, named=len(runs) > 1)
             for run in runs
@@ -120,25 +133,43 @@ def _metric(
     return svg_figure(title, meaning[0].upper() + meaning[1:] + ".", draw)
 
 
-def _step_times(runs: Runs) -> Figure | None:
+def run_times(run: RunFiles) -> dict[str, float]:
+    """Seconds of each part of a run, in all; `other` is what its steps took besides."""
+    totals = {p: float(np.nansum(run.series(f"time/{p}_s")[1])) for p in SHADES}
+    started = [row for row in run.metrics if row["step"] > 0]
+    steps = sum(row.get("time/step_s") or 0.0 for row in started)
+    parts = [f"time/{p}_s" for p in SHADES if p != "start"]
+    known = sum(row.get(part) or 0.0 for row in started for part in parts)
+    totals["other"] = max(0.0, steps - known)
+    return totals
+
+
+def _time_figure(runs: Runs) -> Figure | None:
     if not any(len(run.series("time/update_s")[0]) for run in runs):
         return None
-    shades = {"sample": BLUE, "score": SAND, "update": ORANGE}
 
     def draw(axes: Any) -> None:
-        for i, run in enumerate(runs):
-            left = 0.0
-            for phase, shade in shades.items():
-                values = run.series(f"time/{phase}_s")[1]
-                width = float(np.median(values)) if len(values) else 0.0
-                label = phase if i == 0 else None
-                axes.barh(i, width, 0.5, left=left, color=shade, label=label)
-                left += width
+        times = [run_times(run) for run in runs]
+        left = np.zeros(len(runs))
+        for phase, shade in SHADES.items():
+            widths = np.asarray([x[phase] for x in times]) / 60
+            if not widths.any():
+                continue
+            axes.barh(
+                range(len(runs)), widths, 0.5, left=left, color=shade, label=phase
+            )
+            left += widths
         axes.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=7)
-        axes.set(xlabel="seconds a step (median)", ylim=(-0.6, len(runs) + 0.3))
-        axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper left")
+        axes.set(xlabel="minutes", ylim=(-0.6, len(runs) + 0.6))
+        axes.legend(frameon=False, fontsize=7.5, ncols=4, loc="upper left")
 
-    return svg_figure("Time per phase", "Median seconds of each phase of a step.", draw)
+    caption = (
+        "Minutes of each part of a run: what came before the first step (of its first "
+        "start), the phases of all steps, evaluations and measurements at the start "
+        "included, and what steps took besides. Runs of older versions have "
+        "evaluations in `other`, and the reference policy in `score`."
+    )
+    return svg_figure("Where the time went", caption, draw)
 
 
 # ---- other prompt weights

@@ -19,7 +19,7 @@ from grpo_jax.report.svg import Figure
 from grpo_jax.runs.config_files import differences
 from grpo_jax.runs.fields import FIELDS
 
-PHASES = ("sample", "score", "update")  # of a step, by their times
+PHASES = ("sample", "score", "reference", "update")  # of a step, by their times
 MOST_TEXTS = 6  # different completions of a prompt that are shown
 
 
@@ -143,11 +143,9 @@ def _cut_off(run: RunFiles) -> str:
 
 
 def _seconds(run: RunFiles) -> list[tuple[str, str]]:
-    """(phase, median seconds); empty before the first step."""
-    times = {phase: run.series(f"time/{phase}_s")[1] for phase in PHASES}
-    if not all(len(seconds) for seconds in times.values()):
-        return []
-    return [(phase, f"{np.median(seconds):.3f}") for phase, seconds in times.items()]
+    """(phase, median seconds) of those the run has; empty before the first step."""
+    times = ((phase, run.series(f"time/{phase}_s")[1]) for phase in PHASES)
+    return [(phase, f"{np.median(x):.3f}") for phase, x in times if len(x)]
 
 
 def _verdict(run: RunFiles) -> list[str]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 COLOURS = ("#2f5d8a", "#c0562f", "#4d8a4a", "#7b569c", "#8a7a2f", "#3f8f8f")
-BLUE, ORANGE = COLOURS[:2]
-SAND, GREY, BLACK = "#b9a44c", "#999999", "#222222"
+BLUE, ORANGE, GREEN, PURPLE = COLOURS[:4]
+SAND, GREY, BLACK, PALE = "#b9a44c", "#999999", "#222222", "#dddddd"
 
 
 class Figure(TypedDict):

@@ -52,9 +52,15 @@ FIELDS: dict[str, str] = {
     "update/skipped_in_a_row": "optimizer updates skipped since the last applied one",
     "learning_rate": "learning rate of the step's last update",
     "time/sample_s": "seconds until the completions were on the host; drafts included",
-    "time/score_s": "seconds of reward functions, refills and recomputed log-probs",
+    "time/score_s": "seconds of reward functions and refills",
+    "time/reference_s": "seconds of log-probs computed again: by the starting policy, "
+    "where the objective has a KL term, and by the policy that sampled, before the "
+    "first of several updates (in time/score_s in runs of older versions)",
     "time/update_s": "seconds of the update, until the device has finished it",
     "time/step_s": "seconds of the step, evaluation and instrument included",
+    "time/start_s": "seconds until the first step, evaluation and instrument left out: "
+    "loading, warm start, compilation (only in the row of step 0)",
+    "time/evaluation_s": "seconds of the evaluation",
     "compiles": "programs compiled since this process began the run",
     "eval/train_pass_rate": "pass rate of trained prompts: the mean of the exact ones "
     "where one answer is right, else the share solved (first reward 1) by samples",

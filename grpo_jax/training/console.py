@@ -32,9 +32,12 @@ def step_facts(metrics: dict[str, Any]) -> str:
     facts += [
         f"entropy {show(get('entropy/sampled'), '.2f')}",
         f"mismatch {show(get('mismatch/max_abs'), '.0e')}",
-        f"sample {show(get('time/sample_s'), '.2f')}s",
-        f"score {show(get('time/score_s'), '.2f')}s",
-        f"update {show(get('time/update_s'), '.2f')}s",
+    ]
+    phases = ("sample", "score", "reference", "update", "evaluation", "instrument")
+    facts += [
+        f"{phase} {show(metrics[f'time/{phase}_s'], '.2f')}s"
+        for phase in phases
+        if f"time/{phase}_s" in metrics
     ]
     if metrics.get("completion/cut_off"):
         facts.append(f"cut off {metrics['completion/cut_off']:.0%}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -26,6 +27,7 @@ class RunContext:
         pool: Worker processes for rewards; None where a Python function scores.
         mesh: None for a single device.
         console: What prints.
+        began: When the run was asked for, by time.monotonic.
     """
 
     config: TrainConfig
@@ -35,6 +37,7 @@ class RunContext:
     pool: VerifierPool | None
     mesh: Mesh | None
     console: Console
+    began: float = dataclasses.field(default_factory=time.monotonic)
 
     @functools.cached_property
     def keys(self) -> RunKeys:

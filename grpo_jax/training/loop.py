@@ -23,6 +23,8 @@ from grpo_jax.training.saving import SKIPPED_LIMIT, Saver
 from grpo_jax.training.start import Resumed
 from grpo_jax.training.watchdog import Watchdog
 
+_EVALUATED = ("eval/", "time/evaluation_s")  # how fields of an evaluation begin
+
 
 class TrainResult(NamedTuple):
     """Where a run's files are, and how it ended."""
@@ -127,8 +129,10 @@ class Loop:
         with self._watchdog.phase("scoring"):
             collected = collector.score(self.state.params, self.step, sampling, sampled)
             self._check_rewards(collected)
+            if learner.settings.rescores:
+                timer.lap("time/score_s")
             weighed = learner.weigh(self.state, collected.rollouts, collected.indices)
-        timer.lap("time/score_s")
+        timer.lap(f"time/{'reference' if learner.settings.rescores else 'score'}_s")
         if self.context.processes.stopping:
             return
         with self._watchdog.phase("update"):
@@ -233,7 +237,10 @@ class Loop:
         if processes.stopping:
             return
         if step == 0:
-            self.journal.keep(0, {}, observed)
+            watched = ("time/evaluation_s", "time/instrument_s")
+            start_s = time.monotonic() - self.context.began
+            start_s -= sum(observed.get(name, 0.0) for name in watched)
+            self.journal.keep(0, {}, observed | {"time/start_s": start_s})
             self.journal.flush()
         else:  # the row may lack them: a stop ends a step early
             evaluated, measured = (
@@ -243,7 +250,7 @@ class Loop:
             late = {
                 name: value
                 for name, value in observed.items()
-                if (evaluated if name.startswith("eval/") else measured)
+                if (evaluated if name.startswith(_EVALUATED) else measured)
             }
             self.journal.complete(step, late)
         seconds = time.monotonic() - began

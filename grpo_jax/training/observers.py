@@ -1,5 +1,6 @@
 """What watches a run: pass rates, probe measurements, counterfactual updates."""
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -129,5 +130,7 @@ class Observers:
             self._journal.measurement(row)
 
     def _evaluate(self, params: Any, step: int) -> dict[str, Any]:
+        began = time.monotonic()
         with self._watchdog.phase("evaluation"):
-            return dict(self._pass_rates.measure(params, step))
+            metrics = dict(self._pass_rates.measure(params, step))
+        return metrics | {"time/evaluation_s": time.monotonic() - began}

@@ -80,6 +80,11 @@ class UpdateSettings:
         several = self.updates > 1 and not self.freeze_gradient_point
         return several and self.objective.history == 1
 
+    @property
+    def rescores(self) -> bool:
+        """Whether log-probs of a rollout are computed again before its updates."""
+        return self.rescore_old or self.reference is not None
+
     def micro(self, prompts: int, tokens: int) -> MicroBatch:
         """The split of `prompts` groups of completions of `tokens` tokens."""
         return micro_batch(
@@ -136,7 +141,7 @@ def compile_programs(
     compile_ = partial(_compile, mesh=s.mesh)
 
     rescore = weights_of_tokens = compare = push = token_shapes = None
-    if s.rescore_old or s.reference is not None:
+    if s.rescores:
         score = partial(batch_logprobs, temperature=s.temperature, micro=micro)
         rescore, _ = compile_(score, policy, rollouts, out_shardings=_by_group)
     reference = None if s.reference is None else logprobs

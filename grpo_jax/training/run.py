@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -84,6 +85,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
 
 
 def _train(config: TrainConfig, task: Task | None, processes: Processes) -> TrainResult:
+    began = time.monotonic()
     date = processes.first(now())  # one for all, where a template prints it
     plan = processes.together(
         lambda: make_plan(config, _task(config, task, date), date=date)
@@ -96,7 +98,9 @@ def _train(config: TrainConfig, task: Task | None, processes: Processes) -> Trai
         facts = facts_of(config, plan)
         directory = claim_directory(config, facts, processes)
         use_compile_cache(console.warn)
-        context = RunContext(config, plan, directory, processes, pool, mesh, console)
+        context = RunContext(
+            config, plan, directory, processes, pool, mesh, console, began
+        )
         return _run(context, facts)
 
 

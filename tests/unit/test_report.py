@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from grpo_jax.report.curves import comparison, run_figures
+from grpo_jax.report.curves import comparison, run_figures, run_times
 from grpo_jax.report.page import _pass_rates, _verdict, write_report
 from grpo_jax.report.run_files import number, read_run
 from grpo_jax.runs.config import TrainConfig
@@ -64,6 +64,32 @@ def test_a_mean_reward_is_shown_where_it_is_another_figure(tmp_path):
     assert len(_pass_rates(run)) == 2
     sampled = RATE | REWARD | {"eval/heldout_sampled": 1.5}  # exact rates beside it
     assert not read_run(made_run(tmp_path / "c", sampled)).has_other_rewards
+
+
+def test_the_time_of_a_run_is_told_apart_into_parts(tmp_path):
+    start = {"time/start_s": 30, "time/evaluation_s": 8, "time/instrument_s": 2}
+    step = {
+        "time/sample_s": 5, "time/score_s": 1, "time/reference_s": 2,
+        "time/update_s": 4, "time/step_s": 13,
+    }  # fmt: skip
+    last = step | {"time/evaluation_s": 6, "time/step_s": 19}
+    run = read_run(made_run(tmp_path / "run", start, step, last))
+    assert run_times(run) == {
+        "start": 30, "sample": 10, "score": 2, "reference": 4, "update": 8,
+        "evaluation": 14, "instrument": 2, "other": 2,
+    }  # fmt: skip
+    # An older version had the reference in the score, and evaluations nowhere.
+    old = {"time/sample_s": 5, "time/score_s": 3, "time/update_s": 4}
+    old |= {"time/step_s": 18}
+    earlier = read_run(made_run(tmp_path / "old", {}, old, old))
+    times = run_times(earlier)
+    assert times["start"] == times["reference"] == times["evaluation"] == 0
+    assert times["score"] == 6 and times["other"] == 12
+    for runs in ([run], [earlier], [run, earlier]):
+        titles = [figure["title"] for figure in run_figures(runs)]
+        assert "Where the time went" in titles
+    page = write_report([run.directory, earlier.directory], tmp_path / "page.html")
+    assert "reference 2.000, update 4.000" in " ".join(page.read_text().split())
 
 
 def test_a_page_of_missing_figures_is_written(tmp_path):
