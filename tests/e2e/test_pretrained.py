@@ -421,7 +421,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(data, pretrained, tmp_path
         lambda: gj.warm_up(taught),
         lambda: gj.train(settings(data, tmp_path)),
     ):
-        with pytest.raises(ConfigError, match="vocab_size must be at least"):
+        with pytest.raises(ConfigError, match="vocab_size must be above"):
             call()
 
 
