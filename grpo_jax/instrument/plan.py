@@ -1,6 +1,7 @@
 """How many probe prompts a run can afford to measure."""
 
 import dataclasses
+from typing import NamedTuple
 
 from grpo_jax.diagnostics.probe import num_parts
 from grpo_jax.errors import ConfigError
@@ -10,6 +11,7 @@ from grpo_jax.runs.config import StepBatch, TrainConfig
 # counted low: without what the host and the optimizer do.
 SAMPLING, GRADIENT, SECOND_ORDER = 2, 4, 6
 FLOOR = 160  # fixed cost, in tokens, of a pass over one prompt's few samples
+EVERY = 40  # steps between measurements, unless given or too dear
 LEAST_PROMPTS = 8  # unless fewer are asked for: they seldom tell cosines (BUILD_NOTES)
 MOST_PROMPTS = 32  # unless more are asked for: they cost memory and file size
 VECTOR_BYTES = 128 * 2**20  # limit of `ProbePlan.vector_bytes`
@@ -26,6 +28,7 @@ class ProbePlan:
     share: float  # of a step's time that all measurements take, averaged over steps
     every: int  # steps between measurements
     at_start: bool  # whether one comes before the first step
+    after_first: bool  # whether one comes after it
 
     @property
     def num_directions(self) -> int | None:
@@ -46,10 +49,10 @@ class ProbePlan:
         )
 
     def _when(self, steps: int) -> str:
-        if self.every >= steps:
-            return "at the start and at the end" if self.at_start else "at the end"
-        start = "at the start, " if self.at_start else ""
-        return f"{start}every {self.every} steps and at the end"
+        times = ["at the start"] if self.at_start else []
+        times += ["after the first step"] if self.after_first else []
+        times += [f"every {self.every} steps"] if self.every < steps else []
+        return " and ".join(filter(None, (", ".join(times), "at the end")))
 
 
 def plan_probe(
@@ -59,6 +62,7 @@ def plan_probe(
     train_prompts: int,
     prompt_tokens: int,
     max_new_tokens: int,
+    slow_start: bool = False,
 ) -> ProbePlan | None:
     """Chooses probe prompts and coordinates within config.instrument.max_overhead.
 
@@ -73,6 +77,8 @@ def plan_probe(
         train_prompts: Prompts to choose from.
         prompt_tokens: L, of the padded prompts.
         max_new_tokens: T.
+        slow_start: By default the first measurement comes after the first step, which
+            need not wait for it.
 
     Returns:
         None where the instrument is off.
@@ -81,7 +87,7 @@ def plan_probe(
         ConfigError: LEAST_PROMPTS fit in none of these ways, or the task has too few.
     """
     wanted, batch = config.instrument, config.batch
-    if not wanted.every:
+    if wanted.every == 0:
         return None
     group_size = wanted.group_size or max(8, -(-batch.group_size // 4) * 4)
     step = step_cost(batch, prompt_tokens, max_new_tokens)
@@ -93,50 +99,66 @@ def plan_probe(
             "instrument.every to 0."
         )
     budget = wanted.max_overhead * config.steps * step / per_prompt  # prompts measured
-    every, at_start, prompts = _schedule(config, budget, train_prompts)
+    times, prompts = _schedule(config, budget, train_prompts, slow_start)
     width = max(1, VECTOR_BYTES // (4 * prompts * (num_parts(group_size) + 3)))
-    looks = _looks(config.steps, every, at_start)
+    looks = _looks(config.steps, times)
     share = looks * prompts * per_prompt / (config.steps * step)
     exact = parameters <= width
     size = parameters if exact else width
-    return ProbePlan(prompts, group_size, size, exact, share, every, at_start)
+    return ProbePlan(prompts, group_size, size, exact, share, *times)
+
+
+class _Times(NamedTuple):
+    """When is measured, besides the end; fields as `ProbePlan`."""
+
+    every: int
+    at_start: bool
+    after_first: bool
 
 
 def _schedule(
-    config: TrainConfig, budget: float, train_prompts: int
-) -> tuple[int, bool, int]:
-    """(every, at_start, prompts) of the first way in which enough prompts fit.
+    config: TrainConfig, budget: float, train_prompts: int, slow_start: bool
+) -> tuple[_Times, int]:
+    """(times, prompts) of the first way in which enough prompts fit.
 
     Args:
         config: With instrument and steps.
         budget: Prompts that may be measured in the whole run.
-        train_prompts: As `plan_probe`.
+        train_prompts, slow_start: As `plan_probe`.
     """
     wanted, steps = config.instrument, config.steps
+    start = not slow_start if wanted.at_start is None else wanted.at_start
+    first = wanted.after_first
+    if first is None:
+        first = slow_start and wanted.at_start is None
+    ways = [_Times(EVERY if wanted.every is None else wanted.every, start, first)]
     if wanted.prompts:
-        return wanted.every, wanted.at_start, wanted.prompts
+        return ways[0], wanted.prompts
     least = min(LEAST_PROMPTS, train_prompts)
-    ways = [(wanted.every, wanted.at_start)]
-    if not {"every", "at_start"} & wanted.given:
-        ways += [(steps, True), (steps, False)]
-    for every, at_start in ways:
-        prompts = int(budget / _looks(steps, every, at_start))
+    if wanted.every is None:
+        ways.append(_Times(steps, start, first))
+        if wanted.at_start is None and wanted.after_first is None:
+            ways.append(_Times(steps, at_start=False, after_first=False))
+    for times in ways:
+        prompts = int(budget / _looks(steps, times))
         if prompts >= least:
-            return every, at_start, min(prompts, MOST_PROMPTS, train_prompts)
-    looks = _looks(steps, *ways[-1])
+            return times, min(prompts, MOST_PROMPTS, train_prompts)
+    looks = _looks(steps, ways[-1])
     share = wanted.max_overhead * least * looks / budget
-    times = f"{looks} times" if looks > 1 else "once"
+    often = f"{looks} times" if looks > 1 else "once"
     raise ConfigError(
         f"instrument.max_overhead {wanted.max_overhead:g} is too low for {least} probe "
-        f"prompts, below which little can be told: measured {times}, they would take "
+        f"prompts, below which little can be told: measured {often}, they would take "
         f"about {100 * share:.0f} % of step time; raise "
         "steps or max_overhead, give instrument.prompts, or set instrument.every to 0."
     )
 
 
-def _looks(steps: int, every: int, at_start: bool) -> int:
+def _looks(steps: int, times: _Times) -> int:
     """Measurements of a run."""
-    return len({*range(0, steps + 1, every), steps} - (set() if at_start else {0}))
+    start = {0} if times.at_start else set()
+    first = {1} if times.after_first else set()
+    return len(start | first | {*range(times.every, steps + 1, times.every), steps})
 
 
 def step_cost(batch: StepBatch, prompt_tokens: int, max_new_tokens: int) -> int:

@@ -143,7 +143,8 @@ def make_plan(
     check_embedded(task, model.config.vocab_size, refine=shapes.refine)
     weights = resolve_weights(config, objective, len(task.train))
     rate = learning_rate(config, lora=bool(model.config.lora_rank))
-    probe = probe_stage(config, model.config, len(task.train), lengths)
+    slow = directory is not None and local_devices and jax.default_backend() == "cpu"
+    probe = probe_stage(config, model.config, len(task.train), lengths, slow=slow)
     if warm_starts:  # its errors come before anything is written
         settings = warm_start_settings(config.warm_start, task)
         Demonstrations(task, settings, lengths.prompt_length, lengths.answer_tokens)
@@ -301,10 +302,18 @@ def model_stage(
 
 
 def probe_stage(
-    config: TrainConfig, model: ModelConfig, train_prompts: int, lengths: Lengths
+    config: TrainConfig,
+    model: ModelConfig,
+    train_prompts: int,
+    lengths: Lengths,
+    *,
+    slow: bool,
 ) -> ProbeStage:
     """The probe prompts; the default instrument is switched off, with a warning, where
     it does not fit.
+
+    Args:
+        slow: A measurement takes long: by default none comes before the first step.
 
     Raises:
         ConfigError: the instrument was configured and does not fit.
@@ -317,6 +326,7 @@ def probe_stage(
             train_prompts=train_prompts,
             prompt_tokens=lengths.prompt_length,
             max_new_tokens=lengths.max_new_tokens,
+            slow_start=slow,
         )
     except ConfigError as error:
         if wanted != InstrumentConfig():

@@ -247,8 +247,12 @@ class EvaluationConfig(Record):
 class InstrumentConfig(Record):
     """Curvature and geometry of prompts' gradients, on a fixed set of probe prompts."""
 
-    every: Natural = 40  # steps; also at the end; 0: never; by default rarer if dear
-    at_start: bool = True  # also before the first step
+    # Steps; also at the end; 0: never; default: 40, or at the ends alone if dear
+    every: Natural | None = None
+    # Also before the first step; default: yes, but of a pretrained model on a CPU
+    at_start: bool | None = None
+    # Also after the first step; default: in place of at_start, so that it comes sooner
+    after_first: bool | None = None
     max_overhead: Positive = 0.1  # of step time; chooses prompts, and when
     prompts: ProbePrompts | None = None  # default: what max_overhead allows
     # Samples of each, a multiple of 4; default: sampling's, at least 8

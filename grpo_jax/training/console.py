@@ -48,6 +48,9 @@ def step_facts(metrics: dict[str, Any]) -> str:
     return "  ".join(facts)
 
 
+LINE_S = 30  # seconds without a line that the next step's follows
+
+
 class _Bar:
     """A live progress bar over a line of facts."""
 
@@ -81,7 +84,8 @@ class Console:
     """Prints to stdout, and shows progress between `start` and `stop`.
 
     Args:
-        lines_every: Steps between lines where there is no terminal.
+        lines_every: Steps between lines where there is no terminal; slow steps have one
+            at least every LINE_S seconds.
         process: Index; only process 0 prints, but for the alerts of others.
     """
 
@@ -90,7 +94,7 @@ class Console:
         self._terminal = sys.stdout.isatty() and not process
         self._bar: _Bar | None = None
         self._first = self._total = 0
-        self._began = time.monotonic()
+        self._began = self._said = time.monotonic()
 
     def say(self, message: str) -> None:
         if self._process:
@@ -130,7 +134,12 @@ class Console:
         facts = step_facts(metrics)
         if self._bar is not None:
             self._bar.update(done, speed, facts)
-        elif done % self._lines_every == 0 or done in (self._first + 1, self._total):
+        elif (
+            done % self._lines_every == 0
+            or done in (self._first + 1, self._total)
+            or time.monotonic() - self._said > LINE_S
+        ):
+            self._said = time.monotonic()
             self.say(f"step {done}/{self._total}  {speed}  {facts}")
 
     def stop(self) -> None:

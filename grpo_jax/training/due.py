@@ -26,10 +26,11 @@ class Due:
     def measurement(self, step: int) -> bool:
         """Whether the probe prompts are measured."""
         wanted = self.config.instrument
-        if step == 0 and not wanted.at_start:
+        if not self.with_instrument or (step == 0 and not wanted.at_start):
             return False
-        due = self._ends(step) or _every(wanted.every, step)
-        return self.with_instrument and due
+        if step == 1 and wanted.after_first:
+            return True
+        return self._ends(step) or _every(wanted.every or 0, step)
 
     def comparison(self, step: int) -> bool:
         """Whether prompt weights are compared by a counterfactual update."""

@@ -232,7 +232,7 @@ class Loop:
         if processes.stopping:
             return
         observed = self._observers.prepare(
-            self.state.params, step, self._keep_measurement, say
+            self.state.params, step, self._keep_measurement
         )
         if processes.stopping:
             return

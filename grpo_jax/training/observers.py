@@ -17,6 +17,8 @@ from grpo_jax.training.learner import Learner, WeighedBatch
 from grpo_jax.training.pass_rates import PassRates
 from grpo_jax.training.watchdog import Watchdog
 
+ANNOUNCED_S = 5  # seconds of an evaluation or measurement that is announced
+
 
 class BeforeUpdate(NamedTuple):
     """What is measured or copied before an update, for `after_update`."""
@@ -37,6 +39,7 @@ class Observers:
         watchdog: Warns of slow phases.
         processes: The processes of the run. If asked to stop, they start nothing new:
             the resumed run makes up for it.
+        say: Gets a sentence as something slow begins.
     """
 
     def __init__(
@@ -48,18 +51,14 @@ class Observers:
         journal: Journal,
         watchdog: Watchdog,
         processes: Processes,
+        say: Callable[[str], None],
     ):
         self._due, self._pass_rates, self._instrument = due, pass_rates, instrument
         self._learner, self._journal = learner, journal
-        self._watchdog, self._processes = watchdog, processes
+        self._watchdog, self._processes, self._say = watchdog, processes, say
+        self._took: dict[str, float] = {}  # seconds of the last one of each kind
 
-    def prepare(
-        self,
-        params: Any,
-        step: int,
-        keep_measurement: bool,
-        say: Callable[[str], None],
-    ) -> dict[str, Any]:
+    def prepare(self, params: Any, step: int, keep_measurement: bool) -> dict[str, Any]:
         """Evaluates and measures before the first step, due or not: what these need is
         compiled here, and no step waits for it. A run that does not measure its start
         compiles the measurement where the first one is due.
@@ -68,17 +67,16 @@ class Observers:
             params: After `step` steps.
             step: Where the run starts or resumes.
             keep_measurement: Whether the measurement belongs into instrument.jsonl.
-            say: Gets a sentence as each begins.
         """
-        say("evaluating the start (the first evaluation compiles its sampler)")
+        self._say("evaluating the start (the first evaluation compiles its sampler)")
         metrics = self._evaluate(params, step)
         if self._instrument is None or self._processes.stopping:
             return metrics
         if not (keep_measurement or self._due.measurement(0)):
             return metrics
-        say("measuring the start (the first measurement compiles its programs)")
+        self._say("measuring the start (the first measurement compiles its programs)")
+        metrics |= self._measure(self._instrument, params, step)
         with self._watchdog.phase("measurement"):
-            metrics |= self._instrument.measure(params, step)
             self._instrument.compile(params)
             if not keep_measurement:
                 self._instrument.discard()
@@ -116,11 +114,12 @@ class Observers:
         """Metrics of the policy after `step` steps, where they are due."""
         metrics: dict[str, Any] = {}
         if self._due.evaluation(step) and not self._processes.stopping:
+            self._announce("evaluating", step)
             metrics |= self._evaluate(params, step)
         measures = self._due.measurement(step) and not self._processes.stopping
         if measures and self._instrument is not None:
-            with self._watchdog.phase("measurement"):
-                metrics |= self._instrument.measure(params, step)
+            self._announce("measuring", step)
+            metrics |= self._measure(self._instrument, params, step)
         return metrics
 
     def write_measurement(self) -> None:
@@ -133,4 +132,22 @@ class Observers:
         began = time.monotonic()
         with self._watchdog.phase("evaluation"):
             metrics = dict(self._pass_rates.measure(params, step))
-        return metrics | {"time/evaluation_s": time.monotonic() - began}
+        took = self._took["evaluating"] = time.monotonic() - began
+        return metrics | {"time/evaluation_s": took}
+
+    def _measure(
+        self, instrument: Instrument, params: Any, step: int
+    ) -> dict[str, Any]:
+        began = time.monotonic()
+        with self._watchdog.phase("measurement"):
+            metrics = dict(instrument.measure(params, step))
+        self._took["measuring"] = time.monotonic() - began
+        return metrics
+
+    def _announce(self, doing: str, step: int) -> None:
+        """Says what begins, where it is new or the last one took long."""
+        took = self._took.get(doing)
+        if took is None:
+            self._say(f"step {step}: {doing} (compiles its programs)")
+        elif took > ANNOUNCED_S:
+            self._say(f"step {step}: {doing} (the last one took {took:.0f} s)")

@@ -113,7 +113,7 @@ def _as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
     if probe is not None:
         chosen = {
             name: getattr(probe, name)
-            for name in ("every", "at_start", "prompts", "group_size")
+            for name in ("every", "at_start", "after_first", "prompts", "group_size")
         }
     return dataclasses.replace(
         config,
@@ -245,7 +245,14 @@ def _make_loop(
     )
     instrument = make_instrument(context, parts, [r for r in rows if r["step"] < step])
     observers = Observers(
-        due, parts.pass_rates, instrument, parts.learner, journal, watchdog, processes
+        due,
+        parts.pass_rates,
+        instrument,
+        parts.learner,
+        journal,
+        watchdog,
+        processes,
+        context.console.say,
     )
     measured = due.measurement(step) or any(row["step"] == step for row in rows)
     return Loop(

@@ -261,6 +261,24 @@ def test_too_few_probe_prompts_are_measured_rarely_instead():
     assert plan(prompts=2, max_overhead=5 * unit).every == 40
 
 
+# Where a measurement takes minutes, the first step comes first; what is given is kept.
+def test_a_slow_first_measurement_comes_after_the_first_step():
+    def times(**settings):
+        config = TrainConfig(instrument=InstrumentConfig(**settings), steps=400)
+        probe = plan_probe(config, parameters=10**5, slow_start=True, **SIZES)
+        return probe.at_start, probe.after_first, probe.text(400)
+
+    *chosen, text = times(max_overhead=1.0)
+    assert chosen == [False, True]
+    assert "after the first step, every 40 steps and at the end" in text
+    assert times(at_start=True)[:2] == (True, False)
+    assert times(at_start=False)[:2] == (False, False)
+    assert times(at_start=True, after_first=True)[:2] == (True, True)
+    assert plan().after_first is False
+    many, few = plan(prompts=8, every=400), plan(prompts=8, every=400, after_first=True)
+    np.testing.assert_allclose(few.share, many.share * 3 / 2)  # 0, 1 and 400
+
+
 def test_bad_budgets_raise():
     with pytest.raises(ConfigError, match="too low for 8 probe prompts, below"):
         plan(max_overhead=0.001)

@@ -22,6 +22,7 @@ from grpo_jax.commands._arguments import (
 )
 from grpo_jax.commands.evaluate import config_like_run
 from grpo_jax.errors import ConfigError
+from grpo_jax.planning.plan import make_plan
 from grpo_jax.runs.command_configs import EvalConfig
 from grpo_jax.runs.config import ScoringConfig, TrainConfig
 from grpo_jax.runs.lines import write_json
@@ -182,3 +183,10 @@ def test_a_run_is_asked_as_it_was_trained(tmp_path):
     asked = EvalConfig(run_dir=str(tmp_path), scoring=ScoringConfig(timeout_s=1.0))
     assert eval_settings(asked).scoring.environment == ("JUDGE",)
     assert eval_settings(asked).scoring.timeout_s == 1.0
+
+
+# tyro makes a record with all its fields: none may count as asked for by that.
+def test_a_command_line_without_flags_is_planned_like_the_defaults():
+    ours, typed = make_plan(TrainConfig()), make_plan(parse(TrainConfig, [], "x"))
+    assert typed.headline == ours.headline and typed.probe == ours.probe
+    assert typed.probe is not None and not typed.warnings

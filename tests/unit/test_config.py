@@ -298,7 +298,7 @@ def test_a_variables_value_is_neither_taken_nor_repeated():
 )
 def test_an_old_run_keeps_its_probe_prompts(tmp_path, rows, measured):
     facts = {"data": "", "base": ""}
-    config = TrainConfig(run_dir=str(tmp_path / "run"))
+    config = TrainConfig(run_dir=str(tmp_path / "run"), instrument={"every": 40})
     directory = claim(config, facts)
     assert run_config(directory).instrument == config.instrument  # no step yet
     for name, lines in (("instrument", rows), ("metrics", [{"step": 1}])):
