@@ -5,10 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import real_curvature, real_gradients, real_orthogonality, real_probes
+from experiments import (
+    real_curvature,
+    real_gradients,
+    real_normalisation,
+    real_orthogonality,
+    real_phases,
+    real_probes,
+    real_runs,
+)
 from grpo_jax.diagnostics.sketch import gradient_hash
 from grpo_jax.models.policy import add_lora
 from grpo_jax.rollouts.logprobs import completion_logprobs
+from grpo_jax.runs.snapshots import saved_steps
 from tests.e2e.experiments import check_config, check_plot, rows_of
 
 pytestmark = pytest.mark.slow
@@ -66,6 +75,120 @@ def test_real_curvature(tmp_path):
     }
     assert found["same"] == pytest.approx(1) and found["shuffled"] == pytest.approx(1)
     assert found["permuted"] < 0.999
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(settings of both scripts, output of real_normalisation) of runs with G = 8."""
+    directory = tmp_path_factory.mktemp("runs")
+    output = directory / "normalisation"
+    settings = dict(
+        smoke=True, runs=directory / "kept", rows=output / "metrics.jsonl"
+    )  # fmt: skip
+    config = real_normalisation.Config(output=output, group_sizes=(8,), **settings)
+    real_normalisation.main(config)
+    return settings, output
+
+
+def test_real_normalisation(trained, capsys):
+    settings, output = trained
+    check_config(output)
+    check_plot(output)
+    assert [row["draw"] for row in rows_of(output, "start")] == [0, 1]
+    tuning, runs = rows_of(output, "tuning"), rows_of(output, "run")
+    assert [(row["rule"], row["rate"]) for row in tuning] == [
+        (rule, rate) for rule in real_runs.RULES for rate in (0.1, 0.3)
+    ]
+    for row in runs:  # at the rate whose later steps have the larger reward
+        of_rule = [x for x in tuning if x["rule"] == row["rule"]]
+        best = max(of_rule, key=lambda x: np.mean(x["rewards"][2:]))
+        assert row["rate"] == best["rate"]
+        assert len(row["rewards"]) == 4
+        assert len(row["train"]) == len(row["heldout"]) == 8
+        name = real_runs.run_name(row["rule"], row["rate"], 8, row["seed"])
+        assert saved_steps(settings["runs"] / name) == [0, 2, 4]
+    # The first step's samples are of the same policy; what follows is not.
+    first = {(row["seed"], row["rewards"][0]) for row in runs}
+    assert len(first) == 2
+    after = {
+        rule: [row["train"] + row["heldout"] for row in runs if row["rule"] == rule]
+        for rule in real_runs.RULES
+    }
+    assert after["none"] != after["std"] != after["1/sigma^2"] != after["none"]
+    before, _ = (output / "metrics.jsonl").read_text(), capsys.readouterr()
+    config = real_normalisation.Config(output=output, group_sizes=(8,), **settings)
+    real_normalisation.main(config)
+    assert (output / "metrics.jsonl").read_text() == before  # nothing is trained twice
+    said = capsys.readouterr().out
+    assert "training:" not in said and "| 8 | std | 2 |" in said
+
+
+def test_differences_are_paired_by_seed(trained):
+    settings, output = trained
+    config = real_normalisation.Config(output=output, group_sizes=(8,), **settings)
+    s = real_runs.setting_of(real_runs.sized(config))
+    rates = {
+        (row["rule"], row["seed"]): np.mean(row["heldout"])
+        for row in rows_of(output, "run")
+    }
+    x, base = real_normalisation.pairs(s)[8, "std"]["heldout all"]
+    expected = [rates["std", seed] - rates["none", seed] for seed in (0, 1)]
+    np.testing.assert_allclose(x - base, expected, atol=1e-6)
+    # A single seed has no interval, three that agree have one.
+    sentence = real_normalisation.sentence
+    assert sentence(8, "std", "train hard", x[:1], base[:1]).endswith(
+        "no interval yet."
+    )
+    some = np.array([0.3, 0.31, 0.32])
+    said = sentence(8, "std", "train hard", some, 0 * some)
+    assert said.endswith("is +0.310 ± 0.025: more.") and "trained, hard third" in said
+    said = sentence(8, "std", "train all", some - 0.31, 0 * some)
+    assert said.endswith("cannot be told from 0.")
+
+
+def test_thirds_are_of_the_prompts_order():
+    masks = real_runs.thirds(np.array([0.5, 0.0, 1.0, 0.25, 0.5, 0.75, 0.1]))
+    assert np.flatnonzero(masks["hard"]).tolist() == [1, 6]
+    assert np.flatnonzero(masks["easy"]).tolist() == [2, 5]
+    assert masks["all"].all()
+
+
+def test_real_phases(trained, tmp_path):
+    settings, _ = trained
+    output = tmp_path / "phases"
+    config = real_phases.Config(output=output, **settings)
+    real_phases.main(config)
+    check_config(output)
+    check_plot(output)
+    looks = rows_of(output, "looks")
+    for row in looks:
+        assert [look["step"] for look in row["looks"]] == [0, 2, 4]
+        assert all(len(look["group_mean"]) == 4 for look in row["looks"])
+    assert [row["seed"] for row in rows_of(output, "verdict")] == [0, 1]
+    table = (output / "table.md").read_text()
+    # Measuring changes nothing in the run.
+    assert table.count("with the instrument differ by 0 at most") == 2
+    assert "Found, std less none:" in table
+    before = (output / "metrics.jsonl").read_text()
+    real_phases.main(config)
+    assert (output / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "small", "expected"),
+    [
+        ([-0.02, 0.02], [0.0, 0.05], [0.95, 1.0], "more"),
+        ([0.5, 0.7], [0.05, 0.2], [0.0, 0.1], "no difference"),
+        ([-0.1, 0.1], [0.3, 0.4], [0.0, 0.3], "more on hard prompts"),
+        ([-0.5, 0.9], [0.0, 0.6], [0.0, 0.96], "nothing"),
+    ],
+)
+def test_what_a_first_measurement_makes_expect(mean, std, small, expected):
+    intervals = {"mean_cosine": mean, "std_cosine": std, "small_fraction": small}
+    first = {"phase": {f"{name}_interval": x for name, x in intervals.items()}}
+    assert real_phases.expectation(first, 0.9) == expected
+    if expected == "more":  # C may be above 1
+        assert real_phases.expectation(first, 1.1) == "nothing"
 
 
 @pytest.fixture(scope="module")
