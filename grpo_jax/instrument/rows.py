@@ -1,10 +1,11 @@
 """The rows of instrument.jsonl: their fields, and how the report reads them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
 import numpy as np
 
+from grpo_jax.diagnostics.cosines import LEAST_PROMPTS
 from grpo_jax.diagnostics.phases import PHASES, THRESHOLDS
 
 Floats = list[float | None]  # null: not finite
@@ -112,6 +113,7 @@ THIRDS = (
     ("middle", 1 / 3, 2 / 3),
     ("easy", 2 / 3, np.inf),
 )
+LEAST_RANKED = 5  # pairs of a rank correlation: no order of fewer is rare (5 %)
 
 
 # ---- reading
@@ -120,12 +122,13 @@ THIRDS = (
 def usable(rows: Sequence[dict[str, Any]]) -> list[Row]:
     """The rows with every required field and as many prompts as the last one.
 
-    Rows from before `effective_prompts` give figures without a label and bootstrap
-    intervals of them where there was too little signal: they become null.
+    Figures over pairs of fewer than LEAST_PROMPTS prompts with signal become null. So
+    do those of rows from before `effective_prompts`, which give figures without a label
+    and bootstrap intervals of them, where there was too little signal.
     """
     complete = [row for row in rows if row.keys() >= Row.__required_keys__]
     return [
-        _without_undecided(row)
+        _without_few(_without_undecided(row))
         for row in complete
         if len(row["sigma"]) == len(complete[-1]["sigma"])
     ]
@@ -148,6 +151,37 @@ def _without_undecided(row: dict[str, Any]) -> Row:
         undecided |= {f"{name}_interval": [None, None] for name in _DECIDING}
         row = row | {"phase": row["phase"] | undecided}
     return Row(**row)
+
+
+def signal_prompts(cosines: Sequence[Sequence[float | None]]) -> int:
+    """Prompts with signal in a matrix of cosines [P, P]."""
+    return int(np.isfinite(np.diag(np.asarray(cosines, float))).sum())
+
+
+def _without_few(row: Row) -> Row:
+    """The row without figures over pairs of too few prompts."""
+
+    def nothing(fields: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        return {**fields, **dict.fromkeys(names)}
+
+    changed: dict[str, Any] = {**row}
+    phase, geometry, exact = row["phase"], row["geometry"], row["exact"]
+    signal = signal_prompts(geometry["cosines"])
+    effective = phase.get("effective_prompts", signal) or 0
+    if min(signal, effective) < LEAST_PROMPTS:
+        phase = nothing(phase, _DECIDING) | {"label": "unknown", "shares": [None] * 3}
+        phase |= {f"{name}_interval": [None, None] for name in _DECIDING}
+        changed["phase"] = phase
+    if signal < LEAST_PROMPTS:
+        names = ("attenuation", "chi", "violating_fraction")
+        changed["geometry"] = nothing(geometry, names)
+        changed["null"] = nothing(row["null"], row["null"])
+    if len(row["sigma"]) < LEAST_PROMPTS:
+        changed["features"] = {k: nothing(x, x) for k, x in row["features"].items()}
+    if exact is not None and signal_prompts(exact["cosines"]) < LEAST_PROMPTS:
+        statistics = nothing(exact["statistics"], exact["statistics"])
+        changed["exact"] = exact | {"statistics": statistics}
+    return Row(**changed)
 
 
 def values(rows: Sequence[Row], *path: str) -> np.ndarray:
@@ -239,11 +273,11 @@ def curvature_correlations(row: Row) -> tuple[float, float]:
 def rank_correlation(x: Any, y: Any) -> float:
     """Spearman's correlation of the finite pairs of x and y, each [N].
 
-    NaN for fewer than three pairs, or where one side does not vary.
+    NaN for fewer than LEAST_RANKED pairs, or where one side does not vary.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     finite = np.isfinite(x) & np.isfinite(y)
-    if finite.sum() < 3:
+    if finite.sum() < LEAST_RANKED:
         return float("nan")
     x, y = x[finite], y[finite]
     if np.ptp(x) == 0 or np.ptp(y) == 0:

@@ -4,9 +4,20 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.diagnostics.cosines import LEAST_PROMPTS
 from grpo_jax.diagnostics.phases import PHASES, THRESHOLDS
-from grpo_jax.instrument.rows import Row, pairs, values, with_exact
-from grpo_jax.report.svg import BLACK, BLUE, GREY, ORANGE, SAND, Figure, svg_figure
+from grpo_jax.instrument.rows import Row, pairs, signal_prompts, values, with_exact
+from grpo_jax.report.svg import (
+    BLACK,
+    BLUE,
+    GREY,
+    ORANGE,
+    SAND,
+    Figure,
+    TooFew,
+    svg_figure,
+    too_few_measurements,
+)
 
 Rows = list[Row]
 PHASE_COLOURS = {"I": BLUE, "II": SAND, "III": ORANGE}
@@ -20,19 +31,20 @@ def _label(row: Row) -> str:
 # ---- cosines
 
 
-def cosines_by_phase(rows: Rows) -> Figure | None:
+def cosines_by_phase(rows: Rows) -> Figure | TooFew | None:
     """Histograms of the cosines of all pairs, one panel a phase."""
+    title = "Cosines by phase"
+    with_signal = [signal_prompts(row["geometry"]["cosines"]) for row in rows]
+    if max(with_signal) < LEAST_PROMPTS:
+        what = "prompts with signal in a measurement"
+        return TooFew(title, max(with_signal), what, LEAST_PROMPTS)
+    rows = [r for r, n in zip(rows, with_signal, strict=True) if n >= LEAST_PROMPTS]
     panels = []  # (label, rows, [N] cosines)
     for label in (*PHASES, "unknown"):
         group = [row for row in rows if _label(row) == label]
         if group:
-            cosines = np.concatenate(
-                [pairs(row["geometry"]["cosines"]) for row in group]
-            )
-            if len(cosines):
-                panels.append((label, group, cosines))
-    if not panels:
-        return None
+            cosines = [pairs(row["geometry"]["cosines"]) for row in group]
+            panels.append((label, group, np.concatenate(cosines)))
 
     def draw(axes: Any) -> None:
         axes = axes if isinstance(axes, list) else [axes]
@@ -49,7 +61,7 @@ def cosines_by_phase(rows: Rows) -> Figure | None:
         "be noise."
     )
     return svg_figure(
-        "Cosines by phase",
+        title,
         caption,
         draw,
         rows=len(panels),
@@ -63,8 +75,12 @@ def _histogram(axes: Any, label: str, rows: Rows, cosines: np.ndarray) -> float:
     colour = PHASE_COLOURS.get(label, GREY)
     axes.hist(cosines, edges, density=True, color=colour, alpha=0.45)
     reach = np.quantile(np.abs(cosines), 0.995)
-    exact = [pairs(x["cosines"]) for row in rows if (x := row["exact"]) is not None]
-    if exact and len(np.concatenate(exact)):
+    exact = [
+        pairs(x["cosines"])
+        for row in rows
+        if (x := row["exact"]) and signal_prompts(x["cosines"]) >= LEAST_PROMPTS
+    ]
+    if exact:
         true = np.concatenate(exact)
         style = {"histtype": "step", "color": BLACK, "lw": 1, "label": "exact"}
         axes.hist(true, edges, density=True, **style)
@@ -84,14 +100,16 @@ def _histogram(axes: Any, label: str, rows: Rows, cosines: np.ndarray) -> float:
 # ---- phases
 
 
-def phase_shares(rows: Rows) -> Figure | None:
+def phase_shares(rows: Rows) -> Figure | TooFew | None:
     """Shares of draws in which a phase is certain over the run, and the labels."""
+    if few := too_few_measurements("Phases", len(rows)):
+        return few
     if not np.nansum(values(rows, "phase", "shares")) > 0:
         return None
 
     def draw(axes: Any) -> None:
         steps = values(rows, "step")
-        gap = np.diff(steps).min() if len(steps) > 1 else 1.0
+        gap = np.diff(steps).min()
         _stacked_shares(axes, rows, steps, gap)
         _labels(axes, rows, steps)
         axes.set(xlabel="step", ylabel="share of draws", ylim=(0, 1.12))
@@ -136,8 +154,11 @@ def _labels(axes: Any, rows: Rows, steps: np.ndarray) -> None:
             axes.plot(step, 1.05, "s", ms=3, color=PHASE_COLOURS[label])
 
 
-def phase_measures(rows: Rows) -> Figure | None:
+def phase_measures(rows: Rows) -> Figure | TooFew | None:
     """The two statistics that decide the phase, over the run."""
+    title = "The statistics that decide the phase"
+    if few := too_few_measurements(title, len(rows)):
+        return few
     measures = (  # (field, field of the exact statistics, threshold, label)
         ("small_fraction", "small_fraction", THRESHOLDS.small_fraction, "|cos| < 0.1"),
         ("std_cosine", "std", THRESHOLDS.std_cosine, "std of cosines"),
@@ -175,7 +196,6 @@ def phase_measures(rows: Rows) -> Figure | None:
         "The curve is a local linear fit through five sampled values or more: they are "
         "too few to show whether a change was sudden or gradual."
     )
-    title = "The statistics that decide the phase"
     return svg_figure(title, caption, draw, rows=2, height=3.6)
 
 

@@ -6,9 +6,9 @@ from typing import Any, TypedDict
 from grpo_jax.instrument.rows import Row, usable
 from grpo_jax.report import cosine_figures, prompt_figures, update_figures
 from grpo_jax.report.instrument_text import HEADER, TABLE_NOTE, reading, table
-from grpo_jax.report.svg import Figure
+from grpo_jax.report.svg import Figure, TooFew
 
-FIGURES: tuple[Callable[[list[Row]], Figure | None], ...] = (
+FIGURES: tuple[Callable[[list[Row]], Figure | TooFew | None], ...] = (
     prompt_figures.pass_rates_by_difficulty,
     prompt_figures.sigmas,
     prompt_figures.curvature_against_variance,
@@ -26,7 +26,8 @@ class Section(TypedDict):
 
     name: str
     reading: list[str]  # sentences
-    figures: list[Figure | None]  # one per FIGURES; None where its data are missing
+    figures: list[Figure | None]  # one per FIGURES; None where its data are missing or
+    # too few, which the last sentence says
     header: Sequence[str]  # of the table
     rows: list[list[str]]
     table_note: str
@@ -42,14 +43,19 @@ def instrument_section(name: str, rows: Sequence[dict[str, Any]]) -> Section | N
     measured = usable(rows)
     if not measured:
         return None
-    figures = [draw(measured) for draw in FIGURES]
+    drawn = [draw(measured) for draw in FIGURES]
+    refused = [x.text() for x in drawn if isinstance(x, TooFew)]
+    figures = [None if isinstance(x, TooFew) else x for x in drawn]
     if name:
         for figure in figures:
             if figure:
                 figure["title"] = f"{figure['title']}: {name}"
+    sentences = reading(measured)
+    if refused:
+        sentences.append(f"Not drawn, for too little to show: {'; '.join(refused)}.")
     return Section(
         name=name,
-        reading=reading(measured),
+        reading=sentences,
         figures=figures,
         header=HEADER,
         rows=table(measured),

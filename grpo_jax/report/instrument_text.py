@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from grpo_jax.diagnostics.cosines import LEAST_PROMPTS
 from grpo_jax.diagnostics.phases import PHASES, SURE, THRESHOLDS
 from grpo_jax.instrument.rows import (
     Row,
@@ -12,6 +13,7 @@ from grpo_jax.instrument.rows import (
     finite_mean,
     is_binary,
     is_older,
+    signal_prompts,
     values,
     with_exact,
 )
@@ -25,7 +27,15 @@ Rows = Sequence[Row]
 
 
 def reading(rows: Rows) -> list[str]:
-    """Paragraphs on phase, rate factor, interference and noise of usable rows."""
+    """Paragraphs on phase, rate factor, interference and noise of usable rows; of very
+    few probe prompts, one sentence."""
+    prompts = len(rows[-1]["sigma"])
+    if prompts < LEAST_PROMPTS:
+        return [
+            f"{prompts} probe prompts were measured: at least {LEAST_PROMPTS} with "
+            "signal are needed to say anything of phase, interference or noise, and 8 "
+            "(instrument.prompts) to say it often."
+        ]
     return [
         _phase_text(rows),
         _rate_text(rows),
@@ -211,6 +221,12 @@ def _others_text(rows: Rows) -> str:
     effect = effect_on_hard(rows)
     if effect is None:
         return " No measurement has a prompt with signal and a pass rate below 1/3."
+    if effect.different < LEAST_PROMPTS:
+        count = f"{effect.different} probe prompt{'s' * (effect.different > 1)}"
+        return (
+            f" {count} with signal had a pass rate below 1/3: at least {LEAST_PROMPTS} "
+            "are needed to say what the others' gradients do to them."
+        )
     return (
         f" Prompts with a pass rate below 1/3 ({effect.prompts} over "
         f"{_measurements(effect.measurements)}) change by {effect.own:+.3g} through "
@@ -234,6 +250,13 @@ def _direction_text(effect: Effect) -> str:
 
 
 def _noise_text(rows: Rows) -> str:
+    enough = [
+        r for r in rows if signal_prompts(r["geometry"]["cosines"]) >= LEAST_PROMPTS
+    ]
+    if few := len(rows) - len(enough):
+        text = f"At {few} of {_measurements(len(rows))} fewer than {LEAST_PROMPTS} "
+        text += "prompts had signal, too few for any figure of cosines."
+        return f"{text} {_noise_text(enough)}" if enough else text
     attenuation = values(rows, "geometry", "attenuation")
     finite = attenuation[np.isfinite(attenuation)]
     if not len(finite):

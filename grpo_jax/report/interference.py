@@ -19,6 +19,7 @@ class Effect(NamedTuple):
     """
 
     prompts: int  # hard ones with signal, over all measurements
+    different: int  # of them; the others are the same prompts once more
     measurements: int  # that have one
     own: float  # by the prompt's own gradient
     others: float  # by the other prompts' gradients
@@ -64,6 +65,7 @@ def effect_on_hard(rows: Sequence[Row]) -> Effect | None:
     parts = [_part(x) for x in products]
     return Effect(
         len(others),
+        int(np.any([x.hard for x in products], axis=0).sum()),
         len(products),
         float(np.mean(own)),
         float(np.mean([x.sum() for x in parts])),

@@ -18,44 +18,64 @@ from grpo_jax.instrument.rows import (
     values,
     with_exact,
 )
-from grpo_jax.report.svg import BLACK, BLUE, GREY, ORANGE, SAND, Figure, svg_figure
+from grpo_jax.report.svg import (
+    BLACK,
+    BLUE,
+    GREY,
+    LEAST_DOTS,
+    ORANGE,
+    SAND,
+    Figure,
+    TooFew,
+    svg_figure,
+    too_few_measurements,
+)
 
 Rows = list[Row]
+LEAST_IN_THIRDS = 6  # prompts: two in each third of difficulty
 DIFFICULTY = {"hard": ORANGE, "middle": SAND, "easy": BLUE}
 
 
 # ---- over the run
 
 
-def pass_rates_by_difficulty(rows: Rows) -> Figure | None:
+def pass_rates_by_difficulty(rows: Rows) -> Figure | TooFew | None:
     """Every probe prompt's pass rate over the run."""
+    title = "Probe prompts' pass rates"
     series = np.stack([pass_rates(row) for row in rows])
-    if not np.isfinite(series).any():
-        return None
+    if few := _too_few(title, series):
+        return few
     what = "group mean" if rows[0]["pass_rate"] is None else "exact pass rate"
     caption = (
         f"The {what} of every probe prompt at every measurement, in thirds of "
         "difficulty at the first one, with their means."
     )
-    title = "Probe prompts' pass rates"
     return svg_figure(title, caption, _prompt_lines(rows, series, what))
 
 
-def sigmas(rows: Rows) -> Figure | None:
+def _too_few(title: str, series: np.ndarray) -> TooFew | None:
+    """Of a figure of [N, P] over the run, in thirds of difficulty."""
+    prompts = int(np.isfinite(series).any(0).sum())
+    if prompts < LEAST_IN_THIRDS:
+        return TooFew(title, prompts, "probe prompts", LEAST_IN_THIRDS)
+    return too_few_measurements(title, len(series))
+
+
+def sigmas(rows: Rows) -> Figure | TooFew | None:
     """The std of every probe prompt's reward over the run."""
+    title = "Probe prompts' sigma"
     exact = rows[0]["pass_rate"] is not None
     series = values(rows, "sigma")
     if exact:
         p = np.stack([pass_rates(row) for row in rows])
         series = np.sqrt(np.clip(p * (1 - p), 0, None))
-    if not np.isfinite(series).any():
-        return None
+    if few := _too_few(title, series):
+        return few
     what = "sqrt(p (1 - p)), exact" if exact else "of its group, ddof 1"
     caption = (
         f"Std of every probe prompt's reward ({what}), same colours: normalisation "
         "multiplies a prompt's gradient by its inverse."
     )
-    title = "Probe prompts' sigma"
     return svg_figure(title, caption, _prompt_lines(rows, series, "sigma"))
 
 
@@ -96,13 +116,18 @@ def _thirds(rows: Rows) -> dict[str, np.ndarray]:
 # ---- at the first and the last measurement
 
 
-def pass_rate_against_std(rows: Rows) -> Figure | None:
+def pass_rate_against_std(rows: Rows) -> Figure | TooFew | None:
     """Each probe prompt's exact pass rate against the std of its sampled group."""
+    title = "Pass rate against std"
     rows = [row for row in rows if row["pass_rate"] is not None]
-    if not any(
-        np.isfinite(pass_rates(row) + values([row], "group_std")).any() for row in rows
-    ):
+    if not rows:
         return None
+    dots = [
+        int(np.isfinite(pass_rates(row) + values([row], "group_std")[0]).sum())
+        for row in rows
+    ]
+    if max(dots) < LEAST_DOTS:
+        return TooFew(title, max(dots), "probe prompts", LEAST_DOTS)
     group = rows[-1]["group_size"]
 
     def draw(axes: Any) -> None:
@@ -127,7 +152,7 @@ def pass_rate_against_std(rows: Rows) -> Figure | None:
         "Each probe prompt at the first measurement (open) and the last (filled). A "
         "group of std 0 is tied: its weight is exactly 0."
     )
-    return svg_figure("Pass rate against std", caption, draw)
+    return svg_figure(title, caption, draw)
 
 
 def _first_and_last(rows: Rows, colour: str) -> list[tuple[Row, str]]:
@@ -151,21 +176,28 @@ class _Points(NamedTuple):
         """[2, n] the points of one measurement that have logarithms."""
         return self.xy[i][:, _positive(self.xy[i])]
 
+    def all_drawable(self) -> np.ndarray:
+        """[2, n] those of all measurements."""
+        parts = [self.drawable(i) for i in range(len(self.rows))]
+        return np.concatenate(parts, axis=1)
+
 
 def _positive(xy: np.ndarray) -> np.ndarray:
     return np.all(np.isfinite(xy) & (xy > 0), axis=0)
 
 
-def curvature_against_variance(rows: Rows) -> Figure | None:
+def curvature_against_variance(rows: Rows) -> Figure | TooFew | None:
     """|curvature| along each prompt's gradient against sigma^2, and the bound."""
+    title = "Curvature against variance"
     kinds = [_Points("sampled", BLUE, rows, _stacked(sampled_curvature, rows))]
     if exact := with_exact(rows):
         kinds += [_Points("exact", ORANGE, exact, _stacked(exact_curvature, exact))]
-    drawn = np.concatenate(
-        [kind.drawable(i) for kind in kinds for i in range(len(kind.rows))], axis=1
-    )
-    if not drawn.size:
-        return None
+    dots = [kind.all_drawable().shape[1] for kind in kinds]
+    if max(dots) < LEAST_DOTS:
+        what = "prompts with a curvature and a sigma above 0"
+        return TooFew(title, max(dots), what, LEAST_DOTS)
+    kinds = [k for k, n in zip(kinds, dots, strict=True) if n >= LEAST_DOTS]
+    drawn = np.concatenate([kind.all_drawable() for kind in kinds], axis=1)
     finite = sum(int(np.isfinite(xy.sum(0)).sum()) for kind in kinds for xy in kind.xy)
     spreads = values(rows, "spread")
     spreads = spreads[np.isfinite(spreads) & (spreads > 0)]
@@ -181,7 +213,7 @@ def curvature_against_variance(rows: Rows) -> Figure | None:
         _logarithmic(axes, drawn[0])
 
     caption = _curvature_caption(rows, kinds, finite - drawn.shape[1], spread)
-    return svg_figure("Curvature against variance", caption, draw, height=3.4)
+    return svg_figure(title, caption, draw, height=3.4)
 
 
 def _stacked(

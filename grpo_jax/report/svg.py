@@ -4,17 +4,36 @@ import functools
 import io
 import logging
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 COLOURS = ("#2f5d8a", "#c0562f", "#4d8a4a", "#7b569c", "#8a7a2f", "#3f8f8f")
 BLUE, ORANGE, GREEN, PURPLE = COLOURS[:4]
 SAND, GREY, BLACK, PALE = "#b9a44c", "#999999", "#222222", "#dddddd"
+LEAST_DOTS = 5  # of a scatter: fewer show no relation, in whatever order
 
 
 class Figure(TypedDict):
     title: str
     caption: str
     svg: str
+
+
+class TooFew(NamedTuple):
+    """In place of a figure: of what there are too few, and how many it needs."""
+
+    title: str
+    count: int
+    what: str  # in the plural
+    least: int
+
+    def text(self) -> str:
+        """A clause of a sentence."""
+        return f"{self.title} (needs {self.least} {self.what}, has {self.count})"
+
+
+def too_few_measurements(title: str, count: int) -> TooFew | None:
+    """Of a figure over the run: a single measurement would be a dot."""
+    return TooFew(title, count, "measurements", 2) if count < 2 else None
 
 
 def svg_figure(

@@ -14,19 +14,32 @@ from grpo_jax.instrument.rows import (
     with_update,
 )
 from grpo_jax.intervals import t_interval
-from grpo_jax.report.svg import BLACK, BLUE, COLOURS, ORANGE, Figure, svg_figure
+from grpo_jax.report.svg import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    LEAST_DOTS,
+    ORANGE,
+    Figure,
+    TooFew,
+    svg_figure,
+)
 
 Rows = list[Row]
+LEAST_AVERAGED = 4  # prompts with signal, over all measurements, that a bar averages
 
 
-def predictions(rows: Rows) -> Figure | None:
+def predictions(rows: Rows) -> Figure | TooFew | None:
     """Change of each prompt by the next update: predicted against realised."""
+    title = "Predicted and realised change"
     rows = with_update(rows)
     if not rows:
         return None
     points = _predicted_and_realised(rows)
-    if not points:
-        return None
+    most = max((xy.shape[1] for xy in points.values()), default=0)
+    if most < LEAST_DOTS:
+        return TooFew(title, most, "changes of a prompt", LEAST_DOTS)
+    points = {k: xy for k, xy in points.items() if xy.shape[1] >= LEAST_DOTS}
 
     def draw(axes: Any) -> None:
         for (name, (x, y)), colour in zip(points.items(), (BLUE, ORANGE), strict=False):
@@ -48,7 +61,7 @@ def predictions(rows: Rows) -> Figure | None:
         "by the update after each measurement, against slope + curvature / 2 along it"
     )
     caption += f"; correlation {', '.join(texts)}." if texts else "."
-    return svg_figure("Predicted and realised change", caption, draw)
+    return svg_figure(title, caption, draw)
 
 
 def _predicted_and_realised(rows: Rows) -> dict[str, np.ndarray]:
@@ -70,22 +83,25 @@ def _predicted_and_realised(rows: Rows) -> dict[str, np.ndarray]:
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
-    if len(x) < 3 or not (np.ptp(x) > 0 and np.ptp(y) > 0):
+    if not (np.ptp(x) > 0 and np.ptp(y) > 0):
         return float("nan")
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def first_order_changes(rows: Rows) -> Figure | None:
+def first_order_changes(rows: Rows) -> Figure | TooFew | None:
     """First-order change of a prompt under each prompt weights, by its difficulty."""
+    title = "What each weighting would have done"
     names = [
         n for n in rows[-1]["weightings"] if all(n in r["weightings"] for r in rows)
     ]
     changes = {name: first_order(rows, name) for name in names}  # (own, others)
-    if not any(np.isfinite(own).any() for own, _ in changes.values()):
-        return None
     rate = np.stack([pass_rates(row) for row in rows])
     finite = np.isfinite(changes[names[0]][0])
     masks = [finite & (rate >= low) & (rate < high) for _, low, high in THIRDS]
+    most = max(int(mask.sum()) for mask in masks)
+    if most < LEAST_AVERAGED:
+        what = "prompts with signal in a third of difficulty"
+        return TooFew(title, most, what, LEAST_AVERAGED)
 
     def draw(panels: list[Any]) -> None:
         for part, (axes, title) in enumerate(
@@ -106,17 +122,17 @@ def first_order_changes(rows: Rows) -> Figure | None:
         "First-order change by a plain gradient step (of length 1, but for what "
         "gradients have in common): the part of the prompt's own sampled gradient and "
         "of the others'. Means over measurements of the mean over prompts with signal, "
-        f"hard below a pass rate of 1/3, easy from 2/3 ({counts}); thin lines: 95 % "
-        "intervals over measurements (Student), from four on."
+        f"hard below a pass rate of 1/3, easy from 2/3 ({counts}; none is drawn below "
+        f"{LEAST_AVERAGED}); thin lines: 95 % intervals over measurements (Student), "
+        "from four on."
     )
-    title = "What each weighting would have done"
     return svg_figure(title, caption, draw, columns=2)
 
 
 def _bars(axes: Any, changes: dict[str, np.ndarray], masks: list[np.ndarray]) -> None:
-    """Mean change in each third that has prompts, one bar for each prompt weights."""
+    """Mean change in each third with enough prompts, a bar for each prompt weights."""
     width = 0.8 / len(changes)
-    used = [i for i, mask in enumerate(masks) if mask.any()]
+    used = [i for i, mask in enumerate(masks) if mask.sum() >= LEAST_AVERAGED]
     for k, (name, change) in enumerate(changes.items()):
         means = [_by_measurement(change, masks[i]) for i in used]
         heights = [float(finite_mean(x, 0)) for x in means]

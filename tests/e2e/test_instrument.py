@@ -305,10 +305,10 @@ def test_the_plan_describes_the_measurements():
     assert any("instrument will take" in x for x in make_plan(config).warnings)
 
 
-# Ranks (1, 2.5, 2.5, 4) against (4, 2, 3, 1): -4.5 / sqrt(4.5 * 5).
+# Ranks (1, 2.5, 2.5, 4, 5) against (5, 2, 3, 1, 4): -3.5 / sqrt(9.5 * 10).
 def test_rank_correlation_shares_ties():
-    x, y = [0.0, 5, 5, 9, np.nan], [8.0, 2, 3, 1, 4]
-    expected = -4.5 / np.sqrt(4.5 * 5)
+    x, y = [0.0, 5, 5, 9, 12, np.nan], [8.0, 2, 3, 1, 4, 9]
+    expected = -3.5 / np.sqrt(9.5 * 10)
     np.testing.assert_allclose(rank_correlation(x, y), expected)
-    assert np.isnan(rank_correlation([1.0, 2], [1.0, 2]))
-    assert np.isnan(rank_correlation([1.0, 1, 1], [1.0, 2, 3]))
+    assert np.isnan(rank_correlation(x[:4], y[:4]))
+    assert np.isnan(rank_correlation([1.0] * 5, y[:5]))

@@ -130,7 +130,7 @@ def test_exact_rows_make_every_figure():
 
 
 def test_with_several_runs_every_title_names_its_run():
-    section = instrument_section("mine", [made_row(0, update=False)])
+    section = instrument_section("mine", made_rows())
     assert all(title.endswith(": mine") for title in titles(section))
 
 
@@ -141,17 +141,102 @@ def test_without_exact_rows_only_figures_of_them_are_missing():
     assert "exact" not in " ".join(section["reading"])
 
 
-def test_one_measurement():
+OVER_THE_RUN = {
+    "Phases", "The statistics that decide the phase", "Probe prompts' pass rates",
+    "Probe prompts' sigma",
+}  # fmt: skip
+
+
+def test_figures_over_the_run_take_two_measurements():
     section = instrument_section("", [made_row(0, update=False)])
     assert "Predicted and realised change" not in titles(section)
+    assert not OVER_THE_RUN & set(titles(section))
     assert "at 1 of 1 measurement" in section["reading"][0]
+    refused = section["reading"][-1]
+    assert refused.startswith("Not drawn, for too little to show: Probe prompts' pass")
+    assert "Phases (needs 2 measurements, has 1)" in refused
+    assert set(titles(instrument_section("", made_rows(2)))) >= OVER_THE_RUN
 
 
-def test_two_prompts_and_measurements_without_a_phase():
-    rows = [made_row(0, prompts=2, label="unknown"), made_row(5, prompts=2)]
+# One prompt of each row is tied: 5 prompts make 4 with signal.
+def test_figures_over_prompts_take_enough_of_them():
+    few = {
+        5: {"Probe prompts' pass rates", "Probe prompts' sigma"},
+        4: {"Cosines by phase", "Pass rate against std"},
+    }
+    everything = set(titles(instrument_section("", made_rows())))
+    for prompts, missing in few.items():
+        section = instrument_section("", made_rows(prompts=prompts))
+        assert missing <= everything - set(titles(section))
+        assert all(title in section["reading"][-1] for title in missing)
+        above = instrument_section("", made_rows(prompts=prompts + 1))
+        assert missing <= set(titles(above))
+    assert (
+        "(needs 6 probe prompts, has 5)"
+        in (instrument_section("", made_rows(prompts=5))["reading"][-1])
+    )
+
+
+def test_scatters_take_five_dots():
+    title = "Predicted and realised change"
+    row = made_row(0, prompts=5)  # 4 changes
+    section = instrument_section("", [row, made_row(5, prompts=5, update=False)])
+    assert f"{title} (needs 5 changes of a prompt, has 4)" in (section["reading"][-1])
+    again = made_row(5, prompts=5)
+    assert title in titles(instrument_section("", [row, again]))
+    title = "Curvature against variance"
+    row = made_row(0, prompts=5, exact=False)
+    assert title not in titles(instrument_section("", [row]))
+    again = made_row(5, prompts=5, exact=False)
+    assert title in titles(instrument_section("", [row, again]))
+
+
+def test_a_bar_averages_four_prompts_with_signal():
+    title = "What each weighting would have done"
+    row = made_row(0, prompts=3)  # 2 with signal, in different thirds
+    assert title not in titles(instrument_section("", [row]))
+    rows = [made_row(step, prompts=3) for step in range(4)]
+    assert title in titles(instrument_section("", rows))
+
+
+# 3 prompts with signal, whatever the row says of its cosines.
+@pytest.mark.parametrize("older", [False, True])
+def test_cosines_of_too_few_prompts_are_no_figures(older):
+    rows = made_rows(prompts=4)
+    for row in rows:
+        row["phase"].pop("effective_prompts") if older else None
     section = instrument_section("", rows)
-    assert "unknown at 1" in section["reading"][0]
-    assert section["rows"][0][1:6] == ["unknown", "-", "-\n", "-\n", "-\n"]
+    for line in section["rows"]:
+        assert line[1:6] == ["unknown", "-", "-\n", "-\n", "-\n"]
+        assert line[9:11] == ["-", "-"] and line[12] == "-"  # noise, violating, chi
+    text = " ".join(section["reading"])
+    assert "phase is unknown at all of 5 measurements" in text
+    assert "At 5 of 5 measurements fewer than 4 prompts had signal" in text
+    line = instrument_section("", made_rows(prompts=5))["rows"][0]
+    assert "-" not in (line[9], line[10], line[12]) and line[1] == "II"
+
+
+# An exact gradient has no noise, and yet three cosines are no distribution.
+def test_exact_cosines_of_too_few_prompts_are_no_figures():
+    rows = made_rows(prompts=6)
+    for row in rows:
+        for i in range(3):
+            row["exact"]["cosines"][i][i] = None
+    section = instrument_section("", rows)
+    assert {tuple(line[6:9]) for line in section["rows"]} == {("unknown", "-", "-")}
+    assert "exact cosines: at step" not in " ".join(section["reading"])
+
+
+def test_three_prompts_say_nothing():
+    section = instrument_section("", made_rows(prompts=3))
+    assert section["reading"][0].startswith("3 probe prompts were measured: at least 4")
+    assert len(section["reading"]) == 2
+    assert len(instrument_section("", made_rows(prompts=4))["reading"]) == 5
+
+
+def test_rank_correlations_take_five_prompts():
+    lines = [table(usable([made_row(0, prompts=p)]))[0] for p in (5, 6)]
+    assert lines[0][13] == "-" != lines[1][13]  # 4 with signal, and 5
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -159,11 +244,11 @@ def test_rows_without_any_finite_number_are_said_to_be_unknown(exact):
     rows = made_rows(4, label="unknown", exact=exact)
     section = instrument_section("", [emptied(row) for row in rows])
     assert titles(section) == []
-    phase, rate, interference, noise = section["reading"]
+    phase, rate, interference, noise, _ = section["reading"]
     assert phase.startswith("The phase is unknown at all of 4 measurements")
     assert rate.startswith("C is unknown")
     assert "Interference among prompts is unknown" in interference
-    assert "hides the cosines at every measurement" in noise
+    assert "At 4 of 4 measurements fewer than 4 prompts had signal" in noise
 
 
 def test_rows_of_an_older_version_are_left_out():
@@ -195,7 +280,8 @@ def test_a_row_without_a_sure_label_keeps_its_figures():
     row["phase"] |= {"label": "unknown", "shares": [0.0, 0.6, 0.3]}
     line = table(usable([row]))[0]
     assert line[1:4] == ["unknown", "0.00 / 0.60 / 0.30", "0.80\n[0.10, 0.90]"]
-    assert "Phases" in titles(instrument_section("", [row]))
+    again = row | {"step": 5}
+    assert "Phases" in titles(instrument_section("", [row, again]))
 
 
 def test_no_bound_is_drawn_for_rewards_that_are_not_binary():
@@ -209,7 +295,7 @@ def test_no_bound_is_drawn_for_rewards_that_are_not_binary():
 
 
 def test_sentences_follow_the_numbers():
-    rows = usable(made_rows())
+    rows = usable(made_rows(prompts=8))
     phase, rate, interference, noise = reading(rows)
     assert "sampled cosines: II at 5 of 5 measurements" in phase
     assert "A label holds in 95 % of draws" in phase and "earlier version" not in phase

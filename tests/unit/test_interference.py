@@ -64,6 +64,15 @@ def test_gradients_in_hashed_sums_are_no_exact_ones():
     assert effect_on_hard([row]).band is not None
 
 
+def test_too_few_hard_prompts_are_not_said_to_be_helped_or_hurt():
+    rates = [0.1] * 3 + [0.5]
+    row = row_of(np.ones((4, 1)), rates)
+    assert effect_on_hard([row] * 8).different == 3
+    text = reading([row] * 8)[2]
+    assert "3 probe prompts with signal had a pass rate below 1/3: at least 4" in text
+    assert "change by" not in text
+
+
 def test_without_hard_prompts_there_is_no_effect():
     row = row_of(GRADIENTS, [0.5, 0.6, 0.7, 0.0])
     assert effect_on_hard([row]) is None
