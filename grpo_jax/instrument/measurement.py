@@ -1,5 +1,6 @@
 """What the device computes in a probe measurement, and along the update after it."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ def measure(
         exact: Whether K holds all coordinates, so that inner products are exact.
         micro_batch_tokens: Tokens in one pass, about.
     """
+    policy = _cast_once(policy)
     rewards = _rewards(rollouts)
     hash_fn = partial(gradient_hash, key=key, width=width)
     logprobs = partial(group_logprobs, policy, temperature, micro_batch_tokens)
@@ -91,6 +93,18 @@ def measure(
         cosines(probes.exact_vector),
         jnp.linalg.norm(probes.exact_vector, axis=1),
     )
+
+
+def _cast_once(policy: Policy) -> Policy:
+    """The policy with LoRA's base in the compute dtype.
+
+    Cast where it is used, the base would be kept once more for every use of it: a
+    derivative through the loops over samples and layers takes all that depends on
+    neither out of them.
+    """
+    dtype = policy.config.compute_dtype
+    frozen = jax.tree.map(lambda x: x.astype(dtype), policy.frozen)
+    return dataclasses.replace(policy, frozen=frozen)
 
 
 def _rewards(rollouts: Rollouts) -> jax.Array:
@@ -190,6 +204,7 @@ def update_effect(
         temperature: Of sampling.
         micro: Split of [P, G] samples, of [P, G + 1] with answers.
     """
+    policy = _cast_once(policy)
     rewards = _rewards(rollouts)
     group = _with_answers(rollouts, answers)
 

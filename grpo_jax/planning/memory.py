@@ -9,6 +9,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
+from grpo_jax.diagnostics.probe import num_parts
 from grpo_jax.evaluation.sampled import prompts_at_a_time
 from grpo_jax.logprobs import MAX_LOGITS
 from grpo_jax.models.config import ModelConfig, num_factors, num_parameters
@@ -42,7 +43,8 @@ class Memory(NamedTuple):
     sampler_logits: int  # of one token of every completion, and one layer's arrays
     evaluation: int  # the three above, for as many prompts as a step has completions
     # Update.
-    update_copies: int  # of parameters: gradient point, or before a probe measurement
+    update_copies: int  # of parameters: gradient point, or before a probe measurement;
+    # and of a bfloat16 base in float32, where that is what is computed in
     gradients: int  # the sum, and one micro-batch's
     activations: int  # saved by all layers for one micro-batch, and one layer's arrays
     logits: int  # of one chunk, and the unembedding's copy and gradient
@@ -112,6 +114,7 @@ def estimate_memory(
     copies: int = 0,
     probe: tuple[MicroBatch, MicroBatch] | None = None,
     probe_bytes: int = 0,
+    probe_parts: int = 4,
     weightings: int = 0,
     evaluated: tuple[int, int] | None = None,
     updated: int | None = None,
@@ -129,6 +132,7 @@ def estimate_memory(
         probe: Micro-batches of a probe measurement: of half a group of one prompt, and
             of all probe prompts along an update; None: no instrument.
         probe_bytes: Of the sums of gradients in a probe measurement.
+        probe_parts: Of a probe group, each with a gradient.
         weightings: Compared in a counterfactual step; 0: none.
         evaluated: (prompts, samples of each) evaluated at a time; None: none.
         updated: Prompts of one update, if not `prompts`.
@@ -140,10 +144,11 @@ def estimate_memory(
     """
     s = _Sizes.of(c, mesh.tensor, widened)
     w = _Weights.of(c, s, mesh)
+    widened_base = 4 * w.base if c.lora_rank and widened and base_bytes == 2 else 0
     lengths = prompt_tokens, max_new_tokens
     local = MicroBatch(*micro.on_device)
     cache, sampler_logits = _sampling(s, prompts, group_size, lengths, mesh)
-    sampler_weights = s.layers * w.layer * s.size + w.unembedding
+    sampler_weights = s.layers * w.layer * s.size + w.unembedding + widened_base
     evaluation = 0.0
     if evaluated is not None:
         evaluation = sampler_weights + sum(_sampling(s, *evaluated, lengths, mesh))
@@ -151,17 +156,24 @@ def estimate_memory(
     is_split = (micro.prompts, micro.samples) != (updated or prompts, group_size)
     look = counterfactual = 0.0
     if probe is not None:
+        half, everything = probe
+        directions = (probe_parts // 2 + 1) * w.trained + probe_bytes
         look = w.gathered + max(
-            6 * w.trained + probe_bytes + _probe_half(c, s, probe[0], lengths),
-            2 * w.trained + _derivatives(s, probe[1], lengths),
+            (probe_parts + 2) * w.trained
+            + probe_bytes
+            + _backward(c, s, w, half, lengths),
+            directions + _derivatives(c, s, w, half, lengths),
+            2 * w.trained + _derivatives(c, s, w, everything, lengths),
         )
+        look += widened_base
     if weightings:
         # Per weighting its gradient and its change; then one of them is followed.
         beside = (
             2 * w.trained + activations,
-            w.trained + _derivatives(s, local, lengths),
+            w.trained + _derivatives(c, s, w, local, lengths),
         )
         counterfactual = 2 * weightings * w.trained + max(beside) + w.gathered
+        counterfactual += widened_base
     return Memory(
         parameters=round(w.trained),
         optimizer=round(2 * w.trained),
@@ -171,7 +183,7 @@ def estimate_memory(
         sampler_weights=round(sampler_weights),
         sampler_logits=round(sampler_logits),
         evaluation=round(evaluation),
-        update_copies=round(w.trained * copies),
+        update_copies=round(w.trained * copies + widened_base),
         gradients=round(w.trained * (1 + is_split)),
         activations=round(activations + w.gathered + w.unembedding * w.is_cast_back),
         logits=round(_logits(c, s, w, local, lengths)),
@@ -310,27 +322,40 @@ def _logits(
     """Bytes at the peak of the loss, beyond the gradients: what the layers save, one
     chunk's logits and their gradient, and of the unembedding its copy, its gradient and
     one chunk's."""
-    rows = micro.prompts * micro.samples
-    chunk = min(max(rows, min(512, MAX_LOGITS // c.vocab_size)), rows * lengths[1])
-    head = w.unembedding + 2 * 4 * chunk * s.vocab
+    head = w.unembedding + 2 * _chunk(c, s, micro, lengths)
     head += 2 * 4 * w.table * (not c.lora_rank)
     # The layers' gradients do not exist yet, and the table's is counted above.
     return max(0, _saved(c, s, micro, lengths) + head - w.trained)
 
 
-def _probe_half(
-    c: ModelConfig, s: _Sizes, micro: MicroBatch, lengths: Lengths
+def _chunk(c: ModelConfig, s: _Sizes, micro: MicroBatch, lengths: Lengths) -> float:
+    """Bytes of one chunk's logits."""
+    rows = micro.prompts * micro.samples
+    tokens = max(rows, min(512, MAX_LOGITS // c.vocab_size))
+    return 4 * min(tokens, rows * lengths[1]) * s.vocab
+
+
+def _backward(
+    c: ModelConfig, s: _Sizes, w: _Weights, micro: MicroBatch, lengths: Lengths
 ) -> float:
-    """Bytes of a backward pass, or of derivatives along it, of half a probe group."""
-    return max(_activations(c, s, micro, lengths), _derivatives(s, micro, lengths))
+    """Bytes at the peak of a probe's backward pass, beyond the gradients: in the
+    layers, or in the loss; beside the unembedding, and its gradient without LoRA."""
+    loss = _saved(c, s, micro, lengths) + 2 * _chunk(c, s, micro, lengths)
+    head = w.unembedding * (1 if c.lora_rank else 2)
+    return head + max(_activations(c, s, micro, lengths), loss)
 
 
-def _derivatives(s: _Sizes, micro: MicroBatch, lengths: Lengths) -> float:
-    """Bytes of one layer run forward with first and second directional derivatives:
-    four of each array."""
+def _derivatives(
+    c: ModelConfig, s: _Sizes, w: _Weights, micro: MicroBatch, lengths: Lengths
+) -> float:
+    """Bytes of a forward pass with first and second directional derivatives: four of
+    each array of one layer, or of one chunk's logits; beside the unembedding, with two
+    more along the direction without LoRA."""
     per_token = 3 * s.mlp + 2 * s.width + 2 * s.heads
     layer = _tokens(micro, lengths) * per_token * s.size
-    return 4 * (layer + sum(_scores(s, micro, lengths)))
+    layer += sum(_scores(s, micro, lengths))
+    head = w.unembedding * (1 if c.lora_rank else 3)
+    return head + 4 * max(layer, _chunk(c, s, micro, lengths))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -392,6 +417,7 @@ class MemoryInputs:
             copies=self.copies + (probe is not None),
             probe=probe,
             probe_bytes=self.probe_bytes if probe else 0,
+            probe_parts=num_parts(self.probe_group) if probe else 4,
             weightings=self.weightings,
             evaluated=(prompts_at_a_time(completions, samples, asked), samples),
             updated=self.updated,

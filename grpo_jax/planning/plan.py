@@ -86,7 +86,7 @@ class ModelStage(NamedTuple):
     """The model with the vocabulary of its tokenizer."""
 
     config: ModelConfig
-    base_bytes: int  # of each parameter as the pretrained model stores it
+    base_bytes: int  # of each parameter of a frozen base
 
 
 class ProbeStage(NamedTuple):
@@ -294,7 +294,8 @@ def model_stage(
             check_weights(directory)
         stored = read_config(directory)
         model = with_settings(stored, config.model)
-        base_bytes = 2 if stored.compute_dtype == "bfloat16" else 4
+        dtypes = {stored.compute_dtype, model.compute_dtype}
+        base_bytes = 2 if dtypes == {"bfloat16"} else 4  # as `pretrained_policy`
     vocab_size = model.vocab_size or len(task.tokenizer)
     model = dataclasses.replace(model, vocab_size=vocab_size)
     check_mesh(config.mesh, config.batch, model, local_devices=local_devices)

@@ -212,14 +212,17 @@ def pretrained_policy(
     """The policy of a model directory (or Hub name), without LoRA factors: an adapter's
     base model.
 
-    Trained parameters are float32; with LoRA the frozen base keeps its stored dtype.
+    Trained parameters are float32. So is LoRA's frozen base where the run computes in
+    float32 (every program would make such a copy of it); else it keeps its stored
+    dtype.
 
     Args:
         name: A directory, or a Hub name.
         settings: From `with_settings`.
         mesh: Where every device loads its own shards; None for a single device.
     """
-    dtype = None if settings.lora_rank else "float32"
+    kept = settings.lora_rank and settings.compute_dtype != "float32"
+    dtype = None if kept else "float32"
     directory, shardings = base_directory(local_directory(name)), None
     if mesh is not None:
         shapes = abstract_policy(without_lora(settings)).params

@@ -111,20 +111,47 @@ def test_evaluation_holds_a_prompt_for_every_completion():
 
 
 # The gradient and the change under each of 5 weightings; along one of them, four of
-# each array of a layer: 3 of the MLP's and 4 others, and the scores.
+# each array of a layer: 3 of the MLP's and 4 others, and the scores; beside that the
+# unembedding, in full training with its gradient, or twice along the direction. In a
+# measurement a gradient a part and two more, then half of them and a direction.
 def test_the_instrument_holds_gradients_and_derivatives():
     trained, tokens = 4 * num_parameters(SMALL), 4 * 8 * 32 + 4 * 16
     scores = 4 * 8 * 4 * 4 * 32 * (32 + 16)
     layer = 4 * (tokens * (3 * 12 + 2 * 8 + 2 * 24) * 4 + scores)
-    activations = estimate().activations
+    activations, table = estimate().activations, 4 * 9 * 8
     assert estimate(weightings=5).counterfactual == 10 * trained + max(
-        2 * trained + activations, trained + layer
+        2 * trained + activations, trained + 3 * table + layer
     )
     small, large = MicroBatch(1, 1), MicroBatch(4, 8)
     measuring = estimate(probe=(small, large), probe_bytes=7).look
-    assert measuring == 2 * trained + layer
-    measuring = estimate(probe=(large, small), probe_bytes=7).look
-    assert measuring == 6 * trained + 7 + max(activations, layer)
+    assert measuring == 2 * trained + 3 * table + layer
+    for parts in (2, 4):
+        beside = (
+            (parts + 2) * trained + 2 * table + activations,
+            (parts / 2 + 1) * trained + 3 * table + layer,
+        )
+        measured = (large, small)
+        measuring = estimate(probe=measured, probe_bytes=7, probe_parts=parts).look
+        assert measuring == 7 + max(beside)
+
+
+# 9 x 32 logits of 512 tokens are more than a layer of 4 samples.
+def test_derivatives_of_a_large_vocabulary_hold_a_chunks_logits():
+    wordy = dataclasses.replace(SMALL, vocab_size=2**15, lora_rank=1)
+    few = MicroBatch(1, 4)
+    look = estimate(wordy, probe=(MicroBatch(1, 1), few)).look
+    table, chunk = 4 * 2**15 * 8, 4 * 4 * 32 * 2**15
+    assert look == 2 * 4 * num_factors(wordy) + table + 4 * chunk
+
+
+def test_a_bfloat16_base_computed_in_float32_is_held_in_both():
+    low = dataclasses.replace(SMALL, lora_rank=1, compute_dtype="bfloat16")
+    shapes = dict(probe=(MicroBatch(1, 4), MicroBatch(4, 8)), evaluated=(32, 1))
+    held = estimate(low, base_bytes=2, widened=True, weightings=5, **shapes)
+    wide = estimate(low, base_bytes=4, widened=True, weightings=5, **shapes)
+    for phase, size in held.phases().items():
+        assert size == wide.phases()[phase] + 4 * num_parameters(SMALL)
+    assert held.frozen == wide.frozen / 2
 
 
 def test_devices_share_what_is_cut():

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from grpo_jax import OBJECTIVES, ModelConfig, std_weights
+from grpo_jax.diagnostics.probe import num_parts
 from grpo_jax.instrument.measurement import measure, update_effect
+from grpo_jax.instrument.plan import VECTOR_BYTES
+from grpo_jax.models.config import num_factors, num_parameters
 from grpo_jax.models.policy import abstract_policy
 from grpo_jax.parallel.sharding import tree_shardings, with_shardings
-from grpo_jax.planning.memory import estimate_memory
+from grpo_jax.planning.memory import MemoryInputs, estimate_memory
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.sampling import _sample
 from grpo_jax.rollouts.types import Rollouts
@@ -39,9 +42,17 @@ def rollout_shapes(p, g, length, t):
     return Rollouts(prompts, prompts, ids, ids, floats, rewards)
 
 
-def update_program(c, micro, reference, p, g, length, t, mesh=None):
+def abstract(c, base_bytes=4):
+    """An abstract policy, its frozen base of numbers of so many bytes."""
+    policy = abstract_policy(c)
+    dtype = {2: jnp.bfloat16, 4: jnp.float32}[base_bytes]
+    frozen = jax.tree.map(lambda x: Shape(x.shape, dtype), policy.frozen)
+    return dataclasses.replace(policy, frozen=frozen)
+
+
+def update_program(c, micro, reference, p, g, length, t, mesh=None, base_bytes=4):
     """The loop's, of abstract arguments."""
-    policy = with_shardings(abstract_policy(c), mesh)
+    policy = with_shardings(abstract(c, base_bytes), mesh)
     optimizer, state = learner(policy.params)
     state = with_shardings(state, mesh)
     rollouts, weights = rollout_shapes(p, g, length, t), Shape((p,), jnp.float32)
@@ -68,11 +79,11 @@ def update_program(c, micro, reference, p, g, length, t, mesh=None):
     return jitted.lower(state, batch, np.int32(0), None, policy.frozen).compile()
 
 
-def sampling_program(c, p, g, length, t, mesh=None):
+def sampling_program(c, p, g, length, t, mesh=None, base_bytes=4):
     prompts = Shape((p, length), jnp.int32)
     number = Shape((), jnp.int32)
     return _sample.lower(
-        with_shardings(abstract_policy(c), mesh),
+        with_shardings(abstract(c, base_bytes), mesh),
         prompts,
         prompts,
         Shape((p,), jnp.int32),
@@ -244,3 +255,95 @@ def test_the_instrument():
         actual = program.memory_analysis().temp_size_in_bytes
         print(f"{name}: predicted {expected / 1e6:.1f} MB, XLA {actual / 1e6:.1f} MB")
         assert expected == pytest.approx(actual, rel=0.15), name
+
+
+SMOLLM2 = ModelConfig(  # 135M
+    vocab_size=49_152, num_layers=30, width=576, mlp_width=1536, num_heads=9,
+    num_kv_heads=3, head_dim=64,
+)  # fmt: skip
+
+
+def look_programs(c, inputs, base_bytes):
+    """(the measurement, what follows its update), of prompts with several answers."""
+    policy = abstract(c, base_bytes)
+    p, g = inputs.probe_prompts, inputs.probe_group
+    length, t = inputs.prompt_tokens, inputs.max_new_tokens
+    rollouts = rollout_shapes(p, g, length, t)
+    temperature, key = Shape((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
+    width = inputs.probe_bytes // (4 * p * (num_parts(g) + 3))
+    looking = jax.jit(partial(measure, width=width, exact=False))
+    following = jax.jit(partial(update_effect, micro=MicroBatch(p, g)))
+    return (
+        looking.lower(policy, rollouts, None, temperature, key).compile(),
+        following.lower(policy, policy.params, rollouts, None, temperature).compile(),
+    )
+
+
+# What a user sees of a real model: every phase, and the peak with and without looks.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "base_bytes", "g"),
+    [
+        pytest.param({}, 4, 8, id="full"),
+        pytest.param(dict(lora_rank=16), 4, 8, id="lora"),
+        pytest.param(dict(lora_rank=16), 4, 16, id="lora_parts_of_4"),
+        pytest.param(
+            dict(lora_rank=16, compute_dtype="bfloat16"), 2, 8, id="lora_bfloat16"
+        ),
+    ],
+)
+def test_a_real_models_shapes(changes, base_bytes, g):
+    c, (p, length, t) = dataclasses.replace(SMOLLM2, **changes), (8, 64, 16)
+    trained = num_factors(c) or num_parameters(c)
+    vectors = 4 * p * (num_parts(g) + 3)
+    inputs = MemoryInputs(
+        model=c,
+        prompts=p,
+        group_size=g,
+        prompt_tokens=length,
+        max_new_tokens=t,
+        micro_batch_tokens=2**16,
+        probe_prompts=p,
+        probe_group=g,
+        probe_bytes=vectors * min(trained, VECTOR_BYTES // vectors),
+        base_bytes=base_bytes,
+        widened=jax.default_backend() == "cpu",
+    )
+    memory = inputs.estimate()
+    plain = dataclasses.replace(inputs, probe_prompts=0).estimate()
+    shape, base = (p, g, length, t), {"base_bytes": base_bytes}
+    moments, copy = memory.optimizer, memory.parameters
+    look, follow = look_programs(c, inputs, base_bytes)
+    actual = {
+        "sampling": moments + peak(sampling_program(c, *shape, **base)),
+        "evaluation": moments + peak(sampling_program(c, p * g, 1, length, t, **base)),
+        "update": peak(update_program(c, MicroBatch(p, g), False, *shape, **base)),
+        "look": moments + max(peak(look), peak(follow) + copy),
+    }
+    phases = plain.phases() | {"look": memory.look}
+    for name, bytes_ in actual.items():
+        expected = memory.state + phases[name]
+        print(f"{name}: predicted {expected / 1e6:.1f} MB, XLA {bytes_ / 1e6:.1f} MB")
+        assert expected == pytest.approx(bytes_, rel=0.15), name
+    # A copy of the parameters waits for the update after a look.
+    actual["update"] += copy
+    assert memory.peak == pytest.approx(max(actual.values()), rel=0.15)
+    actual["update"] -= copy
+    del actual["look"]
+    assert plain.peak == pytest.approx(max(actual.values()), rel=0.15)
+
+
+def test_a_look_casts_the_base_of_lora_once():
+    """A derivative through a loop takes casts of the base out of it, once a use."""
+    c = ModelConfig(vocab_size=64, num_layers=16, width=128, mlp_width=512, lora_rank=2)
+    rollouts, temperature = rollout_shapes(2, 8, 8, 4), Shape((), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    sizes = [
+        jax.jit(partial(measure, width=64, exact=False))
+        .lower(abstract(c, n), rollouts, None, temperature, key)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for n in (2, 4)
+    ]
+    assert sizes[0] - sizes[1] < 1.1 * 4 * num_parameters(c)

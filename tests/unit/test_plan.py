@@ -169,10 +169,19 @@ def test_a_pretrained_model_is_its_own_shape(task, directory):
     text = file.read_text()
     try:
         file.write_text(json.dumps(json.loads(text) | {"dtype": "bfloat16"}))
-        stage = model_stage(pretrained, task, directory, with_weights=False)
+        stored = [
+            model_stage(
+                config(pretrained=str(directory), model={"compute_dtype": dtype}),
+                task,
+                directory,
+                with_weights=False,
+            )
+            for dtype in ("bfloat16", "float32")
+        ]
     finally:
         file.write_text(text)
-    assert stage.base_bytes == 2
+    # A base that is computed with in float32 is kept so.
+    assert [stage.base_bytes for stage in stored] == [2, 4]
 
 
 def test_the_model_directory_is_resolved_once(directory, monkeypatch):
