@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from grpo_jax.diagnostics.probe import num_parts
 from grpo_jax.errors import ConfigError
+from grpo_jax.instrument.widths import ASSUMED, SELDOM, expected_width
 from grpo_jax.runs.config import StepBatch, TrainConfig
 
 # Costs in forward passes over tokens, measured on a CPU (BUILD_NOTES.md). A step is
@@ -43,8 +44,11 @@ class ProbePlan:
     def text(self, steps: int) -> str:
         """One line about the measurements of a run of `steps` steps."""
         kept = "full gradients" if self.exact else f"gradients in {self.width:,} sums"
+        told = [expected_width(self.prompts, self.group_size, x) for x in ASSUMED]
+        seldom = max(x[0] if x else 0.0 for x in told) < SELDOM
         return (
-            f"{self.prompts} probe prompts x {self.group_size} samples, {kept}, "
+            f"{self.prompts} probe prompts x {self.group_size} samples"
+            f"{' (they seldom tell cosines: grpo-jax plan)' * seldom}, {kept}, "
             f"{self._when(steps)}: about {100 * self.share:.0f} % of step time"
         )
 

@@ -21,6 +21,7 @@ from grpo_jax.planning.informative import (
 from grpo_jax.planning.memory import MemoryInputs, readable
 from grpo_jax.planning.plan import Plan, make_plan
 from grpo_jax.planning.remedies import remedies, too_long
+from grpo_jax.planning.told import told_by, told_lines
 from grpo_jax.rollouts.micro_batches import micro_batch
 from grpo_jax.runs.config import TrainConfig
 
@@ -59,6 +60,7 @@ def forecast(
         "warnings": [w for w in plan.warnings if not w.startswith("about ")],
         "memory": _memory(plan.memory, limit),
         "step": _step(config, plan),
+        "instrument": None if plan.probe is None else told_by(plan.probe),
         "informative": _informative(config, counted),
     }
 
@@ -172,6 +174,8 @@ def forecast_text(result: dict[str, Any]) -> str:
     parts = [result["run"], *(f"warning: {w}" for w in result["warnings"])]
     parts += ["", *_memory_lines(result["memory"])]
     parts += ["", *_step_lines(result["step"])]
+    if result["instrument"]:
+        parts += ["", *told_lines(result["instrument"])]
     informative = result["informative"]
     if "examples" in informative:
         parts += ["", *_example_lines(informative["examples"])]

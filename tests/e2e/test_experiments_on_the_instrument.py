@@ -2,9 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from experiments import estimator_coverage, exact_truth, three_phases
+from experiments import (
+    estimator_coverage,
+    exact_truth,
+    interval_widths,
+    three_phases,
+)
+from grpo_jax.instrument import widths
 from tests.e2e.experiments import check_config, check_plot, rows_of, run_smoke
 
 pytestmark = pytest.mark.slow
@@ -83,3 +90,40 @@ def test_intervals_of_cosines_cover_and_sure_labels_are_right(
         assert abs(now[name]["error"]) <= bias * now["told"]
     for name in ("mean", "std", "small"):  # 5 % missed, 3 of 60, and chance
         assert now[name]["covered"] >= 0.87 * now["told"]
+
+
+def test_interval_widths(tmp_path):
+    path = run_smoke(interval_widths, tmp_path / "results")
+    check_config(path)
+    rows = rows_of(path)
+    assert len(rows) == 2 * 2 * 2  # kinds, group sizes, prompts
+    assert "| one skill | 32 | " in (path / "table.md").read_text()
+
+
+# What `grpo-jax plan` says of the instrument, against other draws of known gradients.
+@pytest.mark.parametrize(
+    ("kind", "prompts", "group_size"),
+    [
+        ("a mix of skills", 8, 8),
+        ("a mix of skills", 20, 12),
+        ("a mix of skills", 64, 32),
+        ("one skill", 8, 16),
+        ("one skill", 48, 32),
+    ],
+)
+def test_the_plan_foretells_simulated_widths(kind, prompts, group_size):
+    assert widths.ASSUMED[kind] == interval_widths.KINDS[kind].half_at
+    told, half = widths.expected_width(prompts, group_size, kind)
+    row = interval_widths.measure_cell(kind, prompts, group_size, repeats=100, seed=1)
+    assert abs(row["told"] - told) <= 0.15  # 3 stds of a share of 100
+    assert row["half"] == pytest.approx(half, rel=0.25)
+
+
+# Cosines of prompts drawn from the assumed distributions have the stds it states.
+@pytest.mark.parametrize("kind", interval_widths.KINDS)
+def test_the_stds_of_the_assumed_cosines(kind):
+    unit = interval_widths.unit_gradients(np.random.default_rng(0), kind, 20, 200)
+    cosines = np.einsum("rpk,rqk->rpq", unit, unit)
+    np.testing.assert_allclose(np.diagonal(cosines, axis1=1, axis2=2), 1, rtol=1e-5)
+    above = cosines[:, *np.triu_indices(200, 1)]
+    assert interval_widths.true_std(kind) == pytest.approx(above.std(), rel=0.1)

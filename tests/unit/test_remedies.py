@@ -68,6 +68,7 @@ def test_the_plan_says_it_before_its_remedies():
         trained_prompt_bucket=1, completion_buckets=[], steps=1, updates=1,
     )  # fmt: skip
     result = {"run": "", "warnings": [], "memory": memory, "step": step}
+    result["instrument"] = None
     result["informative"] = {"group_size": 1, "examples": {"0.5": {"1": 0.0}}}
     lines = forecast_text(result).splitlines()
     at = lines.index("  too long")
