@@ -17,7 +17,7 @@ from grpo_jax.training.learner import Learner, WeighedBatch
 from grpo_jax.training.pass_rates import PassRates
 from grpo_jax.training.watchdog import Watchdog
 
-ANNOUNCED_S = 5  # seconds of an evaluation or measurement that is announced
+ANNOUNCED_S = 5  # seconds of the last one for which the next is announced
 
 
 class BeforeUpdate(NamedTuple):
@@ -150,4 +150,4 @@ class Observers:
         if took is None:
             self._say(f"step {step}: {doing} (compiles its programs)")
         elif took > ANNOUNCED_S:
-            self._say(f"step {step}: {doing} (the last one took {took:.0f} s)")
+            self._say(f"step {step}: {doing}")
