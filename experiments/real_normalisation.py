@@ -21,13 +21,15 @@ and easy: thirds by 16 other samples before training. Paired: a rule's run less 
 of the same seed, +- 95 %, t over seeds; prompts are not resampled, so this is about
 these 80 prompts. Policies of the middle and the end stay in the runs' directories, for
 `--checkpoints` of real_orthogonality.py and real_curvature.py.
-Hardware and time: one core of 2. A step of 4 x 16 takes 11 s (sampling 3, update 8),
-one of 16 x 4 about 22 (2.2 times the tokens), a start 33 s, an evaluation about a
-minute. G = 16: 9 tuning runs of 2.5 minutes and 9 of 3.5; G = 4: 9 of 4.5 and 9 of 5.5;
+Hardware and time: one core of 2, shared. A step of 4 x 16 takes 11 s (sampling 3,
+update 8), one of 16 x 4 about 25 (8 x 4: 15); a start 20 to 35 s, an evaluation about a
+minute. G = 16: 9 tuning runs of 2.5 minutes and 9 of 3.5; G = 4: 9 of 5 and 9 of 6;
 together 2.5 hours (--smoke: a minute). A row a run: what is there is not made again.
-At G = 4 an untied group's std is .433 or .5: the three rules are nearly one but for a
-factor that Adam removes, so differences there are an answer to how large chance is. At
-G = 16 it goes from .242 to .5.
+
+Expected: less than three seeds can tell. At G = 16 the std of an untied group goes from
+.242 to .5, so the rules' weights differ by factors of 2 and 4 at most, less a common
+one that Adam removes. At G = 4 it is .433 or .5: the three rules are nearly one, and
+differences there say how large chance is.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from common import once_by_settings, temporary_run
-from real_probes import draw_key, model_directory, sample_scored
+from real_probes import RESULTS, draw_key, model_directory, sample_scored
 
 import grpo_jax as gj
 from grpo_jax.models.policy import Policy
@@ -28,7 +28,6 @@ from grpo_jax.runs.snapshots import load_policy
 from grpo_jax.tasks.tokenizers import train_tokenizer
 from grpo_jax.tasks.types import Task
 
-RESULTS = Path(__file__).parent / "results"
 RULES = {"none": 0.0, "std": 1.0, "1/sigma^2": 2.0}  # weight std^-power
 # Draws of samples at the start, and the one after training.
 THIRDS, START, END = 0, 1, 2
