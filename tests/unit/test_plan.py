@@ -234,23 +234,23 @@ def test_a_history_has_one_completion_length(task):
 
 def test_probe_stage_switches_a_default_instrument_off():
     model = gj.ModelConfig(vocab_size=20)
-    stage = probe_stage(config(2, 2), model, 40, LENGTHS)
+    stage = probe_stage(config(2, 2), model, 40, LENGTHS, slow=False)
     assert stage.probe is None
     assert stage.warnings[0].startswith("the instrument is off: ")
     wanted = config(2, 2, instrument=InstrumentConfig(every=41))
     with pytest.raises(ConfigError, match="instrument.max_overhead"):
-        probe_stage(wanted, model, 40, LENGTHS)
+        probe_stage(wanted, model, 40, LENGTHS, slow=False)
 
 
 def test_probe_stage_warns_of_a_large_share():
     model = gj.ModelConfig(vocab_size=20)
-    stage = probe_stage(config(16, 16), model, 40, LENGTHS)
+    stage = probe_stage(config(16, 16), model, 40, LENGTHS, slow=False)
     assert stage.probe is not None and stage.warnings == []
     wanted = config(16, 16, instrument=InstrumentConfig(prompts=32))
-    (warning,) = probe_stage(wanted, model, 40, LENGTHS).warnings
+    (warning,) = probe_stage(wanted, model, 40, LENGTHS, slow=False).warnings
     assert "more than instrument.max_overhead; lower instrument.prompts" in warning
     off = config(instrument=InstrumentConfig(every=0))
-    assert probe_stage(off, model, 40, LENGTHS) == (None, [])
+    assert probe_stage(off, model, 40, LENGTHS, slow=False) == (None, [])
 
 
 # ---- memory
@@ -311,7 +311,9 @@ def test_headline_names_what_differs(task):
     meshed = config(mesh=MeshConfig(data=2), weights=WeightsConfig(name="unit"))
     assert "mesh data 2 x fsdp 1 x tensor 1" in text(meshed)
     assert " | w = 1 | " in text(meshed)
-    probe = probe_stage(config(16, 16), gj.ModelConfig(vocab_size=20), 40, LENGTHS)
+    probe = probe_stage(
+        config(16, 16), gj.ModelConfig(vocab_size=20), 40, LENGTHS, slow=False
+    )
     assert "\ninstrument: " in text(config(), probe=probe.probe)
 
 
