@@ -271,12 +271,10 @@ def run_apart(c: Config, program: Program) -> dict[str, Any]:
 def table(c: Config, rows: list[dict[str, Any]]) -> str:
     """A line for each program, medians over its rounds and steps."""
     lines = [
-        "| program | sampling, tokens/s | CPU s | products, GFLOP per CPU s | their "
-        "share of the CPU s | update, s | CPU s | products, GFLOP per CPU s | their "
-        "share | tokens/s of a whole step |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| program | sampling, tokens/s | CPU s | its products, GFLOP per CPU s | "
+        "update, s | CPU s | its products, GFLOP per CPU s | whole step, tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    maps, layers, head = model_maps(c.model)
     new = c.completions * c.new_tokens
     for program in c.programs:
         own = [row for row in rows if row["program"] == program]
@@ -287,12 +285,8 @@ def table(c: Config, rows: list[dict[str, Any]]) -> str:
                 for name in ("wall_s", "cpu_s", "gflop_per_cpu_s")
             )
             wall[phase] = seconds
-            products = Products(**own[0][phase]["products"])
-            flop = products.flop(maps, layers, head[0] * head[1])
-            times = c.new_tokens if phase == "sample" else 1
-            share = times * flop / 1e9 / per_cpu / cpu
             first = f"{new / seconds:.0f}" if phase == "sample" else f"{seconds:.1f}"
-            cells += [first, f"{cpu:.1f}", f"{per_cpu:.0f}", f"{share:.0%}"]
+            cells += [first, f"{cpu:.1f}", f"{per_cpu:.0f}"]
         total = new / (wall["sample"] + wall["update"])
         lines.append(f"| {' | '.join([program, *cells, f'{total:.0f}'])} |")
     return "\n".join(lines)
