@@ -16,8 +16,8 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.models.hub import ADAPTER_CONFIG, base_name, is_adapter, load_tokenizer
 from grpo_jax.models.lora import save_adapter
 from grpo_jax.models.policy import Policy, merge_lora
-from grpo_jax.models.pretrained import file_dtype, save_pretrained
-from grpo_jax.models.rounding import check_loss, rounding_loss
+from grpo_jax.models.pretrained import file_dtype, read_config, save_pretrained
+from grpo_jax.models.rounding import Loss, check_loss, rounding_loss
 from grpo_jax.records import as_type
 from grpo_jax.runs.directory import read_facts
 from grpo_jax.runs.recorded import run_config
@@ -32,9 +32,10 @@ class ExportOptions:
     out_dir: str  # the model directory to write
     step: int | None = None  # one that the run kept; default: the newest
     adapter: bool = False  # only the LoRA factors
-    # Of the files; default: as trained, which is float32 where factors are merged
+    # Of the files; default: as the files of the model that the run began with, but
+    # float32 where factors are merged
     dtype: Literal["float32", "bfloat16"] | None = None
-    # Largest share of a parameter's update that rounding to --dtype may lose
+    # Largest share of a parameter's update that rounding to a --dtype may lose
     max_loss: float = 0.01
 
 
@@ -70,15 +71,16 @@ def export(
         directory: The model directory to write.
         step: One of `saved_steps`; None: the newest.
         adapter: Write only the LoRA factors, as PEFT reads them.
-        dtype: float32 or bfloat16, of the files; None: as the parameters were trained,
-            float32 where LoRA's factors are merged.
+        dtype: float32 or bfloat16, of the files; None: as the files of the model that
+            the run began with (float32 for a new one, and where LoRA's factors are
+            merged).
         max_loss: Largest relative loss of what the run learnt, over parameters and
-            layers, that rounding to `dtype` may cause.
+            layers, that rounding to a given `dtype` may cause.
         say: Gets a line about what rounding loses.
 
     Raises:
         ConfigError: the step was not saved, the run has no LoRA factors, or rounding
-            would lose more than `max_loss`.
+            to a given `dtype` would lose more than `max_loss`.
     """
     run_dir = Path(as_type(str, run_dir, "run_dir"))
     directory = Path(as_type(str, directory, "directory"))
@@ -136,18 +138,36 @@ def _rounded(
 ) -> Policy:
     """The policy to write, LoRA's factors merged, and a line of what rounding loses."""
     merged, base = merge_lora(policy), policy.frozen
-    stored = None if base is None else jax.tree.leaves(base)[0].dtype.name
-    if dtype is None and stored == "bfloat16":
-        loss = rounding_loss(merged.params, base, stored)
+    stored = _stored_dtype(run_dir)
+    if dtype is None and stored == "float32":
+        return merged
+    start = load_policy(run_dir, 0).params if base is None else base
+    target = dtype or stored
+    loss = rounding_loss(merged.params, start, target)
+    if dtype is None and base is not None:
         say(
             f"written in float32: in bfloat16, as the base model is, {loss} would be "
             "lost; --adapter writes the factors alone and leaves the base as it is."
         )
-    if dtype is None:
         return merged
-    start = load_policy(run_dir, 0).params if base is None else base
-    loss = rounding_loss(merged.params, start, dtype)
-    check_loss(loss, dtype, max_loss)
+    if dtype is not None:
+        check_loss(loss, dtype, max_loss)
     if loss.share:
-        say(f"rounding to {dtype} loses {loss} at most.")
-    return merged.replace(jax.tree.map(lambda x: x.astype(dtype), merged.params))
+        say(_loss_text(loss, target, chosen=dtype is not None))
+    return merged.replace(jax.tree.map(lambda x: x.astype(target), merged.params))
+
+
+def _stored_dtype(run_dir: Path) -> str:
+    """Of the model's files that the run began with; float32 for a new model."""
+    pretrained = run_config(run_dir).pretrained
+    return "float32" if pretrained is None else read_config(pretrained).dtype
+
+
+def _loss_text(loss: Loss, dtype: str, *, chosen: bool) -> str:
+    text = f"rounding to {dtype} loses {loss} at most"
+    if chosen:
+        return f"{text}."
+    return (
+        f"written in {dtype}, as the model that the run began with: {text}; "
+        "--dtype float32 writes all of it."
+    )

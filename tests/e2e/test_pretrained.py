@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -233,6 +234,41 @@ def test_a_bfloat16_model_keeps_its_update_or_is_not_written(run, tmp_path, caps
     assert "rounding to bfloat16 loses" in capsys.readouterr().out
     half = gj.load_pretrained(tmp_path / "half")
     assert half.config.compute_dtype == "bfloat16"
+
+
+def test_a_model_stored_in_bfloat16_is_written_in_it(
+    data, pretrained, tmp_path, capsys
+):
+    """Trained in float32; what rounding loses is said, and may be kept by choice."""
+    half = tmp_path / "model"
+    policy, tokenizer = gj.load_pretrained(pretrained), gj.load_tokenizer(pretrained)
+    ends = gj.eos_ids(pretrained)
+    gj.save_pretrained(
+        policy, half, tokenizer=tokenizer, eos_ids=ends, dtype="bfloat16"
+    )
+    config = settings(data, half, run_dir=str(tmp_path / "run"), steps=2)
+    result = gj.train(config)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "float32, the default on CPUs for a model stored in bfloat16" in output
+    facts = json.loads((result.run_dir / "config.json").read_text())
+    assert facts["config"]["model"]["compute_dtype"] == "float32"
+
+    trained = load_policy(result.run_dir)
+    gj.export(result.run_dir, tmp_path / "same")
+    output = " ".join(capsys.readouterr().out.split())
+    lost = re.search(
+        r"written in bfloat16, as the model that .* loses ([\d.]+) %", output
+    )
+    assert lost and float(lost[1]) > 1  # more than --dtype bfloat16 may lose
+    with pytest.raises(ConfigError, match="bfloat16 files would lose"):
+        gj.export(result.run_dir, tmp_path / "refused", dtype="bfloat16")
+    written = gj.load_pretrained(tmp_path / "same")
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16"), trained.params)
+    chex.assert_trees_all_equal(written.params, rounded)
+    gj.export(result.run_dir, tmp_path / "all", dtype="float32")
+    chex.assert_trees_all_equal(
+        gj.load_pretrained(tmp_path / "all").params, trained.params
+    )
 
 
 @pytest.mark.slow
