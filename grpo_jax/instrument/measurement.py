@@ -102,7 +102,7 @@ def _cast_once(policy: Policy) -> Policy:
     derivative through the loops over samples and layers takes all that depends on
     neither out of them.
     """
-    dtype = policy.config.compute_dtype
+    dtype = policy.config.dtype
     frozen = jax.tree.map(lambda x: x.astype(dtype), policy.frozen)
     return dataclasses.replace(policy, frozen=frozen)
 

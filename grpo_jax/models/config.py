@@ -58,8 +58,9 @@ class ModelConfig(Record):
     lora_targets: tuple[str, ...] = LINEAR_MAPS
     max_positions: int = 32_768  # written into an exported config; not a limit here
     # Of the layers; log-probs and statistics are float32, and so are parameters,
-    # unless they were loaded as bfloat16.
-    compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] = "float32"
+    # unless they were loaded as bfloat16. None: float32, but bfloat16 on accelerators
+    # for a pretrained model that is stored in it
+    compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] | None = None
     # What a layer saves for its backward pass: everything, matmul results, nothing.
     remat: Literal["none", "dots", "full"] = "full"
 
@@ -69,6 +70,11 @@ class ModelConfig(Record):
         self._check_positive()
         self._check_windows()
         self._check_lora()
+
+    @property
+    def dtype(self) -> str:
+        """What the layers compute in, where nothing else was chosen before."""
+        return self.compute_dtype or "float32"
 
     def _check_sizes(self) -> None:
         at_least_one = (

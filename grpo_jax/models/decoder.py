@@ -51,7 +51,7 @@ def _norm(
     config: ModelConfig, width: int, rngs: nnx.Rngs
 ) -> OffsetRMSNorm | nnx.RMSNorm:
     kind = OffsetRMSNorm if config.norm_offset else nnx.RMSNorm
-    dtype = jnp.dtype(config.compute_dtype)
+    dtype = jnp.dtype(config.dtype)
     return kind(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
 
 
@@ -68,7 +68,7 @@ def _linear(
     c, (inputs, outputs) = config, linear_sizes(config)[name]
     arguments: dict[str, Any] = dict(
         use_bias=bias,
-        dtype=jnp.dtype(c.compute_dtype),
+        dtype=jnp.dtype(c.dtype),
         kernel_init=nnx.initializers.variance_scaling(scale, "fan_in", "normal"),
         rngs=rngs,
     )
@@ -151,7 +151,7 @@ class Decoder(nnx.Module):
         def stacked_blocks(rngs):
             return Block(config, rngs=rngs)
 
-        dtype = jnp.dtype(config.compute_dtype)
+        dtype = jnp.dtype(config.dtype)
         self.config = config
         self.embedding = nnx.Embed(
             config.vocab_size,
@@ -175,7 +175,7 @@ class Decoder(nnx.Module):
 
     def unembedding_matrix(self) -> jax.Array:
         """The unembedding [D, V], in the compute dtype."""
-        return self.unembedding_param().astype(self.config.compute_dtype)
+        return self.unembedding_param().astype(self.config.dtype)
 
     def embed(self, token_ids: jax.Array, table: jax.Array | None = None) -> jax.Array:
         """Embeddings [..., D] of token ids [...] int32, in the compute dtype.
@@ -189,7 +189,7 @@ class Decoder(nnx.Module):
             table: [V, D], the embedding in any dtype; None: the parameter.
         """
         table = self.embedding.embedding[...] if table is None else table
-        x = jnp.take(table, token_ids, axis=0).astype(self.config.compute_dtype)
+        x = jnp.take(table, token_ids, axis=0).astype(self.config.dtype)
         if not self.config.scale_embedding:
             return x
         return x * jnp.asarray(

@@ -78,7 +78,9 @@ def init_policy(config: ModelConfig, key: jax.Array) -> Policy:
 
 
 def abstract_policy(config: ModelConfig) -> Policy:
-    """A policy whose parameters are `jax.ShapeDtypeStruct`s."""
+    """A policy whose parameters are `jax.ShapeDtypeStruct`s; its config has the dtype
+    that it computes in."""
+    config = dataclasses.replace(config, compute_dtype=config.dtype)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(decoder)
     return Policy(config, graphdef, *_parts(config, nnx.to_pure_dict(state)))

@@ -215,7 +215,7 @@ class _Sizes(NamedTuple):
             kv=c.num_kv_heads * c.head_dim / max(1, min(tensor, c.num_kv_heads)),
             num_heads=c.num_heads / tensor,
             vocab=c.vocab_size / tensor,
-            size=4 if widened or c.compute_dtype == "float32" else 2,
+            size=4 if widened or c.dtype == "float32" else 2,
         )
 
 
@@ -237,7 +237,7 @@ class _Weights(NamedTuple):
         table = s.vocab * c.width
         embeddings = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
         layer = (parameters - embeddings - c.width) / c.num_layers / mesh.tensor
-        is_cast_back = s.size == 4 and c.compute_dtype == "bfloat16"
+        is_cast_back = s.size == 4 and c.dtype == "bfloat16"
         is_copied = c.tie_embeddings or s.size == 2 or mesh.fsdp > 1
         return _Weights(
             trained=(num_factors(c) if c.lora_rank else parameters) * 4 / shards,

@@ -21,15 +21,14 @@ from grpo_jax.planning.devices import check_mesh, device_memory
 from grpo_jax.planning.evaluated import (
     EvaluatedPrompts,
     evaluated_prompts,
-    evaluation_text,
 )
+from grpo_jax.planning.headline import headline
 from grpo_jax.planning.learning_rate import LearningRate, learning_rate
 from grpo_jax.planning.memory import MemoryInputs, readable
 from grpo_jax.planning.resolve import (
     resolve_objective,
     resolve_weights,
     warm_start_settings,
-    weights_text,
 )
 from grpo_jax.planning.shapes import Lengths, Shapes, lengths_stage, shapes_stage
 from grpo_jax.preconditioner import PromptWeights
@@ -38,14 +37,13 @@ from grpo_jax.rollouts.embedded import check_embedded
 from grpo_jax.rollouts.lengths import drop_long_prompts
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.refine import Piece
-from grpo_jax.runs.config import InstrumentConfig, MeshConfig, TrainConfig
+from grpo_jax.runs.config import InstrumentConfig, TrainConfig
 from grpo_jax.runs.policies import (
     check_language,
     task_of,
     with_settings,
     with_stop_tokens,
 )
-from grpo_jax.tasks.ends import named_tokens
 from grpo_jax.tasks.types import Task
 
 
@@ -57,7 +55,7 @@ class Plan:
     objective: Objective
     weights: PromptWeights
     learning_rate: LearningRate
-    model: ModelConfig  # with the tokenizer's vocabulary
+    model: ModelConfig  # with the tokenizer's vocabulary and a dtype to compute in
     prompts: list[list[int]]  # token ids of the trained prompts
     prompt_length: int
     refine: list[Piece]  # parts of a prompt with a draft in it; [] without drafts
@@ -83,10 +81,11 @@ class TaskStage(NamedTuple):
 
 
 class ModelStage(NamedTuple):
-    """The model with the vocabulary of its tokenizer."""
+    """The model with the vocabulary of its tokenizer and the dtype it computes in."""
 
     config: ModelConfig
-    base_bytes: int  # of each parameter of a frozen base
+    base_bytes: int  # of each parameter of a frozen base, as `pretrained_policy`
+    stored: str = "float32"  # dtype of the pretrained model's files
 
 
 class ProbeStage(NamedTuple):
@@ -184,6 +183,7 @@ def make_plan(
             model.config,
             lengths,
             shapes,
+            stored=model.stored,
             rate=rate,
             probe=probe.probe,
             evaluated=evaluated,
@@ -288,18 +288,18 @@ def model_stage(
     Raises:
         ConfigError: the model cannot be read, or cannot be split over the mesh.
     """
-    model, base_bytes = config.model, 4
+    model, stored, base_bytes = config.model, "float32", 4
     if directory is not None:
         if with_weights:
             check_weights(directory)
-        stored = read_config(directory)
-        model = with_settings(stored, config.model)
-        dtypes = {stored.compute_dtype, model.compute_dtype}
-        base_bytes = 2 if dtypes == {"bfloat16"} else 4  # as `pretrained_policy`
+        read = read_config(directory)
+        model = with_settings(read, config.model, local_devices=local_devices)
+        stored = read.dtype
+        base_bytes = 2 if {stored, model.dtype} == {"bfloat16"} else 4
     vocab_size = model.vocab_size or len(task.tokenizer)
-    model = dataclasses.replace(model, vocab_size=vocab_size)
+    model = dataclasses.replace(model, vocab_size=vocab_size, compute_dtype=model.dtype)
     check_mesh(config.mesh, config.batch, model, local_devices=local_devices)
-    return ModelStage(model, base_bytes)
+    return ModelStage(model, base_bytes, stored)
 
 
 def probe_stage(
@@ -308,7 +308,7 @@ def probe_stage(
     train_prompts: int,
     lengths: Lengths,
     *,
-    slow: bool,
+    slow: bool = False,
 ) -> ProbeStage:
     """The probe prompts; the default instrument is switched off, with a warning, where
     it does not fit.
@@ -395,51 +395,3 @@ def memory_stage(
             f"{readable(available, 'B')}: {memory.advice()}."
         )
     return MemoryStage(inputs, memory.peak, warnings)
-
-
-def headline(
-    config: TrainConfig,
-    objective: Objective,
-    task: Task,
-    model: ModelConfig,
-    lengths: Lengths,
-    shapes: Shapes,
-    *,
-    rate: LearningRate,
-    probe: ProbePlan | None,
-    evaluated: EvaluatedPrompts,
-    peak: int,
-) -> str:
-    """The first lines of a run: its loss written out, shapes, size and memory.
-
-    Args:
-        peak: Bytes on one device.
-    """
-    micro = shapes.micro
-    parts = [
-        f"{config.objective.name} on {task.name}: {objective.formula()}"
-        f"{weights_text(config.weights)}",
-        *objective.mechanisms(),
-        f"{config.batch.prompts} prompts x {config.batch.group_size} samples, "
-        f"{shapes.train_prompt_length} + {lengths.max_new_tokens} tokens, "
-        f"micro-batch {micro.prompts} x {micro.samples}",
-        f"ends at {named_tokens(task.tokenizer, task.ends)}",
-        f"{_size(model)}, {model.compute_dtype}",
-        rate.text(),
-    ]
-    if config.mesh != MeshConfig():
-        sizes = dataclasses.asdict(config.mesh).items()
-        parts.append("mesh " + " x ".join(f"{name} {size}" for name, size in sizes))
-    parts.append(f"about {readable(peak, 'B')} on the device")
-    text = " | ".join(parts)
-    text += f"\n{evaluation_text(config, task, evaluated)}"
-    if probe:
-        text += f"\ninstrument: {probe.text(config.steps)}"
-    return text
-
-
-def _size(model: ModelConfig) -> str:
-    text = f"{readable(num_parameters(model))} parameters"
-    if model.lora_rank:
-        text += f", {readable(num_factors(model))} of LoRA trained"
-    return text

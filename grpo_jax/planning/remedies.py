@@ -36,7 +36,7 @@ def changes(x: MemoryInputs) -> dict[str, list[Change]]:
             x, "instrument.counterfactual_every", "weightings"
         ),
         "model.compute_dtype": _model(
-            x, "compute_dtype", ["bfloat16"] * (x.model.compute_dtype == "float32")
+            x, "compute_dtype", ["bfloat16"] * (x.model.dtype == "float32")
         ),
         "sampling.prompts": _sampling(x, "prompts", least=1),
         "sampling.group_size": _sampling(x, "group_size", least=2),

@@ -92,7 +92,7 @@ def traffic(c: ModelConfig, step: Step, mesh: MeshShape) -> Traffic:
 
 
 def _compute_bytes(c: ModelConfig) -> int:
-    return 2 if c.compute_dtype == "bfloat16" else 4
+    return 2 if c.dtype == "bfloat16" else 4
 
 
 def _ring_share(ways: int) -> float:

@@ -161,7 +161,8 @@ def _time_figure(runs: Runs) -> Figure | None:
             left += widths
         axes.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=7)
         axes.set(xlabel="minutes", ylim=(-0.6, len(runs) + 0.6))
-        axes.legend(frameon=False, fontsize=7.5, ncols=4, loc="upper left")
+        spacing = {"columnspacing": 1.0, "handlelength": 1.2}
+        axes.legend(frameon=False, fontsize=7.5, ncols=4, loc="upper left", **spacing)
 
     caption = (
         "Minutes of each part of a run: what came before the first step (of its first "

@@ -112,7 +112,7 @@ def prefill(
         prefix_keys=keys,
         prefix_values=values,
         blocks=blocks,
-        embedding=model.embedding.embedding[...].astype(model.config.compute_dtype),
+        embedding=model.embedding.embedding[...].astype(model.config.dtype),
         unembedding=model.unembedding_matrix(),
         rotary=model.rotary(positions),
     )

@@ -260,7 +260,7 @@ def _start(
     """The state before the first token: each prompt's last token is the input."""
     shape = len(prompts.last_token), group_size
     heads, n = (*shape, config.num_kv_heads), config.num_layers
-    dtype = config.compute_dtype
+    dtype = config.dtype
     return _LoopState(
         t=jnp.zeros((), jnp.int32),
         token=jnp.broadcast_to(prompts.last_token[:, None], shape),

@@ -44,7 +44,7 @@ class EvalConfig(Record):
     # Completions sampled at a time. In bfloat16 some answers depend on it, so
     # there an interrupted evaluation goes on with no other number.
     rows: Count = 64
-    # default: the run's, or float32
+    # default: the run's; of a model stored in bfloat16, that on accelerators; float32
     compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] | None = None
     scoring: ScoringConfig = ScoringConfig()
     seed: Seed = 0  # of the samples

@@ -145,9 +145,28 @@ def check_language(task: Task) -> None:
         )
 
 
-def with_settings(stored: ModelConfig, asked: ModelConfig) -> ModelConfig:
+def default_dtype(stored: str, *, local_devices: bool = True) -> str:
+    """What a pretrained model computes in where nothing is asked for: bfloat16 on
+    accelerators if it is stored in it, else float32.
+
+    Args:
+        stored: The dtype of its files.
+        local_devices: On this machine's devices; else on accelerators.
+    """
+    accelerated = not local_devices or jax.default_backend() != "cpu"
+    return "bfloat16" if accelerated and stored == "bfloat16" else "float32"
+
+
+def with_settings(
+    stored: ModelConfig, asked: ModelConfig, *, local_devices: bool = True
+) -> ModelConfig:
     """A pretrained model's config with the settings `FREE` to be a run's; an adapter's
     LoRA settings are its own.
+
+    Args:
+        stored: From `read_config`.
+        asked: A run's `model`.
+        local_devices: As `default_dtype`.
 
     Raises:
         ConfigError: `asked` has another shape than the default.
@@ -163,7 +182,12 @@ def with_settings(stored: ModelConfig, asked: ModelConfig) -> ModelConfig:
                 f"({getattr(stored, name)!r}), got {getattr(asked, name)!r}; leave it "
                 "out, or leave out pretrained."
             )
-    return dataclasses.replace(stored, **{name: getattr(asked, name) for name in free})
+    settings = {name: getattr(asked, name) for name in free}
+    if asked.compute_dtype is None:
+        settings["compute_dtype"] = default_dtype(
+            stored.dtype, local_devices=local_devices
+        )
+    return dataclasses.replace(stored, **settings)
 
 
 def fingerprint(directory: Path) -> str:
@@ -221,7 +245,7 @@ def pretrained_policy(
         settings: From `with_settings`.
         mesh: Where every device loads its own shards; None for a single device.
     """
-    kept = settings.lora_rank and settings.compute_dtype != "float32"
+    kept = settings.lora_rank and settings.dtype != "float32"
     dtype = None if kept else "float32"
     directory, shardings = base_directory(local_directory(name)), None
     if mesh is not None:

@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.models.pretrained import read_config
 from grpo_jax.records import from_dict, overlaid
 from grpo_jax.runs.command_configs import EvalConfig
 from grpo_jax.runs.config import TaskConfig, TrainConfig
 from grpo_jax.runs.config_files import with_paths
 from grpo_jax.runs.directory import began_in, read_facts
+from grpo_jax.runs.policies import default_dtype
 
 
 def run_config(run_dir: Path | str) -> TrainConfig:
@@ -60,7 +62,7 @@ def continued(config: TrainConfig) -> TrainConfig:
     config = overlaid(begun, config)
     # What a rule chose when the run began is not chosen anew where it is left open.
     for part, name in (
-        ("sampling", "prompts"), ("sampling", "group_size"),
+        ("sampling", "prompts"), ("sampling", "group_size"), ("model", "compute_dtype"),
         ("instrument", "prompts"), ("optimizer", "learning_rate"),
     ):  # fmt: skip
         settings = getattr(config, part)
@@ -88,7 +90,7 @@ def eval_settings(config: EvalConfig) -> EvalConfig:
             config,
             task=_all_heldout(config.task),
             temperature=1.0 if config.temperature is None else config.temperature,
-            compute_dtype=config.compute_dtype or "float32",
+            compute_dtype=config.compute_dtype or _dtype_of(config.pretrained),
         )
     run_dir = Path(config.run_dir)
     facts = read_facts(run_dir)
@@ -111,6 +113,13 @@ def eval_settings(config: EvalConfig) -> EvalConfig:
         )
     open_ones = {k: v for k, v in settings.items() if getattr(config, k) is None}
     return dataclasses.replace(config, task=task, **open_ones)
+
+
+def _dtype_of(pretrained: str | None) -> str:
+    """What a model's directory (or Hub name) computes in by default."""
+    if pretrained is None or default_dtype("bfloat16") == "float32":
+        return "float32"  # whatever is stored there
+    return default_dtype(read_config(pretrained).dtype)
 
 
 def _all_heldout(task: TaskConfig) -> TaskConfig:

@@ -105,9 +105,9 @@ def _train(config: TrainConfig, task: Task | None, processes: Processes) -> Trai
 
 
 def _as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
-    """The config with the learning rate, the batch and the measurements that the run
-    takes: config.json keeps them, so that a resumed run has the same where the defaults
-    have changed."""
+    """The config with the dtype to compute in, the batch, the learning rate and the
+    measurements that the run takes: config.json keeps them, so that a resumed run has
+    the same where the defaults have changed."""
     rate, probe = plan.learning_rate.value, plan.probe
     chosen: dict[str, Any] = {"every": 0}
     if probe is not None:
@@ -117,6 +117,7 @@ def _as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
         }
     return dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, compute_dtype=plan.model.dtype),
         sampling=dataclasses.replace(config.sampling, **config.batch._asdict()),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
         instrument=dataclasses.replace(config.instrument, **chosen),

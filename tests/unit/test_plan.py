@@ -10,10 +10,10 @@ import grpo_jax as gj
 from grpo_jax.errors import ConfigError
 from grpo_jax.planning import plan as stages
 from grpo_jax.planning.evaluated import evaluated_prompts
+from grpo_jax.planning.headline import headline
 from grpo_jax.planning.learning_rate import learning_rate
 from grpo_jax.planning.plan import (
     ModelStage,
-    headline,
     make_plan,
     memory_stage,
     model_stage,
@@ -140,7 +140,7 @@ def test_punished_length_is_beyond_the_longest_answer(task):
 
 
 def test_a_new_model_has_the_vocabulary_of_the_tokenizer(task):
-    model, base_bytes = model_stage(config(), task, None)
+    model, base_bytes, _ = model_stage(config(), task, None)
     assert model.vocab_size == len(task.tokenizer) and base_bytes == 4
 
 
@@ -163,25 +163,31 @@ def directory(task, tmp_path_factory):
 
 def test_a_pretrained_model_is_its_own_shape(task, directory):
     pretrained = config(pretrained=str(directory))
-    model, base_bytes = model_stage(pretrained, task, directory)
-    assert model.max_positions == 16 and base_bytes == 4
+    model, base_bytes, stored = model_stage(pretrained, task, directory)
+    assert model.max_positions == 16 and base_bytes == 4 and stored == "float32"
     file = directory / "config.json"
     text = file.read_text()
     try:
         file.write_text(json.dumps(json.loads(text) | {"dtype": "bfloat16"}))
-        stored = [
+        stages = [
             model_stage(
                 config(pretrained=str(directory), model={"compute_dtype": dtype}),
                 task,
                 directory,
                 with_weights=False,
+                local_devices=here,
             )
-            for dtype in ("bfloat16", "float32")
+            for dtype in ("bfloat16", "float32", None)
+            for here in (True, False)
         ]
     finally:
         file.write_text(text)
+    # In bfloat16 on accelerators only, unless another dtype is asked for.
+    dtypes = [stage.config.compute_dtype for stage in stages]
+    assert dtypes == ["bfloat16"] * 2 + ["float32"] * 3 + ["bfloat16"]
+    assert {stage.stored for stage in stages} == {"bfloat16"}
     # A base that is computed with in float32 is kept so.
-    assert [stage.base_bytes for stage in stored] == [2, 4]
+    assert [stage.base_bytes for stage in stages] == [2, 2, 4, 4, 4, 2]
 
 
 def test_the_model_directory_is_resolved_once(directory, monkeypatch):
@@ -291,13 +297,13 @@ def test_memory_stage_warns(task, monkeypatch):
 
 
 def test_headline_names_what_differs(task):
-    def text(wanted, row=GRPO, probe=None):
+    def text(wanted, row=GRPO, probe=None, stored="float32"):
         shapes = shapes_stage(wanted, row, task, LENGTHS)
         model = gj.ModelConfig(vocab_size=20, lora_rank=4)
         rate = learning_rate(wanted, lora=False)
         return headline(
             wanted, row, task, model, LENGTHS, shapes,
-            rate=rate, probe=probe, peak=5000,
+            stored=stored, rate=rate, probe=probe, peak=5000,
             evaluated=evaluated_prompts(wanted, task, LENGTHS),
         )  # fmt: skip
 
@@ -307,7 +313,16 @@ def test_headline_names_what_differs(task):
     assert "4 prompts x 4 samples, 10 + 8 tokens, micro-batch 4 x 4" in plain
     assert " | ends at <eos> (1) | " in plain
     assert " | learning rate 0.0003, the default for a new model | " in plain
-    assert "of LoRA trained, float32" in plain and "mesh" not in plain
+    assert "of LoRA trained, float32, the default for a new model | " in plain
+    given = config(model=gj.ModelConfig(compute_dtype="float32"))
+    assert " trained, float32, as given | " in text(given)
+    again = dataclasses.replace(given, resume=True, run_dir="run")
+    assert " trained, float32, as the run began | " in text(again)
+    pretrained = config(pretrained="x")
+    assert " trained, float32, as the model is stored | " in text(pretrained)
+    half = text(pretrained, stored="bfloat16")
+    assert " float32, the default on CPUs for a model stored in bfloat16 | " in half
+    assert "mesh" not in plain
     meshed = config(mesh=MeshConfig(data=2), weights=WeightsConfig(name="unit"))
     assert "mesh data 2 x fsdp 1 x tensor 1" in text(meshed)
     assert " | w = 1 | " in text(meshed)

@@ -4,9 +4,16 @@ import dataclasses
 import importlib
 import json
 
+import jax
 import pytest
 
-from grpo_jax import EvalConfig, TrainConfig
+from grpo_jax import (
+    EvalConfig,
+    ModelConfig,
+    TrainConfig,
+    init_policy,
+    save_pretrained,
+)
 from grpo_jax.cli import main
 from grpo_jax.commands import plan
 from grpo_jax.commands.evaluate import config_like_run
@@ -15,7 +22,7 @@ from grpo_jax.planning.learning_rate import learning_rate
 from grpo_jax.records import overlaid
 from grpo_jax.runs.config import TaskConfig
 from grpo_jax.runs.config_files import load_config_file, to_dict
-from grpo_jax.runs.directory import claim, read_notes, record
+from grpo_jax.runs.directory import check_same_config, claim, read_notes, record
 from grpo_jax.runs.recorded import continued, eval_settings, run_config
 
 FACTS = {"max_new_tokens": 12, "data": "1", "base": ""}
@@ -190,3 +197,42 @@ def test_overlaid_needs_what_was_given(begun):
     assert overlaid(run, TrainConfig(task={"seed": 4})).task == dataclasses.replace(
         run.task, seed=4
     )
+
+
+def test_what_an_older_run_did_not_record_is_as_it_was(begun):
+    assert run_config(begun).optimizer.skip_empty
+    content = json.loads((begun / "config.json").read_text())
+    del content["config"]["optimizer"]["skip_empty"]
+    del content["config"]["model"]["compute_dtype"]
+    (begun / "config.json").write_text(json.dumps(content))
+    assert not run_config(begun).optimizer.skip_empty
+    assert run_config(begun).model.compute_dtype == "float32"
+    resumed = continued(TrainConfig(run_dir=str(begun), resume=True))
+    assert not resumed.optimizer.skip_empty
+    check_same_config(begun, resumed)
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_began_with(begun):
+    """bfloat16 was recorded, whatever this device's default is."""
+    resumed = TrainConfig(run_dir=str(begun), resume=True, model={"remat": "dots"})
+    assert continued(resumed).model.compute_dtype == "bfloat16"
+    open_again = {"compute_dtype": None}
+    resumed = TrainConfig(run_dir=str(begun), resume=True, model=open_again)
+    assert continued(resumed).model.compute_dtype == "bfloat16"
+
+
+def test_a_model_stored_in_bfloat16_is_evaluated_in_it_on_accelerators(
+    tmp_path, monkeypatch
+):
+    policy = init_policy(ModelConfig(vocab_size=9), jax.random.key(0))
+    for dtype in ("float32", "bfloat16"):
+        save_pretrained(policy, tmp_path / dtype, dtype=dtype)
+    dtypes = []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
+        for stored in ("float32", "bfloat16"):
+            config = eval_settings(EvalConfig(pretrained=str(tmp_path / stored)))
+            dtypes.append(config.compute_dtype)
+        asked = EvalConfig(pretrained="x", compute_dtype="float32")
+        assert eval_settings(asked).compute_dtype == "float32"
+    assert dtypes == ["float32", "float32", "float32", "bfloat16"]
