@@ -75,6 +75,7 @@ class Journal:
         self._directory, self._processes = directory, processes
         self._console, self._make_row = console, make_row
         self._pending: tuple[int, dict, dict] | None = None
+        self._shown = 0  # the step whose line was printed before its row was written
         self.last_row: dict[str, Any] = {}
         self._files: dict[str, JsonLines | NoLines] = {}
         for name in FILES:
@@ -118,6 +119,15 @@ class Journal:
         """
         self._pending = step, metrics, host
 
+    def show(self) -> None:
+        """Prints the line of the step that was kept: something slow comes before its
+        row is written."""
+        if self._pending is None:
+            return
+        step, metrics, host = self._pending
+        self._console.step(step, self._make_row(step, metrics, host))
+        self._shown = step
+
     def flush(self) -> None:
         """Writes the row of metrics.jsonl that was kept, if any."""
         if self._pending is None:
@@ -126,7 +136,7 @@ class Journal:
         row = self._make_row(step, metrics, host)
         self._line("metrics", row)
         self.last_row = row
-        if step:
+        if step and step != self._shown:
             self._console.step(step, row)
         if "eval/heldout_pass_rate" in row:
             self._console.say(f"step {step}: {_evaluated(row)}")

@@ -147,7 +147,8 @@ class Observers:
     def _announce(self, doing: str, step: int) -> None:
         """Says what begins, where it is new or the last one took long."""
         took = self._took.get(doing)
-        if took is None:
-            self._say(f"step {step}: {doing} (compiles its programs)")
-        elif took > ANNOUNCED_S:
-            self._say(f"step {step}: {doing}")
+        if took is not None and took <= ANNOUNCED_S:
+            return
+        self._journal.show()
+        new = " (compiles its programs)" if took is None else ""
+        self._say(f"step {step}: {doing}{new}")

@@ -56,6 +56,22 @@ def test_figures_that_are_missing_are_said_so():
     assert "reward none" in facts and "std none" in facts and "kl none" in facts
 
 
+def test_a_step_shown_before_something_slow_is_shown_once(tmp_path, capsys):
+    files = opened(tmp_path)
+    files.keep(1, {"reward/mean": 0.5}, {})
+    files.show()
+    assert "step 1/" in capsys.readouterr().out
+    files.keep(1, {"reward/mean": 0.5}, {"time/evaluation_s": 9.0})
+    files.flush()
+    assert "step 1/" not in capsys.readouterr().out
+    files.keep(2, {"reward/mean": 0.5}, {})
+    files.flush()
+    assert "step 2/" in capsys.readouterr().out
+    files.close()
+    rows = read_lines(tmp_path / "metrics.jsonl")
+    assert [row.get("time/evaluation_s") for row in rows] == [9.0, None]
+
+
 def test_a_measurement_of_the_last_step_is_written_once(tmp_path):
     """It is measured again by the run that resumes at its step."""
     row = {"step": 3, "phase": {}}
