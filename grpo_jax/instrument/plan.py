@@ -1,6 +1,8 @@
 """How many probe prompts a run can afford to measure."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from grpo_jax.diagnostics.probe import num_parts
@@ -13,6 +15,7 @@ from grpo_jax.runs.config import StepBatch, TrainConfig
 SAMPLING, GRADIENT, SECOND_ORDER = 2, 4, 6
 FLOOR = 160  # fixed cost, in tokens, of a pass over one prompt's few samples
 EVERY = 40  # steps between measurements, unless given or too dear
+MANY_SAMPLES = 16  # of a prompt, where LEAST_PROMPTS with so many fit
 LEAST_PROMPTS = 8  # unless fewer are asked for: they seldom tell cosines (BUILD_NOTES)
 MOST_PROMPTS = 32  # unless more are asked for: they cost memory and file size
 VECTOR_BYTES = 128 * 2**20  # limit of `ProbePlan.vector_bytes`
@@ -29,7 +32,6 @@ class ProbePlan:
     share: float  # of a step's time that all measurements take, averaged over steps
     every: int  # steps between measurements
     at_start: bool  # whether one comes before the first step
-    after_first: bool  # whether one comes after it
 
     @property
     def num_directions(self) -> int | None:
@@ -54,7 +56,6 @@ class ProbePlan:
 
     def _when(self, steps: int) -> str:
         times = ["at the start"] if self.at_start else []
-        times += ["after the first step"] if self.after_first else []
         times += [f"every {self.every} steps"] if self.every < steps else []
         return " and ".join(filter(None, (", ".join(times), "at the end")))
 
@@ -73,7 +74,8 @@ def plan_probe(
     From a count of forward passes, not from a clock, so that the same command measures
     the same prompts; the run measures the share that it takes. Where LEAST_PROMPTS do
     not fit, and neither `every` nor `prompts` was given, there are fewer measurements:
-    at the start and at the end, or at the end alone.
+    at the start and at the end, or at the end alone. Where a step has fewer samples of
+    a prompt, a probe prompt has 16 if these fit: more prompts of 8 tell less.
 
     Args:
         config: With instrument, sampling and steps.
@@ -81,8 +83,8 @@ def plan_probe(
         train_prompts: Prompts to choose from.
         prompt_tokens: L, of the padded prompts.
         max_new_tokens: T.
-        slow_start: By default the first measurement comes after the first step, which
-            need not wait for it.
+        slow_start: By default none comes before the first step, which would wait
+            for it.
 
     Returns:
         None where the instrument is off.
@@ -93,20 +95,25 @@ def plan_probe(
     wanted, batch = config.instrument, config.batch
     if wanted.every == 0:
         return None
-    group_size = wanted.group_size or max(8, -(-batch.group_size // 4) * 4)
     step = step_cost(batch, prompt_tokens, max_new_tokens)
-    per_prompt = _cost(group_size, prompt_tokens, max_new_tokens)
     if train_prompts < max(2, wanted.prompts or 0):
         raise ConfigError(
             f"instrument.prompts must be from 2 to {train_prompts}, the task's trained "
             f"prompts, got {wanted.prompts or 'no number'}; lower it, or set "
             "instrument.every to 0."
         )
-    budget = wanted.max_overhead * config.steps * step / per_prompt  # prompts measured
-    times, prompts = _schedule(config, budget, train_prompts, slow_start)
+
+    def affordable(group_size: int) -> float:
+        """Prompts that may be measured in the whole run, with so many samples each."""
+        per_prompt = _cost(group_size, prompt_tokens, max_new_tokens)
+        return wanted.max_overhead * config.steps * step / per_prompt
+
+    times, prompts, group_size = _schedule(
+        config, affordable, train_prompts, slow_start
+    )
     width = max(1, VECTOR_BYTES // (4 * prompts * (num_parts(group_size) + 3)))
     looks = _looks(config.steps, times)
-    share = looks * prompts * per_prompt / (config.steps * step)
+    share = wanted.max_overhead * looks * prompts / affordable(group_size)
     exact = parameters <= width
     size = parameters if exact else width
     return ProbePlan(prompts, group_size, size, exact, share, *times)
@@ -117,36 +124,40 @@ class _Times(NamedTuple):
 
     every: int
     at_start: bool
-    after_first: bool
 
 
 def _schedule(
-    config: TrainConfig, budget: float, train_prompts: int, slow_start: bool
-) -> tuple[_Times, int]:
-    """(times, prompts) of the first way in which enough prompts fit.
+    config: TrainConfig,
+    affordable: Callable[[int], float],
+    train_prompts: int,
+    slow_start: bool,
+) -> tuple[_Times, int, int]:
+    """(times, prompts, samples of each) of the first way in which enough prompts fit.
 
     Args:
-        config: With instrument and steps.
-        budget: Prompts that may be measured in the whole run.
+        config: With instrument, sampling and steps.
+        affordable: Samples of a prompt -> prompts measured in the whole run.
         train_prompts, slow_start: As `plan_probe`.
     """
     wanted, steps = config.instrument, config.steps
     start = not slow_start if wanted.at_start is None else wanted.at_start
-    first = wanted.after_first
-    if first is None:
-        first = slow_start and wanted.at_start is None
-    ways = [_Times(EVERY if wanted.every is None else wanted.every, start, first)]
+    ways = [_Times(EVERY if wanted.every is None else wanted.every, start)]
+    own = -(-config.batch.group_size // 4) * 4
+    sizes = [wanted.group_size or max(8, own)]
     if wanted.prompts:
-        return ways[0], wanted.prompts
-    least = min(LEAST_PROMPTS, train_prompts)
+        return ways[0], wanted.prompts, sizes[0]
+    if wanted.group_size is None and own < MANY_SAMPLES:
+        sizes.insert(0, MANY_SAMPLES)
     if wanted.every is None:
-        ways.append(_Times(steps, start, first))
-        if wanted.at_start is None and wanted.after_first is None:
-            ways.append(_Times(steps, at_start=False, after_first=False))
-    for times in ways:
-        prompts = int(budget / _looks(steps, times))
+        ways.append(_Times(steps, start))
+        if wanted.at_start is None:
+            ways.append(_Times(steps, at_start=False))
+    least = min(LEAST_PROMPTS, train_prompts)
+    for times, size in itertools.product(ways, sizes):
+        prompts = int(affordable(size) / _looks(steps, times))
         if prompts >= least:
-            return times, min(prompts, MOST_PROMPTS, train_prompts)
+            return times, min(prompts, MOST_PROMPTS, train_prompts), size
+    budget = affordable(sizes[-1])
     looks = _looks(steps, ways[-1])
     share = wanted.max_overhead * least * looks / budget
     often = f"{looks} times" if looks > 1 else "once"
@@ -161,8 +172,7 @@ def _schedule(
 def _looks(steps: int, times: _Times) -> int:
     """Measurements of a run."""
     start = {0} if times.at_start else set()
-    first = {1} if times.after_first else set()
-    return len(start | first | {*range(times.every, steps + 1, times.every), steps})
+    return len(start | {*range(times.every, steps + 1, times.every), steps})
 
 
 def step_cost(batch: StepBatch, prompt_tokens: int, max_new_tokens: int) -> int:

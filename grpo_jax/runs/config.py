@@ -249,13 +249,13 @@ class InstrumentConfig(Record):
 
     # Steps; also at the end; 0: never; default: 40, or at the ends alone if dear
     every: Natural | None = None
-    # Also before the first step; default: yes, but of a pretrained model on a CPU
+    # Also before the first step; default: yes, but for a pretrained model on a CPU,
+    # whose first step would wait minutes for it
     at_start: bool | None = None
-    # Also after the first step; default: in place of at_start, so that it comes sooner
-    after_first: bool | None = None
     max_overhead: Positive = 0.1  # of step time; chooses prompts, and when
     prompts: ProbePrompts | None = None  # default: what max_overhead allows
-    # Samples of each, a multiple of 4; default: sampling's, at least 8
+    # Samples of each, a multiple of 4; default: sampling's, but at least 16 where so
+    # many fit, else at least 8
     group_size: Annotated[int, at_least(4)] | None = None
     # Steps between comparisons with other prompt weights; 0: never
     counterfactual_every: Natural = 0

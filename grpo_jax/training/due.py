@@ -28,8 +28,6 @@ class Due:
         wanted = self.config.instrument
         if not self.with_instrument or (step == 0 and not wanted.at_start):
             return False
-        if step == 1 and wanted.after_first:
-            return True
         return self._ends(step) or _every(wanted.every or 0, step)
 
     def comparison(self, step: int) -> bool:

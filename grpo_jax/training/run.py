@@ -113,7 +113,7 @@ def _as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
     if probe is not None:
         chosen = {
             name: getattr(probe, name)
-            for name in ("every", "at_start", "after_first", "prompts", "group_size")
+            for name in ("every", "at_start", "prompts", "group_size")
         }
     return dataclasses.replace(
         config,

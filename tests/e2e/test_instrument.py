@@ -261,22 +261,43 @@ def test_too_few_probe_prompts_are_measured_rarely_instead():
     assert plan(prompts=2, max_overhead=5 * unit).every == 40
 
 
-# Where a measurement takes minutes, the first step comes first; what is given is kept.
-def test_a_slow_first_measurement_comes_after_the_first_step():
+# Where a measurement takes minutes, the first step does not wait for it.
+def test_a_slow_measurement_does_not_come_first():
     def times(**settings):
         config = TrainConfig(instrument=InstrumentConfig(**settings), steps=400)
         probe = plan_probe(config, parameters=10**5, slow_start=True, **SIZES)
-        return probe.at_start, probe.after_first, probe.text(400)
+        return probe.at_start, probe.text(400)
 
-    *chosen, text = times(max_overhead=1.0)
-    assert chosen == [False, True]
-    assert "after the first step, every 40 steps and at the end" in text
-    assert times(at_start=True)[:2] == (True, False)
-    assert times(at_start=False)[:2] == (False, False)
-    assert times(at_start=True, after_first=True)[:2] == (True, True)
-    assert plan().after_first is False
-    many, few = plan(prompts=8, every=400), plan(prompts=8, every=400, after_first=True)
-    np.testing.assert_allclose(few.share, many.share * 3 / 2)  # 0, 1 and 400
+    start, text = times(max_overhead=1.0)
+    assert not start and "gradients, every 40 steps and at the end" in text
+    assert times(at_start=True)[0] and not times(at_start=False)[0]
+    assert plan().at_start
+
+
+# Of few samples, many prompts tell less than fewer prompts of 16 (BUILD_NOTES).
+def test_probe_prompts_have_more_samples_than_a_small_step_where_these_fit():
+    def sizes(**settings):
+        config = TrainConfig(
+            sampling=SamplingConfig(prompts=8, group_size=8),
+            instrument=InstrumentConfig(**settings),
+            steps=400,
+        )
+        probe = plan_probe(config, parameters=10**5, **SIZES)
+        return probe.prompts, probe.group_size
+
+    unit = plan_probe(
+        TrainConfig(
+            sampling=SamplingConfig(prompts=8, group_size=8),
+            instrument=InstrumentConfig(prompts=8, group_size=16, every=400),
+            steps=400,
+        ),
+        parameters=10**5,
+        **SIZES,
+    ).share
+    assert sizes(every=400, max_overhead=1.01 * unit) == (8, 16)
+    prompts, samples = sizes(every=400, max_overhead=0.99 * unit)
+    assert prompts >= 8 and samples == 8
+    assert sizes(prompts=30)[1] == 8 and sizes(group_size=12, max_overhead=9.0)[1] == 12
 
 
 def test_bad_budgets_raise():
