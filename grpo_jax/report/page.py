@@ -175,7 +175,43 @@ def _verdict(run: RunFiles) -> list[str]:
             f"The pass rate on {label} prompts {change}: {before:.3f} at step "
             f"{first['step']}, {after:.3f} at step {last['step']}."
         )
+    sentences += _reward_trend(*run.series("reward/mean"))
     return [*sentences, run.note] if run.note else sentences
+
+
+LEAST_STEPS = 9  # of a run whose first and last third are compared
+
+
+def _reward_trend(steps: np.ndarray, rewards: np.ndarray) -> list[str]:
+    """A sentence on the mean reward of trained prompts' samples, for runs that are
+    too short, or evaluated on too few prompts, for their pass rates to tell.
+
+    A change is named where Welch's test of the steps' rewards in the first and the last
+    third says so at 5 %: steps have prompts of their own, so that without any change
+    their rewards are independent.
+
+    Args:
+        steps: [N], from 1.
+        rewards: [N], of each step.
+    """
+    from scipy import stats
+
+    third = len(steps) // 3
+    if len(steps) < LEAST_STEPS:
+        return []
+    parts = rewards[:third], rewards[-third:]
+    before, after = (float(part.mean()) for part in parts)
+    squares = [float(part.var(ddof=1)) / third for part in parts]  # standard errors'
+    degrees = (third - 1) * sum(squares) ** 2 / (sum(x**2 for x in squares) or 1.0)
+    limit = float(stats.t.ppf(0.975, max(1.0, degrees))) * sum(squares) ** 0.5
+    change = "rose" if after > before else "fell"
+    if abs(after - before) <= limit:
+        change = "did not change measurably"
+    return [
+        f"The mean reward of a step's samples {change}: {before:.3f} over steps "
+        f"{steps[0]} to {steps[third - 1]}, {after:.3f} over steps {steps[-third]} to "
+        f"{steps[-1]}."
+    ]
 
 
 # ---- instrument and samples

@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from grpo_jax.report.curves import comparison, run_figures, run_times
-from grpo_jax.report.page import _pass_rates, _verdict, write_report
+from grpo_jax.report.page import _pass_rates, _reward_trend, _verdict, write_report
 from grpo_jax.report.run_files import number, read_run
 from grpo_jax.runs.config import TrainConfig
 from grpo_jax.runs.config_files import to_dict
@@ -137,3 +138,30 @@ def test_figures_are_drawn_in_silence_where_home_cannot_be_written(tmp_path):
         text=True,
     )
     assert (done.stdout, done.stderr) == ("<svg\n", "")
+
+
+# 64 samples a step of prompts with pass rates from 0 to 1: unchanged, or rising by .4.
+def test_a_trend_of_the_reward_is_seldom_named_where_there_is_none():
+    rng = np.random.default_rng(0)
+
+    def named(steps, rise):
+        rates = (
+            rng.uniform(size=(steps, 8)) * 0.6
+            + rise * np.linspace(0, 1, steps)[:, None]
+        )
+        rewards = rng.binomial(8, np.clip(rates, 0, 1)).mean(1) / 8
+        (sentence,) = _reward_trend(np.arange(1, steps + 1), rewards)
+        return "rose" in sentence, "fell" in sentence
+
+    for steps in (9, 14, 30, 120):
+        nulls = np.array([named(steps, 0.0) for _ in range(400)])
+        # 5 % of 400, and three standard errors
+        assert nulls.any(1).mean() <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+        assert nulls.any(0).all()  # either way
+    rises = np.array([named(30, 0.4) for _ in range(100)])
+    assert rises[:, 0].mean() > 0.9 and not rises[:, 1].any()
+    assert _reward_trend(np.arange(1, 9), np.zeros(8)) == []
+    (constant,) = _reward_trend(np.arange(1, 10), np.ones(9))
+    assert "did not change measurably: 1.000 over steps 1 to 3" in constant
+    (known,) = _reward_trend(np.arange(1, 10), np.repeat([0.0, 0.5, 1.0], 3))
+    assert "rose: 0.000 over steps 1 to 3, 1.000 over steps 7 to 9" in known
