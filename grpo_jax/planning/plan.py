@@ -308,7 +308,7 @@ def probe_stage(
     train_prompts: int,
     lengths: Lengths,
     *,
-    slow: bool = False,
+    slow: bool,
 ) -> ProbeStage:
     """The probe prompts; the default instrument is switched off, with a warning, where
     it does not fit.

@@ -68,13 +68,14 @@ class Observers:
             step: Where the run starts or resumes.
             keep_measurement: Whether the measurement belongs into instrument.jsonl.
         """
-        self._say("evaluating the start (the first evaluation compiles its sampler)")
+        here = f"step {step}" if step else "the start"
+        self._say(f"evaluating {here} (the first evaluation compiles its sampler)")
         metrics = self._evaluate(params, step)
         if self._instrument is None or self._processes.stopping:
             return metrics
         if not (keep_measurement or self._due.measurement(0)):
             return metrics
-        self._say("measuring the start (the first measurement compiles its programs)")
+        self._say(f"measuring {here} (the first measurement compiles its programs)")
         metrics |= self._measure(self._instrument, params, step)
         with self._watchdog.phase("measurement"):
             self._instrument.compile(params)
