@@ -78,6 +78,7 @@ def looks_row(s: Setting, c: Config, seed: int) -> dict[str, Any]:
         settings |= {
             "instrument": {
                 "every": max(1, c.steps // 2),
+                "at_start": True,  # the default but for a pretrained model on a CPU
                 "prompts": c.probes,
                 "group_size": c.probe_group_size,
                 "max_overhead": 1e6,  # this run is for the measurements
