@@ -59,7 +59,7 @@ def test_more_prompts_do_not_replace_samples():
 
 
 def probe(prompts, group_size):
-    return ProbePlan(prompts, group_size, 10, True, 0.1, 40, True, False)
+    return ProbePlan(prompts, group_size, 10, True, 0.1, 40, True)
 
 
 def test_the_plan_says_it_in_a_table():
