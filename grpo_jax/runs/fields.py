@@ -47,8 +47,8 @@ FIELDS: dict[str, str] = {
     "update/stopped": "1 if the step's remaining updates were left out: the ratio had "
     "moved past stop_deviation",
     "update/empty": "1 if the gradient of the step's last update was 0 everywhere, as "
-    "where all groups tie and the loss has no other term; the update is left out, and "
-    "the learning rate's schedule does not count it",
+    "where all groups tie and the loss has no other term; with optimizer.skip_empty "
+    "it is left out, and the learning rate's schedule does not count it",
     "update/skipped_in_a_row": "optimizer updates skipped since the last applied one",
     "learning_rate": "learning rate of the step's last update",
     "time/sample_s": "seconds until the completions were on the host; drafts included",

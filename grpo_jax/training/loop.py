@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import UnwrittenError
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.lines import to_numbers
-from grpo_jax.training.collector import Collected, tied_groups
+from grpo_jax.training.collector import Collected
 from grpo_jax.training.context import RunContext
 from grpo_jax.training.due import Due
 from grpo_jax.training.first_updates import WATCHED, advice, too_far
@@ -292,7 +293,7 @@ class Loop:
 
         Args:
             collected: The step's rollouts.
-            metrics: Of the step's last update.
+            metrics: Of the step's groups and of its last update.
         """
         console, cost, step = self.context.console, collected.cost, self.step
         if cost.errors:
@@ -304,12 +305,12 @@ class Loop:
             console.warn(
                 f"step {step}: {cost.failures} checks hung or died; they score 0."
             )
-        if not tied_groups(collected.rollouts.scored_rewards).all():
+        if float(metrics["group/informative"]) > 0:
             return
         effect = effect_of_ties(
             bool(metrics["update/empty"]),
+            self.context.plan.objective,
             skips=self.context.config.optimizer.skip_empty,
-            kl=self.context.plan.objective.kl_coef > 0,
         )
         if effect not in self._warned_of_ties:
             self._warned_of_ties.add(effect)
@@ -319,18 +320,22 @@ class Loop:
             )
 
 
-def effect_of_ties(empty: bool, *, skips: bool, kl: bool) -> str:
+def effect_of_ties(empty: bool, objective: Objective, *, skips: bool) -> str:
     """What the update of a step does whose groups are all tied, in words.
 
     Args:
         empty: Its gradient is 0 everywhere.
+        objective: Whose loss it is.
         skips: Such an update is left out.
-        kl: The objective has a KL term.
     """
     if empty and skips:
         return "the gradient is 0 and the update is left out"
     if empty:
-        return "the gradient is 0, and only Adam's mean of past ones moves anything"
-    if kl:
+        return (
+            "the gradient is 0, and only Adam's mean of past ones and weight decay "
+            "move anything"
+        )
+    only_kl = objective.baseline != "none" and not objective.entropy_coef
+    if objective.kl_coef and only_kl:
         return "the update goes only towards the starting policy (KL)"
-    return "the update follows only what is the same for all samples of a group"
+    return "the update follows only what the loss has beside comparisons in a group"
