@@ -63,7 +63,8 @@ def continued(config: TrainConfig) -> TrainConfig:
     # What a rule chose when the run began is not chosen anew where it is left open.
     for part, name in (
         ("sampling", "prompts"), ("sampling", "group_size"), ("model", "compute_dtype"),
-        ("instrument", "prompts"), ("optimizer", "learning_rate"),
+        ("instrument", "every"), ("instrument", "at_start"), ("instrument", "prompts"),
+        ("instrument", "group_size"), ("optimizer", "learning_rate"),
     ):  # fmt: skip
         settings = getattr(config, part)
         if getattr(settings, name) is None:

@@ -125,6 +125,19 @@ def test_a_resumed_run_keeps_its_batch(begun):
     assert config.batch == (16, 16)
 
 
+def test_a_resumed_run_keeps_its_measurements(begun):
+    chosen = {"every": 60, "at_start": False, "prompts": 9, "group_size": 16}
+    file = begun / "config.json"
+    content = json.loads(file.read_text())
+    content["config"]["instrument"] |= chosen
+    file.write_text(json.dumps(content))
+    left_open = dict.fromkeys(chosen) | {"max_overhead": 0.2}
+    resumed = TrainConfig(run_dir=begun, resume=True, instrument=left_open)
+    instrument = continued(resumed).instrument
+    assert {name: getattr(instrument, name) for name in chosen} == chosen
+    assert instrument.max_overhead == 0.2
+
+
 def test_the_config_of_a_run_is_a_config(begun):
     config = load_config_file(str(begun / "config.json"))
     assert config == dataclasses.replace(run_config(begun), run_dir=None)
