@@ -16,11 +16,11 @@ from nearly always (word) to seldom (remainder); 40 trained prompts, the same fo
 Learning rates 1e-4, 3e-4, 6e-4: for each rule and G the one of the highest mean reward
 in the second half of a run of seed 10; reported on seeds 0 to 2 (order of prompts,
 samples, LoRA's start). Pass rates: 16 samples of every trained prompt and of 40
-held-out ones, with the same random numbers before training and after every run. Hard
-and easy: thirds by 16 other samples before training. Paired: a rule's run less none's
-of the same seed, +- 95 %, t over seeds; prompts are not resampled, so this is about
-these 80 prompts. Policies of the middle and the end stay in the runs' directories, for
-`--checkpoints` of real_orthogonality.py and real_curvature.py.
+held-out ones, with the same random numbers after every run, others before training.
+Hard and easy: thirds by 16 further samples before training. Paired: a rule's run less
+none's of the same seed, +- 95 %, t over seeds; prompts are not resampled, so this is
+about these 80 prompts. Policies of the middle and the end stay in the runs'
+directories, for `--checkpoints` of real_orthogonality.py and real_curvature.py.
 Hardware and time: one core of 2, shared. A step of 4 x 16 takes 11 s (sampling 3,
 update 8), one of 16 x 4 about 25 (8 x 4: 15); a start 20 to 35 s, an evaluation about a
 minute. G = 16: 9 tuning runs of 2.5 minutes and 9 of 3.5; G = 4: 9 of 5 and 9 of 6;

@@ -55,9 +55,10 @@ def told_lines(instrument: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "  share of measurements that tell it (half, where prompts are counted), and",
-        "  its 95 % interval, if gradients are as SmolLM2-135M's on task ladder are",
-        "  before training: half of a squared norm is signal at",
-        f"  {signal} samples (experiments/interval_widths.py)",
+        "  its 95 % interval, of prompts with pass rates from 1/8 to 7/8, if gradients",
+        "  are as SmolLM2-135M's on task ladder before training: half of a squared",
+        f"  norm is signal at {signal} samples",
+        "  (experiments/interval_widths.py)",
     ]
 
 

@@ -254,8 +254,8 @@ class InstrumentConfig(Record):
     at_start: bool | None = None
     max_overhead: Positive = 0.1  # of step time; chooses prompts, and when
     prompts: ProbePrompts | None = None  # default: what max_overhead allows
-    # Samples of each, a multiple of 4; default: sampling's, but at least 16 where so
-    # many fit, else at least 8
+    # Samples of each, a multiple of 4; default: sampling's, but at least 16 where 8
+    # prompts of so many fit, else (and where `prompts` is given) at least 8
     group_size: Annotated[int, at_least(4)] | None = None
     # Steps between comparisons with other prompt weights; 0: never
     counterfactual_every: Natural = 0
