@@ -152,7 +152,7 @@ def found_rows(s: Setting, c: Config, kind: str) -> list[dict[str, Any]]:
 
 def table(s: Setting, c: Config) -> str:
     """Markdown of the phases, the verdicts, and the differences that judge them."""
-    lines = ["| seed | step | phase | I / II / III | mean cosine | std | |cos| < .1 |"]
+    lines = ["| seed | step | phase | I / II / III | mean cosine | std | within .1 |"]
     lines[0] += " mean sigma | cosines | signal |"
     lines += ["|" + "---|" * 10]
     for row in found_rows(s, c, "looks"):
@@ -162,7 +162,8 @@ def table(s: Setting, c: Config) -> str:
         "Of draws from the estimates' distribution, I / II / III is the share",
     ]
     lines += [
-        "in which a phase is certain; of .95 on it is the label. Signal: prompts."
+        "in which a phase is certain; of .95 on it is the label. Within .1: share of",
+        "cosines of at most that size. Signal: prompts.",
     ]
     for row in found_rows(s, c, "verdict"):
         low, high = row["factor"]

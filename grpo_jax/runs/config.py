@@ -279,7 +279,9 @@ class LogConfig(Record):
 
     samples_every: Natural = 10  # steps between entries of samples.jsonl; 0: never
     samples_prompts: Count = 3  # prompts per entry
-    lines_every: Count = 10  # steps between printed lines where there is no terminal
+    # Steps between printed lines where there is no terminal; fewer where these take
+    # longer than 30 s
+    lines_every: Count = 10
 
 
 class StepBatch(NamedTuple):

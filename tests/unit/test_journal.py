@@ -2,13 +2,14 @@
 
 import json
 import os
+import time
 
 import pytest
 
 from grpo_jax.parallel.processes import Processes, UnwrittenError
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.training import journal
-from grpo_jax.training.console import Console, show, step_facts
+from grpo_jax.training.console import LINE_S, Console, show, step_facts
 from grpo_jax.training.journal import Journal
 
 NAN = float("nan")
@@ -70,6 +71,18 @@ def test_a_step_shown_before_something_slow_is_shown_once(tmp_path, capsys):
     files.close()
     rows = read_lines(tmp_path / "metrics.jsonl")
     assert [row.get("time/evaluation_s") for row in rows] == [9.0, None]
+
+
+def test_slow_steps_have_more_lines(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = Console(10)
+    console.start(0, 99)
+    for step, seconds in enumerate([1, 1, LINE_S - 1, 1, 1, 1, 1, 1, 1, 1], 1):
+        now[0] += seconds
+        console.step(step, {"reward/mean": 0.5})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/")[0] for line in lines] == ["step 1", "step 4", "step 10"]
 
 
 def test_a_measurement_of_the_last_step_is_written_once(tmp_path):
