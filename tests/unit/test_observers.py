@@ -17,7 +17,7 @@ def due(*, measured_from):
 
 @pytest.fixture
 def made(monkeypatch):
-    """what is due -> (observers, what they said and showed, seconds that each thing takes)."""
+    """what is due -> (observers, what they said and showed, seconds of each thing)."""
     now, seconds = [0.0], {"evaluation": 1.0, "measurement": 1.0}
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
