@@ -36,6 +36,7 @@ from real_runs import (
     best_rate,
     identity_of,
     rows_of,
+    rows_with,
     run_name,
     setting_of,
     settings_of,
@@ -143,11 +144,7 @@ def verdict_row(s: Setting, c: Config, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def found_rows(s: Setting, c: Config, kind: str) -> list[dict[str, Any]]:
-    rows = read_lines(c.output / "metrics.jsonl")
-    settings = {
-        name: list(x) if isinstance(x, tuple) else x for name, x in probed(s, c).items()
-    }
-    return [x for x in rows if x["kind"] == kind and x["settings"] == settings]
+    return rows_with(c.output / "metrics.jsonl", probed(s, c), kind=kind)
 
 
 def table(s: Setting, c: Config) -> str:

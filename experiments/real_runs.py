@@ -4,6 +4,7 @@ What real_normalisation.py and real_phases.py share.
 """
 
 import dataclasses
+import json
 import shutil
 import time
 from pathlib import Path
@@ -283,10 +284,18 @@ def pass_rates(s: Setting, policy: Policy, draw: int) -> dict[str, Any]:
 
 def rows_of(s: Setting, **labels: Any) -> list[dict[str, Any]]:
     """Rows of the setting with these labels, of those that are there."""
+    return rows_with(s.config.rows, identity_of(s), **labels)
+
+
+def rows_with(
+    path: Path, settings: dict[str, Any], **labels: Any
+) -> list[dict[str, Any]]:
+    """Rows of a file with these settings, as `once_by_settings` wrote them."""
+    settings = json.loads(json.dumps(settings))  # tuples are lists in the file
     return [
         row
-        for row in read_lines(s.config.rows)
-        if _matches(row, identity_of(s))
+        for row in read_lines(path)
+        if row["settings"] == settings
         and all(row.get(name) == value for name, value in labels.items())
     ]
 
@@ -299,14 +308,6 @@ def chosen_runs(s: Setting) -> list[dict[str, Any]]:
         for row in rows_of(s, kind="run")
         if row["rate"] == best.get((row["group_size"], row["rule"]))
     ]
-
-
-def _matches(row: dict[str, Any], identity: dict[str, Any]) -> bool:
-    kept = row.get("settings", {})
-    return all(
-        kept.get(name) == (list(x) if isinstance(x, tuple) else x)
-        for name, x in identity.items()
-    )
 
 
 def thirds(first: np.ndarray) -> dict[str, np.ndarray]:
