@@ -23,6 +23,8 @@ from grpo_jax.runs.directory import read_facts
 from grpo_jax.runs.recorded import run_config
 from grpo_jax.runs.snapshots import load_policy, pick_step
 
+DEFAULT_LOSS = 0.01  # of an update, where a dtype is asked for
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
@@ -35,8 +37,9 @@ class ExportOptions:
     # Of the files; default: as the files of the model that the run began with, but
     # float32 where factors are merged
     dtype: Literal["float32", "bfloat16"] | None = None
-    # Largest share of a parameter's update that rounding to a --dtype may lose
-    max_loss: float = 0.01
+    # Largest share of a parameter's update that rounding may lose; default: 0.01 with
+    # a --dtype, else any
+    max_loss: float | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,7 +64,7 @@ def export(
     step: int | None = None,
     adapter: bool = False,
     dtype: DTypeLike | None = None,
-    max_loss: float = 0.01,
+    max_loss: float | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
     """Writes a run's policy and tokenizer as a model directory; returns its step.
@@ -75,18 +78,18 @@ def export(
             the run began with (float32 for a new one, and where LoRA's factors are
             merged).
         max_loss: Largest relative loss of what the run learnt, over parameters and
-            layers, that rounding to a given `dtype` may cause.
+            layers, that rounding may cause; None: 0.01 with a given `dtype`, else any.
         say: Gets a line about what rounding loses.
 
     Raises:
         ConfigError: the step was not saved, the run has no LoRA factors, or rounding
-            to a given `dtype` would lose more than `max_loss`.
+            would lose more than `max_loss`.
     """
     run_dir = Path(as_type(str, run_dir, "run_dir"))
     directory = Path(as_type(str, directory, "directory"))
     step, dtype = as_type(int | None, step, "step"), file_dtype(dtype)
     adapter = as_type(bool, adapter, "adapter")
-    max_loss = as_type(float, max_loss, "max_loss")
+    max_loss = as_type(float | None, max_loss, "max_loss")
     facts = read_facts(run_dir)
     step = pick_step(run_dir, step)
     if (directory / "checkpoints").exists() or directory.is_file():
@@ -133,7 +136,7 @@ def _rounded(
     policy: Policy,
     run_dir: Path,
     dtype: str | None,
-    max_loss: float,
+    max_loss: float | None,
     say: Callable[[str], None],
 ) -> Policy:
     """The policy to write, LoRA's factors merged, and a line of what rounding loses."""
@@ -150,8 +153,10 @@ def _rounded(
             "lost; --adapter writes the factors alone and leaves the base as it is."
         )
         return merged
-    if dtype is not None:
-        check_loss(loss, dtype, max_loss)
+    if dtype is not None and max_loss is None:
+        max_loss = DEFAULT_LOSS
+    if max_loss is not None:
+        check_loss(loss, target, max_loss)
     if loss.share:
         say(_loss_text(loss, target, chosen=dtype is not None))
     return merged.replace(jax.tree.map(lambda x: x.astype(target), merged.params))

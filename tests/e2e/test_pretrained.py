@@ -262,6 +262,9 @@ def test_a_model_stored_in_bfloat16_is_written_in_it(
     assert lost and float(lost[1]) > 1  # more than --dtype bfloat16 may lose
     with pytest.raises(ConfigError, match="bfloat16 files would lose"):
         gj.export(result.run_dir, tmp_path / "refused", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="more than max_loss 0.02"):
+        gj.export(result.run_dir, tmp_path / "refused", max_loss=0.02)
+    assert not (tmp_path / "refused").exists()
     written = gj.load_pretrained(tmp_path / "same")
     rounded = jax.tree.map(lambda x: x.astype("bfloat16"), trained.params)
     chex.assert_trees_all_equal(written.params, rounded)
