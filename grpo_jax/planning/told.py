@@ -49,7 +49,7 @@ def told_lines(instrument: dict[str, Any]) -> list[str]:
     for width, by_group in next(iter(needed.values())).items():
         for g in by_group:
             counts = [needed[name][width][g] for name in ASSUMED]
-            texts = [f"{n} prompts" if n else f"over {PROMPTS[-1]}" for n in counts]
+            texts = [f"{n} prompts" if n else f"not by {PROMPTS[-1]}" for n in counts]
             lines.append(_cells(f"to +-{float(width):.2f}, x {g} samples", texts))
     signal = " and ".join(f"{at} ({name})" for name, at in ASSUMED.items())
     return [

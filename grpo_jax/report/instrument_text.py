@@ -33,8 +33,9 @@ def reading(rows: Rows) -> list[str]:
     if prompts < LEAST_PROMPTS:
         return [
             f"{prompts} probe prompts were measured: at least {LEAST_PROMPTS} with "
-            "signal are needed to say anything of phase, interference or noise, and 8 "
-            "(instrument.prompts) to say it often."
+            "signal are needed to say anything of phase, interference or noise, and "
+            "8 of 16 samples or more (instrument.prompts, instrument.group_size) to "
+            "say it often."
         ]
     return [
         _phase_text(rows),
