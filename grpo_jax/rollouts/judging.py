@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from grpo_jax.advantages import group_statistics
 from grpo_jax.parallel.processes import (
     Processes,
     gather_to_host,
@@ -211,12 +209,12 @@ def _merged(shares: Sequence[_Share]) -> tuple[Scores, np.ndarray, np.ndarray]:
     return scores, lengths, merge([share.ended for share in shares])
 
 
-# For rewards on the host: one small program, compiled in a run's first step.
-jitted_group_statistics = jax.jit(group_statistics)
-
-
 def group_means(rewards: Any) -> np.ndarray:
     """[P] mean reward of each group of rewards [P, G], on the host; NaN for a group
-    whose rewards are all missing."""
-    statistics = jax.device_get(jitted_group_statistics(rewards))
-    return np.where(statistics.count > 0, statistics.mean, np.nan)
+    whose rewards are all missing.
+
+    Without a program of its own, which a run would compile where it first needs one.
+    """
+    x = np.asarray(rewards, float)
+    count = (~np.isnan(x)).sum(1)
+    return np.where(count, np.nansum(x, 1) / np.maximum(count, 1), np.nan)

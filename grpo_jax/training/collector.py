@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from grpo_jax.advantages import group_statistics
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.rewards.scoring import Scores
 from grpo_jax.rollouts.judging import (
     HostRollouts,
     ScoredRollouts,
     fetch_to_host,
-    jitted_group_statistics,
 )
 from grpo_jax.rollouts.refine import Piece, refined_prompts
 from grpo_jax.rollouts.types import Rollouts
@@ -68,9 +68,13 @@ class Collected(NamedTuple):
         return self.scored.rollouts
 
 
+# For rewards on the host: one small program, compiled in a run's first step.
+_group_statistics = jax.jit(group_statistics)
+
+
 def tied_groups(rewards: Any) -> np.ndarray:
     """[P] bool: all rewards of the group [P, G] are equal."""
-    return np.asarray(jitted_group_statistics(rewards).tied)
+    return np.asarray(_group_statistics(rewards).tied)
 
 
 class Collector:
