@@ -51,9 +51,10 @@ from common import interval_text, write_config, write_rows, write_table
 import grpo_jax as gj
 from grpo_jax.diagnostics.phases import PHASES, THRESHOLDS
 from grpo_jax.intervals import t_interval
+from grpo_jax.records import overlaid
 from grpo_jax.runs.config_files import differences, from_dict, to_dict
-from grpo_jax.runs.directory import read_config_dict
 from grpo_jax.runs.lines import read_lines
+from grpo_jax.runs.recorded import run_config
 
 METHODS = {"std": {"name": "std"}, "none": {"name": "unit"}}  # prompt weights
 NUMBERS = ("small_fraction", "std_cosine", "mean_cosine", "mean_sigma")
@@ -114,7 +115,10 @@ def one_run(c: Config, method: str, rate: float, seed: int, watched: bool) -> Pa
     config = from_dict(gj.TrainConfig, settings | {"run_dir": str(directory)})
     if not (directory / "report.html").exists():
         gj.train(config)
-    elif rows := differences(read_config_dict(directory), to_dict(config)):
+        return directory
+    made = run_config(directory)
+    # What a setting left open, the run chose.
+    if rows := differences(to_dict(made), to_dict(overlaid(made, config))):
         raise SystemExit(
             f"{directory} is a run of other settings ({'; '.join(rows)}); give another "
             "--results."
