@@ -19,6 +19,19 @@ use_compile_cache()
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+MOST_MAPS = 25_000  # of memory; Linux ends a process at 65,530 by default
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Drops compiled programs after a module where there are many: each keeps maps of
+    memory, and a worker of the slow suite was aborted for having too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Everything in float64, for identities that must be exact."""
