@@ -160,11 +160,10 @@ def ours(c: Config) -> Measured:
     """The library's sampler and update, at their default settings."""
     import jax
     import jax.numpy as jnp
-    from shape import Shape, make_step
+    from shape import Shape, make_step, one_step
 
     import grpo_jax as gj
     from grpo_jax.runs.config import TrainConfig
-    from grpo_jax.training.state import Batch
 
     policy = gj.load_pretrained(c.model, dtype="float32")
     shape = Shape(c.prompts, c.group_size, c.prompt_tokens, c.new_tokens)
@@ -176,29 +175,13 @@ def ours(c: Config) -> Measured:
     ids = np.random.default_rng(0).integers(1000, 40000, (c.prompts, c.prompt_tokens))
     ids, steps = ids.astype(np.int32), []
     for i in range(c.steps + 1):
-        began = Used.now()
-        rollouts = gj.sample(
-            policy.replace(state.params),
-            ids,
-            np.ones_like(ids),
-            group_size=c.group_size,
-            max_new_tokens=c.new_tokens,
-            key=jax.random.fold_in(jax.random.key(1), i),
-            eos_id=-1,  # no token ends a completion
-            pad_id=0,
-        )
-        jax.block_until_ready(rollouts)
-        sampled = Used.now()
         rewards = jnp.asarray(random_rewards(c, i).reshape(c.prompts, -1))
-        weights = made.rule.weights(rewards, ())[0]
-        behaviour = rollouts.behaviour_logprobs
-        batch = Batch(
-            rollouts._replace(rewards=rewards), rewards, weights, old_logprobs=behaviour
-        )
-        state, _ = update(state, batch)
-        jax.block_until_ready(state)
-        steps.append(Step(sampled.since(began), Used.now().since(sampled)))
-    del state, batch, rollouts
+        state, _, (began, sampled, ended) = one_step(
+            policy, made, update, state, ids, rewards, i,
+            new_tokens=c.new_tokens, now=Used.now,
+        )  # fmt: skip
+        steps.append(Step(sampled.since(began), ended.since(sampled)))
+    del state
 
     @jax.jit
     def forward(xs: list, ws: list) -> list:

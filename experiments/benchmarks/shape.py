@@ -1,8 +1,12 @@
-"""The set-up of one train step of a given shape, for step.py and weak_scaling.py."""
+"""The set-up of one train step of a given shape, and the step itself, for step.py,
+real_model.py and weak_scaling.py."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import jax
+import numpy as np
 
 import grpo_jax as gj
 from grpo_jax.models.policy import Policy
@@ -10,8 +14,10 @@ from grpo_jax.objectives.loss import scale_weights
 from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
 from grpo_jax.runs.config import OptimizerConfig
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
-from grpo_jax.training.state import TrainState, init_state
+from grpo_jax.training.state import Batch, TrainState, init_state
 from grpo_jax.training.step import make_train_step
+
+Time = TypeVar("Time")
 
 
 class DecoderShape(Protocol):
@@ -78,3 +84,49 @@ def make_step(
         return init_state(params, optimizer, rule)
 
     return TrainStep(chosen, rule, micro, update, init)
+
+
+def one_step(
+    policy: Policy,
+    made: TrainStep,
+    update: Callable[..., Any],
+    state: TrainState,
+    prompts: np.ndarray,
+    rewards: jax.Array,
+    i: int,
+    *,
+    new_tokens: int,
+    now: Callable[[], Time],
+) -> tuple[TrainState, gj.Rollouts, tuple[Time, Time, Time]]:
+    """(state, rollouts, times at which it began, had sampled, had updated).
+
+    Args:
+        update: `made.update`, jitted.
+        prompts: [P, L] token ids, without padding.
+        rewards: [P, G].
+        i: Of the step; its samples are a function of it.
+        now: Reads a clock.
+    """
+    began = now()
+    rollouts = gj.sample(
+        policy.replace(state.params),
+        prompts,
+        np.ones_like(prompts),
+        group_size=rewards.shape[1],
+        max_new_tokens=new_tokens,
+        key=jax.random.fold_in(jax.random.key(1), i),
+        eos_id=-1,  # no token ends a completion
+        pad_id=0,
+    )
+    jax.block_until_ready(rollouts)
+    sampled = now()
+    # The ratio is against the sampler's own log-probs.
+    batch = Batch(
+        rollouts._replace(rewards=rewards),
+        rewards,
+        made.rule.weights(rewards, ())[0],
+        old_logprobs=rollouts.behaviour_logprobs,
+    )
+    state, _ = update(state, batch)
+    jax.block_until_ready(state)
+    return state, rollouts, (began, sampled, now())

@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from shape import Shape, TrainStep, make_step, model_config
+from shape import Shape, TrainStep, make_step, model_config, one_step
 
 import grpo_jax as gj
 from grpo_jax.models.config import num_parameters
 from grpo_jax.models.policy import Policy
-from grpo_jax.training.state import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,41 +98,17 @@ def time_steps(c: Config, policy: Policy, made: TrainStep) -> Timings:
     )
     rewards = jnp.asarray(rng.random((c.prompts, c.group_size)) < 0.5, jnp.float32)
 
-    def one_step(state, i):
-        began = time.perf_counter()
-        rollouts = gj.sample(
-            policy.replace(state.params),
-            prompts,
-            np.ones_like(prompts),
-            group_size=c.group_size,
-            max_new_tokens=c.new_tokens,
-            key=jax.random.fold_in(jax.random.key(1), i),
-            eos_id=-1,  # no token ends a completion
-            pad_id=0,
-        )
-        jax.block_until_ready(rollouts)
-        sampled = time.perf_counter()
-        # The ratio is against the sampler's own log-probs.
-        batch = Batch(
-            rollouts._replace(rewards=rewards),
-            rewards,
-            made.rule.weights(rewards, ())[0],
-            old_logprobs=rollouts.behaviour_logprobs,
-        )
-        state, _ = update(state, batch)
-        jax.block_until_ready(state)
-        ended = time.perf_counter()
-        return state, rollouts, StepTimes(sampled - began, ended - sampled)
-
-    state, rollouts, first = one_step(made.init(policy.params), 0)
-    before, times = state.params, []
-    for i in range(1, c.steps + 1):
+    state, times = made.init(policy.params), []
+    for i in range(c.steps + 1):
         before = jax.tree.map(jnp.copy, state.params)
-        state, rollouts, both = one_step(state, i)
-        times.append(both)
+        state, rollouts, (began, sampled, ended) = one_step(
+            policy, made, update, state, prompts, rewards, i,
+            new_tokens=c.new_tokens, now=time.perf_counter,
+        )  # fmt: skip
+        times.append(StepTimes(sampled - began, ended - sampled))
     scored = jax.jit(gj.completion_logprobs)(policy.replace(before), rollouts)
     mismatch = float(jnp.abs(scored - rollouts.behaviour_logprobs).max())
-    return Timings(sum(first), times, mismatch)
+    return Timings(sum(times[0]), times[1:], mismatch)
 
 
 def main(c: Config) -> None:
