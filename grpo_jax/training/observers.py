@@ -1,7 +1,8 @@
 """What watches a run: pass rates, probe measurements, counterfactual updates."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from grpo_jax.training.pass_rates import PassRates
 from grpo_jax.training.watchdog import Watchdog
 
 ANNOUNCED_S = 5  # seconds of the last one for which the next is announced
+_DOING = {"evaluation": "evaluating", "measurement": "measuring"}
 
 
 class BeforeUpdate(NamedTuple):
@@ -56,7 +58,7 @@ class Observers:
         self._due, self._pass_rates, self._instrument = due, pass_rates, instrument
         self._learner, self._journal = learner, journal
         self._watchdog, self._processes, self._say = watchdog, processes, say
-        self._took: dict[str, float] = {}  # seconds of the last one of each kind
+        self._took: dict[str, float] = {}  # phase -> seconds of the last one
 
     def prepare(self, params: Any, step: int, keep_measurement: bool) -> dict[str, Any]:
         """Evaluates and measures before the first step, due or not: what these need is
@@ -76,13 +78,11 @@ class Observers:
         if not (keep_measurement or self._due.measurement(0)):
             return metrics
         self._say(f"measuring {here} (the first measurement compiles its programs)")
-        began = time.monotonic()
-        with self._watchdog.phase("measurement"):
+        with self._phase("measurement"):
             metrics |= self._instrument.measure(params, step)
             self._instrument.compile(params)
             if not keep_measurement:
                 self._instrument.discard()
-        self._took["measuring"] = time.monotonic() - began
         return metrics
 
     def before_update(
@@ -117,12 +117,13 @@ class Observers:
         """Metrics of the policy after `step` steps, where they are due."""
         metrics: dict[str, Any] = {}
         if self._due.evaluation(step) and not self._processes.stopping:
-            self._announce("evaluating", step)
+            self._announce("evaluation", step)
             metrics |= self._evaluate(params, step)
         measures = self._due.measurement(step) and not self._processes.stopping
         if measures and self._instrument is not None:
-            self._announce("measuring", step)
-            metrics |= self._measure(self._instrument, params, step)
+            self._announce("measurement", step)
+            with self._phase("measurement"):
+                metrics |= self._instrument.measure(params, step)
         return metrics
 
     def write_measurement(self) -> None:
@@ -132,26 +133,23 @@ class Observers:
             self._journal.measurement(row)
 
     def _evaluate(self, params: Any, step: int) -> dict[str, Any]:
-        began = time.monotonic()
-        with self._watchdog.phase("evaluation"):
+        with self._phase("evaluation"):
             metrics = dict(self._pass_rates.measure(params, step))
-        took = self._took["evaluating"] = time.monotonic() - began
-        return metrics | {"time/evaluation_s": took}
+        return metrics | {"time/evaluation_s": self._took["evaluation"]}
 
-    def _measure(
-        self, instrument: Instrument, params: Any, step: int
-    ) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """A phase that is watched and timed."""
         began = time.monotonic()
-        with self._watchdog.phase("measurement"):
-            metrics = dict(instrument.measure(params, step))
-        self._took["measuring"] = time.monotonic() - began
-        return metrics
+        with self._watchdog.phase(name):
+            yield
+        self._took[name] = time.monotonic() - began
 
-    def _announce(self, doing: str, step: int) -> None:
+    def _announce(self, phase: str, step: int) -> None:
         """Says what begins, where it is new or the last one took long."""
-        took = self._took.get(doing)
+        took = self._took.get(phase)
         if took is not None and took <= ANNOUNCED_S:
             return
         self._journal.show()
         new = " (compiles its programs)" if took is None else ""
-        self._say(f"step {step}: {doing}{new}")
+        self._say(f"step {step}: {_DOING[phase]}{new}")
