@@ -67,3 +67,22 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
         return mean, math.inf
     half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
     return mean, float(half)
+
+
+def difference_interval(
+    first: Sequence[float] | np.ndarray, last: Sequence[float] | np.ndarray
+) -> tuple[float, float]:
+    """(mean of `last` less that of `first`, half width of its 95 % Welch interval).
+
+    Args:
+        first, last: [n], [m] independent values, two or more of each; their variances
+            may differ.
+    """
+    from scipy import stats
+
+    parts = [np.asarray(x, float) for x in (first, last)]
+    squares = [float(x.var(ddof=1)) / len(x) for x in parts]  # standard errors'
+    spread = sum(q**2 / (len(x) - 1) for q, x in zip(squares, parts, strict=True))
+    degrees = sum(squares) ** 2 / spread if spread else 1.0
+    half = float(stats.t.ppf(0.975, degrees)) * sum(squares) ** 0.5
+    return float(parts[1].mean() - parts[0].mean()), half

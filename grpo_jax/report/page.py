@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.instrument.rows import ROW_FIELDS
+from grpo_jax.intervals import difference_interval
 from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.report.curves import comparison, run_figures
 from grpo_jax.report.instrument_figures import Section, instrument_section
@@ -186,31 +187,26 @@ def _reward_trend(steps: np.ndarray, rewards: np.ndarray) -> list[str]:
     """A sentence on the mean reward of trained prompts' samples, for runs that are
     too short, or evaluated on too few prompts, for their pass rates to tell.
 
-    A change is named where Welch's test of the steps' rewards in the first and the last
-    third says so at 5 %: steps have prompts of their own, so that without any change
-    their rewards are independent.
+    A change is named where the 95 % interval of the difference between the first and
+    the last third of the steps leaves out 0: steps have prompts of their own, so that
+    without any change their rewards are independent.
 
     Args:
         steps: [N], from 1.
         rewards: [N], of each step.
     """
-    from scipy import stats
-
     third = len(steps) // 3
     if len(steps) < LEAST_STEPS:
         return []
-    parts = rewards[:third], rewards[-third:]
-    before, after = (float(part.mean()) for part in parts)
-    squares = [float(part.var(ddof=1)) / third for part in parts]  # standard errors'
-    degrees = (third - 1) * sum(squares) ** 2 / (sum(x**2 for x in squares) or 1.0)
-    limit = float(stats.t.ppf(0.975, max(1.0, degrees))) * sum(squares) ** 0.5
-    change = "rose" if after > before else "fell"
-    if abs(after - before) <= limit:
+    first, last = rewards[:third], rewards[-third:]
+    difference, half = difference_interval(first, last)
+    change = "rose" if difference > 0 else "fell"
+    if abs(difference) <= half:
         change = "did not change measurably"
     return [
-        f"The mean reward of a step's samples {change}: {before:.3f} over steps "
-        f"{steps[0]} to {steps[third - 1]}, {after:.3f} over steps {steps[-third]} to "
-        f"{steps[-1]}."
+        f"The mean reward of a step's samples {change}: {first.mean():.3f} over steps "
+        f"{steps[0]} to {steps[third - 1]}, {last.mean():.3f} over steps "
+        f"{steps[-third]} to {steps[-1]}."
     ]
 
 

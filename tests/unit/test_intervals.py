@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from grpo_jax.intervals import mean_interval, rate_interval, t_interval
+from grpo_jax.intervals import (
+    difference_interval,
+    mean_interval,
+    rate_interval,
+    t_interval,
+)
 
 
 @pytest.mark.parametrize(("solved", "total"), [(0, 10), (1, 16), (8, 10), (64, 64)])
@@ -60,3 +65,14 @@ def test_mean_interval():
     assert mean_interval([2.0]) == (2.0, -math.inf, math.inf)
     assert t_interval([2.0]) == (2.0, math.inf)
     assert all(map(math.isnan, mean_interval([])))
+
+
+# Of 9 and 5 values with other variances, against scipy's Welch test and its interval.
+def test_a_difference_has_welchs_interval():
+    rng = np.random.default_rng(0)
+    first, last = rng.normal(size=9), rng.normal(1.0, 3.0, size=5)
+    test = stats.ttest_ind(last, first, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    expected = ((high + low) / 2, (high - low) / 2)
+    np.testing.assert_allclose(difference_interval(first, last), expected)
+    assert difference_interval([1.0, 1.0], [3.0, 3.0]) == (2.0, 0.0)
