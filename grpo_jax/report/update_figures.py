@@ -94,6 +94,8 @@ def first_order_changes(rows: Rows) -> Figure | TooFew | None:
     names = [
         n for n in rows[-1]["weightings"] if all(n in r["weightings"] for r in rows)
     ]
+    if not names:
+        return None
     changes = {name: first_order(rows, name) for name in names}  # (own, others)
     rate = np.stack([pass_rates(row) for row in rows])
     finite = np.isfinite(changes[names[0]][0])
