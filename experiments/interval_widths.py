@@ -17,11 +17,11 @@ samples, noise in 118 directions. Both: norms lognormal(.4), pass rates uniform 
 Hardware and time: one CPU core, 5 minutes (--smoke: 10 s).
 
 Expected: +-.19 by 20 prompts of one skill and +-.10 by 24 of a mix, G = 32, as on the
-real model. Got (2026-11-29): +-.21 and +-.08 by 24 of each. Prompts of one skill are
-told more seldom the more there are at G = 8: all are mostly noise, and a few that are
-not must be a fifth of all. Intervals cover 95 to 100 % of one skill's std to P = 32,
-later 68 to 98 % (it comes out too small), and 72 to 97 % of a mix's, whose std hangs on
-the fifth of prompts with two answers.
+real model. Got (2026-11-29): +-.21 and +-.08 by 24 of each. Of one skill at G = 8 a
+measurement of more prompts gives a std less often: nearly all gradients are noise, and
+those that are not must be a fifth of all. Intervals cover 95 to 100 % of one skill's
+std to P = 32, later 68 to 98 % (it comes out too small), and 72 to 97 % of a mix's,
+whose std hangs on the fifth of prompts with two answers.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ from scipy.special import gammaln
 import grpo_jax as gj
 from grpo_jax.diagnostics.geometry import part_weights
 from grpo_jax.diagnostics.probe import num_parts
+from grpo_jax.instrument.widths import GROUP_SIZES, PROMPTS
 from grpo_jax.runs.lines import read_lines
 
 SKILLS = 5
@@ -63,8 +64,8 @@ class Config:
     plot_only: bool = False  # the table again, from metrics.jsonl
     seed: int = 0
     kinds: tuple[str, ...] = tuple(KINDS)
-    prompts: tuple[int, ...] = (5, 8, 12, 16, 24, 32, 64, 128, 256)
-    group_sizes: tuple[int, ...] = (8, 16, 32, 64)
+    prompts: tuple[int, ...] = PROMPTS
+    group_sizes: tuple[int, ...] = GROUP_SIZES
     repeats: int = 100
 
 
