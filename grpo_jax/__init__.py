@@ -95,6 +95,15 @@ _HOMES = {
         "save_pretrained",
     ),
     "grpo_jax.rollouts.types": ("Rollouts",),
+    "grpo_jax.rollouts.forms": (
+        "ROW_FORMS",
+        "RowForm",
+    ),
+    "grpo_jax.rollouts.checks": (
+        "check_rollouts",
+        "warn_if_unlikely",
+        "with_logprobs",
+    ),
     "grpo_jax.rollouts.sampling": ("sample",),
     "grpo_jax.rollouts.logprobs": ("completion_logprobs",),
     "grpo_jax.rewards.types": ("Example",),

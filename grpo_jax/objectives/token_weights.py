@@ -29,13 +29,16 @@ def conflict_weights(
     Args:
         token_ids: [P, G, T] int.
         advantages: [P, G]; completions with A = 0 are neither good nor bad.
-        completion_mask: [P, G, T], its ones first.
+        completion_mask: [P, G, T]; tokens outside it, as a tool's, are passed over.
 
     References:
         Simoni et al. 2025, arXiv:2508.03772 (lambda); the paper's code divides the loss
         by a count of conflicts besides, which its formula does not have.
     """
-    mask = completion_mask.astype(bool)
+    sampled = completion_mask.astype(bool)
+    first = jnp.argsort(~sampled, axis=-1, stable=True)  # sampled tokens first
+    token_ids = jnp.take_along_axis(token_ids, first, -1)
+    mask = jnp.take_along_axis(sampled, first, -1)
     lengths = mask.sum(-1)  # [P, G]
     positions = jnp.arange(mask.shape[-1])[None, None]
     # Its own inverse inside the mask.
@@ -54,7 +57,10 @@ def conflict_weights(
         return jnp.where(shared & unbroken, factor, 1.0)
 
     backward = jnp.take_along_axis(factors(backward), from_end, -1)
-    return jnp.where(mask, factors(token_ids) * backward, 1.0)
+    both = jnp.take_along_axis(
+        factors(token_ids) * backward, jnp.argsort(first, axis=-1), -1
+    )
+    return jnp.where(sampled, both, 1.0)
 
 
 def mean_entropy(entropy: jax.Array, completion_mask: jax.Array) -> jax.Array:
@@ -181,14 +187,17 @@ def overlong_weights(
 ) -> jax.Array:
     """[P, G, T]: 0 on completions cut off before EOS (DAPO's overlong filtering).
 
-    They stay in their group's statistics and in token counts.
+    They stay in their group's statistics and in token counts. The last sampled token
+    decides: in a talk of several turns each ends with one.
 
     Args:
         token_ids, completion_mask: [P, G, T].
         eos_id: The id of the token that ends a completion, or several ids.
     """
     mask = completion_mask.astype(bool)
-    ended = (is_eos(token_ids, eos_id) & mask).any(-1, keepdims=True)
+    last = (mask * jnp.arange(mask.shape[-1])).argmax(-1, keepdims=True)
+    final = jnp.take_along_axis(token_ids, last, -1)  # [P, G, 1]
+    ended = is_eos(final, eos_id) & mask.any(-1, keepdims=True)
     return jnp.broadcast_to(ended, mask.shape).astype(float)
 
 

@@ -217,9 +217,14 @@ def _some(names: list[str]) -> str:
 
 def _read_parquet(path: Path, fields: Sequence[str]) -> _Objects:
     del fields
-    import pyarrow
-    import pyarrow.parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: parquet needs pyarrow, which is not installed; pip install "
+            "pyarrow, or write the rows as .jsonl."
+        ) from error
     try:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:

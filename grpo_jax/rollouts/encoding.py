@@ -8,7 +8,7 @@ import numpy as np
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example
-from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.rollouts.types import Rollouts, completion_lengths
 from grpo_jax.tasks.plain_text import TextError, encode_all
 from grpo_jax.tasks.templates import encode_templated
 from grpo_jax.tasks.types import Task
@@ -118,6 +118,7 @@ def decode_groups(
 ) -> list[list[str]]:
     """Texts [P][G] of completions [P, G, T], each up to its final EOS, without it.
 
+    What others wrote between sampled tokens, as a tool's results, is part of the text.
     Every other token is visible, sampled padding and control tokens included, and an id
     that the tokenizer does not know as U+FFFD in its place: a completion that differs
     from a right one never reads like it.
@@ -147,7 +148,7 @@ def decode_groups(
             for strange, part in known
         )
 
-    lengths = mask.sum(-1)  # [P, G]
+    lengths = completion_lengths(mask)  # [P, G]
     return [
         [decode(ids[:n].tolist()) for ids, n in zip(group, counts, strict=True)]
         for group, counts in zip(completions, lengths, strict=True)

@@ -15,7 +15,7 @@ from grpo_jax.rewards.pool import VerifierPool
 from grpo_jax.rewards.scoring import Scores, score
 from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.encoding import decode_groups
-from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.rollouts.types import Rollouts, completion_lengths
 from grpo_jax.tasks.types import Task
 
 _ERROR_LENGTH = 200  # characters of an error text that other processes get
@@ -43,7 +43,7 @@ class ScoredRollouts(NamedTuple):
         scores: [P, G] of every process. Of another process only the first error text
             is exchanged, repeated to keep the count.
         texts: [P][G]; "" for samples of other processes, unless they were gathered.
-        lengths: [P, G] tokens of every completion.
+        lengths: [P, G] tokens of every completion up to its last sampled one.
         ended: [P, G] bool, completions that ended by themselves: the others were cut
             off at the limit.
     """
@@ -86,7 +86,7 @@ def score_rollouts(
     completions, mask = map(
         np.asarray, (rollouts.completions, rollouts.completion_mask)
     )
-    lengths = mask.sum(-1)  # [P, G]
+    lengths = completion_lengths(mask)  # [P, G]
     ended = completions_ended(completions, lengths, task.ends)
     texts = decode_groups(task, completions, mask)
     scores = _score_owned(task, examples, texts, lengths, owned, pool)

@@ -59,15 +59,20 @@ def _turn(message: Any, where: str) -> Turn:
     if not isinstance(message, Mapping):
         raise ConfigError(f"{where}: a message must have role and content, got "
                           f"{message!r:.200}.")  # fmt: skip
-    role, content = message.get("role"), message.get("content")
-    if isinstance(content, list):  # parts, of which all must be text
-        content = _joined(content)
+    role, content = message.get("role"), text_content(message.get("content"))
     if not isinstance(role, str) or not isinstance(content, str):
         raise ConfigError(
             f"{where}: a message must have role and content as text, got "
             f"{message!r:.200}."
         )
     return role, content
+
+
+def text_content(content: Any) -> str | None:
+    """A message's content as text, of parts that are text joined; None: it is none."""
+    if isinstance(content, str):
+        return content
+    return _joined(content) if isinstance(content, list) else None
 
 
 def _joined(parts: list[Any]) -> str | None:

@@ -56,6 +56,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 Turn = tuple[str, str]  # role, content
+Message = Turn | Mapping[str, Any]  # a mapping may have more, such as tool_calls
 Turns = tuple[Turn, ...]
 # Stands for the user's text while a chat template is analysed; no template strips it.
 _PLACEHOLDER = "\ue000text\ue001"
@@ -307,7 +308,7 @@ class _Speller:
 
 def apply_chat(
     tokenizer: Any,
-    conversations: Sequence[Sequence[Turn]],
+    conversations: Sequence[Sequence[Message]],
     arguments: Mapping[str, Any] = MappingProxyType({}),
     date: str = "",
     *,
@@ -325,7 +326,12 @@ def apply_chat(
     import jinja2
 
     turns = [
-        [{"role": role, "content": content} for role, content in conversation]
+        [
+            dict(turn)
+            if isinstance(turn, Mapping)
+            else {"role": turn[0], "content": turn[1]}
+            for turn in conversation
+        ]
         for conversation in conversations
     ]
     options = dict(arguments)
@@ -339,7 +345,7 @@ def apply_chat(
     except jinja2.TemplateSyntaxError as error:
         raise syntax_error(tokenizer, error) from error
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        roles = dict.fromkeys(role for role, _ in conversations[0])
+        roles = dict.fromkeys(str(turn.get("role")) for turn in turns[0])
         raise ConfigError(
             f"the chat template refuses {' and '.join(roles)} turns: {error}."
         ) from error

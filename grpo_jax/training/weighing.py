@@ -91,15 +91,17 @@ def group_metrics(
     present = statistics.present.sum()
     total = (statistics.mean * statistics.count).sum()
     lengths = rollouts.completion_mask.sum(-1)
+    # A group smaller than G has places with neither tokens nor a reward.
+    samples = ((lengths > 0) | statistics.present).sum()
     informative = ~group_statistics(judged).tied
     return {
         "reward/mean": total / present,
-        "reward/missing": statistics.present.size - present,
+        "reward/missing": samples - present,
         "group/informative": informative.mean(),
         "group/std_mean": std.sum() / (statistics.count > 0).sum(),
         "weights/mean": weights.mean(),
         "weights/max": weights.max(),
-        "completion/length_mean": lengths.mean(),
+        "completion/length_mean": lengths.sum() / samples,
         "tokens/completion": lengths.sum(),
     }
 

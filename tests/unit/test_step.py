@@ -432,7 +432,8 @@ def test_means_of_no_rewards_are_no_numbers():
 
 # Rewards (1, 0, 0, missing), (1, 1, 1, 1), (missing x 4): 5 solved of 7 present; the
 # first has std sqrt(2) / 3, the second 0, the third none; completions of 1, 2, 3 and 0
-# tokens each.
+# tokens each. The last places of the first and third group hold no sample: 3 rewards
+# of 10 samples are missing.
 def test_group_metrics():
     batch = Rollouts(
         *[None] * 3,
@@ -444,12 +445,12 @@ def test_group_metrics():
     metrics = jax.jit(group_metrics)(batch, weights, batch.rewards)
     expected = {
         "reward/mean": 5 / 7,
-        "reward/missing": 5,
+        "reward/missing": 3,
         "group/informative": 1 / 3,
         "group/std_mean": 2**0.5 / 6,
         "weights/mean": 1,
         "weights/max": 2,
-        "completion/length_mean": 6 / 4,
+        "completion/length_mean": 18 / 10,
         "tokens/completion": 18,
     }
     assert set(metrics) == set(expected)

@@ -42,6 +42,7 @@ LENGTHS = np.array([[1, 2, 3, 5], [5, 4, 3, 2], [5, 5, 1, 3]])
 MASK = np.arange(T) < LENGTHS[..., None]
 ONES = MASK.astype(np.float32)
 IDS = RNG.integers(0, V, (P, G, T)).astype(np.int32)
+LAST = np.take_along_axis(IDS, LENGTHS[..., None] - 1, -1)  # [P, G, 1]
 REWARDS = np.float32([[1, 0, 0, 0], [1, 1, 0, 1], [0, 1, 0, 1]])
 CENTRED = REWARDS - REWARDS.mean(1, keepdims=True)
 INVERSE = 1 / (REWARDS.std(1) + 1e-6)
@@ -349,10 +350,10 @@ FUNCTIONS = {
         np.isin,
     ),
     "token_weights.overlong_weights": Case(
-        partial(gj.overlong_weights, eos_id=1),
+        partial(gj.overlong_weights, eos_id=int(LAST[0, 0, 0])),
         (IDS, MASK),
         floats(P, G, T),
-        lambda ids, mask: ((ids == 1) & mask).any(-1)[..., None] + 0 * ids,
+        lambda ids, mask: (LAST == LAST[0, 0, 0]) + np.zeros_like(ONES),
     ),
     "token_weights.truncated_importance_weights": Case(
         partial(gj.truncated_importance_weights, cap=1.5),
