@@ -29,6 +29,7 @@ from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import MeshConfig
 from grpo_jax.runs.directory import changed_facts, read_facts
 from grpo_jax.runs.lines import read_lines, without_nan
+from grpo_jax.runs.objects import given_objects
 from grpo_jax.runs.params import named_arrays
 from grpo_jax.runs.paths import count_compiles, use_compile_cache
 from grpo_jax.runs.policies import task_to_continue
@@ -126,7 +127,8 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
         task = task_to_continue(config.task, run_dir)
     else:
         task = dataclasses.replace(task, date=facts.get("date", task.date))
-    plan = make_plan(config, task)
+    own = given_objects(config, starting=False)[1]
+    plan = make_plan(config, task, given=own)
     if what := changed_facts(facts, facts_of(config, plan)):
         raise ConfigError(f"cannot replay {run_dir}: {what} changed since it ran.")
     mesh, console = make_mesh(config.mesh), Console(config.log.lines_every)
@@ -146,10 +148,11 @@ def _replay(context: RunContext, step: int) -> Replayed:
     policy = starting_policy(context)
     assert policy is not None  # nothing asks a replay to stop
     parts = make_parts(context, policy)
-    state, start = _checkpoint_before(context, parts.learner.init(policy), step)
+    state = parts.learner.init(policy, rollouts=parts.shapes[-1], donate=True)
+    state, start = _checkpoint_before(context, state, step)
     del policy  # its parameters are the state's now, to be donated
     context.console.say(f"replaying from step {start}")
-    parts.learner.compile(state, lambda: False)
+    parts.learner.compile(state, parts.shapes)
     make_row = RowMaker(parts.schedule, count_compiles())
     rows = {row["step"]: row for row in read_lines(context.directory / "metrics.jsonl")}
     first_differing = None
@@ -275,10 +278,10 @@ def _arrays(
     if settings.objective.history > 1:
         _, first = push_history(settings.objective, state.history, batch)
     first = part_of(first, 0, settings.parts)
-    prompts, _, tokens = first.rollouts.completions.shape
+    prompts = first.rollouts.prompts.shape[0]
     gradients = make_gradients(
         settings.objective,
-        micro=settings.micro(prompts, tokens),
+        micro=settings.micro(prompts, first.rollouts),
         temperature=settings.temperature,
         max_length=settings.max_new_tokens,
     )

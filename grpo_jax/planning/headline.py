@@ -24,7 +24,7 @@ def headline(
     shapes: Shapes,
     *,
     stored: str,
-    rate: LearningRate,
+    rate: LearningRate | None,
     probe: ProbePlan | None,
     evaluated: EvaluatedPrompts,
     peak: int,
@@ -45,7 +45,7 @@ def headline(
         f"micro-batch {micro.prompts} x {micro.samples}",
         f"ends at {named_tokens(task.tokenizer, task.ends)}",
         f"{_size(model)}, {_dtype_text(config, model.dtype, stored)}",
-        rate.text(),
+        *_optimizer_text(config, rate),
     ]
     if config.mesh != MeshConfig():
         sizes = dataclasses.asdict(config.mesh).items()
@@ -67,6 +67,13 @@ def _dtype_text(config: TrainConfig, dtype: str, stored: str) -> str:
     if dtype == stored:
         return f"{dtype}, as the model is stored"
     return f"{dtype}, the default on CPUs for a model stored in {stored}"
+
+
+def _optimizer_text(config: TrainConfig, rate: LearningRate | None) -> list[str]:
+    """The user's optimizer, if any, and the learning rate that the config has."""
+    own = config.optimizer.name != "adamw"
+    texts = [f"optimizer {config.optimizer.name}"] if own else []
+    return texts if rate is None else [*texts, rate.text()]
 
 
 def _size(model: ModelConfig) -> str:

@@ -51,7 +51,8 @@ def learning_rate(config: TrainConfig, *, lora: bool) -> LearningRate:
         config: A resumed run's has the rate that it began with.
         lora: LoRA factors are trained (those of an adapter's directory too).
     """
-    rule = rate_rule(pretrained=config.pretrained is not None, lora=lora)
+    trained_before = config.pretrained is not None or config.policy is not None
+    rule = rate_rule(pretrained=trained_before, lora=lora)
     given = config.optimizer.learning_rate
     if given is None:
         source = f"the default for {rule.trained}"

@@ -38,6 +38,7 @@ from grpo_jax.rollouts.lengths import drop_long_prompts
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.refine import Piece
 from grpo_jax.runs.config import InstrumentConfig, TrainConfig
+from grpo_jax.runs.objects import Given, given_objects
 from grpo_jax.runs.policies import (
     check_language,
     task_of,
@@ -54,7 +55,7 @@ class Plan:
     task: Task
     objective: Objective
     weights: PromptWeights
-    learning_rate: LearningRate
+    learning_rate: LearningRate | None  # None: the user's optimizer has its own
     model: ModelConfig  # with the tokenizer's vocabulary and a dtype to compute in
     prompts: list[list[int]]  # token ids of the trained prompts
     prompt_length: int
@@ -70,6 +71,7 @@ class Plan:
     memory: MemoryInputs
     headline: str
     warnings: list[str]
+    given: Given  # the user's own objects
 
 
 class TaskStage(NamedTuple):
@@ -110,6 +112,7 @@ def make_plan(
     with_weights: bool = True,
     local_devices: bool = True,
     date: str | None = None,
+    given: Given | None = None,
 ) -> Plan:
     """Checks a config against its task and fixes every shape.
 
@@ -119,11 +122,14 @@ def make_plan(
         local_devices: The run is on this machine's devices; else on accelerators, which
             compute in bfloat16 itself, as many as its mesh has.
         date: Of a task that is made here, as in `load_task`.
+        given: Objects of the user's own; None: those that the config names.
 
     Raises:
         ConfigError: the run cannot work as configured.
     """
-    objective = resolve_objective(config)
+    if given is None:
+        config, given = given_objects(config)
+    objective = resolve_objective(config, given.objective)
     directory = None
     if config.pretrained is not None:
         directory = local_directory(config.pretrained)
@@ -140,8 +146,10 @@ def make_plan(
     )
     shapes = shapes_stage(config, objective, task, lengths)
     check_embedded(task, model.config.vocab_size, refine=shapes.refine)
-    weights = resolve_weights(config, objective, len(task.train))
-    rate = learning_rate(config, lora=bool(model.config.lora_rank))
+    weights = resolve_weights(config, objective, len(task.train), given.weights)
+    rate = None
+    if given.optimizer is None or callable(given.optimizer):
+        rate = learning_rate(config, lora=bool(model.config.lora_rank))
     slow = directory is not None and local_devices and jax.default_backend() == "cpu"
     probe = probe_stage(config, model.config, len(task.train), lengths, slow=slow)
     if warm_starts:  # its errors come before anything is written
@@ -192,10 +200,11 @@ def make_plan(
         warnings=[
             *left_out,
             *lengths.warnings,
-            *([rate.warning] if rate.warning else []),
+            *([rate.warning] if rate and rate.warning else []),
             *probe.warnings,
             *memory.warnings,
         ],
+        given=given,
     )
 
 

@@ -17,19 +17,24 @@ from grpo_jax.runs.config import (
     WarmStartConfig,
     WeightsConfig,
 )
+from grpo_jax.runs.objects import check_weights, made
 from grpo_jax.tasks.types import Task, WarmStart
 
 
-def resolve_objective(config: TrainConfig) -> Objective:
+def resolve_objective(config: TrainConfig, own: Objective | None = None) -> Objective:
     """The preset with the config's overrides; named weights replace its scale.
+
+    Args:
+        config: A run's.
+        own: The user's objective, in place of a preset.
 
     Raises:
         ConfigError: an override changes nothing, or choices do not go together.
     """
     choice = config.objective
-    if choice.name not in OBJECTIVES:
-        raise unknown_name("objective", choice.name, OBJECTIVES)
-    preset = OBJECTIVES[choice.name]
+    if own is None and choice.name not in OBJECTIVES:
+        raise unknown_name("objective", choice.name, [*OBJECTIVES, "module:name"])
+    preset = OBJECTIVES[choice.name] if own is None else own
     overrides = _given(choice)
     if config.weights.name != "objective":
         if "scale" in overrides:
@@ -54,30 +59,39 @@ def resolve_objective(config: TrainConfig) -> Objective:
 
 
 def _check_combination(config: TrainConfig, objective: Objective) -> None:
-    _check_updates(config, objective)
-    if objective.history > 1:
-        _check_history(objective)
-
-
-def _check_updates(config: TrainConfig, objective: Objective) -> None:
-    name, updates = config.objective.name, config.updates_per_rollout
-    if updates > 1 and not (objective.has_ratio() or objective.disjoint):
-        raise ConfigError(
-            f"updates_per_rollout must be 1 for {name}, which has no importance "
-            f"ratio, got {updates}; the second update would be off policy."
-        )
-    if objective.disjoint and config.batch.prompts % updates:
-        raise ConfigError(
-            f"updates_per_rollout must divide sampling.prompts for {name}, each of "
-            f"whose updates has its own prompts, got {updates} and "
-            f"{config.batch.prompts}."
-        )
+    updates = config.updates_per_rollout
+    check_updates(objective, updates, config.batch.prompts, config.objective.name)
     for field in ("stop_deviation", "disjoint"):  # in a preset they may stay unused
         if updates == 1 and getattr(config.objective, field):
             raise ConfigError(
                 f"objective.{field} changes nothing with one update per rollout; "
                 "raise updates_per_rollout or leave it out."
             )
+
+
+def check_updates(
+    objective: Objective, updates: int, prompts: int | None, name: str
+) -> None:
+    """ConfigError where an objective cannot make its updates.
+
+    Args:
+        objective: Whose loss.
+        updates: Updates of one rollout.
+        prompts: P of a rollout; None: not known yet.
+        name: What the objective is called.
+    """
+    if updates > 1 and not (objective.has_ratio() or objective.disjoint):
+        raise ConfigError(
+            f"updates_per_rollout must be 1 for {name}, which has no importance "
+            f"ratio, got {updates}; the second update would be off policy."
+        )
+    if objective.disjoint and prompts is not None and prompts % updates:
+        raise ConfigError(
+            f"updates_per_rollout must divide sampling.prompts for {name}, each of "
+            f"whose updates has its own prompts, got {updates} and {prompts}."
+        )
+    if objective.history > 1:
+        _check_history(objective)
 
 
 def _check_history(objective: Objective) -> None:
@@ -98,9 +112,18 @@ def _check_history(objective: Objective) -> None:
 
 
 def resolve_weights(
-    config: TrainConfig, objective: Objective, num_prompts: int
+    config: TrainConfig,
+    objective: Objective,
+    num_prompts: int,
+    own: Any = None,
 ) -> PromptWeights:
     """The rule that a config names; by default the objective's scale.
+
+    Args:
+        config: A run's.
+        objective: What it asks for.
+        num_prompts: Trained prompts.
+        own: The user's rule, or a function that makes it.
 
     Raises:
         ConfigError: an unknown rule, or a setting that it does not have.
@@ -108,8 +131,9 @@ def resolve_weights(
     choice = config.weights
     settings, name = _given(choice), choice.name
     rule = WEIGHTS.get(name)
-    if rule is None and name != "objective":
-        raise unknown_name("weights", name, ["objective", *WEIGHTS])
+    if own is None and rule is None and name != "objective":
+        choices = ["objective", *WEIGHTS, "module:name"]
+        raise unknown_name("weights", name, choices)
     for field in settings:
         if rule is None or field not in rule.uses:
             uses = ", ".join(rule.uses) if rule and rule.uses else "none"
@@ -117,6 +141,8 @@ def resolve_weights(
                 f"weights.{field} changes nothing in weights {name} (its settings: "
                 f"{uses}); leave it out."
             )
+    if own is not None:
+        return made(own, PromptWeights, check_weights, num_prompts=num_prompts)
     if rule is None:
         return scale_weights(objective)
     if "power_end" in settings:
@@ -133,6 +159,8 @@ def weights_text(choice: WeightsConfig) -> str:
     if choice.name == "objective":
         return ""
     settings = ", ".join(f"{k} {v:g}" for k, v in _given(choice).items())
+    if choice.name not in WEIGHTS:
+        return f" | w = {choice.name}"
     return f" | w = {WEIGHTS[choice.name].text}" + (
         f" ({settings})" if settings else ""
     )

@@ -180,16 +180,17 @@ def _verdict(run: RunFiles) -> list[str]:
     return [*sentences, run.note] if run.note else sentences
 
 
-LEAST_STEPS = 9  # of a run whose first and last third are compared
+LEAST_STEPS = 9  # of a run whose first third is compared with the rest
 
 
 def _reward_trend(steps: np.ndarray, rewards: np.ndarray) -> list[str]:
     """A sentence on the mean reward of trained prompts' samples, for runs that are
     too short, or evaluated on too few prompts, for their pass rates to tell.
 
-    A change is named where the 95 % interval of the difference between the first and
-    the last third of the steps leaves out 0: steps have prompts of their own, so that
-    without any change their rewards are independent.
+    A change is named where the 95 % interval of the difference between the first third
+    of the steps and the rest leaves out 0: steps have prompts of their own, so that
+    without any change their rewards are independent. Most of what is learned in a short
+    run is learned early, so that all later steps tell of it.
 
     Args:
         steps: [N], from 1.
@@ -198,7 +199,7 @@ def _reward_trend(steps: np.ndarray, rewards: np.ndarray) -> list[str]:
     third = len(steps) // 3
     if len(steps) < LEAST_STEPS:
         return []
-    first, last = rewards[:third], rewards[-third:]
+    first, last = rewards[:third], rewards[third:]
     difference, half = difference_interval(first, last)
     change = "rose" if difference > 0 else "fell"
     if abs(difference) <= half:
@@ -206,7 +207,7 @@ def _reward_trend(steps: np.ndarray, rewards: np.ndarray) -> list[str]:
     return [
         f"The mean reward of a step's samples {change}: {first.mean():.3f} over steps "
         f"{steps[0]} to {steps[third - 1]}, {last.mean():.3f} over steps "
-        f"{steps[-third]} to {steps[-1]}."
+        f"{steps[third]} to {steps[-1]}."
     ]
 
 

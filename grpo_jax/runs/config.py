@@ -41,7 +41,8 @@ class TaskConfig(Record):
     """What is asked and how it is scored; an option that a task does not know is an
     error."""
 
-    # chains | gsm8k-expressions | gsm8k | math | countdown | ladder | jsonl
+    # chains | gsm8k-expressions | gsm8k | math | countdown | ladder | jsonl, or
+    # module:name of your own: a Task, or a function of options that makes one
     name: str = "chains"
     path: str | None = None  # the data's file or directory, for tasks that read one
     heldout_path: str | None = None  # a file only evaluated, such as MATH-500's
@@ -83,7 +84,7 @@ class ObjectiveConfig(Record):
     ranges, and `grpo-jax train --help` begins with the choices of each axis.
     """
 
-    name: str = "grpo"
+    name: str = "grpo"  # or module:name, an Objective of your own
     baseline: str | None = None  # what is taken off a reward
     scale: str | None = None  # the prompt weights
     std_eps: NotNegative | None = None  # added to the std
@@ -121,7 +122,8 @@ class ObjectiveConfig(Record):
 class WeightsConfig(Record):
     """The prompt weights: the preconditioner. None: the rule's default."""
 
-    # A rule; objective: the scale of the objective's row. Rules made of pass rates
+    # A rule, or module:name, PromptWeights of your own or a function of the number of
+    # trained prompts; objective: the scale of the objective. Rules made of pass rates
     # (group_mean, beta, finite_group, shrunk, posterior) take them from the first
     # reward, 1 or more where solved, and weigh what it pays; other rewards are added
     name: str = "objective"
@@ -149,6 +151,8 @@ class SamplingConfig(Record):
     stop_tokens: tuple[str, ...] = ()
     # With drafts: how the best one joins its prompt; default: the task's
     refine_template: str | None = None
+    # Module:name of a function that is called as gj.sample and samples elsewhere
+    sampler: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,8 +181,12 @@ class ScoringConfig(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Record):
-    """AdamW behind a global-norm clip."""
+    """AdamW behind a global-norm clip, or an optimizer of your own."""
 
+    # Adamw, or module:name: an optax optimizer, or a function that makes one of the
+    # learning rate's schedule; what follows is AdamW's alone but for the learning rate
+    # (of a function), skip_empty
+    name: str = "adamw"
     learning_rate: Positive | None = None  # peak; default: by what is trained
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up
     warmup_steps: Natural = 0  # optimizer updates of linear warm-up
@@ -282,6 +290,9 @@ class LogConfig(Record):
     # Steps between printed lines where there is no terminal; fewer where these take
     # longer than 30 s
     lines_every: Count = 10
+    # Module:name of a function of (row, run) that sees every line of metrics.jsonl, and
+    # may ask to stop, evaluate or save
+    on_step: str | None = None
 
 
 class StepBatch(NamedTuple):
@@ -302,6 +313,8 @@ class TrainConfig(Record):
     # A directory of config.json, safetensors and tokenizer, or a Hub name; of `model`
     # only compute_dtype, remat and lora_* may then be given
     pretrained: str | None = None
+    # Module:name of a Policy to start from, or of a function that makes one
+    policy: str | None = None
 
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -344,6 +357,10 @@ class TrainConfig(Record):
             raise ConfigError(
                 f"instrument.group_size must be a multiple of 4, got {group}; groups "
                 "are cut into equal parts."
+            )
+        if self.policy is not None and self.pretrained is not None:
+            raise ConfigError(
+                "policy and pretrained both say where to start; leave one out."
             )
         if self.resume and not self.run_dir:
             raise ConfigError("resume needs the run to continue: give --run-dir DIR.")

@@ -192,6 +192,7 @@ def _absolute(path: str) -> str:
 def _default_directory(config: TrainConfig) -> Path:
     """runs/TASK-OBJECTIVE-seedN, numbered if taken."""
     stem = f"{config.task.name}-{config.objective.name}-seed{config.seed}"
+    stem = stem.replace(":", ".")  # of objects of the user's own
     directory, number = Path("runs") / stem, 1
     while directory.exists():
         number += 1

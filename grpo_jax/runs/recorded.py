@@ -23,8 +23,7 @@ from grpo_jax.runs.policies import default_dtype
 def run_config(run_dir: Path | str) -> TrainConfig:
     """The config of a run, with paths that lead to its data from here too.
 
-    Its own rewards, "module:function", can be imported afterwards as they were where it
-    began.
+    What it names as "module:name" can be imported afterwards as it was where it began.
 
     Raises:
         ConfigError: the directory holds no run.
@@ -38,8 +37,13 @@ def recorded_config(run_dir: Path, facts: dict[str, Any]) -> TrainConfig:
     origin = began_in(run_dir, facts)
     if origin is None:
         return config
-    own_rewards = any(":" in reward for reward in config.task.rewards)
-    if own_rewards and str(origin) not in sys.path:
+    names = [
+        *config.task.rewards, config.task.name, config.objective.name,
+        config.weights.name, config.optimizer.name, config.sampling.sampler or "",
+        config.log.on_step or "",
+    ]  # fmt: skip
+    own = any(":" in name for name in names)
+    if own and str(origin) not in sys.path:
         sys.path.append(str(origin))
     return with_paths(config, lambda path: _found(origin, path))
 

@@ -83,7 +83,7 @@ def text_task(
     check_golds(rewards, [*train, *(heldout or [])])
     parts = _pick_parts(request, train, heldout)
     texts = (t for e in parts.pool for t in (e.prompt, e.solution or e.answer))
-    language = _make_language(
+    language = make_language(
         request, lambda: train_tokenizer(texts, request.vocab_size)
     )
 
@@ -140,7 +140,7 @@ def single_answer_task(
     Raises:
         ConfigError: the tokenizer has several token sequences for an answer.
     """
-    language = _make_language(request, lambda: character_tokenizer(alphabet))
+    language = make_language(request, lambda: character_tokenizer(alphabet))
     tokenizer = language.tokenizer
     if request.tokenizer is not None:
         answers = [example.answer for example in train + heldout]
@@ -237,9 +237,7 @@ class _Language(NamedTuple):
     date: str
 
 
-def _make_language(
-    request: TaskRequest, make_tokenizer: Callable[[], Any]
-) -> _Language:
+def make_language(request: TaskRequest, make_tokenizer: Callable[[], Any]) -> _Language:
     """The language requested; `make_tokenizer` where there is no tokenizer.
 
     The template of a tokenizer made here is the one that another task would choose for

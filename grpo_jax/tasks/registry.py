@@ -16,6 +16,7 @@ from grpo_jax.tasks.gsm8k import make_gsm8k
 from grpo_jax.tasks.gsm8k_expressions import make_gsm8k_expressions
 from grpo_jax.tasks.jsonl import make_jsonl
 from grpo_jax.tasks.ladder import make_ladder
+from grpo_jax.tasks.own import own_task
 from grpo_jax.tasks.types import Task
 
 _FILES = ("path", "heldout_path", "rewards", "vocab_size", "thinking")
@@ -87,7 +88,8 @@ def load_task(
     """Makes a task by its name.
 
     Args:
-        name: One of `TASKS`.
+        name: One of `TASKS`, or "module:name" of your own: a `Task`, or a function that
+            returns one and is called with those of the options here that it names.
         path: The data: a directory with train and test files; for most tasks also a
             single file or a data set's name for `datasets`.
         heldout_path: A file to evaluate on in place of the test part.
@@ -121,8 +123,9 @@ def load_task(
         ConfigError: an unknown task, an option that it does not honour, or data that
             does not fit.
     """
-    if as_type(str, name, "task.name") not in _MAKERS:
-        raise unknown_name("task", name, TASKS)
+    own = ":" in as_type(str, name, "task.name")
+    if not own and name not in _MAKERS:
+        raise unknown_name("task", name, [*TASKS, "module:name"])
     if tokenizer is not None and not hasattr(tokenizer, "decode"):
         raise ConfigError(
             f"task.tokenizer must be a tokenizer, got {tokenizer!r}; load_tokenizer "
@@ -142,6 +145,9 @@ def load_task(
     )  # fmt: skip
     options["thinking"] = options["thinking"] or None
     given = {key: value for key, value in options.items() if value not in (None, ())}
+    if own:
+        language["template_arguments"] = _arguments(template_arguments)
+        return own_task(name, tokenizer, language, given)
     _check_honoured(name, given)
     shared = {key: given.pop(key) for key in [*given] if key in TaskRequest._fields}
     arguments = _arguments(template_arguments)

@@ -28,7 +28,7 @@ def compare_weights(
     *,
     micro: MicroBatch,
     temperature: float,
-    max_length: int,
+    max_length: int | None,
 ) -> Counterfactual:
     """The run's weights and those of `RULES`, on one batch and optimizer state; pure.
 
@@ -40,7 +40,7 @@ def compare_weights(
         batch: [P, G, T] rollouts with their weights [P].
         micro: Prompts and samples per backward pass.
         temperature: The sampling temperature.
-        max_length: Tokens that a completion may have.
+        max_length: Tokens that a completion may have; None: not read.
     """
     params, rollouts = state.params, batch.rollouts
     weights = {"this run": batch.weights}

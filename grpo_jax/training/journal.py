@@ -27,7 +27,7 @@ FILES = ("metrics", "samples", "counterfactual", "instrument")
 class RowMaker(NamedTuple):
     """Makes the rows of metrics.jsonl."""
 
-    schedule: optax.Schedule
+    schedule: optax.Schedule | None  # None: an optimizer of the user's own has it
     compiles: Callable[[], int]  # programs compiled so far
 
     def __call__(
@@ -35,7 +35,7 @@ class RowMaker(NamedTuple):
     ) -> dict[str, Any]:
         """The row of a step, of metrics on the device and on the host."""
         row = {"step": step} | to_numbers(metrics) | host
-        if step:
+        if step and self.schedule is not None:
             applied = row["update/applied"]  # the rate is that of the last one
             rate = self.schedule(max(0, applied - 1))
             row["learning_rate"] = float(np.asarray(rate))
@@ -57,6 +57,7 @@ class Journal:
         make_row: Makes the rows of metrics.jsonl.
         step: The step of the checkpoint; 0 at the start.
         unwritten: By file, rows that the checkpoint kept.
+        tell: Gets each row of metrics.jsonl once it is written.
 
     Attributes:
         last_row: The newest row of metrics.jsonl made by this process; {} before.
@@ -71,9 +72,10 @@ class Journal:
         *,
         step: int,
         unwritten: dict[str, list[dict]],
+        tell: Callable[[dict[str, Any]], object] = lambda row: None,
     ):
         self._directory, self._processes = directory, processes
-        self._console, self._make_row = console, make_row
+        self._console, self._make_row, self._tell = console, make_row, tell
         self._pending: tuple[int, dict, dict] | None = None
         self._shown = 0  # the step whose line was printed before its row was written
         self.last_row: dict[str, Any] = {}
@@ -140,6 +142,8 @@ class Journal:
             self._console.step(step, row)
         if "eval/heldout_pass_rate" in row:
             self._console.say(f"step {step}: {_evaluated(row)}")
+        if self._processes.is_writer:
+            self._tell(row)
 
     def complete(self, step: int, late: dict[str, Any]) -> None:
         """Adds to the newest row what a stop left out of it.

@@ -1,17 +1,42 @@
-"""Weighs scored rollouts and makes a rollout's updates, with compiled programs."""
+"""The step of a training loop: weighs scored rollouts and makes their updates.
 
+    learner = gj.Learner("grpo", optax.adamw(1e-6))
+    state = learner.init(policy)
+    state, metrics = learner.step(state, rollouts)
+    policy = learner.policy(state)
+
+The trainer uses this object. Its programs are compiled for each shape of rollouts, so
+shapes should be few.
+"""
+
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
 from grpo_jax.diagnostics.counterfactual import Counterfactual
+from grpo_jax.errors import ConfigError
 from grpo_jax.models.policy import Policy
+from grpo_jax.objectives.loss import scale_weights
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import gather_to_host
-from grpo_jax.parallel.sharding import put_on_mesh
+from grpo_jax.parallel.sharding import on_mesh, put_on_mesh
+from grpo_jax.planning.resolve import check_updates
+from grpo_jax.preconditioner import PromptWeights
+from grpo_jax.rollouts.checks import check_rollouts
 from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.runs.config import TrainConfig
+from grpo_jax.runs.objects import (
+    as_objective,
+    check_optimizer,
+    check_policy,
+    check_weights,
+)
 from grpo_jax.training.programs import Programs, UpdateSettings, compile_programs
 from grpo_jax.training.state import Batch, TrainState, empty_history, init_state
 
@@ -25,55 +50,222 @@ class WeighedBatch(NamedTuple):
 
 
 class Learner:
-    """Makes the initial state, weighs rollouts and updates the state.
+    """Makes a first state, and from a state and rollouts the next one.
 
     Args:
-        settings: What the programs are made from.
-        buckets: Padded completion lengths, one set of programs each.
+        objective: An `Objective`, or a name of `OBJECTIVES`. Its drafts and refills are
+            how rollouts are sampled, and left to the loop around.
+        optimizer: Any optax optimizer; it sees the gradient of the loss, prompt weights
+            applied.
+        weights: The prompt weights, in place of the objective's own scale.
+        reference: The policy that a KL term keeps near; by default the one of `init`.
+        updates: Updates made of one rollout. From the second one on the ratio is to
+            the policy that sampled, whose log-probs are computed again.
+        temperature: Of sampling; it belongs to the policy.
+        max_new_tokens: Tokens that a completion may have, where the objective divides
+            by them or punishes long ones.
+        eos_ids: Tokens that end a completion, where the objective leaves out those that
+            were cut off.
+        micro_batch_tokens: Tokens of a backward pass on a device; how a batch is split
+            changes nothing but memory and rounding.
+        skip_empty: Leave out updates whose gradient is 0 everywhere.
+        with_counterfactual: Compile `compare_weights` too.
+        with_solving: Use `Rollouts.solving` where it is there.
+        mesh: Of `make_mesh`; None for a single device.
+
+    Raises:
+        ConfigError: an argument is of the wrong kind, or they do not go together.
     """
 
-    def __init__(self, settings: UpdateSettings, buckets: Sequence[int]):
-        self.settings, self._buckets = settings, buckets
-        self._programs: dict[int, Programs] = {}
+    def __init__(
+        self,
+        objective: Objective | str,
+        optimizer: optax.GradientTransformation,
+        *,
+        weights: PromptWeights | None = None,
+        reference: Policy | None = None,
+        updates: int = 1,
+        temperature: float = 1.0,
+        max_new_tokens: int | None = None,
+        eos_ids: int | Sequence[int] = (),
+        micro_batch_tokens: int = TrainConfig.micro_batch_tokens,
+        skip_empty: bool = True,
+        with_counterfactual: bool = False,
+        with_solving: bool = True,
+        mesh: Mesh | None = None,
+    ):
+        objective = as_objective(objective)
+        check_optimizer(optimizer)
+        if weights is None:
+            weights = scale_weights(objective)
+        else:
+            check_weights(weights)
+            objective = dataclasses.replace(objective, scale="none")
+        ends = (eos_ids,) if isinstance(eos_ids, int) else tuple(eos_ids)
+        _check_needs(objective, max_new_tokens, ends)
+        check_updates(objective, updates, None, "this objective")
+        self._reference = reference
+        self._settings: UpdateSettings | None = None
+        self._programs: dict[Any, Programs] = {}
+        # The policy is that of `init`.
+        self._method: dict[str, Any] = dict(
+            objective=objective,
+            rule=weights,
+            optimizer=optimizer,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop_ids=ends,
+            updates=updates,
+            micro_batch_tokens=micro_batch_tokens,
+            with_counterfactual=with_counterfactual,
+            with_solving=with_solving,
+            skip_empty=skip_empty,
+            mesh=mesh,
+        )
 
-    def init(self, policy: Policy) -> TrainState:
-        """The state before any update; takes over the policy's parameters."""
+    @property
+    def settings(self) -> UpdateSettings:
+        """What the programs are made from, the policy of `init` included.
+
+        Raises:
+            ConfigError: there is none yet.
+        """
+        if self._settings is None:
+            raise ConfigError("a learner starts with `state = learner.init(policy)`.")
+        return self._settings
+
+    def init(
+        self,
+        policy: Policy,
+        *,
+        rollouts: Rollouts | None = None,
+        donate: bool = False,
+    ) -> TrainState:
+        """The state before any update.
+
+        A later `init` begins anew: states made before it are not this learner's.
+
+        Args:
+            policy: Its `params` are trained, its `frozen` ones (LoRA's base) are not.
+            rollouts: [P, G, T] of the shapes to come, for an objective with a history.
+            donate: Take the policy's parameters instead of a copy; it cannot be used
+                afterwards.
+        """
+        check_policy(policy)
+        objective = self._method["objective"]
+        if objective.history > 1 and rollouts is None:
+            raise ConfigError(
+                f"an objective with history {objective.history} keeps rollouts, of "
+                "fixed shapes: give init(policy, rollouts=...), an example of them."
+            )
+        copied = jax.tree.map(jnp.copy, policy.params)
+        kept, trained = (copied, policy.params) if donate else (policy.params, copied)
+        self._settings = UpdateSettings(
+            policy=policy.replace(None),
+            reference=self._reference_of(policy.replace(kept)),
+            **self._method,
+        )
+        self._programs.clear()
+        s = self._settings
+        history = () if rollouts is None else empty_history(objective, rollouts)
+        with on_mesh(s.mesh):
+            state = init_state(trained, s.optimizer, s.rule, history)
+            return put_on_mesh(state, s.mesh)
+
+    def _reference_of(self, start: Policy) -> Policy | None:
+        """The reference policy; None where the objective has no KL term."""
+        if not self._method["objective"].kl_coef:
+            return None
+        given = start if self._reference is None else self._reference
+        check_policy(given)
+        if given.config != start.config:
+            raise ConfigError(
+                "reference must be a policy of the same config as the one of `init` "
+                "(with LoRA: with factors too, as they are at the start), got another; "
+                "leave it out for the policy of `init` itself."
+            )
+        return given
+
+    def policy(self, state: TrainState) -> Policy:
+        """The policy with a state's parameters; the next step donates them."""
+        return self.settings.policy.replace(state.params)
+
+    def step(
+        self,
+        state: TrainState,
+        rollouts: Rollouts,
+        *,
+        prompt_ids: jax.Array | np.ndarray | None = None,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """(new state, scalar metrics) after the updates of one batch of rollouts.
+
+        The state given is donated. Metrics are named as the fields of metrics.jsonl.
+
+        Args:
+            state: Of `init` or an earlier step.
+            rollouts: [P, G, T] completions with log-probs of the policy that sampled
+                them and rewards [P, G]. New shapes are compiled for.
+            prompt_ids: [P], for prompt weights that remember prompts.
+
+        Raises:
+            ValueError: the rollouts have no rewards, wrong shapes, tokens outside the
+                vocabulary, or log-probs that are none or not known.
+        """
         s = self.settings
-        history = empty_history(s.objective, s.rollout_shapes(s.max_new_tokens))
-        state = init_state(policy.params, s.optimizer, s.rule, history)
-        return put_on_mesh(state, s.mesh)
+        check_rollouts(rollouts, s.policy.config.vocab_size)
+        _ = rollouts.scored_rewards, rollouts.sampler_logprobs  # raise where missing
+        if prompt_ids is None:
+            if s.rule.by_prompt:
+                raise ConfigError(
+                    "these prompt weights remember each prompt: give step(..., "
+                    "prompt_ids=ids), ids [P] from 0."
+                )
+            prompt_ids = np.arange(len(rollouts.prompts))
+        weighed = self.weigh(state, rollouts, prompt_ids)
+        state, metrics = self.update(weighed.state, weighed.batch)
+        return state, weighed.metrics | metrics
 
-    def compile(self, state: TrainState, stopping: Callable[[], bool]) -> None:
-        """Compiles every program, so that no step waits for one; less if `stopping`."""
-        for tokens in self._buckets:
+    def compile(
+        self,
+        state: TrainState,
+        shapes: Sequence[Rollouts],
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Compiles for rollouts [P, G, T] of some shapes ahead; less if `stopping`."""
+        for rollouts in shapes:
             if stopping():
                 return
-            self._programs[tokens] = compile_programs(self.settings, state, tokens)
+            self._programs_for(state, rollouts)
 
     def weigh(
-        self, state: TrainState, rollouts: Rollouts, prompt_ids: np.ndarray
+        self,
+        state: TrainState,
+        rollouts: Rollouts,
+        prompt_ids: jax.Array | np.ndarray,
     ) -> WeighedBatch:
         """Prompt weights of scored rollouts, and the other constants of their updates.
 
         Args:
             state: Before the updates.
-            rollouts: [P, G, T] with rewards, T one of the buckets.
+            rollouts: [P, G, T] with rewards.
             prompt_ids: [P] indices of the prompts among the trained ones.
         """
-        s, programs = self.settings, self._programs_of(rollouts)
-        policy = s.policy.replace(state.params)
+        s = self.settings
         if not s.with_solving:
             rollouts = rollouts._replace(solving=None)
-        rollouts = put_on_mesh(rollouts, s.mesh)
-        old = reference = factors = None
-        if programs.rescore is not None and s.rescore_old:
-            old = programs.rescore(policy, rollouts)
-        if programs.rescore is not None and s.reference is not None:
-            reference = programs.rescore(s.reference, rollouts)
-        ids = jnp.asarray(prompt_ids, jnp.int32)
-        weighed = programs.weigh(rollouts, reference, ids, state.weights_state)
-        if programs.token_weights is not None:
-            factors = programs.token_weights(policy, weighed.rollouts)
+        with on_mesh(s.mesh):
+            rollouts = put_on_mesh(rollouts, s.mesh)
+            programs = self._programs_for(state, rollouts)
+            policy = s.policy.replace(state.params)
+            old = reference = factors = None
+            if programs.rescore is not None and s.rescore_old:
+                old = programs.rescore(policy, rollouts)
+            if programs.rescore is not None and s.reference is not None:
+                reference = programs.rescore(s.reference, rollouts)
+            ids = jnp.asarray(prompt_ids, jnp.int32)
+            weighed = programs.weigh(rollouts, reference, ids, state.weights_state)
+            if programs.token_weights is not None:
+                factors = programs.token_weights(policy, weighed.rollouts)
         batch = Batch(
             weighed.rollouts,
             weighed.shaped_rewards,
@@ -115,10 +307,41 @@ class Learner:
         """What other prompt weights would do with the batch, on the host."""
         compare = self._programs_of(batch.rollouts).counterfactual
         if compare is None:
-            raise ValueError(
-                "UpdateSettings.with_counterfactual must be True, got False."
-            )
+            raise ConfigError("Learner needs with_counterfactual=True for this.")
         return gather_to_host(compare(self.settings.policy, state, batch))
 
     def _programs_of(self, rollouts: Rollouts) -> Programs:
-        return self._programs[rollouts.completions.shape[-1]]
+        return self._programs[_shapes(rollouts)]
+
+    def _programs_for(self, state: TrainState, rollouts: Rollouts) -> Programs:
+        """The programs for rollouts, compiled where they are new."""
+        key, s = _shapes(rollouts), self.settings
+        if key not in self._programs:
+            prompts = len(rollouts.prompts)
+            check_updates(s.objective, s.updates, prompts, "this objective")
+            with on_mesh(s.mesh):
+                self._programs[key] = compile_programs(s, state, rollouts)
+        return self._programs[key]
+
+
+def _shapes(rollouts: Rollouts) -> tuple:
+    """What programs of rollouts depend on: shapes, and which fields are there."""
+    return jax.tree.structure(rollouts), *(x.shape for x in jax.tree.leaves(rollouts))
+
+
+def _check_needs(
+    objective: Objective, max_new_tokens: int | None, ends: Sequence[int]
+) -> None:
+    """ConfigError where the objective reads what was not given."""
+    if max_new_tokens is None and (
+        objective.aggregation == "constant" or objective.overlong == "punish"
+    ):
+        raise ConfigError(
+            "this objective measures completions by the most tokens that they may have "
+            f"({objective.formula()}): give Learner(..., max_new_tokens=T)."
+        )
+    if not ends and objective.overlong == "mask":
+        raise ConfigError(
+            "this objective leaves out completions that were cut off: give "
+            "Learner(..., eos_ids=ids), the tokens that end one."
+        )

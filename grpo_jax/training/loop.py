@@ -9,14 +9,20 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from grpo_jax.errors import summary
+from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import UnwrittenError
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.runs.lines import to_numbers
+from grpo_jax.runs.lines import read_lines, to_numbers
+from grpo_jax.runs.snapshots import load_policy
 from grpo_jax.training.collector import Collected
 from grpo_jax.training.context import RunContext
 from grpo_jax.training.due import Due
 from grpo_jax.training.first_updates import WATCHED, advice, too_far
+from grpo_jax.training.handle import Requests, StepListener
 from grpo_jax.training.journal import Journal
 from grpo_jax.training.observers import Observers
 from grpo_jax.training.parts import Parts
@@ -33,6 +39,29 @@ class TrainResult(NamedTuple):
     run_dir: Path
     metrics: dict[str, Any]  # the last row of metrics.jsonl
     finished: bool  # False: stopped by a signal, to be resumed
+
+    @property
+    def history(self) -> dict[str, np.ndarray]:
+        """Field of metrics.jsonl -> its values [N], one of every row; NaN (None for
+        text) where a row lacks it."""
+        rows = read_lines(self.run_dir / "metrics.jsonl")
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: _column([row.get(name) for row in rows]) for name in names}
+
+    def policy(self, step: int | None = None) -> Policy:
+        """The policy after `step` steps, of those that were saved; None: the last.
+
+        Raises:
+            ConfigError: no such checkpoint.
+        """
+        return load_policy(self.run_dir, step)
+
+
+def _column(values: list[Any]) -> np.ndarray:
+    """[N] floats, or objects where a value is text."""
+    if any(isinstance(x, str) for x in values):
+        return np.array(values, object)
+    return np.array([np.nan if x is None else x for x in values], float)
 
 
 class Stopwatch:
@@ -68,6 +97,7 @@ class Loop:
         watchdog: Warns of slow phases.
         due: Says which steps are evaluated, measured, saved.
         resumed: The first state and step.
+        listener: Whom the journal's rows are told to, and who may ask for more.
         keep_measurement: Whether instrument.jsonl gets a row for the step that this
             process starts at; a resumed run measures there in any case.
 
@@ -86,15 +116,16 @@ class Loop:
         watchdog: Watchdog,
         due: Due,
         resumed: Resumed,
+        listener: StepListener,
         *,
         keep_measurement: bool,
     ):
         self.context, self.journal = context, journal
         self.state, self.step = resumed.state, resumed.step
         self._collector = parts.collector
-        self._learner = parts.learner
+        self._learner, self._shapes = parts.learner, parts.shapes
         self._observers, self._saver = observers, saver
-        self._watchdog, self._due = watchdog, due
+        self._watchdog, self._due, self._listener = watchdog, due, listener
         self._keep_measurement = keep_measurement
         self._warned_of_ties: set[str] = set()
         self._warned_of_rate = False
@@ -152,9 +183,10 @@ class Loop:
         )
         del before  # a copy of the parameters
         self._warn(collected, metrics)
-        observed = self._observe(collected, compare_times, timer)
+        asked = self._listener.requests()
+        observed = self._observe(collected, compare_times, timer, asked)
         self.journal.keep(self.step, metrics, timer.times | host | observed)
-        self._save_if_due(collected.rollouts)
+        self._save_if_due(collected.rollouts, asked)
 
     def _watch_first_updates(self, metrics: dict[str, Any]) -> None:
         """Warns once where the first updates move the policy too far."""
@@ -169,9 +201,10 @@ class Loop:
             return
         self._warned_of_rate = True
         rate = self.context.plan.learning_rate
-        self.context.console.warn(
-            f"step {self.step}: {measured}. {advice(rate.value, rate.default)}"
-        )
+        advised = "The optimizer's learning rate is probably too high."
+        if rate is not None:
+            advised = advice(rate.value, rate.default)
+        self.context.console.warn(f"step {self.step}: {measured}. {advised}")
 
     def _check_rewards(self, collected: Collected) -> None:
         """Ends the run, with what it has, where no sample of a step got a reward."""
@@ -186,7 +219,11 @@ class Loop:
         )
 
     def _observe(
-        self, collected: Collected, compare_times: dict[str, float], timer: Stopwatch
+        self,
+        collected: Collected,
+        compare_times: dict[str, float],
+        timer: Stopwatch,
+        asked: Requests,
     ) -> dict[str, Any]:
         """Metrics measured after an update; logs samples and ends the timer too.
 
@@ -194,21 +231,22 @@ class Loop:
             collected: The step's rollouts.
             compare_times: Times of comparing the update with its prediction.
             timer: The step's timer.
+            asked: What is done though it is not due.
         """
         step, params, spent_s = self.step, self.state.params, "time/instrument_s"
         if self._due.samples(step):
             log, train = self.context.config.log, self.context.plan.task.train
             self.journal.samples(step, collected, train, log.samples_prompts)
-        observed = self._observers.observe(params, step)
+        observed = self._observers.observe(params, step, evaluates=asked.evaluation)
         spent = observed.pop(spent_s, 0) + compare_times.get(spent_s, 0)
         if spent:
             timer.times[spent_s] = spent
         timer.total("time/step_s")
         return observed
 
-    def _save_if_due(self, rollouts: Rollouts) -> None:
+    def _save_if_due(self, rollouts: Rollouts, asked: Requests) -> None:
         failed = int(self.state.skipped_in_a_row) >= SKIPPED_LIMIT
-        due = failed or self._due.checkpoint(self.step)
+        due = failed or asked.saving or self._due.checkpoint(self.step)
         if not (due or self._saver.overdue()):
             return
         # The row first: metrics.jsonl always has the row of a checkpoint's step.
@@ -229,7 +267,7 @@ class Loop:
             f"{lengths} tokens"
         )
         with self._watchdog.phase("compilation"):
-            self._learner.compile(self.state, lambda: processes.stopping)
+            self._learner.compile(self.state, self._shapes, lambda: processes.stopping)
         if processes.stopping:
             return
         observed = self._observers.prepare(
@@ -286,6 +324,12 @@ class Loop:
             context.processes.synchronise()  # none exits while another still works
         if unsaved is not None:
             raise unsaved
+        if self._listener.error is not None:
+            raise RuntimeError(
+                f"on_step failed after step {step}: {summary(self._listener.error)}; "
+                f"what was trained is saved in {context.directory}, continue with "
+                "resume."
+            ) from self._listener.error
         return TrainResult(context.directory, last, finished)
 
     def _warn(self, collected: Collected, metrics: dict[str, Any]) -> None:

@@ -113,10 +113,18 @@ class Observers:
             self._journal.counterfactual(row)
         return metrics
 
-    def observe(self, params: Any, step: int) -> dict[str, Any]:
-        """Metrics of the policy after `step` steps, where they are due."""
+    def observe(
+        self, params: Any, step: int, *, evaluates: bool = False
+    ) -> dict[str, Any]:
+        """Metrics of the policy after `step` steps, where they are due.
+
+        Args:
+            params: After these steps.
+            step: How many.
+            evaluates: An evaluation is due in any case.
+        """
         metrics: dict[str, Any] = {}
-        if self._due.evaluation(step) and not self._processes.stopping:
+        if (evaluates or self._due.evaluation(step)) and not self._processes.stopping:
             self._announce("evaluation", step)
             metrics |= self._evaluate(params, step)
         measures = self._due.measurement(step) and not self._processes.stopping

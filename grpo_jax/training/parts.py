@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -17,17 +15,18 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import gather_to_host
-from grpo_jax.planning.plan import Plan
 from grpo_jax.rollouts.encoding import answer_rollouts
 from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.sampling import sample
+from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.runs.objects import check_optimizer, made
 from grpo_jax.training.collector import Collector
 from grpo_jax.training.context import RunContext
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.pass_rates import PassRates
-from grpo_jax.training.programs import UpdateSettings
+from grpo_jax.training.programs import rollout_shapes
 from grpo_jax.training.prompts import SampleFn, TrainedPrompts
 
 
@@ -37,8 +36,9 @@ class Parts(NamedTuple):
     prompts: TrainedPrompts
     collector: Collector
     learner: Learner
+    shapes: list[Rollouts]  # of the update, abstract, longest last
     pass_rates: PassRates
-    schedule: optax.Schedule
+    schedule: optax.Schedule | None  # None: the user's own optimizer has one
     picked: np.ndarray  # all trained prompts in the order that fixed sets take
 
 
@@ -48,7 +48,7 @@ def make_parts(context: RunContext, start: Policy) -> Parts:
     config, plan, task = context.config, context.plan, context.plan.task
     policy = start.replace(None)  # parameters are in the train state alone
     sampler = partial(
-        sample,
+        sample if plan.given.sampler is None else plan.given.sampler,
         max_new_tokens=plan.max_new_tokens,
         temperature=config.sampling.temperature,
         eos_id=task.ends,
@@ -65,16 +65,33 @@ def make_parts(context: RunContext, start: Policy) -> Parts:
     )
     picked = plan.evaluated.picked
     objective = _settled_objective(context, start, prompts, picked)
-    updates = config.steps * config.updates_per_rollout
-    schedule = make_schedule(config.optimizer, updates)
+    optimizer, schedule = _make_optimizer(context)
     return Parts(
         prompts,
         _make_collector(context, prompts, objective),
-        _make_learner(context, start, objective, schedule),
+        _make_learner(context, objective, optimizer),
+        _shapes_of_rollouts(context, objective),
         _make_pass_rates(context, policy, sampler),
         schedule,
         picked,
     )
+
+
+def _make_optimizer(
+    context: RunContext,
+) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
+    """The optimizer, and its learning rate's schedule where the config has it."""
+    config, own = context.config, context.plan.given.optimizer
+    if own is not None and not callable(own):
+        return own, None
+    updates = config.steps * config.updates_per_rollout
+    schedule = make_schedule(config.optimizer, updates)
+    if own is None:
+        return make_optimizer(config.optimizer, schedule), schedule
+    optimizer = made(
+        own, optax.GradientTransformation, check_optimizer, schedule=schedule
+    )
+    return optimizer, schedule
 
 
 def _make_collector(
@@ -96,38 +113,44 @@ def _make_collector(
 
 
 def _make_learner(
-    context: RunContext, start: Policy, objective: Objective, schedule: optax.Schedule
+    context: RunContext, objective: Objective, optimizer: optax.GradientTransformation
 ) -> Learner:
     config, plan = context.config, context.plan
-    reference = None
-    if objective.kl_coef:
-        # A copy: the start's buffers are donated to the first update.
-        reference = start.replace(jax.tree.map(jnp.copy, start.params))
-    compares = config.instrument.counterfactual_every > 0
-    settings = UpdateSettings(
-        objective=objective,
-        rule=plan.weights,
-        optimizer=make_optimizer(config.optimizer, schedule),
-        policy=start.replace(None),
-        reference=reference,
-        prompts=config.batch.prompts,
-        group_size=config.batch.group_size,
-        prompt_tokens=plan.train_prompt_length,
-        max_new_tokens=plan.max_new_tokens,
-        temperature=config.sampling.temperature,
-        stop_ids=tuple(plan.task.ends),
+    named = config.weights.name != "objective"
+    return Learner(
+        objective,
+        optimizer,
+        weights=plan.weights if named else None,
         updates=config.updates_per_rollout,
+        temperature=config.sampling.temperature,
+        max_new_tokens=plan.max_new_tokens,
+        eos_ids=tuple(plan.task.ends),
         micro_batch_tokens=config.micro_batch_tokens,
-        with_counterfactual=compares,
-        with_solving=_needs_solving(plan, objective, compares),
         skip_empty=config.optimizer.skip_empty,
+        with_counterfactual=config.instrument.counterfactual_every > 0,
+        with_solving=_needs_solving(context, objective),
         mesh=context.mesh,
     )
-    return Learner(settings, plan.buckets)
 
 
-def _needs_solving(plan: Plan, objective: Objective, compares: bool) -> bool:
+def _shapes_of_rollouts(context: RunContext, objective: Objective) -> list[Rollouts]:
+    plan = context.plan
+    return [
+        rollout_shapes(
+            *context.config.batch,
+            plan.train_prompt_length,
+            tokens,
+            with_solving=_needs_solving(context, objective),
+            mesh=context.mesh,
+        )
+        for tokens in plan.buckets
+    ]
+
+
+def _needs_solving(context: RunContext, objective: Objective) -> bool:
     """Whether a rule for pass rates meets rewards that are none."""
+    plan = context.plan
+    compares = context.config.instrument.counterfactual_every > 0
     changed = plan.task.graded or objective.overlong == "punish"
     return changed and (plan.weights.pass_rates or compares)
 

@@ -34,7 +34,8 @@ class UpdateSettings:
         rule: From rewards to prompt weights.
         policy: Config and graph, with frozen parameters but without trained ones.
         reference: The policy at step 0, where the objective has a KL term.
-        prompts, group_size, prompt_tokens, max_new_tokens: P, G, L and the largest T.
+        max_new_tokens: Tokens that a completion may have, T or more; None where the
+            objective does not read it.
         stop_ids: Tokens that end a completion.
         updates: Updates made of one rollout.
         micro_batch_tokens: Tokens per backward pass, on each device.
@@ -49,10 +50,7 @@ class UpdateSettings:
     optimizer: optax.GradientTransformation
     policy: Policy
     reference: Policy | None
-    prompts: int
-    group_size: int
-    prompt_tokens: int
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float
     stop_ids: tuple[int, ...]
     updates: int
@@ -85,27 +83,33 @@ class UpdateSettings:
         """Whether log-probs of a rollout are computed again before its updates."""
         return self.rescore_old or self.reference is not None
 
-    def micro(self, prompts: int, tokens: int) -> MicroBatch:
-        """The split of `prompts` groups of completions of `tokens` tokens."""
-        return micro_batch(
-            prompts,
-            self.group_size,
-            self.prompt_tokens,
-            tokens,
-            self.micro_batch_tokens,
-        )
+    def micro(self, prompts: int, rollouts: Rollouts) -> MicroBatch:
+        """The split of `prompts` groups of rollouts [P, G, T]."""
+        _, group_size, tokens = rollouts.completions.shape
+        length = rollouts.prompts.shape[1]
+        budget = self.micro_batch_tokens
+        return micro_batch(prompts, group_size, length, tokens, budget)
 
-    def rollout_shapes(self, tokens: int) -> Rollouts:
-        """Abstract `Rollouts` [P, G, tokens], with shardings on a mesh."""
-        p, g = self.prompts, self.group_size
-        shape: Any = jax.ShapeDtypeStruct
-        prompt = shape((p, self.prompt_tokens), jnp.int32)
-        ids = shape((p, g, tokens), jnp.int32)
-        logprobs = shape((p, g, tokens), jnp.float32)
-        rewards = shape((p, g), jnp.float32)
-        solving = rewards if self.with_solving else None
-        rollouts = Rollouts(prompt, prompt, ids, ids, logprobs, rewards, solving)
-        return with_shardings(rollouts, self.mesh)
+
+def rollout_shapes(
+    prompts: int,
+    group_size: int,
+    prompt_tokens: int,
+    tokens: int,
+    *,
+    with_solving: bool,
+    mesh: Mesh | None,
+) -> Rollouts:
+    """Abstract `Rollouts` [P, G, tokens], with shardings on a mesh."""
+    p, g = prompts, group_size
+    shape: Any = jax.ShapeDtypeStruct
+    prompt = shape((p, prompt_tokens), jnp.int32)
+    ids = shape((p, g, tokens), jnp.int32)
+    logprobs = shape((p, g, tokens), jnp.float32)
+    rewards = shape((p, g), jnp.float32)
+    solving = rewards if with_solving else None
+    rollouts = Rollouts(prompt, prompt, ids, ids, logprobs, rewards, solving)
+    return with_shardings(rollouts, mesh)
 
 
 class Programs(NamedTuple):
@@ -130,14 +134,14 @@ class Programs(NamedTuple):
 
 
 def compile_programs(
-    settings: UpdateSettings, state: TrainState, tokens: int
+    settings: UpdateSettings, state: TrainState, rollouts: Rollouts
 ) -> Programs:
-    """Compiles the programs for completions [P, G, tokens]."""
+    """Compiles the programs for rollouts [P, G, T], arrays or their abstract forms."""
     s, objective = settings, settings.objective
-    rollouts = s.rollout_shapes(tokens)
+    prompts = rollouts.prompts.shape[0]
     logprobs = rollouts.behaviour_logprobs
     policy = s.policy.replace(state.params)
-    micro = s.micro(s.prompts, tokens)
+    micro = s.micro(prompts, rollouts)
     compile_ = partial(_compile, mesh=s.mesh)
 
     rescore = weights_of_tokens = compare = push = token_shapes = None
@@ -149,7 +153,7 @@ def compile_programs(
         partial(weigh, objective, s.rule, max_length=s.max_new_tokens),
         rollouts,
         reference,
-        jax.ShapeDtypeStruct((s.prompts,), jnp.int32),
+        jax.ShapeDtypeStruct((prompts,), jnp.int32),
         state.weights_state,
         out_shardings=tree_shardings,
     )
@@ -186,19 +190,17 @@ def compile_programs(
             batch,
             out_shardings=_of_history,
         )
-    update = _compile_update(settings, state, batch, tokens)
+    update = _compile_update(settings, state, batch)
     return Programs(weigh_program, update, rescore, weights_of_tokens, push, compare)
 
 
-def _compile_update(
-    s: UpdateSettings, state: TrainState, batch: Batch, tokens: int
-) -> Program:
+def _compile_update(s: UpdateSettings, state: TrainState, batch: Batch) -> Program:
     prompts = batch.weights.shape[0] // s.parts
     step = make_train_step(
         dataclasses.replace(s.policy, frozen=None),
         s.objective,
         s.optimizer,
-        micro=s.micro(prompts, tokens),
+        micro=s.micro(prompts, batch.rollouts),
         temperature=s.temperature,
         max_length=s.max_new_tokens,
         skip_empty=s.skip_empty,

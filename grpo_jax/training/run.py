@@ -9,18 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 from grpo_jax.errors import check_kind, first_line
+from grpo_jax.models.policy import Policy
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import LostProcessError, Processes, exit_at_once, join
 from grpo_jax.parallel.sharding import make_mesh, on_mesh
 from grpo_jax.planning.plan import Plan, make_plan
+from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.records import as_type
 from grpo_jax.rewards.pool import VerifierPool, verifier_pool
 from grpo_jax.rewards.trial import try_rewards
+from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import TrainConfig
 from grpo_jax.runs.directory import check_same_config, read_facts, record
 from grpo_jax.runs.lines import read_lines
+from grpo_jax.runs.objects import Given, given_objects
 from grpo_jax.runs.paths import count_compiles, use_compile_cache
 from grpo_jax.runs.policies import task_to_continue
 from grpo_jax.runs.recorded import continued
@@ -28,6 +34,7 @@ from grpo_jax.tasks.types import Task, now
 from grpo_jax.training.console import Console
 from grpo_jax.training.context import RunContext
 from grpo_jax.training.due import Due
+from grpo_jax.training.handle import OnStep, RunHandle, StepListener
 from grpo_jax.training.journal import Journal, RowMaker
 from grpo_jax.training.loop import Loop, TrainResult
 from grpo_jax.training.observers import Observers
@@ -44,12 +51,39 @@ from grpo_jax.training.start import (
 from grpo_jax.training.watchdog import Watchdog
 
 
-def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    task: Task | None = None,
+    objective: Objective | None = None,
+    weights: PromptWeights | Callable[..., PromptWeights] | None = None,
+    optimizer: optax.GradientTransformation
+    | Callable[..., optax.GradientTransformation]
+    | None = None,
+    policy: Policy | None = None,
+    sampler: Callable[..., Rollouts] | None = None,
+    on_step: OnStep | None = None,
+) -> TrainResult:
     """Runs (or continues) a training run, from prompts to a finished report.
+
+    Objects given here take the place of what the config names. The run records them by
+    name and digest; to resume it, give them again. Named as "module:name" in the config
+    they are found again by themselves.
 
     Args:
         config: What to run. With `resume`, what it was not made with is the run's.
         task: A task made in code, instead of the one config.task names.
+        objective: Instead of a row named in config.objective, whose overrides apply.
+        weights: The prompt weights, instead of the objective's scale; or a function of
+            `num_prompts`, the number of trained prompts, that makes them.
+        optimizer: Instead of AdamW; or a function of `schedule` that makes one, the
+            learning rate by optimizer update as config.optimizer has it.
+        policy: Where to start, instead of a new model. It is copied.
+        sampler: Is called as `gj.sample` is, with all of its keywords but top_k and
+            top_p, and returns `Rollouts` alike: in training, evaluation and probes.
+        on_step: Is called as on_step(row, run) with every line of metrics.jsonl and a
+            `RunHandle`, that stops, evaluates or saves. An exception in it ends the run
+            once that is saved.
 
     Returns:
         `TrainResult`: the run's directory, the last step's metrics, and whether the run
@@ -57,6 +91,7 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
 
     Raises:
         ConfigError: the run cannot start as configured; no step was made.
+        RuntimeError: on_step raised; what was trained is saved.
         NonFiniteGradientsError: five updates in a row had to be skipped.
         RewardsFailedError: every sample of a step was left without a reward.
         OSError: a row or the last checkpoint could not be written (a full disk); what
@@ -68,13 +103,18 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
         check_kind("task", task, Task, "name one in config.task, or give load_task's")
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)
+    own = Given(objective, weights, optimizer, policy, sampler, on_step)
+    config, own = given_objects(config, own, starting=not config.resume)
     join(config.distributed)
+    handle = RunHandle(Path())
     with StopSignals() as signals:
-        processes = Processes(lambda: signals.received, config.distributed.timeout_s)
+        processes = Processes(
+            lambda: signals.received or handle.stopped, config.distributed.timeout_s
+        )
         if processes.count == 1:
-            return _train(config, task, processes)
+            return _train(config, task, processes, own, handle)
         try:
-            return _train(config, task, processes)
+            return _train(config, task, processes, own, handle)
         except jax.errors.JaxRuntimeError as error:
             raise LostProcessError(
                 f"process {processes.index} cannot go on "
@@ -84,11 +124,17 @@ def train(config: TrainConfig, *, task: Task | None = None) -> TrainResult:
             ) from error
 
 
-def _train(config: TrainConfig, task: Task | None, processes: Processes) -> TrainResult:
+def _train(
+    config: TrainConfig,
+    task: Task | None,
+    processes: Processes,
+    own: Given,
+    handle: RunHandle,
+) -> TrainResult:
     began = time.monotonic()
     date = processes.first(now())  # one for all, where a template prints it
     plan = processes.together(
-        lambda: make_plan(config, _task(config, task, date), date=date)
+        lambda: make_plan(config, _task(config, task, date), date=date, given=own)
     )
     config = _as_planned(config, plan)
     mesh = processes.together(lambda: make_mesh(config.mesh))
@@ -96,19 +142,35 @@ def _train(config: TrainConfig, task: Task | None, processes: Processes) -> Trai
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
         processes.together(lambda: _try_rewards(plan.task, pool, console))
         facts = facts_of(config, plan)
-        directory = claim_directory(config, facts, processes)
+        changed = _changed_objects(config, facts)
+        directory = handle.directory = claim_directory(config, facts, processes)
+        if changed:
+            console.warn(changed)
         use_compile_cache(console.warn)
         context = RunContext(
             config, plan, directory, processes, pool, mesh, console, began
         )
-        return _run(context, facts)
+        return _run(context, facts, handle)
+
+
+def _changed_objects(config: TrainConfig, facts: dict[str, Any]) -> str | None:
+    """A warning where a resumed run gets other objects than it began with."""
+    if not config.resume or config.run_dir is None:
+        return None
+    if not (Path(config.run_dir) / "config.json").exists():
+        return None
+    began = read_facts(Path(config.run_dir)).get("given", {})
+    changed = [name for name, x in facts["given"].items() if began.get(name, x) != x]
+    if not changed:
+        return None
+    return f"{', '.join(changed)}: the code or its values changed since the run began."
 
 
 def _as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
     """The config with the dtype to compute in, the batch, the learning rate and the
     measurements that the run takes: config.json keeps them, so that a resumed run has
     the same where the defaults have changed."""
-    rate, probe = plan.learning_rate.value, plan.probe
+    rate, probe = plan.learning_rate, plan.probe
     chosen: dict[str, Any] = {"every": 0}
     if probe is not None:
         chosen = {
@@ -119,7 +181,9 @@ def _as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
         config,
         model=dataclasses.replace(config.model, compute_dtype=plan.model.dtype),
         sampling=dataclasses.replace(config.sampling, **config.batch._asdict()),
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
+        optimizer=dataclasses.replace(
+            config.optimizer, learning_rate=None if rate is None else rate.value
+        ),
         instrument=dataclasses.replace(config.instrument, **chosen),
     )
 
@@ -140,18 +204,18 @@ def _task(config: TrainConfig, task: Task | None, date: str) -> Task | None:
     return task and dataclasses.replace(task, date=date)
 
 
-def _run(context: RunContext, facts: dict[str, Any]) -> TrainResult:
+def _run(context: RunContext, facts: dict[str, Any], handle: RunHandle) -> TrainResult:
     """The run, from its headline to its result."""
     watchdog = _watchdog(context)
     try:
-        return _run_watched(context, facts, watchdog)
+        return _run_watched(context, facts, handle, watchdog)
     finally:
         watchdog.stop()
         context.console.stop()
 
 
 def _run_watched(
-    context: RunContext, facts: dict[str, Any], watchdog: Watchdog
+    context: RunContext, facts: dict[str, Any], handle: RunHandle, watchdog: Watchdog
 ) -> TrainResult:
     compiles = count_compiles()
     _announce(context)
@@ -169,7 +233,7 @@ def _run_watched(
         warn=context.console.alert,
         processes=context.processes,
     ) as checkpoints:
-        state = parts.learner.init(policy)
+        state = parts.learner.init(policy, rollouts=parts.shapes[-1], donate=True)
         del policy  # its parameters are the state's now, to be donated
         with watchdog.phase("restoring"):
             resumed = resume(context, checkpoints, state)
@@ -177,7 +241,11 @@ def _run_watched(
             context.processes.on_writer(
                 partial(record, context.directory, context.config, facts)
             )
-        loop = _make_loop(context, parts, checkpoints, watchdog, resumed, compiles)
+        on_step = context.plan.given.on_step
+        listener = StepListener(on_step, handle, context.processes)
+        loop = _make_loop(
+            context, parts, checkpoints, watchdog, resumed, listener, compiles
+        )
         del state, resumed
         try:
             return loop.run()
@@ -226,6 +294,7 @@ def _make_loop(
     checkpoints: Checkpoints,
     watchdog: Watchdog,
     resumed: Resumed,
+    listener: StepListener,
     compiles: Callable[[], int],
 ) -> Loop:
     """The loop that starts at `resumed`, with the run's files opened at its step."""
@@ -243,6 +312,7 @@ def _make_loop(
         RowMaker(parts.schedule, compiles),
         step=step,
         unwritten=resumed.unwritten,
+        tell=listener.tell,
     )
     instrument = make_instrument(context, parts, [r for r in rows if r["step"] < step])
     observers = Observers(
@@ -265,5 +335,6 @@ def _make_loop(
         watchdog,
         due,
         resumed,
+        listener,
         keep_measurement=measured,
     )

@@ -5,6 +5,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.hub import local_directory
 from grpo_jax.models.lora import without_lora
@@ -36,7 +39,7 @@ _PATIENCE = 30  # seconds for a shared file system to show what was written
 def facts_of(config: TrainConfig, plan: Plan) -> dict[str, Any]:
     """What config.json has besides the config: what was resolved of the task and the
     model, and fingerprints of the data and of the pretrained model."""
-    task, base = plan.task, ""
+    task, rate, base = plan.task, plan.learning_rate, ""
     if config.pretrained:
         base = fingerprint(local_directory(config.pretrained))
     return {
@@ -47,11 +50,12 @@ def facts_of(config: TrainConfig, plan: Plan) -> dict[str, Any]:
         "template_arguments": dict(task.template_arguments),
         "date": task.date,
         "max_new_tokens": plan.max_new_tokens,
-        "learning_rate_from": plan.learning_rate.source,
+        "learning_rate_from": rate.source if rate else "the optimizer's own",
         "model": dataclasses.asdict(plan.model),
         "data": data_fingerprint(task),
         "prompts": asked_facts(task, plan.prompts),
         "base": base,
+        "given": plan.given.digests(),
     }
 
 
@@ -116,7 +120,14 @@ def _base_policy(context: RunContext) -> Policy | None:
     file = context.directory / "initial.safetensors"
     if config.pretrained or processes.first(file.exists()):
         return load_base(context.directory, plan.model, config.pretrained, context.mesh)
-    policy: Policy | None = init_policy(without_lora(plan.model), context.keys.init)
+    if plan.given.policy is not None:  # a copy: the first update donates it
+        given = plan.given.policy
+        policy = given.replace(jax.tree.map(jnp.copy, given.params))
+        policy = policy.reconfigured(
+            compute_dtype=plan.model.compute_dtype, remat=plan.model.remat
+        )
+    else:
+        policy = init_policy(without_lora(plan.model), context.keys.init)
     if plan.warm_starts:
         policy = _warm_started(context, policy)
         if policy is None:

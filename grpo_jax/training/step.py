@@ -65,7 +65,7 @@ class Part(NamedTuple):
     sample: SampleTerms
 
 
-def batch_terms(objective: Objective, batch: Batch, max_length: int) -> Part:
+def batch_terms(objective: Objective, batch: Batch, max_length: int | None) -> Part:
     """The full batch as one `Part`: the arrays of the loss, with batch statistics."""
     rollouts, weights = batch.rollouts, batch.weights
     mask = present_mask(rollouts.completion_mask, rollouts.scored_rewards)
@@ -179,7 +179,7 @@ def make_gradients(
     *,
     micro: MicroBatch,
     temperature: float,
-    max_length: int,
+    max_length: int | None,
 ) -> Gradients:
     """gradients(policy, batch) -> (gradient of the loss by policy.params, metrics).
 
@@ -191,7 +191,7 @@ def make_gradients(
         objective: Whose loss, under the batch's prompt weights.
         micro: Prompts and samples per backward pass.
         temperature: The sampling temperature.
-        max_length: Tokens that a completion may have.
+        max_length: Tokens that a completion may have; None: not read.
     """
 
     def part_gradients(policy: Policy, part: Part) -> tuple[Any, Metrics, jax.Array]:
@@ -242,7 +242,7 @@ def make_train_step(
     *,
     micro: MicroBatch,
     temperature: float,
-    max_length: int,
+    max_length: int | None,
     skip_empty: bool = True,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """train_step(state, batch, at=None, frozen=None) -> (state, metrics), pure; jit it
@@ -259,7 +259,7 @@ def make_train_step(
         optimizer: What turns gradients into updates.
         micro: Prompts and samples per backward pass.
         temperature: The sampling temperature.
-        max_length: Tokens that a completion may have.
+        max_length: Tokens that a completion may have; None: not read.
         skip_empty: Leave out an update whose gradient is 0 everywhere.
 
     The step's `at` is where the gradient is taken, by default at the state's

@@ -40,7 +40,7 @@ def weigh(
     prompt_ids: jax.Array,
     weights_state: Any,
     *,
-    max_length: int,
+    max_length: int | None,
 ) -> Weighed:
     """Prompt weights of scored rollouts; once per rollout, before its updates.
 
@@ -56,10 +56,11 @@ def weigh(
         reference_logprobs: [P, G, T], needed by KL in the reward.
         prompt_ids: [P] int32, for rules that remember prompts.
         weights_state: The rule's.
-        max_length: Tokens that a completion may have.
+        max_length: Tokens that a completion may have; None: not read.
     """
     trained, punishment = rollouts, None
     if objective.overlong == "punish":
+        assert max_length is not None  # `Learner` asks for it
         cache = max(1, round(objective.overlong_share * max_length))
         lengths = rollouts.completion_mask.sum(-1)
         punishment = overlong_punishment(lengths, max_length, cache)

@@ -78,10 +78,7 @@ def watched():
 
     def watched_parts(context, start):
         made = make_parts(context, start)
-        settings = made.learner.settings
-        seen.runs.append(
-            SimpleNamespace(context=context, parts=made, settings=settings)
-        )
+        seen.runs.append(SimpleNamespace(context=context, parts=made))
         return made
 
     def watched_update(self, state, batch):
@@ -135,7 +132,7 @@ class Redone:
     """A run's update recomputed by the public functions, without micro-batches."""
 
     def __init__(self, run, objective=None):
-        settings = run.settings
+        settings = run.parts.learner.settings
         policy, objective = settings.policy, objective or settings.objective
         length = settings.max_new_tokens
 
@@ -574,15 +571,17 @@ def test_gtpos_entropy_filter_goes_where_the_start_is_above_it(tmp_path, capsys)
     rows, seen, _ = run(tiny(tmp_path / "high", "gtpo", steps=2))
     output = capsys.readouterr().out
     assert "mean entropy at the start is" in output and "limit of 0.693" in output
-    assert seen.runs[0].settings.objective.entropy_limit is None
+    assert seen.runs[0].parts.learner.settings.objective.entropy_limit is None
     assert rows[1]["entropy/mean"] > math.log(2) and rows[1]["gradient/norm"] > 0
     again = tiny(tmp_path / "high", "gtpo", steps=3, resume=True)
-    assert run(again)[1].runs[0].settings.objective.entropy_limit is None
+    assert run(again)[1].runs[0].parts.learner.settings.objective.entropy_limit is None
 
     capsys.readouterr()
     rows, seen, _ = run(tiny(tmp_path / "low", "gtpo", steps=3, temperature=0.05))
     assert "mean entropy at the start" not in capsys.readouterr().out
-    assert seen.runs[0].settings.objective.entropy_limit == pytest.approx(math.log(2))
+    assert seen.runs[0].parts.learner.settings.objective.entropy_limit == pytest.approx(
+        math.log(2)
+    )
     assert rows[1]["entropy/mean"] < math.log(2)
     assert_nothing_compiled_after_step_1(rows)
 
@@ -595,7 +594,9 @@ def test_token_weights_change_the_gradient(tmp_path, name):
         changes["entropy_coef"] = 0.0
     rows, seen, _ = run(tiny(tmp_path / "run", ObjectiveConfig(name=name, **changes)))
     first, damped = seen.runs[0], 0
-    plain = dataclasses.replace(first.settings.objective, token_weight="none")
+    plain = dataclasses.replace(
+        first.parts.learner.settings.objective, token_weight="none"
+    )
     redone = Redone(first, plain)
     for update in seen.updates:
         rollouts, weights = update.batch.rollouts, update.batch.token_weights

@@ -12,7 +12,7 @@ import grpo_jax as gj
 ROOT = Path(gj.__file__).parent
 LAYERS = [  # an arrow goes to a lower line, or stays in its package
     ["errors", "streams", "advantages", "logprobs", "loglinear", "intervals"],
-    ["preconditioner", "records"],
+    ["preconditioner", "records", "user_code"],
     ["prompt_weights", "diagnostics", "parallel", "rewards"],
     ["models"],
     ["objectives", "tasks"],

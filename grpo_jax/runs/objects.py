@@ -1,0 +1,248 @@
+"""Objects that a user makes: found by "module:name" or given in code, and checked."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import optax
+
+from grpo_jax.errors import ConfigError, check_kind, unknown_name
+from grpo_jax.models.policy import Policy
+from grpo_jax.objectives.objective import Objective
+from grpo_jax.objectives.presets import OBJECTIVES
+from grpo_jax.preconditioner import PromptWeights
+from grpo_jax.runs.config import TrainConfig
+from grpo_jax.user_code import digest, find_object, in_code, name_of
+
+
+class Given(NamedTuple):
+    """The user's own objects of a run; None where the config says all.
+
+    Attributes:
+        objective: An `Objective`.
+        weights: `PromptWeights`, or a function of num_prompts that makes them.
+        optimizer: Of optax, or a function of the learning rate's schedule.
+        policy: Where to start.
+        sampler: Is called as `gj.sample`.
+        on_step: Sees every line of metrics.jsonl, with a handle of the run.
+    """
+
+    objective: Objective | None = None
+    weights: Any = None
+    optimizer: Any = None
+    policy: Policy | None = None
+    sampler: Callable[..., Any] | None = None
+    on_step: Callable[..., Any] | None = None
+
+    def digests(self) -> dict[str, str]:
+        """What tells each object from another one; a policy has a file for that."""
+        given = self._asdict() | {"policy": None}
+        return {name: digest(x) for name, x in given.items() if x is not None}
+
+
+# Argument of `train` -> the setting that names it, by path.
+_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "objective": ("objective", "name"),
+    "weights": ("weights", "name"),
+    "optimizer": ("optimizer", "name"),
+    "policy": ("policy",),
+    "sampler": ("sampling", "sampler"),
+    "on_step": ("log", "on_step"),
+}
+
+
+def given_objects(
+    config: TrainConfig, given: Given | None = None, *, starting: bool = True
+) -> tuple[TrainConfig, Given]:
+    """(the config with the objects' names in it, the objects).
+
+    Args:
+        config: A run's; its names of the form module:name are imported.
+        given: Objects given in code, in place of what the config names.
+        starting: Whether a policy to start from is needed; a run that began has it in a
+            file.
+
+    Raises:
+        ConfigError: an object cannot be found or is of the wrong kind, or the config
+            asks for another one too.
+    """
+    objects: dict[str, Any] = {}
+    for argument, value in (Given() if given is None else given)._asdict().items():
+        path = _SETTINGS[argument]
+        field, named = ".".join(path), _get(config, path)
+        default = _get(TrainConfig(), path)
+        if argument == "policy" and not starting:
+            continue
+        if value is None:
+            own = isinstance(named, str) and ":" in named
+            value = find_object(named, field) if own else None
+        else:
+            name = name_of(value, argument)
+            if named not in (default, name):
+                raise ConfigError(
+                    f"{field} is {named!r}, and {argument} was given as an object too; "
+                    "leave one of them out."
+                )
+            if argument != "on_step" or not in_code(name):  # who listens may change
+                config = _set(config, path, name)
+        objects[argument] = value
+    return _checked(config, objects)
+
+
+def _checked(config: TrainConfig, objects: dict[str, Any]) -> tuple[TrainConfig, Given]:
+    """The same, with every object of its kind, and the policy's config the run's."""
+    objective, policy = objects.get("objective"), objects.get("policy")
+    if objective is not None:
+        objects["objective"] = as_objective(objective)
+    if objects.get("weights") is not None and not callable(objects["weights"]):
+        check_weights(objects["weights"])
+    if objects.get("optimizer") is not None:
+        _check_optimizer_settings(config, objects["optimizer"])
+    for name, example in (
+        ("sampler", "def sampler(policy, prompt_ids, prompt_mask, *, group_size, "
+         "max_new_tokens, key, temperature, eos_id, pad_id, prompt_indices): ..."),
+        ("on_step", "def on_step(row, run):\n        print(row['reward/mean'])"),
+    ):  # fmt: skip
+        if objects.get(name) is not None and not callable(objects[name]):
+            raise ConfigError(
+                f"{name} must be a function, got {objects[name]!r}; for example\n"
+                f"    {example}"
+            )
+    if policy is not None:
+        policy = objects["policy"] = made(policy, Policy, check_policy)
+        config = _with_policy(config, policy)
+    return config, Given(**objects)
+
+
+def _with_policy(config: TrainConfig, policy: Policy) -> TrainConfig:
+    """The config of a run that starts from the policy: its model, no warm start."""
+    if policy.frozen is not None:
+        raise ConfigError(
+            "policy must be without LoRA factors, got one with them; give the base, "
+            "and model.lora_rank."
+        )
+    asked, plain = config.model, type(config.model)()
+    own = ("lora_rank", "lora_alpha", "lora_targets", "compute_dtype", "remat")
+    changed = {
+        f.name: getattr(asked, f.name)
+        for f in dataclasses.fields(asked)
+        if getattr(asked, f.name) != getattr(plain, f.name)
+    }
+    for name, value in changed.items():
+        if name not in own and value != getattr(policy.config, name):
+            raise ConfigError(
+                f"model.{name} is the given policy's own "
+                f"({getattr(policy.config, name)!r}), got {value!r}; leave it out."
+            )
+    model = dataclasses.replace(policy.config, **changed)
+    warm = dataclasses.replace(config.warm_start, enabled=False)
+    return dataclasses.replace(config, model=model, warm_start=warm)
+
+
+def _check_optimizer_settings(config: TrainConfig, optimizer: Any) -> None:
+    """ConfigError for a setting of AdamW beside another optimizer."""
+    given, plain = config.optimizer, type(config.optimizer)()
+    makes = callable(optimizer)  # of the learning rate's schedule
+    kept = ("name", "skip_empty")
+    if makes:
+        kept += ("learning_rate", "schedule", "warmup_steps")
+    else:
+        check_optimizer(optimizer)
+    for field in dataclasses.fields(given):
+        if field.name in kept or given == plain:
+            continue
+        if getattr(given, field.name) != getattr(plain, field.name):
+            hint = "" if makes else ", or give a function of `schedule` that makes one"
+            raise ConfigError(
+                f"optimizer.{field.name} changes nothing in an optimizer of your own; "
+                f"set it there and leave it out here{hint}."
+            )
+
+
+def _get(config: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
+def _set(config: Any, path: tuple[str, ...], value: Any) -> Any:
+    """The config with another value of the setting."""
+    if path:
+        inner = _set(getattr(config, path[0]), path[1:], value)
+        return dataclasses.replace(config, **{path[0]: inner})
+    return value
+
+
+def made(value: Any, kind: type, check: Callable[[Any], None], **arguments: Any) -> Any:
+    """The value, or what it makes where it is a function.
+
+    Args:
+        value: One of the kind, or a function of those of the arguments that it names.
+        kind: What is wanted.
+        check: Raises for another kind.
+        arguments: What a function may ask for.
+    """
+    if not isinstance(value, kind) and callable(value):
+        value = value(**named_by(value, arguments))
+    check(value)
+    return value
+
+
+def named_by(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a function has as parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(arguments)
+    names = {p.name for p in parameters}
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def as_objective(value: Any) -> Objective:
+    """The objective, given as one or by its name.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(value, str):
+        if value not in OBJECTIVES:
+            raise unknown_name("objective", value, OBJECTIVES)
+        return OBJECTIVES[value]
+    example = (
+        'give a name such as "grpo", or your own:\n'
+        '    objective = dataclasses.replace(gj.OBJECTIVES["grpo"], kl_coef=0.01)'
+    )
+    check_kind("objective", value, Objective, example)
+    return value
+
+
+def check_weights(value: Any) -> None:
+    """ConfigError unless the value is a `PromptWeights`."""
+    example = (
+        "call a rule, or write one:\n"
+        "    weights = gj.std_weights(power=1.0)\n"
+        "    weights = gj.PromptWeights(lambda: (), lambda rewards, state: "
+        "(1 - rewards.mean(1), state))"
+    )
+    check_kind("weights", value, PromptWeights, example)
+
+
+def check_optimizer(value: Any) -> None:
+    """ConfigError unless the value is an optax optimizer."""
+    example = (
+        "give one of optax, with its learning rate:\n"
+        "    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))"
+    )
+    check_kind("optimizer", value, optax.GradientTransformation, example)
+
+
+def check_policy(value: Any) -> None:
+    """ConfigError unless the value is a `Policy` with parameters."""
+    example = (
+        "load a model, or make one:\n"
+        "    policy = gj.load_pretrained(directory)\n"
+        "    policy = gj.init_policy(gj.ModelConfig(vocab_size=256), jax.random.key(0))"
+    )
+    check_kind("policy", value, Policy, example)
+    if value.params is None:
+        raise ConfigError(f"policy has no parameters; {example}.")

@@ -1,0 +1,312 @@
+"""A run with objects of the user's own, given in code or as module:name."""
+
+import dataclasses
+import json
+import threading
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+import grpo_jax as gj
+from grpo_jax.commands.replay import replay
+from grpo_jax.errors import ConfigError
+from grpo_jax.runs.lines import read_lines
+from grpo_jax.streams import run_keys
+
+from .test_train import digits_task, small_config
+
+MODULE = """
+import dataclasses
+
+import jax.numpy as jnp
+import optax
+
+import grpo_jax as gj
+
+GATED = dataclasses.replace(gj.OBJECTIVES["grpo"], kl_coef=0.0, clip=(0.1, 0.3))
+ROWS = []
+
+
+def focal(gamma=2.0):
+    return gj.PromptWeights(
+        lambda: (), lambda rewards, state: ((1 - rewards.mean(1)) ** gamma, state)
+    )
+
+
+def lion(schedule):
+    return optax.lion(schedule)
+
+
+def share_of_digits(example, completion):
+    return sum(c.isdigit() for c in completion) / 8
+
+
+def digits(*, tokenizer=None, seed=0, heldout_prompts=None):
+    task = gj.load_task("chains", seed=seed, heldout_prompts=16)
+    return dataclasses.replace(
+        task, name="digits", reward=share_of_digits, single_answer=False,
+        warm_start=None, tokenizer=tokenizer or task.tokenizer,
+    )
+
+
+def sampler(policy, prompt_ids, prompt_mask, **how):
+    ROWS.append("sampled")
+    return gj.sample(policy, prompt_ids, prompt_mask, **how)
+
+
+def on_step(row, run):
+    ROWS.append(row["step"])
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "open_rows.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    import open_rows
+
+    yield open_rows
+    monkeypatch.delitem(__import__("sys").modules, "open_rows")
+
+
+def config_of(directory, **changes):
+    changes = (
+        dict(steps=2, evaluation=gj.EvaluationConfig(every=0, prompts=4)) | changes
+    )
+    return small_config(directory, **changes)
+
+
+# Every object of the user's own, by the flags' names.
+NAMED = dict(
+    task=gj.TaskConfig(name="open_rows:digits"),
+    objective=gj.ObjectiveConfig(name="open_rows:GATED"),
+    weights=gj.WeightsConfig(name="open_rows:focal"),
+    optimizer=gj.OptimizerConfig(name="open_rows:lion", learning_rate=1e-3),
+    sampling=gj.SamplingConfig(prompts=4, group_size=4, sampler="open_rows:sampler"),
+    log=gj.LogConfig(samples_every=2, on_step="open_rows:on_step"),
+)
+
+
+@pytest.mark.slow
+def test_objects_by_name_train_as_those_given_in_code(tmp_path, module):
+    """The same numbers; resume, eval, replay and export find them by themselves."""
+    named = gj.train(config_of(tmp_path / "named", **NAMED))
+    assert module.ROWS.count("sampled") >= 2  # and those of evaluations
+    assert [x for x in module.ROWS if x != "sampled"] == [0, 1, 2]
+    rows = []
+    given = gj.train(
+        config_of(tmp_path / "given", optimizer=NAMED["optimizer"]),
+        task=module.digits(),
+        objective=module.GATED,
+        weights=module.focal(),
+        sampler=module.sampler,
+        on_step=lambda row, run: rows.append((row["step"], run.directory)),
+    )
+    assert rows == [(step, tmp_path / "given") for step in (0, 1, 2)]
+    same = ("reward/mean", "weights/max", "gradient/norm", "update/norm")
+    for name in same:
+        assert named.history[name][1:].tolist() == given.history[name][1:].tolist()
+    for name in (1, 2):
+        assert not replay(named.run_dir, name).differing
+    recorded = json.loads((named.run_dir / "config.json").read_text())
+    assert recorded["config"]["objective"]["name"] == "open_rows:GATED"
+    assert {*recorded["given"]} == {
+        "objective", "weights", "optimizer", "sampler", "on_step",
+    }  # fmt: skip
+
+    more = gj.train(gj.TrainConfig(run_dir=str(named.run_dir), resume=True, steps=3))
+    assert more.finished and len(more.history["step"]) == 4
+    result = gj.evaluate(gj.EvalConfig(run_dir=str(named.run_dir)))
+    assert result is not None
+    gj.export(named.run_dir, tmp_path / "exported")
+    assert (tmp_path / "exported" / "config.json").exists()
+
+    message = "objective.name objective was made in code: give it again"
+    with pytest.raises(ConfigError, match=message):
+        gj.train(gj.TrainConfig(run_dir=str(given.run_dir), resume=True, steps=3))
+
+
+def test_an_own_objective_is_the_preset_it_equals(tmp_path):
+    runs = [
+        gj.train(
+            config_of(tmp_path / name, objective=gj.ObjectiveConfig(**named)),
+            task=digits_task(), **given,
+        )
+        for name, named, given in (
+            ("preset", dict(name="dapo"), {}),
+            ("own", {}, dict(objective=gj.OBJECTIVES["dapo"])),
+        )
+    ]  # fmt: skip
+    rows = [read_lines(run.run_dir / "metrics.jsonl")[-1] for run in runs]
+    times = [name for name in rows[0] if name.startswith("time/") or name == "compiles"]
+    for row in rows:
+        for name in times:
+            row.pop(name)
+    assert rows[0] == rows[1]
+
+
+def test_a_policy_and_an_optimizer_given_in_code(tmp_path):
+    """One SGD step from the policy given: it moves by rate x gradient norm."""
+    task = digits_task()
+    model = gj.ModelConfig(
+        vocab_size=len(task.tokenizer), width=16, mlp_width=24, head_dim=4
+    )
+    policy = gj.init_policy(model, jax.random.key(7))
+    before = jax.device_get(policy.params)
+    config = config_of(tmp_path / "run", steps=1, model=gj.ModelConfig())
+    result = gj.train(config, task=task, policy=policy, optimizer=optax.sgd(0.5))
+    chex.assert_trees_all_equal(policy.params, before)
+    chex.assert_trees_all_equal(result.policy(0).params, before)
+    row = result.metrics
+    assert row["update/norm"] == pytest.approx(0.5 * row["gradient/norm"], rel=1e-4)
+    assert "learning_rate" not in row
+    moved = jax.tree.map(lambda x, y: x - y, result.policy().params, before)
+    assert float(optax.tree.norm(moved)) == pytest.approx(row["update/norm"], rel=1e-3)
+    again = gj.TrainConfig(run_dir=str(tmp_path / "run"), resume=True, steps=2)
+    more = gj.train(again, task=task, optimizer=optax.sgd(0.5))
+    assert more.finished and more.metrics["step"] == 2
+
+
+def test_on_step_stops_evaluates_and_saves(tmp_path):
+    """Asked at the row of step 2: the step in progress evaluates and saves; asked to
+    stop at step 4, the run ends and is resumed to the same numbers."""
+
+    def on_step(row, run):
+        if row["step"] == 2:
+            run.evaluate()
+            run.save()
+        if row["step"] == 4:
+            run.stop()
+
+    config = config_of(
+        tmp_path / "run", steps=8, checkpoint=gj.CheckpointConfig(every=1000)
+    )
+    stopped = gj.train(config, task=digits_task(), on_step=on_step)
+    assert not stopped.finished
+    rates = stopped.history["eval/heldout_pass_rate"]
+    assert np.isfinite(rates[3]) and np.isnan(rates[[1, 2, 4]]).all()
+    assert (stopped.run_dir / "checkpoints" / "3").exists()
+    resume = gj.TrainConfig(run_dir=str(stopped.run_dir), resume=True)
+    finished = gj.train(resume, task=digits_task())
+    whole = gj.train(
+        dataclasses.replace(config, run_dir=str(tmp_path / "whole")), task=digits_task()
+    )
+    for name in ("reward/mean", "gradient/norm"):
+        np.testing.assert_array_equal(finished.history[name], whole.history[name])
+
+
+def test_an_error_in_on_step_ends_the_run_once_it_is_saved(tmp_path):
+    def on_step(row, run):
+        if row["step"] == 1:
+            raise KeyError("mine")
+
+    with pytest.raises(RuntimeError, match="on_step failed .*KeyError: 'mine'"):
+        gj.train(
+            config_of(tmp_path / "run", steps=6), task=digits_task(), on_step=on_step
+        )
+    saved = [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()]
+    assert max(saved) >= 1
+
+
+def test_a_run_in_a_thread_is_watched_and_stopped(tmp_path):
+    """As in a notebook: started in the background, stopped from the foreground."""
+    started, handles, results = threading.Event(), [], []
+
+    def on_step(row, run):
+        handles.append(run)
+        if row["step"] == 1:
+            started.set()
+
+    config = config_of(tmp_path / "run", steps=100_000)
+    thread = threading.Thread(
+        target=lambda: results.append(
+            gj.train(config, task=digits_task(), on_step=on_step)
+        )
+    )
+    thread.start()
+    assert started.wait(120)
+    handles[-1].stop()
+    thread.join(120)
+    assert not thread.is_alive() and not results[0].finished
+    assert results[0].history["step"][-1] >= 1
+
+
+def completions_of(task, rollouts):
+    """Texts [P][G], without EOS."""
+    masked = np.where(rollouts.completion_mask > 0, rollouts.completions, -1)
+    eos = task.tokenizer.eos_token_id
+    return [
+        [task.tokenizer.decode([t for t in row if t not in (-1, eos)]) for row in group]
+        for group in masked.tolist()
+    ]
+
+
+def test_the_learner_is_the_trainers(tmp_path):
+    """A loop of one's own, with the run's prompts and keys, gives its numbers to the
+    last bit."""
+    task, steps = digits_task(), 3
+    config = config_of(tmp_path / "run", steps=steps)
+    seen = {}
+
+    def sampler(policy, prompt_ids, prompt_mask, **how):
+        if how["group_size"] == 4:
+            key = jax.random.key_data(how["key"]).tobytes()
+            seen[key] = prompt_ids, prompt_mask, how
+        return gj.sample(policy, prompt_ids, prompt_mask, **how)
+
+    run = gj.train(config, task=task, sampler=sampler, optimizer=optax.adamw(1e-3))
+    learner = gj.Learner("grpo", optax.adamw(1e-3))
+    state = learner.init(run.policy(0))
+    keys = run_keys(config.seed)
+    for step in range(steps):
+        key = jax.random.fold_in(keys.samples, step)
+        ids, mask, how = seen[jax.random.key_data(key).tobytes()]
+        rollouts = gj.sample(learner.policy(state), ids, mask, **how)
+        texts = completions_of(task, rollouts)
+        rewards = [[task.reward(None, text) for text in group] for group in texts]
+        rewards = np.array(rewards, np.float32)
+        state, metrics = learner.step(state, rollouts._replace(rewards=rewards))
+        row = {name: run.history[name][step + 1] for name in run.history}
+        for name in ("reward/mean", "gradient/norm", "update/norm", "loss/policy"):
+            assert float(metrics[name]) == row[name], (step, name)
+    chex.assert_trees_all_equal(run.policy().params, state.params)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(objective=3), "objective must be a Objective"),
+        (dict(weights=3), "weights must be a PromptWeights"),
+        (dict(optimizer=3), "optax.adamw"),
+        (dict(policy=3), "load_pretrained"),
+        (dict(sampler=3), "def sampler"),
+        (dict(on_step=3), "def on_step"),
+    ],
+)
+def test_objects_of_the_wrong_kind_are_refused(tmp_path, given, message):
+    with pytest.raises(ConfigError, match=message):
+        gj.train(config_of(tmp_path / "run"), task=digits_task(), **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_an_own_object_does_not_read_are_refused(tmp_path):
+    def refuse(message, given, **changes):
+        config = config_of(tmp_path / "run", **changes)
+        with pytest.raises(ConfigError, match=message):
+            gj.train(config, task=digits_task(), **given)
+
+    refuse(
+        "optimizer.b1 changes nothing", dict(optimizer=optax.sgd(1.0)),
+        optimizer=gj.OptimizerConfig(b1=0.5),
+    )  # fmt: skip
+    refuse(
+        "optimizer.learning_rate changes nothing.*function of `schedule`",
+        dict(optimizer=optax.sgd(1.0)), optimizer=gj.OptimizerConfig(learning_rate=0.5),
+    )  # fmt: skip
+    refuse(
+        "given as an object too", dict(objective=gj.OBJECTIVES["dapo"]),
+        objective=gj.ObjectiveConfig(name="grpo2"),
+    )  # fmt: skip

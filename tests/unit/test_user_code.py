@@ -1,0 +1,69 @@
+"""Objects of a user's own: found, named, told apart."""
+
+import functools
+
+import numpy as np
+import optax
+import pytest
+
+import grpo_jax as gj
+from grpo_jax.errors import ConfigError
+from grpo_jax.user_code import digest, find_object, name_of
+
+
+def rule(power):
+    return gj.PromptWeights(
+        lambda: (), lambda rewards, state: (rewards.mean(1) ** power, state)
+    )
+
+
+def test_objects_are_found_by_module_and_name():
+    assert find_object("grpo_jax.preconditioner:std_weights", "w") is gj.std_weights
+    assert find_object("grpo_jax.models.policy:Policy.replace", "p") is (
+        gj.Policy.replace
+    )
+
+
+def test_a_module_in_the_working_directory_is_found(tmp_path, monkeypatch):
+    (tmp_path / "mine_in_a_test.py").write_text("RULE = 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in __import__("sys").path if p])
+    assert find_object("mine_in_a_test:RULE", "weights.name") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my rules:x", "must be module:name, got 'my rules:x'"),
+        ("nowhere_at_all:x", "ModuleNotFoundError"),
+        ("grpo_jax.preconditioner:nothing", "AttributeError"),
+        ("code:objective", "give it again, as weights=..."),
+    ],
+)
+def test_what_cannot_be_found_is_named(name, message):
+    with pytest.raises(ConfigError, match=message):
+        find_object(name, "weights.name")
+
+
+def test_names():
+    assert name_of(gj.std_weights, "x") == "grpo_jax.preconditioner:std_weights"
+    assert name_of(lambda: 1, "x") == "code:lambda"
+    assert name_of(gj.OBJECTIVES["grpo"], "objective") == "code:objective"
+
+
+def test_equal_objects_have_one_digest_and_different_ones_two():
+    assert digest(rule(1.0)) == digest(rule(1.0))
+    assert digest(rule(1.0)) != digest(rule(2.0))
+    assert digest(optax.adam(1e-3)) == digest(optax.adam(1e-3))
+    assert digest(optax.adam(1e-3)) != digest(optax.adam(2e-3))
+    assert digest(optax.adam(1e-3)) != digest(optax.sgd(1e-3))
+    assert digest(gj.OBJECTIVES["grpo"]) != digest(gj.OBJECTIVES["dapo"])
+    assert digest(functools.partial(rule, 1)) != digest(functools.partial(rule, 2))
+    assert digest(np.arange(3)) != digest(np.arange(4))
+
+
+def test_an_object_that_holds_itself_has_a_digest():
+    def again(n):
+        return again(n - 1) if n else 0
+
+    assert len(digest(again)) == 12
