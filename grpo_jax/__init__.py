@@ -12,6 +12,8 @@ Rollouts are [P, G, T] everywhere: the group is an axis.
 
 import importlib
 
+from grpo_jax.errors import needs_the_whole_install as _needs_the_whole_install
+
 _HOMES = {
     "grpo_jax.advantages": (
         "inverse_std",
@@ -28,7 +30,9 @@ _HOMES = {
         "scale_by_prompt_weights",
         "scale_by_group_std",
         "mean_over_prompts",
+        "apply_weights",
     ),
+    "grpo_jax.pull_back": ("weighted_value_and_grad",),
     "grpo_jax.prompt_weights": (
         "PEER_STD",
         "batch_std_weights",
@@ -154,7 +158,9 @@ def __getattr__(name: str):
     # Looked up on first use: the maths should not pay for the trainer's imports.
     if name not in _HOME_OF:
         raise AttributeError(f"module 'grpo_jax' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
+    with _needs_the_whole_install(f"gj.{name}"):
+        home = importlib.import_module(_HOME_OF[name])
+    value = globals()[name] = getattr(home, name)
     return value
 
 

@@ -8,7 +8,12 @@ import textwrap
 from types import ModuleType
 
 from grpo_jax.commands._arguments import synopsis
-from grpo_jax.errors import ConfigError, nearest
+from grpo_jax.errors import (
+    ConfigError,
+    MissingPackageError,
+    nearest,
+    needs_the_whole_install,
+)
 
 # Subcommand -> its module, in the order of --help.
 COMMANDS = {
@@ -36,10 +41,11 @@ def main(argv: list[str] | None = None) -> int:
             f"commands: {', '.join(COMMANDS)}."
         )
     try:
-        return _module(argv[0]).main(argv[1:])
+        with needs_the_whole_install(f"grpo-jax {argv[0]}"):
+            return _module(argv[0]).main(argv[1:])
     except ConfigError as error:
         return _bad(str(error))
-    except OSError as error:
+    except (OSError, MissingPackageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ A rule is written beside its field and checked by `check_fields`:
     surrogate: Annotated[str, OneOf(SURROGATES)]
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -146,6 +147,36 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
         f"unknown {kind} {name!r}; {nearest(name, choices)}"
         f"choices: {', '.join(choices)}."
     )
+
+
+# Modules that the maths does without (advantages, logprobs, preconditioner, pull_back,
+# prompt_weights, objectives, diagnostics): it needs jax, optax and numpy alone.
+WHOLE_INSTALL = {
+    "datasets", "flax", "huggingface_hub", "jinja2", "latex2sympy2_extended",
+    "math_verify", "matplotlib", "orbax", "pyarrow", "rich", "safetensors", "sympy",
+    "tokenizers", "transformers", "tyro", "yaml",
+}  # fmt: skip
+
+
+class MissingPackageError(ModuleNotFoundError):
+    """A package of the whole install is missing; the message says how to get it."""
+
+
+@contextlib.contextmanager
+def needs_the_whole_install(what: str) -> Iterator[None]:
+    """Around code, or as a decorator: where a package of the whole install is missing,
+    a MissingPackageError that says what `what` needs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in WHOLE_INSTALL:
+            raise
+        raise MissingPackageError(
+            f"{what} needs {package}, which is not installed; `pip install grpo-jax` "
+            "brings all that a run needs (the maths needs jax, optax and numpy alone).",
+            name=error.name,
+        ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -8,9 +8,9 @@ in three equal places, and a property test holds them together:
 
 1. on the advantages: `whitened_advantages`, or an `Objective` with scale="std";
 2. on per-prompt gradients [P, ...]: `scale_by_group_std` in an optax chain (this file);
-3. on the cotangent of the [P] losses: `jax.vjp(per_prompt_losses, ...)` pulled back
-   through w / P. One backward pass, no [P, params] memory; the trainer does this
-   (`weigh` in training/weighing.py, `batch_terms` in training/step.py).
+3. on the cotangent of the [P] losses, pulled back through w / P: one backward pass, no
+   [P, params] memory. `weighted_value_and_grad` in pull_back.py, for your own loop; the
+   trainer does the same (`weigh` in training/weighing.py, training/step.py).
 
 Where it stops holding: KL (in the loss or in the reward), entropy and weight-decay
 terms are not proportional to the advantage, so they are added after the weights. And
@@ -19,6 +19,7 @@ sampling does, changes that P.
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from grpo_jax.advantages import (
 )
 
 Power = float | optax.Schedule  # a schedule counts calls: one per batch of rollouts
+AxisName = str | tuple[str, ...] | None  # mesh axes over which prompts are split
 
 
 class PromptWeights(NamedTuple):
@@ -60,15 +62,64 @@ def apply_weights(
     rewards: jax.Array,
     state: Any,
     prompt_ids: jax.Array | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> tuple[jax.Array, Any]:
     """(weights [P], new state) of any rule for rewards [P, G] and prompt_ids [P].
 
+    Args:
+        rule: Such as `std_weights()`.
+        rewards: [P, G] float32.
+        state: The rule's; `rule.init()` at first.
+        prompt_ids: [P] int32, for rules that remember prompts.
+        axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
+            prompts are split: rewards, ids and weights are this device's P. The rule
+            sees those of all devices ([P, G] numbers are sent), so that its weights
+            and its state are those of the global batch.
+
     Raises:
-        ValueError: the rule remembers prompts and prompt_ids [P] are missing.
+        ValueError: `rule` is none, or it remembers prompts and prompt_ids [P] are
+            missing, or what it returns is not [P].
     """
-    rewards = as_array(rewards)
+    check_rule("rule", rule)
+    rewards, axes = as_array(rewards), axis_names(axis_name)
+    prompt_ids = _checked_ids(rule, rewards, prompt_ids)
+    more = () if prompt_ids is None else (prompt_ids,)
+    if axes:
+        rewards = _of_all_devices(jnp.asarray(rewards, float), axes)
+        more = tuple(_of_all_devices(ids, axes) for ids in more)
+    weights, state = rule.weights(rewards, state, *more)
+    if jnp.shape(weights) != rewards.shape[:1]:
+        raise ValueError(
+            f"weights of a rule must be [{len(rewards)}], one per prompt, got "
+            f"{jnp.shape(weights)}."
+        )
+    if axes:
+        own = jax.lax.axis_index(axes)
+        weights = weights.reshape(jax.lax.axis_size(axes), -1)[own]
+    return weights, state
+
+
+def axis_names(axis_name: AxisName) -> tuple[str, ...]:
+    """One name, several, or none, as a tuple."""
+    if axis_name is None:
+        return ()
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def _of_all_devices(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """[N P, ...] the rows [P, ...] of all N devices, known to be the same on each."""
+    everyone = jnp.zeros((jax.lax.axis_size(axes), *x.shape), x.dtype)
+    # A sum, not all_gather: of that, shard_map does not know that devices agree.
+    everyone = jax.lax.psum(everyone.at[jax.lax.axis_index(axes)].set(x), axes)
+    return everyone.reshape(-1, *x.shape[1:])
+
+
+def _checked_ids(
+    rule: PromptWeights, rewards: jax.Array, prompt_ids: Any
+) -> jax.Array | None:
     if not rule.by_prompt:
-        return rule.weights(rewards, state)
+        return None
     if prompt_ids is not None and not hasattr(prompt_ids, "shape"):
         prompt_ids = jnp.asarray(prompt_ids)
     if prompt_ids is None or prompt_ids.shape != rewards.shape[:1]:
@@ -77,7 +128,17 @@ def apply_weights(
             f"prompt_ids must be [{rewards.shape[0]}], one per prompt, got {got}; "
             "these weights remember each prompt."
         )
-    return rule.weights(rewards, state, prompt_ids)
+    return prompt_ids
+
+
+def check_rule(name: str, rule: Any) -> None:
+    """ValueError unless it is a rule, `PromptWeights`."""
+    if not isinstance(rule, PromptWeights):
+        raise ValueError(
+            f"{name} must be PromptWeights, got {reprlib.repr(rule)}; call a rule:\n"
+            "    rule = gj.std_weights()  # GRPO; gj.unit_weights() is REINFORCE\n"
+            "    f = gj.weighted_value_and_grad(losses, rule)"
+        )
 
 
 def stateless(weights: Callable[[jax.Array], jax.Array]) -> PromptWeights:
@@ -138,6 +199,17 @@ def std_weights(
     )
 
 
+_MASKED = optax.MaskedNode
+# Ends errors about gradients without the prompt axis.
+_ORDER = (
+    "differentiate the [P] losses (jax.jacrev), not their mean, chain "
+    "mean_over_prompts() once, right after the weights, and put wrappers such as "
+    "optax.MultiSteps after that, not around it: chain(scale_by_prompt_weights(rule), "
+    "mean_over_prompts(), MultiSteps(tx, k)). Gradients by weighted_value_and_grad may "
+    "be wrapped in any way."
+)
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ParameterShapes:
@@ -171,9 +243,7 @@ class ParameterShapes:
             if not got or got[1:] != shape:
                 raise ValueError(
                     f"gradient {path} must be [P, *{shape}], one per prompt and shaped "
-                    f"as `init` saw the parameter, got {got}; differentiate the [P] "
-                    "losses (jax.jacrev), not their mean, and chain "
-                    "mean_over_prompts() once, right after the weights."
+                    f"as `init` saw the parameter, got {got}; {_ORDER}"
                 )
             if got[0] != gradients[0][1][0]:
                 raise ValueError(
@@ -206,11 +276,7 @@ def scale_by_prompt_weights(
     raises ValueError: it meets parameters with a prompt axis that `init` did not see.
     Chain it first: what an optimizer makes of these gradients cannot be told from them.
     """
-    if not isinstance(prompt_weights, PromptWeights):
-        raise ValueError(
-            f"prompt_weights must be PromptWeights, got {prompt_weights!r}; call a "
-            "rule, such as std_weights()."
-        )
+    check_rule("prompt_weights", prompt_weights)
 
     def init_fn(params: Any) -> ScaleByPromptWeightsState:
         shapes = ParameterShapes.of(params)
@@ -229,7 +295,9 @@ def scale_by_prompt_weights(
         if rewards is None:
             raise ValueError(
                 "rewards must be [P, G], those of the prompts, got None; call "
-                "update(grads, state, params, rewards=rewards)."
+                "update(grads, state, params, rewards=rewards). Where something else "
+                "calls update, as flax's TrainState does, take the gradients by "
+                "weighted_value_and_grad and leave the weights out of the chain."
             )
         weights, weights_state = apply_weights(
             prompt_weights, rewards, state.weights_state, prompt_ids
@@ -239,8 +307,7 @@ def scale_by_prompt_weights(
             if g.shape[:1] != weights.shape:
                 raise ValueError(
                     f"gradient {jax.tree_util.keystr(path)} must be [{weights.size}, "
-                    f"*param_shape], one per prompt, got {g.shape}; differentiate the "
-                    "[P] losses (jax.jacrev), not their mean."
+                    f"*param_shape], one per prompt, got {g.shape}; {_ORDER}"
                 )
             return g * jnp.expand_dims(weights, range(1, g.ndim)).astype(g.dtype)
 
@@ -272,9 +339,19 @@ def mean_over_prompts() -> optax.GradientTransformation:
 
     A gradient that is not [P, *param_shape] of the parameters in `init` is a
     ValueError: of one without the prompt axis, the parameter's rows would be averaged.
+    So is a tree that `optax.masked` or `multi_transform` left parts out of: these would
+    keep the prompt axis, and grow when the updates are applied.
     """
 
     def init_fn(params: Any) -> MeanOverPromptsState:
+        nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, _MASKED))
+        if any(isinstance(x, _MASKED) for x in nodes):
+            raise ValueError(
+                "mean_over_prompts must see every parameter, got a tree with parts "
+                "masked out, which would keep the prompt axis; put optax.masked or "
+                "multi_transform after it: chain(scale_by_prompt_weights(rule), "
+                "mean_over_prompts(), multi_transform(...))."
+            )
         return MeanOverPromptsState(ParameterShapes.of(params))
 
     def update_fn(

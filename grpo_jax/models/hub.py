@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.errors import ConfigError, first_line
+from grpo_jax.errors import ConfigError, first_line, needs_the_whole_install
 
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 
@@ -86,6 +86,7 @@ def base_name(folder: Path) -> str:
     return base
 
 
+@needs_the_whole_install("gj.load_tokenizer")
 def load_tokenizer(directory: str | os.PathLike) -> Any:
     """The transformers tokenizer of a checkpoint, chat template included; that of the
     base model for an adapter without one.

@@ -336,7 +336,7 @@ def _gathered(
     The transpose of this gather is the one reduce-scatter of the gradient, for all uses
     of the parameter together.
     """
-    varying = _varying_axes(x)
+    varying = varying_axes(x)
     invariant = tuple(name for name in manual if name not in varying)
     # pcast comes before all_gather, so that the backward pass reduces the shard, not
     # the full array.
@@ -354,8 +354,8 @@ def _gathered(
     return over_tensor(x)
 
 
-def _varying_axes(x: jax.Array) -> frozenset[str]:
-    """Mesh axes along which devices have different values of x, inside `per_device`."""
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Mesh axes along which devices have different values of x [...], in shard_map."""
     kind = jax.typeof(x)
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 

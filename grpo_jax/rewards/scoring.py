@@ -1,13 +1,14 @@
 """From completions to rewards; a reward that fails is missing or 0, never fatal."""
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from grpo_jax.errors import ConfigError, unknown_name
+from grpo_jax.errors import ConfigError, needs_the_whole_install, unknown_name
 from grpo_jax.rewards.pool import Check, Outcome, VerifierPool
 from grpo_jax.rewards.spec import reward_text
 from grpo_jax.rewards.spelling import spelled
@@ -147,6 +148,7 @@ def _score_in_process(
     return Scores(rewards, errors, solved=rewards >= 1, parts={}, failed=failed)
 
 
+@needs_the_whole_install("gj.verify")
 def verify(task: str, gold: str | float, completion: str) -> float:
     """The verdict that training uses on a completion, isolated and time-limited.
 
@@ -178,4 +180,6 @@ def verify(task: str, gold: str | float, completion: str) -> float:
 @functools.cache
 def _shared_pool(pid: int) -> VerifierPool:
     del pid  # a forked child must not read its parent's pipes
+    if importlib.util.find_spec("math_verify") is None:  # else a worker would say so
+        raise ModuleNotFoundError("no math_verify", name="math_verify")
     return VerifierPool([Reward(name="math")], workers=1)

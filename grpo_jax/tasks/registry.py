@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from grpo_jax.errors import ConfigError, unknown_name
+from grpo_jax.errors import ConfigError, needs_the_whole_install, unknown_name
 from grpo_jax.records import as_type
 from grpo_jax.tasks.build import TaskRequest
 from grpo_jax.tasks.chains import make_chains
@@ -58,6 +58,7 @@ TASKS = tuple(_MAKERS)
 _LEAST = {"train_prompts": 1, "heldout_prompts": 0, "seed": 0}
 
 
+@needs_the_whole_install("gj.load_task")
 def load_task(
     name: str,
     *,

@@ -118,7 +118,8 @@ PLAIN = dataclasses.replace(gj.OBJECTIVES["dr_grpo"], kl_coef=0.0)
 
 @functools.cache
 def gradient_functions(dtype):
-    """(of the mean loss under given advantages, per prompt, pulled back), compiled."""
+    """(of the mean loss under given advantages, per prompt, pulled back), compiled, and
+    the losses themselves."""
     params, tokens, arrays = problem(dtype)
     on_policy = gj.token_logprobs(params["hidden"], params["unembedding"], tokens)
     behaviour = on_policy + 0.3 * np.sin(np.arange(T, dtype=dtype))[None, None]
@@ -131,13 +132,15 @@ def gradient_functions(dtype):
         return jax.vjp(partial(losses, rewards=rewards), params)[1](cotangent)[0]
 
     mean = jax.jit(jax.grad(lambda *x: losses(*x).mean()))
-    return mean, jax.jit(jax.jacrev(losses)), jax.jit(pulled_back)
+    return mean, jax.jit(jax.jacrev(losses)), jax.jit(pulled_back), losses
 
 
 def three_forms_over_two_batches(rule, dtype):
-    """As `three_forms`, of any weights, the state carried from batch to batch."""
+    """As `three_forms`, of any weights, the state carried from batch to batch: the
+    third with the trainer's weights, and once more by `weighted_value_and_grad`."""
     params, _, arrays = problem(dtype)
-    mean, per_prompt, pulled_back = gradient_functions(dtype)
+    mean, per_prompt, pulled_back, losses = gradient_functions(dtype)
+    in_one = jax.jit(gj.weighted_value_and_grad(losses, rule))
     transform = optax.chain(gj.scale_by_prompt_weights(rule), gj.mean_over_prompts())
     mask = arrays["completion_mask"]
 
@@ -154,6 +157,7 @@ def three_forms_over_two_batches(rule, dtype):
         return (advantages, update, result.weights), states
 
     states = rule.init(), transform.init(params), rule.init()
+    state = rule.init()
     other = np.random.default_rng(5).choice([0.0, 0.5, 1.0], (P, G)).astype(dtype)
     for rewards, ids in (
         (arrays["rewards"], [0, 2, 4, 6, 8]),
@@ -163,7 +167,11 @@ def three_forms_over_two_batches(rule, dtype):
         grads = per_prompt(params, rewards)
         (advantages, second, cotangent), states = weighed(states, grads, rewards, ids)
         first = mean(params, rewards, advantages)
-        yield first, second, pulled_back(params, rewards, cotangent / P)
+        third = pulled_back(params, rewards, cotangent / P)
+        _, fourth, state = in_one(
+            params, rewards, rewards=rewards, state=state, prompt_ids=ids
+        )
+        yield first, second, third, fourth
 
 
 @pytest.mark.parametrize("name", ["std", "beta", "posterior"])

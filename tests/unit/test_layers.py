@@ -14,7 +14,7 @@ LAYERS = [  # an arrow goes to a lower line, or stays in its package
     ["errors", "streams", "advantages", "logprobs", "loglinear", "intervals"],
     ["preconditioner", "records", "user_code"],
     ["prompt_weights", "diagnostics", "parallel", "rewards"],
-    ["models"],
+    ["models", "pull_back"],
     ["objectives", "tasks"],
     ["rollouts", "runs"],
     ["evaluation"],

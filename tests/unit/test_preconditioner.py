@@ -237,7 +237,7 @@ def test_rewards_and_ids_may_be_lists():
 @pytest.mark.parametrize("wrong", ["std", std_weights, None, 1.0])
 def test_a_rule_is_one(wrong):
     with pytest.raises(
-        ValueError, match=r"must be PromptWeights, got .*std_weights\(\)"
+        ValueError, match=r"(?s)must be PromptWeights, got .*std_weights\(\)"
     ):
         scale_by_prompt_weights(wrong)
 

@@ -17,18 +17,22 @@ from grpo_jax import (
     logprobs,
     preconditioner,
     prompt_weights,
+    pull_back,
 )
 from grpo_jax.objectives.objective import AXES
 from grpo_jax.preconditioner import apply_weights
 from grpo_jax.prompt_weights import WEIGHTS, of_pass_rates
 from tests.variants import Case, bools, called_by, check, floats, public_functions
 
-MODULES = (advantages, intervals, loglinear, logprobs, preconditioner, prompt_weights)
+MODULES = (
+    advantages, intervals, loglinear, logprobs, preconditioner, prompt_weights,
+    pull_back,
+)  # fmt: skip
 # Nothing to trace.
 ON_THE_HOST = {
     *public_functions(intervals), "loglinear.flow_time", "preconditioner.check_power",
     *(f"advantages.{n}" for n in ("check_number", "not_negative", "whole_number")),
-    "advantages.as_array",
+    "advantages.as_array", "preconditioner.check_rule", "preconditioner.axis_names",
 }  # fmt: skip
 
 P, G, T, V, D, K = 3, 4, 5, 7, 3, 6  # K: responses to a prompt of a log-linear policy
@@ -182,6 +186,16 @@ CASES = {
         lambda grads: {k: g.mean(0) for k, g in grads.items()},
     ),
 }
+WEIGHTED = gj.weighted_value_and_grad(lambda params, x: x @ params, gj.std_weights())
+FEATURES = normal(P, D)
+CASES["pull_back.weighted_value_and_grad"] = Case(
+    lambda params, x, rewards: WEIGHTED(params, x, rewards=rewards),
+    (normal(D), FEATURES, REWARDS),
+    (floats(), floats(D), ()),
+    lambda params, x, rewards: (
+        (INVERSE * (x @ params)).mean(), (INVERSE[:, None] * x).mean(0), ()
+    ),
+)  # fmt: skip
 RULES = {  # of WEIGHTS
     "unit": np.ones(P),
     "std": INVERSE,
