@@ -353,7 +353,7 @@ FUNCTIONS = {
         partial(gj.overlong_weights, eos_id=int(LAST[0, 0, 0])),
         (IDS, MASK),
         floats(P, G, T),
-        lambda ids, mask: (LAST == LAST[0, 0, 0]) + np.zeros_like(ONES),
+        lambda ids, mask: (LAST[0, 0, 0] == LAST) + np.zeros_like(ONES),
     ),
     "token_weights.truncated_importance_weights": Case(
         partial(gj.truncated_importance_weights, cap=1.5),
