@@ -230,6 +230,26 @@ def test_parameters_of_flax_nnx():
     check_model(params, lambda params, x: nnx.merge(graph, params, rest)(x)[:, 0])
 
 
+def test_a_module_of_flax_nnx_as_it_is():
+    """Counts and keys of its random streams are constants."""
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(D, 1, rngs=rngs)
+            self.dropout = nnx.Dropout(0.0, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.linear(x))[:, 0]
+
+    model, weights = Model(nnx.Rngs(0)), gj.inverse_std(REWARDS)
+    f = gj.weighted_value_and_grad(lambda model, x: model(x), gj.std_weights())
+    _, grads, _ = nnx.jit(f)(model, INPUTS, rewards=REWARDS)
+    expected = nnx.grad(lambda model: (weights * model(INPUTS)).mean())(model)
+    actual = nnx.state(grads, nnx.Param)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
+    nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param).update(model, actual)
+
+
 def test_parameters_of_haiku():
     haiku = pytest.importorskip("haiku")
     model = haiku.without_apply_rng(haiku.transform(lambda x: haiku.Linear(1)(x)))
