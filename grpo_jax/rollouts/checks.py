@@ -13,6 +13,8 @@ from grpo_jax.rollouts.micro_batches import micro_batch
 from grpo_jax.rollouts.types import Rollouts
 
 _MICRO_BATCH_TOKENS = 2**14
+_MOST_UNLIKELY = math.exp(-1)  # share of tokens
+_MOST_GAP = 0.5  # nats a token
 _batch_logprobs = jax.jit(batch_logprobs, static_argnames=("micro",))
 
 
@@ -129,10 +131,12 @@ def warn_if_unlikely(
     logprobs: jax.Array | None = None,
 ) -> float:
     """The share of sampled tokens that the policy can hardly have sampled; warns where
-    they are most: another tokenizer's ids, another template, another model.
+    it is that of another tokenizer's ids or another model's text.
 
-    With V tokens, those of probability below 1 / (e V) have less than 1 / e together,
-    so fewer than 37 in 100 of a policy's own samples are such, whatever the policy.
+    With V tokens, those of probability below 1 / (e V) have less than 1 / e together.
+    So a share above 1 / e is no policy's own. A wrong template hardly shows in it, but
+    in the sampler's log-probs: where they are known, a mean difference of more than
+    half a nat brings a warning too.
 
     Args:
         policy: Of which the question is.
@@ -151,12 +155,22 @@ def warn_if_unlikely(
     sampled = np.asarray(rollouts.completion_mask) > 0
     low = (np.asarray(logprobs) < floor) & sampled
     share = float(low.sum() / max(1, sampled.sum()))
-    if share > 0.5:
+    if share > _MOST_UNLIKELY:
         worst = int((low.sum((1, 2)) / np.maximum(1, sampled.sum((1, 2)))).argmax())
         warnings.warn(
             f"the policy gives {share:.0%} of the sampled tokens a log-prob below "
             f"{floor:.1f} nats, most of all at prompt {worst}: it cannot have produced "
             "them. Are tokenizer, chat template and model those of the rollouts?",
+            stacklevel=2,
+        )
+    gaps = np.abs(np.asarray(logprobs) - np.asarray(rollouts.behaviour_logprobs))
+    gaps = gaps[sampled]
+    gap = float(np.nanmean(gaps)) if np.isfinite(gaps).any() else 0.0
+    if share <= _MOST_UNLIKELY and gap > _MOST_GAP:
+        warnings.warn(
+            f"the policy's log-probs differ from the sampler's by {gap:.2f} nats a "
+            "token: the tokens are likely enough, and another policy, template or "
+            "temperature sampled them.",
             stacklevel=2,
         )
     return share

@@ -12,7 +12,7 @@ import numpy as np
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.rows import Row
 from grpo_jax.rollouts.encoding import pad_left
-from grpo_jax.rollouts.forms import RowForm, find_form, number
+from grpo_jax.rollouts.forms import RowForm, find_form
 from grpo_jax.rollouts.lengths import bucket
 from grpo_jax.rollouts.records import Record, records_by_step
 from grpo_jax.rollouts.sources import as_rows, files_of, read_file
@@ -137,7 +137,7 @@ def _sample(encoder: Encoder, record: Record, vocab_size: int | None) -> Sample:
     _check_ids(ids, vocab_size, f"{where}: the completion")
     if record.mask is not None:
         _check_length("mask", record.mask, ids, record.completion, where)
-        mask = [_bit(x, where) for x in record.mask]
+        mask = _bits(record.mask, where)
     if not any(mask):
         raise ConfigError(
             f"{where}: no token of the completion was sampled, its mask is 0; leave "
@@ -146,10 +146,7 @@ def _sample(encoder: Encoder, record: Record, vocab_size: int | None) -> Sample:
     logprobs = [np.nan if one else 0.0 for one in mask]
     if record.logprobs is not None:
         _check_length("logprobs", record.logprobs, ids, record.completion, where)
-        logprobs = [
-            _logprob(x, f"{where}, token {t}") if one else 0.0
-            for t, (x, one) in enumerate(zip(record.logprobs, mask, strict=True))
-        ]
+        logprobs = _logprobs(record.logprobs, mask, where)
     n = len(mask) - mask[::-1].index(1)
     return Sample(ids[:n], mask[:n], logprobs[:n], record)
 
@@ -183,20 +180,32 @@ def _check_length(
     )
 
 
-def _bit(value: Any, where: str) -> int:
-    if value in (0, 1) and not isinstance(value, str):
-        return int(value)
-    raise ConfigError(f"{where}: mask must be 0 or 1 everywhere, got {value!r:.100}.")
-
-
-def _logprob(value: Any, where: str) -> float:
-    result = number(value, f"{where}: logprobs")
-    if not result <= _MOST_LOGPROB:  # NaN too
+def _bits(values: list[Any], where: str) -> list[int]:
+    """A mask of 0 and 1, or of truth values, as 0 and 1."""
+    wrong = [x for x in values if isinstance(x, str) or x not in (0, 1)]
+    if wrong:
         raise ConfigError(
-            f"{where}: logprobs of sampled tokens must be finite and at most 0 (nats), "
-            f"got {value!r:.100}; leave the field out where they are not known."
+            f"{where}: mask must be 0 or 1 everywhere, got {wrong[0]!r:.100}."
         )
-    return result
+    return [int(x) for x in values]
+
+
+def _logprobs(values: list[Any], mask: list[int], where: str) -> list[float]:
+    """The log-probs of sampled tokens, 0 on the others."""
+    sampled = np.asarray(mask, bool)
+    try:
+        given = np.asarray(values, float)  # null is NaN
+    except (TypeError, ValueError):
+        given = np.array([x if isinstance(x, float) else np.nan for x in values])
+    wrong = ~(given <= _MOST_LOGPROB) & sampled | np.isinf(given)
+    if given.shape == sampled.shape and not wrong.any():
+        return np.where(sampled, given, 0.0).tolist()
+    first = int(wrong.argmax())
+    raise ConfigError(
+        f"{where}, token {first}: logprobs of sampled tokens must be finite and at "
+        f"most 0 (nats), got {values[first]!r:.100}; leave the field out where they "
+        "are not known."
+    )
 
 
 def _check_all_or_none(records: Sequence[Record]) -> None:

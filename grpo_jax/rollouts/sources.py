@@ -9,6 +9,8 @@ from typing import Any
 from grpo_jax.errors import ConfigError, check_kind
 from grpo_jax.rewards.rows import Row, read_rows
 
+_PLAIN = {int, float, str, bool, type(None)}
+
 
 def as_rows(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Rows in memory, arrays in them as lists.
@@ -41,7 +43,11 @@ def _as_list(value: Any) -> Any:
     """The value with arrays, scalars of arrays and tuples as Python's own."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    return [_as_list(x) for x in value] if isinstance(value, list | tuple) else value
+    if not isinstance(value, list | tuple):
+        return value
+    if set(map(type, value)) <= _PLAIN:  # of many tokens
+        return list(value)
+    return [_as_list(x) for x in value]
 
 
 def file_rows(path: str | PathLike[str], suffix: str) -> list[Row]:

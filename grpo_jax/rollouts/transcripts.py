@@ -28,7 +28,7 @@ def kind_of(value: Any) -> str:
         return "text"
     if not isinstance(value, list) or not value:
         return ""
-    if all(type(x) is int for x in value):
+    if set(map(type, value)) == {int}:
         return "ids"
     if all(isinstance(x, Mapping) for x in value):
         return "messages"

@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,24 +69,42 @@ def test_what_is_wrong_is_said_at_which_prompt(name):
         gj.check_rollouts(given, V)
 
 
+def share_without_warning(*arguments, **changes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return gj.warn_if_unlikely(*arguments, **changes)
+
+
 # Ids in another order: the tokens of another tokenizer.
 def test_tokens_of_another_tokenizer_bring_a_warning():
     policy, given = tiny_policy(), rollouts()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        own = gj.warn_if_unlikely(policy, given)
-    assert own < 1 / math.e
-    shuffled = np.random.default_rng(0).permutation(V)
-    other = given._replace(completions=jnp.asarray(shuffled)[given.completions])
+    policy = policy.replace(jax.tree.map(lambda x: 3 * x, policy.params))
+    own = gj.sample(
+        policy, given.prompts, given.prompt_mask, group_size=G, max_new_tokens=T,
+        key=jax.random.key(3), eos_id=1, pad_id=0,
+    )  # fmt: skip
+    assert share_without_warning(policy, own) < 0.1
+    shuffled = jnp.asarray(np.random.default_rng(0).permutation(V))
+    other = own._replace(completions=shuffled[own.completions])
     with pytest.warns(UserWarning, match="cannot have produced them"):
-        foreign = gj.warn_if_unlikely(policy, other, floor=-2.0)
-    logprobs = gj.completion_logprobs(policy, other)
-    sampled = np.asarray(other.completion_mask) > 0
-    expected = (np.asarray(logprobs)[sampled] < -2.0).mean()
-    np.testing.assert_allclose(foreign, expected, rtol=1e-6)
-    with pytest.warns(UserWarning, match="cannot have produced them"):
-        again = gj.warn_if_unlikely(policy, other, floor=-2.0, logprobs=logprobs)
-    assert again == foreign
+        share = gj.warn_if_unlikely(policy, other)
+    logprobs = np.asarray(gj.completion_logprobs(policy, other))
+    floor = -1 - math.log(V)
+    expected = (logprobs[np.asarray(other.completion_mask) > 0] < floor).mean()
+    np.testing.assert_allclose(share, expected, rtol=1e-6)
+    with pytest.warns(UserWarning, match="below -0.1 nats"):
+        gj.warn_if_unlikely(policy, other, floor=-0.1, logprobs=jnp.asarray(logprobs))
+
+
+# Likely tokens, sampled by somebody else; unknown log-probs say nothing.
+def test_log_probs_of_another_policy_bring_a_warning():
+    policy, given = tiny_policy(), rollouts()
+    lower = given._replace(behaviour_logprobs=given.behaviour_logprobs - 0.6)
+    with pytest.warns(UserWarning, match="by 0.60 nats a token"):
+        gj.warn_if_unlikely(policy, lower)
+    unknown = jnp.full((P, G, T), jnp.nan)
+    share_without_warning(policy, given._replace(behaviour_logprobs=unknown))
+    share_without_warning(policy, given)
 
 
 # The bound: whatever the distribution, tokens below 1 / (e V) have less than 1 / e.
