@@ -1,6 +1,7 @@
 """Whether rollouts are what they should be, and what a policy says of them."""
 
 import math
+import reprlib
 import warnings
 
 import jax
@@ -28,7 +29,8 @@ def check_rollouts(rollouts: Rollouts, vocab_size: int) -> None:
     Raises:
         ValueError: shapes or dtypes do not fit, or a prompt or completion (which is
             named) has no token, a token outside the vocabulary, a log-prob that is NaN
-            beside known ones or positive, or a reward that is infinite.
+            beside known ones or positive, or a reward that is infinite. Of arrays that
+            are spread over several hosts only shapes and dtypes are checked.
     """
     if not isinstance(rollouts, Rollouts):
         raise ValueError(
@@ -38,6 +40,9 @@ def check_rollouts(rollouts: Rollouts, vocab_size: int) -> None:
             "'reward': 1.0}, ...], tokenizer)."
         )
     _check_shapes(rollouts)
+    leaves = jax.tree.leaves(rollouts)
+    if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in leaves):
+        return  # parts are on other hosts
     host = jax.tree.map(np.asarray, rollouts)
     sampled, prompt = host.completion_mask > 0, host.prompt_mask > 0
     rewards = np.zeros(sampled.shape[:2]) if host.rewards is None else host.rewards
@@ -65,6 +70,13 @@ def check_rollouts(rollouts: Rollouts, vocab_size: int) -> None:
 
 
 def _check_shapes(rollouts: Rollouts) -> None:
+    for name, array in rollouts._asdict().items():
+        if array is None and name in Rollouts._field_defaults:
+            continue
+        if not hasattr(array, "ndim"):
+            raise ValueError(
+                f"{name} of rollouts must be an array, got {reprlib.repr(array)}."
+            )
     p, length = np.shape(rollouts.prompts) if rollouts.prompts.ndim == 2 else (-1, -1)
     shape = np.shape(rollouts.completions)
     fields = {

@@ -58,6 +58,8 @@ REFUSED = {
     ),
     "flat": (rollouts(completions=jnp.zeros((P, T), int)), "completions of rollouts"),
     "floats": (rollouts(prompts=jnp.zeros((P, 5))), "prompts of rollouts must be int"),
+    "list": (rollouts()._replace(rewards=[[1.0]]), "rewards .* must be an array, got"),
+    "none": (rollouts()._replace(prompts=None), "prompts of rollouts must be an array"),
     "kind": ({"prompts": 3}, "rollouts must be Rollouts, got dict"),
 }
 
