@@ -188,7 +188,7 @@ def _hash_key() -> jax.Array:
 
 def _logprobs(policy: Policy, group: Rollouts) -> Callable[..., jax.Array]:
     prompt = (group.prompts, group.prompt_mask)
-    return partial(group_logprobs, policy, 1.0, _AT_ONCE, prompt)
+    return partial(group_logprobs, policy.replace, 1.0, _AT_ONCE, prompt)
 
 
 def _samples(group: Rollouts) -> tuple[jax.Array, jax.Array]:

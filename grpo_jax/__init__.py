@@ -140,10 +140,15 @@ _HOMES = {
     ),
     "grpo_jax.runs.command_configs": (
         "EvalConfig",
+        "LookConfig",
         "WarmupConfig",
     ),
     "grpo_jax.commands.evaluate": ("evaluate",),
     "grpo_jax.commands.export": ("export",),
+    "grpo_jax.commands.look": (
+        "Look",
+        "look",
+    ),
     "grpo_jax.commands.warmup": ("warm_up",),
     "grpo_jax.training.handle": ("RunHandle",),
     "grpo_jax.training.learner": ("Learner",),

@@ -26,6 +26,7 @@ COMMANDS = {
     "objectives": "objectives",
     "report": "report",
     "replay": "replay",
+    "look": "look",
 }
 
 

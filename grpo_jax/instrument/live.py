@@ -29,6 +29,11 @@ from grpo_jax.rollouts.micro_batches import micro_batch
 from grpo_jax.rollouts.types import Rollouts
 
 
+def hash_key(key: jax.Array) -> jax.Array:
+    """The key of the sums that gradients are kept as, of that of all measurements."""
+    return jax.random.fold_in(key, 2**31 - 1)  # no step: it differs from their keys
+
+
 class Pending(NamedTuple):
     """A measurement whose next update has not been compared yet."""
 
@@ -76,8 +81,7 @@ class Instrument:
         self.sigma_history = sigma_history
         self.micro_batch_tokens = micro_batch_tokens
         self.pending: Pending | None = None
-        # No step has this number, so the hash differs from every sampling key.
-        self._hash_key = jax.random.fold_in(key, 2**31 - 1)
+        self._hash_key = hash_key(key)
         shape = {"width": plan.width, "exact": plan.exact}
         self._measure = jax.jit(
             partial(measure, **shape, micro_batch_tokens=micro_batch_tokens)

@@ -45,6 +45,7 @@ def measure(
     width: int,
     exact: bool,
     micro_batch_tokens: int = 2**16,
+    layers: int | None = None,
 ) -> Measurement:
     """Measures geometry and curvature of P prompts from their groups of G samples.
 
@@ -58,17 +59,20 @@ def measure(
         width: K, the coordinates kept of a gradient.
         exact: Whether K holds all coordinates, so that inner products are exact.
         micro_batch_tokens: Tokens in one pass, about.
+        layers: Gradients are those of so many layers, the last ones; None: of all
+            trained parameters.
     """
     policy = _cast_once(policy)
     rewards = _rewards(rollouts)
     hash_fn = partial(gradient_hash, key=key, width=width)
-    logprobs = partial(group_logprobs, policy, temperature, micro_batch_tokens)
+    params, replaced = measured_parameters(policy, layers)
+    logprobs = partial(group_logprobs, replaced, temperature, micro_batch_tokens)
 
     def probe(prompt: tuple[Rollouts, Rollouts | None]) -> Probe:
         group, answer = prompt
         return probe_prompt(
             partial(logprobs, (group.prompts, group.prompt_mask)),
-            policy.params,
+            params,
             _samples(group),
             _rewards(group),
             hash_fn,
@@ -118,8 +122,29 @@ def _samples(group: Rollouts) -> tuple[jax.Array, jax.Array]:
     return group.completions, group.completion_mask
 
 
+def measured_parameters(
+    policy: Policy, layers: int | None
+) -> tuple[Any, Callable[[Any], Policy]]:
+    """(the parameters of the last `layers` layers, the policy with others of them).
+
+    Args:
+        policy: With parameters; its layers' are stacked.
+        layers: None: all trained parameters.
+    """
+    if layers is None:
+        return policy.params, policy.replace
+    stacked = policy.params["layers"]
+    first = jax.tree.map(lambda x: x[:-layers], stacked)
+
+    def replaced(params: Any) -> Policy:
+        whole = jax.tree.map(lambda *x: jnp.concatenate(x), first, params)
+        return policy.replace(policy.params | {"layers": whole})
+
+    return jax.tree.map(lambda x: x[-layers:], stacked), replaced
+
+
 def group_logprobs(
-    policy: Policy,
+    replaced: Callable[[Any], Policy],
     temperature: float | jax.Array,
     micro_batch_tokens: int,
     prompt: tuple[jax.Array, jax.Array],  # ids and mask, each [L]
@@ -133,8 +158,7 @@ def group_logprobs(
     ids, prompt_mask, completions, mask = (x[None] for x in batch)
     group = Rollouts(ids, prompt_mask, completions, mask, behaviour_logprobs=mask)
     micro = micro_batch(1, n, ids.shape[1], t, micro_batch_tokens)
-    current = policy.replace(params)
-    return batch_logprobs(current, group, temperature, micro)[0].sum(-1)
+    return batch_logprobs(replaced(params), group, temperature, micro)[0].sum(-1)
 
 
 def mean_hidden_state(

@@ -105,7 +105,7 @@ def plan_probe(
 
     def affordable(group_size: int) -> float:
         """Prompts that may be measured in the whole run, with so many samples each."""
-        per_prompt = _cost(group_size, prompt_tokens, max_new_tokens)
+        per_prompt = measurement_cost(group_size, prompt_tokens, max_new_tokens)
         return wanted.max_overhead * config.steps * step / per_prompt
 
     times, prompts, group_size = _schedule(
@@ -181,7 +181,7 @@ def step_cost(batch: StepBatch, prompt_tokens: int, max_new_tokens: int) -> int:
     return (SAMPLING + GRADIENT) * batch.prompts * tokens
 
 
-def _cost(group_size: int, prompt_tokens: int, max_new_tokens: int) -> int:
+def measurement_cost(group_size: int, prompt_tokens: int, max_new_tokens: int) -> int:
     """Forward passes over tokens that a measurement of one prompt takes."""
     completions = group_size * max_new_tokens
     once = prompt_tokens + completions

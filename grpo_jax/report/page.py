@@ -18,6 +18,7 @@ from grpo_jax.report.instrument_figures import Section, instrument_section
 from grpo_jax.report.run_files import RunFiles, number, read_run
 from grpo_jax.report.svg import Figure
 from grpo_jax.runs.config_files import differences
+from grpo_jax.runs.directory import versions
 from grpo_jax.runs.fields import FIELDS
 
 PHASES = ("sample", "score", "reference", "update")  # of a step, by their times
@@ -34,7 +35,35 @@ def write_report(directories: Sequence[Path], output: Path) -> Path:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         runs = [run._replace(name=str(run.directory)) for run in runs]
-    page = _render(runs)
+    return _write(_render(runs), output)
+
+
+def write_look(
+    rows: Sequence[dict[str, Any]], output: Path, *, title: str, notes: Sequence[str]
+) -> Path:
+    """Writes one HTML file about measurements that belong to no run.
+
+    Args:
+        rows: As those of instrument.jsonl.
+        output: The file.
+        title: Of the page.
+        notes: Sentences on what was measured, below it.
+    """
+    section = instrument_section("", rows)
+    sections = [] if section is None else [section]
+    page = _template("look.html").render(
+        title=title,
+        notes=notes,
+        instrument=sections,
+        instrument_figures=_by_kind(sections),
+        versions=versions(),
+        fields={"look.json": ROW_FIELDS},
+    )
+    return _write(page, output)
+
+
+def _write(page: str, output: Path) -> Path:
+    """Writes the file as a whole."""
     temporary = output.with_suffix(".tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(page, encoding="utf-8")
@@ -42,7 +71,7 @@ def write_report(directories: Sequence[Path], output: Path) -> Path:
     return output
 
 
-def _render(runs: list[RunFiles]) -> str:
+def _template(name: str) -> Any:
     import jinja2
 
     environment = jinja2.Environment(
@@ -50,8 +79,12 @@ def _render(runs: list[RunFiles]) -> str:
         autoescape=True,
         trim_blocks=True,
     )
+    return environment.get_template(name)
+
+
+def _render(runs: list[RunFiles]) -> str:
     sections = _instrument(runs)
-    return environment.get_template("page.html").render(
+    return _template("page.html").render(
         title=" and ".join(run.name for run in runs),
         runs=[_summary(run) for run in runs],
         instrument=sections,

@@ -91,3 +91,48 @@ class WarmupConfig(Record):
         check_vocabulary(self.model)
         if not self.warm_start.enabled:
             raise ConfigError("warm_start.enabled must be true here; leave it out.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LookConfig(Record):
+    """Whose gradients are measured on which rollouts."""
+
+    rollouts: str  # a .jsonl or .parquet file, or a directory of such files
+    # The policy that sampled them: a directory or a Hub name, where {step} stands for
+    # the step; or
+    pretrained: str | None = None
+    adapter: str | None = None  # a LoRA adapter of PEFT's form, on top of it
+    run_dir: str | None = None  # a run's, of its checkpoint nearest to the rollouts'
+    # Whose fields the rows have: rows (ours), trl, verl, prime-rl
+    form: str = "rows"
+    step: Natural | None = None  # which one, of rollouts of several steps
+    every_step: bool = False  # each of them, as a series
+    prompts: Count | None = 32  # measured at most, of each step
+    # What gradients are taken of: all parameters, new LoRA factors (an adapter's own),
+    # or all of the last layers
+    parameters: Literal["all", "lora", "last-layers"] = "all"
+    layers: Count = 4  # of last-layers
+    lora_rank: Count = 16  # of new factors
+    temperature: SampleTemperature = 1.0  # that the rollouts were sampled at
+    # default: of a model stored in bfloat16, that on accelerators; float32
+    compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] | None = None
+    micro_batch_tokens: Count = 16384  # in one pass, about
+    seed: Seed = 0  # of new factors, and of the sums that gradients are kept as
+    output: str = "look"  # the directory to write look.json and look.html to
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.pretrained) == bool(self.run_dir):
+            raise ConfigError(
+                "look needs the policy that sampled the rollouts: give --pretrained "
+                "DIR, a model's directory, or --run-dir DIR, a run's."
+            )
+        if self.adapter and self.run_dir:
+            raise ConfigError("adapter goes with pretrained; a run has its own.")
+        if self.every_step and self.step is not None:
+            raise ConfigError("step names one, and every_step asks for all: leave one.")
+        plain = LookConfig.__dataclass_fields__
+        for name, kind in (("layers", "last-layers"), ("lora_rank", "lora")):
+            if self.parameters != kind and getattr(self, name) != plain[name].default:
+                raise ConfigError(f"{name} is of --parameters {kind}; leave it out.")
+        check_config(self)

@@ -138,7 +138,7 @@ def test_the_instrument_sums_sampled_tokens():
     policy, rollouts = tiny_policy(), talks()
     prompt = rollouts.prompts[1], rollouts.prompt_mask[1]
     samples = rollouts.completions[1], rollouts.completion_mask[1]
-    actual = group_logprobs(policy, 1.0, 1000, prompt, policy.params, samples)
+    actual = group_logprobs(policy.replace, 1.0, 1000, prompt, policy.params, samples)
     expected = gj.completion_logprobs(policy, rollouts)[1].sum(-1)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 

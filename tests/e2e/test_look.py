@@ -1,0 +1,191 @@
+"""The instrument on rollouts from anywhere."""
+
+import dataclasses
+import json
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grpo_jax as gj
+from grpo_jax.cli import main
+from grpo_jax.commands.look import forecast, look_at
+from grpo_jax.errors import ConfigError
+from grpo_jax.instrument.measurement import measured_parameters
+from grpo_jax.instrument.prompts import ProbePrompts
+from grpo_jax.runs.lines import read_lines, without_nan
+
+from ..helpers import random_rollouts, tiny_policy
+from .test_train import digits_task, small_config
+
+P, G = 6, 8
+
+
+@pytest.fixture(scope="module")
+def measured_run(tmp_path_factory):
+    """(a run with two measurements, the rollouts that these were made of)."""
+    made, directory = [], tmp_path_factory.mktemp("look")
+    call = ProbePrompts.__call__
+
+    def recorded(self, params, key):
+        made.append(call(self, params, key))
+        return made[-1]
+
+    config = small_config(
+        directory / "run", steps=2, checkpoint=gj.CheckpointConfig(every=1),
+        instrument=gj.InstrumentConfig(every=2, prompts=P, group_size=G),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProbePrompts, "__call__", recorded)
+        result = gj.train(config, task=digits_task())
+    rows = read_lines(result.run_dir / "instrument.jsonl")
+    assert [row["step"] for row in rows] == [0, 2]
+    file = directory / "rollouts.jsonl"
+    # The first call of each measurement sampled what it measured; the others compared.
+    with file.open("w") as out:
+        for step, rollouts in ((0, made[0]), (2, made[-1])):
+            for row in rollouts.to_rows():
+                out.write(json.dumps(row | {"step": step}) + "\n")
+    return result, rows, file
+
+
+def test_a_runs_own_rollouts_give_its_own_figures(measured_run, tmp_path):
+    """Every number of both rows, exactly, through a file and the run's checkpoints."""
+    result, rows, file = measured_run
+    looks = look_at(
+        gj.LookConfig(
+            rollouts=str(file), run_dir=str(result.run_dir), every_step=True,
+            output=str(tmp_path / "look"),
+        )
+    )  # fmt: skip
+    for row, seen in zip(rows, looks, strict=True):
+        for name in row.keys() - {"prompts", "update"}:
+            again = json.loads(json.dumps(without_nan(seen.row[name])))
+            assert again == row[name], name
+    content = json.loads((tmp_path / "look/look.json").read_text())
+    assert [row["step"] for row in content["rows"]] == [0, 2]
+    page = (tmp_path / "look/look.html").read_text()
+    assert "Why and when normalisation helps" in page and "Every measurement" in page
+
+
+def scored(seed=0):
+    rollouts = random_rollouts(tiny_policy(), P, G, 5, 6)
+    rewards = np.random.default_rng(seed).integers(0, 2, (P, G)).astype(np.float32)
+    return rollouts._replace(rewards=jnp.asarray(rewards))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_last_layers_gradients_are_slices_of_the_whole(layers):
+    policy, rollouts = tiny_policy(), scored()
+    last, replaced = measured_parameters(policy, layers)
+    whole, same = measured_parameters(policy, None)
+    some, everything = (
+        jax.grad(lambda x, of=of: gj.completion_logprobs(of(x), rollouts).sum())(
+            of_what
+        )
+        for of_what, of in ((last, replaced), (whole, same))
+    )
+    expected = jax.tree.map(lambda x: x[-layers:], everything["layers"])
+    chex.assert_trees_all_close(some, expected, rtol=1e-5, atol=1e-6)
+    row = gj.look(policy, rollouts, parameters="last-layers", layers=layers).row
+    norms = np.array(row["geometry"]["raw_squared_norms"], float)
+    full = gj.look(policy, rollouts).row["geometry"]["raw_squared_norms"]
+    assert (norms < np.array(full, float)).all()
+
+
+def test_new_factors_are_measured_as_those_of_a_policy_that_has_them():
+    policy, rollouts = tiny_policy(), scored()
+    key = jax.random.key(3)
+    lora = gj.add_lora(policy, rank=2, alpha=4.0, key=key)
+    made = gj.look(policy, rollouts, parameters="lora", lora_rank=2, key=key)
+    given = gj.look(lora, rollouts, key=key)
+    same = [without_nan(x.row["geometry"]) for x in (made, given)]
+    assert same[0] == same[1]
+    assert "prompts" in made.text() and made.phase in ("I", "II", "III", "unknown")
+
+
+def test_a_change_has_the_slope_of_the_expected_reward_along_it():
+    """Along the mean gradient, P times its squared norm less noise: positive here by
+    construction, as the same samples made it."""
+    policy, rollouts = tiny_policy(), scored()
+    change = jax.grad(
+        lambda params: (
+            (rollouts.rewards - rollouts.rewards.mean(1, keepdims=True))
+            * gj.completion_logprobs(policy.replace(params), rollouts).sum(-1)
+        ).mean()
+    )(policy.params)
+    row = gj.look(policy, rollouts, change=change).row
+    total = sum((x**2).sum() for x in jax.tree.leaves(change))
+    slopes = np.array(row["update"]["slope"], float)
+    assert slopes.mean() == pytest.approx(float(total) * G / (G - 1), rel=1e-3)
+    assert (
+        set(row["update"]["realised"]) == {None}
+        or np.isnan(np.array(row["update"]["realised"], float)).all()
+    )
+
+
+def test_what_cannot_be_measured_is_said():
+    policy, rollouts = tiny_policy(), scored()
+    few = jax.tree.map(lambda x: x[:, :3] if x.ndim > 1 else x, rollouts)
+    few = few._replace(prompts=rollouts.prompts, prompt_mask=rollouts.prompt_mask)
+    with pytest.raises(ConfigError, match="four samples"):
+        gj.look(policy, few)
+    with pytest.raises(ConfigError, match="layers must be at most 2"):
+        gj.look(policy, rollouts, parameters="last-layers", layers=3)
+    with pytest.raises(ConfigError, match='change needs parameters "all"'):
+        gj.look(policy, rollouts, parameters="lora", change=policy.params)
+    with pytest.raises(ValueError, match="must have rewards"):
+        gj.look(policy, rollouts._replace(rewards=None))
+    peaked = policy.replace(jax.tree.map(lambda x: 50 * x, policy.params))
+    others = np.random.default_rng(5).integers(2, 19, rollouts.completions.shape)
+    with pytest.warns(UserWarning, match="cannot have produced"):
+        assert gj.look(peaked, rollouts._replace(completions=others)).unlikely > 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forecast_of = forecast(policy, rollouts)
+    assert forecast_of.seconds > 0 and forecast_of.peak_bytes > 0
+
+
+def test_the_command_reads_a_file_in_trls_form(tmp_path, capsys):
+    """A model directory and its tokenizer, rollouts as TRL writes them."""
+    task = gj.load_task("chains", heldout_prompts=16)
+    config = gj.ModelConfig(
+        vocab_size=len(task.tokenizer), width=16, mlp_width=24, head_dim=4
+    )
+    policy = gj.init_policy(config, jax.random.key(0))
+    gj.save_pretrained(policy, tmp_path / "model", tokenizer=task.tokenizer)
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "step": 3, "prompt": example.prompt, "completion": str(rng.integers(10)),
+            "right": float(rng.integers(2)), "advantage": 0.0,
+        }
+        for example in task.train[:6]
+        for _ in range(8)
+    ]  # fmt: skip
+    for row in rows:
+        del row["advantage"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    command = [
+        "look", str(tmp_path / "rows.jsonl"), "--pretrained", str(tmp_path / "model"),
+        "--form", "trl", "--output", str(tmp_path / "look"), "--prompts", "5",
+    ]  # fmt: skip
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "5 prompts x 8 samples" in printed and "1 further prompts" in printed
+    assert "measuring, about 0:0" in printed
+    row = json.loads((tmp_path / "look/look.json").read_text())["rows"][0]
+    means = [np.mean([x["right"] for x in rows[8 * i : 8 * i + 8]]) for i in range(5)]
+    np.testing.assert_allclose(row["group_mean"], means, rtol=1e-3)
+    assert main(["look", str(tmp_path / "rows.jsonl")]) == 2
+    assert "give --pretrained" in capsys.readouterr().err
+
+
+def test_settings_that_change_nothing_are_refused():
+    base = gj.LookConfig(rollouts="x", pretrained="y")
+    for wrong in (dict(layers=2), dict(lora_rank=4), dict(run_dir="z")):
+        with pytest.raises(ConfigError):
+            dataclasses.replace(base, **wrong)
