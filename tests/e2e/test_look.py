@@ -82,12 +82,13 @@ def test_the_last_layers_gradients_are_slices_of_the_whole(layers):
     policy, rollouts = tiny_policy(), scored()
     last, replaced = measured_parameters(policy, layers)
     whole, same = measured_parameters(policy, None)
-    some, everything = (
-        jax.grad(lambda x, of=of: gj.completion_logprobs(of(x), rollouts).sum())(
-            of_what
+
+    def gradient(params, policy_of):
+        return jax.grad(lambda x: gj.completion_logprobs(policy_of(x), rollouts).sum())(
+            params
         )
-        for of_what, of in ((last, replaced), (whole, same))
-    )
+
+    some, everything = gradient(last, replaced), gradient(whole, same)
     expected = jax.tree.map(lambda x: x[-layers:], everything["layers"])
     chex.assert_trees_all_close(some, expected, rtol=1e-5, atol=1e-6)
     row = gj.look(policy, rollouts, parameters="last-layers", layers=layers).row
