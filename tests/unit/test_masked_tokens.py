@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import grpo_jax as gj
@@ -16,7 +17,8 @@ from grpo_jax.objectives.token_weights import conflict_weights, overlong_weights
 from grpo_jax.rollouts.encoding import decode_groups
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.types import completion_lengths
-from tests.helpers import one_update, random_rollouts, tiny_policy, weighed
+from grpo_jax.training.step import make_gradients
+from tests.helpers import random_rollouts, tiny_policy, weighed
 
 P, G, T = 4, 6, 7
 HOLES = slice(2, 4)  # a tool's tokens
@@ -117,21 +119,58 @@ def test_advantages_of_masked_tokens_change_nothing():
     np.testing.assert_array_equal(expected, actual)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
-def test_an_update_reads_no_log_prob_of_a_tool_and_may_be_split(name):
-    policy, rollouts = tiny_policy(), talks()
-    objective = dataclasses.replace(gj.OBJECTIVES[name], kl_coef=0.0)
-    noisy = rollouts._replace(
-        behaviour_logprobs=set_in_holes(rollouts.behaviour_logprobs, jnp.nan)
+def with_nan_in_holes(rollouts):
+    logprobs = set_in_holes(rollouts.behaviour_logprobs, jnp.nan)
+    return rollouts._replace(behaviour_logprobs=logprobs)
+
+
+def test_a_gradient_reads_no_log_prob_of_a_tool_and_may_be_split():
+    policy, objective = tiny_policy(num_layers=1), gj.OBJECTIVES["gspo"]
+    sizes = dict(temperature=1.0, max_length=T)
+    whole, split = (
+        jax.jit(make_gradients(objective, micro=MicroBatch(*n), **sizes))
+        for n in ((P, G), (2, 3))
     )
-    update = partial(one_update, policy, objective)
-    whole, metrics = update(weighed(objective, rollouts), MicroBatch(P, G))
-    other, _ = update(weighed(objective, noisy), MicroBatch(P, G))
-    split, _ = update(weighed(objective, rollouts), MicroBatch(2, 3))
-    assert metrics["update/applied"] == 1
-    jax.tree.map(np.testing.assert_array_equal, whole.params, other.params)
+    old = talks().behaviour_logprobs - 0.05
+    batch = weighed(objective, talks(), old, old)
+    other = batch._replace(
+        rollouts=with_nan_in_holes(batch.rollouts),
+        old_logprobs=set_in_holes(old, jnp.nan),
+        reference_logprobs=set_in_holes(old, jnp.nan),
+    )
+    expected, noisy = whole(policy, batch)[0], whole(policy, other)[0]
+    jax.tree.map(np.testing.assert_array_equal, expected, noisy)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, whole.params, split.params)
+    jax.tree.map(close, expected, split(policy, batch)[0])
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-3
+
+
+# An objective that keeps the rollouts of several iterates, and their log-probs.
+def test_a_history_reads_no_log_prob_of_a_tool():
+    learner = gj.Learner("rt_pg", optax.sgd(0.1))
+    start = learner.init(tiny_policy(num_layers=1), rollouts=talks())
+    ends = []
+    for given in (talks(), with_nan_in_holes(talks())):
+        state = jax.tree.map(jnp.copy, start)  # a step donates it
+        for _ in range(2):
+            state, metrics = learner.step(state, given)
+        assert metrics["update/applied"] == 2 and metrics["tokens/completion"] == 120
+        ends.append(state.params)
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+@pytest.mark.slow
+def test_other_weights_are_compared_on_sampled_tokens():
+    learner = gj.Learner("reinforce", optax.sgd(0.1), with_counterfactual=True)
+    state = learner.init(tiny_policy(num_layers=1))
+
+    def compare(rollouts):
+        ids = np.arange(len(rollouts.prompts))
+        return learner.compare_weights(state, learner.weigh(state, rollouts, ids).batch)
+
+    expected, actual = compare(talks()), compare(with_nan_in_holes(talks()))
+    jax.tree.map(np.testing.assert_array_equal, expected, actual)
+    assert np.isfinite(compare(ragged()).slopes).all()
 
 
 def test_the_instrument_sums_sampled_tokens():
@@ -159,7 +198,8 @@ def test_a_ragged_group_has_the_loss_of_its_samples():
     np.testing.assert_array_equal(
         np.isfinite(rollouts.rewards).sum(1), np.array([4, 8, 2])
     )
-    for name in ("grpo", "dapo", "dr_grpo", "rloo"):
+    current = gj.completion_logprobs(policy, rollouts) + 0.1
+    for name in ("grpo", "dr_grpo"):
         objective = dataclasses.replace(gj.OBJECTIVES[name], kl_coef=0.0)
         losses = []
         for p in range(3):
@@ -169,19 +209,17 @@ def test_a_ragged_group_has_the_loss_of_its_samples():
                 x: getattr(group, x)[:, present]
                 for x in ("completion_mask", "behaviour_logprobs", "rewards")
             }
-            current = gj.completion_logprobs(policy, group)[:, present] + 0.1
-            small |= {"logprobs": current, "max_length": T}
+            small |= {"logprobs": current[p : p + 1, present], "max_length": T}
             losses.append(float(gj.policy_loss(objective, **small)[0]))
         whole, _ = gj.per_prompt_losses(
             objective,
-            logprobs=gj.completion_logprobs(policy, rollouts) + 0.1,
+            logprobs=current,
             behaviour_logprobs=rollouts.behaviour_logprobs,
             rewards=rollouts.rewards,
             completion_mask=rollouts.completion_mask,
             max_length=T,
         )
-        if objective.aggregation != "batch_token_mean":
-            np.testing.assert_allclose(whole, losses, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(whole, losses, rtol=1e-4, atol=1e-6)
 
 
 def test_the_places_of_a_small_group_are_spread_over_its_parts():

@@ -21,7 +21,7 @@ def test_the_blocks_run_in_their_order(monkeypatch, capsys):
     exec(BLOCKS["rows"], space)
     rollouts, metrics = space["rollouts"], space["metrics"]
     np.testing.assert_array_equal(
-        rollouts.rewards, np.float32([[1, 0, np.nan], [1, 0, 0.5]])
+        rollouts.rewards, np.float32([[1, 0, np.nan], [0, 0.5, 1]])
     )
     assert metrics["update/applied"] == 1 and metrics["reward/missing"] == 0
     assert metrics["tokens/completion"] == 3 + 2 + 3 + 2 + 2
