@@ -270,7 +270,8 @@ def main(c: Config) -> None:
     if not c.plot_only:
         use_compile_cache()
         s = setting_of(c)
-        write_config(c.output, c, output=None, runs=None)  # of this machine alone
+        names = [path.name for path in c.checkpoints]  # paths are of this machine alone
+        write_config(c.output, c, output=None, runs=None, model=None, checkpoints=names)
         for at in all_checkpoints(s):
             measure_checkpoint(s, c, at)
     series = load(read_lines(c.output / "metrics.jsonl"), c.params)
