@@ -23,7 +23,7 @@ class Completion(NamedTuple):
 
 
 def kind_of(value: Any) -> str:
-    """ "text", "ids", "messages", "several" of these, or "" for anything else."""
+    """What a value is: "text", "ids", "messages", "several" of these, or "" if none."""
     if isinstance(value, str):
         return "text"
     if not isinstance(value, list) or not value:
