@@ -17,6 +17,7 @@ import numpy as np
 from grpo_jax.errors import ConfigError, summary
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_DEEPEST = 100  # levels of an object that its digest reads
 _IN_CODE = "code:"  # how the name of an object begins that no import would find
 
 
@@ -35,8 +36,9 @@ def find_object(name: str, field: str) -> Any:
     if in_code(name):
         argument = field.split(".")[0].replace("sampling", "sampler")
         raise ConfigError(
-            f"{field} {name.removeprefix(_IN_CODE)} was made in code: give it again, "
-            f"as {argument}=..., or put it into a module and name it module:name."
+            f"{field} {name.removeprefix(_IN_CODE)} was made in code: give it again to "
+            f"gj.train, as {argument}=...; only what a run named module:name from its "
+            "start is found by itself."
         )
     if not _NAME.fullmatch(name):
         raise ConfigError(
@@ -90,22 +92,22 @@ def digest(value: Any) -> str:
     in a function that it calls by a global name is not seen.
     """
     hasher = hashlib.sha256()
-    _add(hasher, value, set())
+    _add(hasher, value, {}, 0)
     return hasher.hexdigest()[:12]
 
 
-def _add(hasher: Any, value: Any, seen: set[int]) -> None:
+def _add(hasher: Any, value: Any, seen: dict[int, Any], depth: int) -> None:
     """Feeds the hash with a value and all it holds; what was seen before is left out,
-    as of a function that closes over itself."""
+    as of a function that closes over itself, and what lies `_DEEPEST` levels down."""
     hasher.update(type(value).__qualname__.encode())
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         hasher.update(repr(value).encode())
         return
-    if id(value) in seen:
+    if id(value) in seen or depth == _DEEPEST:
         return
-    seen.add(id(value))
+    seen[id(value)] = value  # kept, so that no other object gets its id
     for part in _parts(value):
-        _add(hasher, part, seen)
+        _add(hasher, part, seen, depth + 1)
 
 
 def _parts(value: Any) -> list[Any]:
@@ -126,7 +128,10 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
         return [getattr(value, "__module__", ""), value.__name__]
     if hasattr(value, "__array__"):
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except Exception:  # an array that was donated, or lies on other hosts
+            return [str(getattr(value, "dtype", "")), str(getattr(value, "shape", ""))]
         return [str(array.dtype), str(array.shape), array.tobytes()]
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]

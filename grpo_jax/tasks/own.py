@@ -19,6 +19,8 @@ _EXAMPLE = """a task is such as
 _LANGUAGE = (
     "eos_ids", "template", "system", "template_arguments", "control_tokens", "date",
 )  # fmt: skip
+# Options that ask for nothing; evaluation asks for all held-out prompts, 0.
+_UNASKED = (("seed", 0), ("heldout_prompts", 0))
 
 
 def own_task(
@@ -47,7 +49,7 @@ def own_task(
         task = _call(name, found, {"tokenizer": tokenizer, **others})
         others = {}
     for key, value in others.items():
-        if (key, value) != ("seed", 0):
+        if (key, value) not in _UNASKED:
             raise ConfigError(
                 f"task.{key} changes nothing for {name}, a Task that is made already, "
                 f"got {value!r}; leave it out, or name a function of {key}."
@@ -65,7 +67,7 @@ def _call(name: str, function: Any, given: Mapping[str, Any]) -> Any:
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {p.name for p in parameters}
     for key, value in given.items():
-        unasked = key == "tokenizer" or (key, value) == ("seed", 0)
+        unasked = key == "tokenizer" or (key, value) in _UNASKED
         if not (takes_all or key in names or unasked):
             raise ConfigError(
                 f"task.{key} changes nothing for {name}, which has no parameter {key}, "

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -37,7 +38,7 @@ def test_a_module_in_the_working_directory_is_found(tmp_path, monkeypatch):
         ("my rules:x", "must be module:name, got 'my rules:x'"),
         ("nowhere_at_all:x", "ModuleNotFoundError"),
         ("grpo_jax.preconditioner:nothing", "AttributeError"),
-        ("code:objective", "give it again, as weights=..."),
+        ("code:objective", "give it again to gj.train, as weights=..."),
     ],
 )
 def test_what_cannot_be_found_is_named(name, message):
@@ -67,3 +68,28 @@ def test_an_object_that_holds_itself_has_a_digest():
         return again(n - 1) if n else 0
 
     assert len(digest(again)) == 12
+
+
+def test_what_an_object_cannot_show_does_not_end_its_digest():
+    """Donated arrays, and chains longer than Python's stack."""
+    gone = jnp.ones(3)
+    gone.delete()
+    assert len(digest(lambda: gone)) == 12
+    chain = None
+    for _ in range(5000):
+        chain = (chain,)
+    assert len(digest(chain)) == 12
+
+
+def test_all_heldout_prompts_of_an_own_task_are_those_it_has(tmp_path, monkeypatch):
+    """Evaluation asks for all, 0; for a number the function must have the parameter."""
+    (tmp_path / "tasks_in_a_test.py").write_text(
+        "import grpo_jax as gj\n"
+        "TASK = gj.load_task('chains', heldout_prompts=16)\n"
+        "def make(*, tokenizer=None, seed=0): return TASK\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("tasks_in_a_test:TASK", "tasks_in_a_test:make"):
+        assert len(gj.load_task(name, heldout_prompts=0).heldout) == 16
+        with pytest.raises(ConfigError, match="task.heldout_prompts changes nothing"):
+            gj.load_task(name, heldout_prompts=4)
