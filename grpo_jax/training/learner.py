@@ -158,8 +158,14 @@ class Learner:
                 f"an objective with history {objective.history} keeps rollouts, of "
                 "fixed shapes: give init(policy, rollouts=...), an example of them."
             )
-        copied = jax.tree.map(jnp.copy, policy.params)
-        kept, trained = (copied, policy.params) if donate else (policy.params, copied)
+        if rollouts is not None:
+            _ = rollouts.scored_rewards  # raises where there are none
+        policy = put_on_mesh(policy, self._method["mesh"])
+        kept = trained = policy.params
+        if not donate:
+            trained = jax.tree.map(jnp.copy, trained)
+        elif objective.kl_coef and self._reference is None:
+            kept = jax.tree.map(jnp.copy, kept)
         self._settings = UpdateSettings(
             policy=policy.replace(None),
             reference=self._reference_of(policy.replace(kept)),
@@ -184,7 +190,7 @@ class Learner:
                 "(with LoRA: with factors too, as they are at the start), got another; "
                 "leave it out for the policy of `init` itself."
             )
-        return given
+        return put_on_mesh(given, self._method["mesh"])
 
     def policy(self, state: TrainState) -> Policy:
         """The policy with a state's parameters; the next step donates them."""
@@ -221,7 +227,7 @@ class Learner:
                     "prompt_ids=ids), ids [P] from 0."
                 )
             prompt_ids = np.arange(len(rollouts.prompts))
-        weighed = self.weigh(state, rollouts, prompt_ids)
+        weighed = self.weigh(state, _of_own_types(rollouts), prompt_ids)
         state, metrics = self.update(weighed.state, weighed.batch)
         return state, weighed.metrics | metrics
 
@@ -327,6 +333,18 @@ class Learner:
 def _shapes(rollouts: Rollouts) -> tuple:
     """What programs of rollouts depend on: shapes, and which fields are there."""
     return jax.tree.structure(rollouts), *(x.shape for x in jax.tree.leaves(rollouts))
+
+
+def _of_own_types(rollouts: Rollouts) -> Rollouts:
+    """The rollouts with the dtypes that `Rollouts` states, whatever they came in:
+    rewards that are bool or int, say."""
+    whole = ("prompts", "prompt_mask", "completions", "completion_mask")
+    changed: dict[str, Any] = {
+        name: x.astype(jnp.int32 if name in whole else jnp.float32)
+        for name, x in rollouts._asdict().items()
+        if x is not None
+    }
+    return rollouts._replace(**changed)
 
 
 def _check_needs(
