@@ -69,6 +69,43 @@ def check_rollouts(rollouts: Rollouts, vocab_size: int) -> None:
     _refuse(np.isinf(rewards), "has an infinite reward; a missing one is NaN")
 
 
+def check_sampled(
+    rollouts: Rollouts,
+    prompts: np.ndarray | jax.Array,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    vocab_size: int,
+) -> None:
+    """Checks what a sampler returned for the prompts that it was given.
+
+    Args:
+        rollouts: [P, G, T], not scored yet.
+        prompts: [P, L] token ids, as it was given.
+        group_size: G, as it was asked for.
+        max_new_tokens: T, as it was asked for.
+        vocab_size: V, of the model.
+
+    Raises:
+        ValueError: other shapes or other prompts, log-probs that are NaN, or as
+            `check_rollouts`.
+    """
+    check_rollouts(rollouts, vocab_size)
+    expected = (len(prompts), group_size, max_new_tokens)
+    if rollouts.completions.shape != expected:
+        raise ValueError(
+            f"the sampler must return completions {expected}: [P, G, T] of its prompts,"
+            " group_size and max_new_tokens (padded, with a mask), got "
+            f"{rollouts.completions.shape}."
+        )
+    if rollouts.prompts.shape != prompts.shape:
+        raise ValueError(
+            f"the sampler must return the prompts {prompts.shape} that it was given, "
+            f"got {rollouts.prompts.shape}."
+        )
+    _ = rollouts.sampler_logprobs  # raises where some are not known
+
+
 def _check_shapes(rollouts: Rollouts) -> None:
     for name, array in rollouts._asdict().items():
         if array is None and name in Rollouts._field_defaults:

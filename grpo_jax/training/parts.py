@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import gather_to_host
+from grpo_jax.rollouts.checks import check_sampled
 from grpo_jax.rollouts.encoding import answer_rollouts
 from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch
@@ -47,8 +48,9 @@ def make_parts(context: RunContext, start: Policy) -> Parts:
     but for a copy where the objective has a reference policy."""
     config, plan, task = context.config, context.plan, context.plan.task
     policy = start.replace(None)  # parameters are in the train state alone
+    own = plan.given.sampler
     sampler = partial(
-        sample if plan.given.sampler is None else plan.given.sampler,
+        sample if own is None else _checked(own, policy.config.vocab_size),
         max_new_tokens=plan.max_new_tokens,
         temperature=config.sampling.temperature,
         eos_id=task.ends,
@@ -75,6 +77,23 @@ def make_parts(context: RunContext, start: Policy) -> Parts:
         schedule,
         picked,
     )
+
+
+def _checked(sampler: Callable[..., Rollouts], vocab_size: int) -> SampleFn:
+    """The user's sampler, with what it returns checked."""
+
+    def checked(policy: Policy, prompts: Any, mask: Any, **how: Any) -> Rollouts:
+        rollouts = sampler(policy, prompts, mask, **how)
+        check_sampled(
+            rollouts,
+            prompts,
+            group_size=how["group_size"],
+            max_new_tokens=how["max_new_tokens"],
+            vocab_size=vocab_size,
+        )
+        return rollouts
+
+    return checked
 
 
 def _make_optimizer(
