@@ -79,12 +79,14 @@ def given_objects(
             value = find_object(named, field) if own else None
         else:
             name = name_of(value, argument)
+            if argument == "on_step" and config.resume:  # who listens may change
+                config, named = _set(config, path, default), default
             if named not in (default, name):
                 raise ConfigError(
                     f"{field} is {named!r}, and {argument} was given as an object too; "
                     "leave one of them out."
                 )
-            if argument != "on_step" or not in_code(name):  # who listens may change
+            if argument != "on_step" or not in_code(name):  # no run depends on it
                 config = _set(config, path, name)
         objects[argument] = value
     return _checked(config, objects)
@@ -94,11 +96,17 @@ def _checked(config: TrainConfig, objects: dict[str, Any]) -> tuple[TrainConfig,
     """The same, with every object of its kind, and the policy's config the run's."""
     objective, policy = objects.get("objective"), objects.get("policy")
     if objective is not None:
-        objects["objective"] = as_objective(objective)
+        check_objective(objective)
     if objects.get("weights") is not None and not callable(objects["weights"]):
         check_weights(objects["weights"])
     if objects.get("optimizer") is not None:
         _check_optimizer_settings(config, objects["optimizer"])
+        made(  # once for its errors, before anything is written
+            objects["optimizer"],
+            optax.GradientTransformation,
+            check_optimizer,
+            schedule=optax.constant_schedule(1e-6),
+        )
     for name, example in (
         ("sampler", "def sampler(policy, prompt_ids, prompt_mask, *, group_size, "
          "max_new_tokens, key, temperature, eos_id, pad_id, prompt_indices): ..."),
@@ -182,9 +190,22 @@ def made(value: Any, kind: type, check: Callable[[Any], None], **arguments: Any)
         kind: What is wanted.
         check: Raises for another kind.
         arguments: What a function may ask for.
+
+    Raises:
+        ConfigError: a function needs something else, or the value is of another kind.
     """
     if not isinstance(value, kind) and callable(value):
-        value = value(**named_by(value, arguments))
+        named = named_by(value, arguments)
+        try:
+            inspect.signature(value).bind(**named)
+        except TypeError as error:
+            called = getattr(value, "__qualname__", repr(value))
+            raise ConfigError(
+                f"{called} must give a {kind.__name__} when it is called with "
+                f"{', '.join(arguments) or 'nothing'}: {error}; give what it makes, or "
+                f"a function with no other arguments."
+            ) from error
+        value = value(**named)
     check(value)
     return value
 
@@ -208,12 +229,17 @@ def as_objective(value: Any) -> Objective:
         if value not in OBJECTIVES:
             raise unknown_name("objective", value, OBJECTIVES)
         return OBJECTIVES[value]
+    check_objective(value)
+    return value
+
+
+def check_objective(value: Any) -> None:
+    """ConfigError unless the value is an `Objective`."""
     example = (
-        'give a name such as "grpo", or your own:\n'
+        'name a row where a name is taken, such as "grpo", or give your own:\n'
         '    objective = dataclasses.replace(gj.OBJECTIVES["grpo"], kl_coef=0.01)'
     )
     check_kind("objective", value, Objective, example)
-    return value
 
 
 def check_weights(value: Any) -> None:

@@ -104,7 +104,6 @@ def train(
         named = dataclasses.replace(config.task, name=task.name)
         config = dataclasses.replace(config, task=named)
     own = Given(objective, weights, optimizer, policy, sampler, on_step)
-    config, own = given_objects(config, own, starting=not config.resume)
     join(config.distributed)
     handle = RunHandle(Path())
     with StopSignals() as signals:
@@ -132,6 +131,10 @@ def _train(
     handle: RunHandle,
 ) -> TrainResult:
     began = time.monotonic()
+    # After `join`: a module of the user's may make arrays.
+    config, own = processes.together(
+        lambda: given_objects(config, own, starting=_starts(config))
+    )
     date = processes.first(now())  # one for all, where a template prints it
     plan = processes.together(
         lambda: make_plan(config, _task(config, task, date), date=date, given=own)
@@ -151,6 +154,14 @@ def _train(
             config, plan, directory, processes, pool, mesh, console, began
         )
         return _run(context, facts, handle)
+
+
+def _starts(config: TrainConfig) -> bool:
+    """Whether the run has no starting policy in its directory yet; one that was stopped
+    early has none although it began."""
+    if not config.resume or config.run_dir is None:
+        return True
+    return not (Path(config.run_dir) / "initial.safetensors").exists()
 
 
 def _changed_objects(config: TrainConfig, facts: dict[str, Any]) -> str | None:

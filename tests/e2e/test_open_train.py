@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 
 import chex
@@ -44,7 +45,7 @@ def share_of_digits(example, completion):
     return sum(c.isdigit() for c in completion) / 8
 
 
-def digits(*, tokenizer=None, seed=0, heldout_prompts=None):
+def digits(*, tokenizer=None, seed=0):
     task = gj.load_task("chains", seed=seed, heldout_prompts=16)
     return dataclasses.replace(
         task, name="digits", reward=share_of_digits, single_answer=False,
@@ -170,6 +171,34 @@ def test_a_policy_and_an_optimizer_given_in_code(tmp_path):
     assert more.finished and more.metrics["step"] == 2
 
 
+def test_a_run_stopped_before_its_start_was_saved_starts_from_its_policy(tmp_path):
+    """Its directory holds a config and no parameters; resumed, it wants the policy."""
+    task = digits_task()
+    model = gj.ModelConfig(
+        vocab_size=len(task.tokenizer), width=16, mlp_width=24, head_dim=4
+    )
+    policy = gj.init_policy(model, jax.random.key(7))
+    config = config_of(tmp_path / "run", steps=1, model=gj.ModelConfig())
+    stopped = gj.train(config, task=task, policy=policy)
+    shutil.rmtree(stopped.run_dir / "checkpoints")
+    (stopped.run_dir / "initial.safetensors").unlink()
+    resume = gj.TrainConfig(run_dir=str(stopped.run_dir), resume=True)
+    with pytest.raises(ConfigError, match="give it again to gj.train, as policy="):
+        gj.train(resume, task=task)
+    again = gj.train(resume, task=task, policy=policy)
+    chex.assert_trees_all_equal(again.policy(0).params, jax.device_get(policy.params))
+
+
+def test_a_resumed_run_may_have_another_listener(tmp_path, module):
+    log = gj.LogConfig(on_step="open_rows:on_step")
+    config = config_of(tmp_path / "run", steps=1, log=log)
+    gj.train(config, task=digits_task())
+    rows = []
+    resume = gj.TrainConfig(run_dir=str(tmp_path / "run"), resume=True, steps=2)
+    gj.train(resume, task=digits_task(), on_step=lambda row, run: rows.append(row))
+    assert [row["step"] for row in rows] == [2]
+
+
 def test_on_step_stops_evaluates_and_saves(tmp_path):
     """Asked at the row of step 2: the step in progress evaluates and saves; asked to
     stop at step 4, the run ends and is resumed to the same numbers."""
@@ -279,6 +308,8 @@ def test_the_learner_is_the_trainers(tmp_path):
     ("given", "message"),
     [
         (dict(objective=3), "objective must be a Objective"),
+        (dict(objective="dapo"), "objective must be a Objective"),
+        (dict(optimizer=optax.adamw), "adamw must give a .*learning_rate"),
         (dict(weights=3), "weights must be a PromptWeights"),
         (dict(optimizer=3), "optax.adamw"),
         (dict(policy=3), "load_pretrained"),
@@ -290,6 +321,23 @@ def test_objects_of_the_wrong_kind_are_refused(tmp_path, given, message):
     with pytest.raises(ConfigError, match=message):
         gj.train(config_of(tmp_path / "run"), task=digits_task(), **given)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x._replace(behaviour_logprobs=np.nan * x.behaviour_logprobs), "NaN"),
+        (lambda x: x._replace(completions=x.completions + 999), "prompt 0, .*outside"),
+        (lambda x: jax.tree.map(lambda y: y[:1], x), "must return completions"),
+        (lambda x: x.completions, "rollouts must be Rollouts"),
+    ],
+)
+def test_what_a_sampler_must_not_return_is_refused(tmp_path, spoil, message):
+    def sampler(policy, prompt_ids, prompt_mask, **how):
+        return spoil(gj.sample(policy, prompt_ids, prompt_mask, **how))
+
+    with pytest.raises(ValueError, match=message):
+        gj.train(config_of(tmp_path / "run"), task=digits_task(), sampler=sampler)
 
 
 def test_settings_that_an_own_object_does_not_read_are_refused(tmp_path):
