@@ -8,7 +8,7 @@ the policy that sampled them holds the gradients.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.commands._arguments import parse
+from grpo_jax.commands._look_sources import (
+    load_source,
+    measured_steps,
+    sampling_temperature,
+    source_of,
+)
 from grpo_jax.diagnostics.phases import phase
 from grpo_jax.diagnostics.probe import num_parts
 from grpo_jax.errors import ConfigError
@@ -26,11 +32,8 @@ from grpo_jax.instrument.measurement import measure, update_effect
 from grpo_jax.instrument.plan import VECTOR_BYTES, measurement_cost
 from grpo_jax.instrument.record import make_row, update_fields
 from grpo_jax.instrument.rows import Row, usable
-from grpo_jax.models.adapters import load_factors, with_adapter
 from grpo_jax.models.config import num_parameters
-from grpo_jax.models.hub import load_tokenizer, local_directory
 from grpo_jax.models.policy import Policy, add_lora, merge_lora
-from grpo_jax.models.pretrained import load_pretrained
 from grpo_jax.parallel.processes import gather_to_host
 from grpo_jax.planning.memory import MemoryInputs, readable
 from grpo_jax.report.instrument_text import reading
@@ -43,7 +46,6 @@ from grpo_jax.runs.directory import versions
 from grpo_jax.runs.lines import without_nan
 from grpo_jax.runs.paths import use_compile_cache
 from grpo_jax.runs.recorded import run_config
-from grpo_jax.runs.snapshots import load_policy, saved_steps
 from grpo_jax.streams import run_keys
 from grpo_jax.training.console import format_seconds
 
@@ -262,8 +264,16 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
         raise ConfigError(f"output must be a directory, {output} is a file.")
     use_compile_cache(lambda text: say(f"warning: {text}"))
     looks, notes = [], []
-    for step, rollouts in _steps(config):
-        policy, source = _policy(config, step)
+    temperature, key = sampling_temperature(config), _key(config)
+    policy, source = None, ""
+    for step, rollouts in measured_steps(config):
+        wanted = source_of(config, step)
+        if policy is None or wanted != source:
+            policy = None  # two would not fit where one does
+            source = wanted
+            policy = _of_parameters(
+                load_source(config, step), config.parameters, config.lora_rank, key
+            )
         rollouts, left_out = _first_prompts(rollouts, config.prompts)
         p, g, t = rollouts.completions.shape
         where = "" if step is None else f"step {step}: "
@@ -273,17 +283,15 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
         )
         if left_out:
             say(f"{left_out} further prompts are left out (--prompts)")
-        key = _key(config)
-        measured = _of_parameters(policy, config.parameters, config.lora_rank, key)
         last = config.layers if config.parameters == "last-layers" else None
-        expected = forecast(measured, rollouts, config.micro_batch_tokens, last)
+        expected = forecast(policy, rollouts, config.micro_batch_tokens, last)
         say(f"measuring, {expected.text()}; and its compilation")
         began = time.monotonic()
         looks.append(
             look(
                 policy,
                 rollouts,
-                temperature=config.temperature,
+                temperature=temperature,
                 parameters=config.parameters,
                 layers=config.layers,
                 lora_rank=config.lora_rank,
@@ -300,67 +308,6 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
         say(sentence)
     say(f"written to {output / 'look.json'} and {output / 'look.html'}")
     return looks
-
-
-def _steps(config: LookConfig) -> Iterator[tuple[int | None, Rollouts]]:
-    """(step, rollouts) of what is to be measured."""
-    tokenizer = _tokenizer(config)
-    if config.every_step:
-        yield from Rollouts.by_step(config.rollouts, tokenizer, form=config.form)
-        return
-    read = Rollouts.from_jsonl
-    path = Path(config.rollouts)
-    if path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
-        read = Rollouts.from_parquet
-    yield config.step, read(path, tokenizer, form=config.form, step=config.step)
-
-
-def _tokenizer(config: LookConfig) -> Any:
-    if config.run_dir:
-        return load_tokenizer(Path(config.run_dir) / "tokenizer")
-    name = config.adapter or config.pretrained
-    assert name is not None  # LookConfig has one
-    folder = local_directory(_at_step(name, config.step or 0))
-    if config.adapter and not (folder / "tokenizer_config.json").exists():
-        assert config.pretrained is not None
-        folder = local_directory(_at_step(config.pretrained, config.step or 0))
-    return load_tokenizer(folder)
-
-
-def _at_step(name: str, step: int) -> str:
-    return name.replace("{step}", str(step))
-
-
-def _policy(config: LookConfig, step: int | None) -> tuple[Policy, str]:
-    """(the policy that sampled a step's rollouts, what it is in words)."""
-    if config.run_dir:
-        saved = saved_steps(config.run_dir)
-        if not saved:
-            raise ConfigError(f"{config.run_dir} holds no policy yet.")
-        wanted = saved[-1] if step is None else step
-        nearest = min(saved, key=lambda x: abs(x - wanted))
-        source = f"step {nearest} of {config.run_dir}"
-        return load_policy(config.run_dir, nearest), source
-    assert config.pretrained is not None  # LookConfig has one of the two
-    name = _at_step(config.pretrained, step or 0)
-    policy = load_pretrained(name, dtype="float32")
-    if config.compute_dtype is not None:
-        policy = policy.reconfigured(compute_dtype=config.compute_dtype)
-    if config.adapter is None:
-        return policy, name
-    folder = local_directory(_at_step(config.adapter, step or 0))
-    adapted = with_adapter(policy.config, folder)
-    policy = add_lora(
-        policy,
-        rank=adapted.lora_rank,
-        alpha=adapted.lora_alpha,
-        targets=adapted.lora_targets,
-        key=jax.random.key(0),
-    )
-    factors = jax.tree.map(jnp.asarray, load_factors(folder, adapted))
-    policy = policy.replace(factors)
-    policy = policy if config.parameters == "lora" else merge_lora(policy)
-    return policy, f"{name} with {folder}"
 
 
 def _key(config: LookConfig) -> jax.Array:

@@ -43,6 +43,18 @@ def one_step(
     pad_to: int | None,
 ) -> Rollouts:
     """`Rollouts.from_rows` of rows that know their place."""
+    return named_step(rows, tokenizer, form, step, group_size, pad_to)[1]
+
+
+def named_step(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    form: str | RowForm,
+    step: int | None = None,
+    group_size: int | None = None,
+    pad_to: int | None = None,
+) -> tuple[int | None, Rollouts]:
+    """(the step chosen, or the only one; its rollouts), as `one_step`."""
     steps = records_by_step(rows, find_form(form))
     if step is None and len(steps) > 1:
         raise ConfigError(
@@ -51,8 +63,10 @@ def one_step(
         )
     if step is not None and step not in steps:
         raise ConfigError(f"no row is of step {step}; there are {_some(steps)}.")
-    records = steps[step] if step is not None else next(iter(steps.values()))
-    return _rollouts(records, tokenizer, find_form(form), group_size, pad_to)
+    if step is None:
+        step = next(iter(steps))
+    found = find_form(form)
+    return step, _rollouts(steps[step], tokenizer, found, group_size, pad_to)
 
 
 def each_step(

@@ -113,8 +113,9 @@ class LookConfig(Record):
     parameters: Literal["all", "lora", "last-layers"] = "all"
     layers: Count = 4  # of last-layers
     lora_rank: Count = 16  # of new factors
-    temperature: SampleTemperature = 1.0  # that the rollouts were sampled at
-    # default: of a model stored in bfloat16, that on accelerators; float32
+    # That the rollouts were sampled at; default: the run's, or 1
+    temperature: SampleTemperature | None = None
+    # default: the run's; of a model stored in bfloat16, that on accelerators; float32
     compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] | None = None
     micro_batch_tokens: Count = 16384  # in one pass, about
     seed: Seed = 0  # of new factors, and of the sums that gradients are kept as
@@ -129,10 +130,14 @@ class LookConfig(Record):
             )
         if self.adapter and self.run_dir:
             raise ConfigError("adapter goes with pretrained; a run has its own.")
+        if self.seed and self.run_dir:
+            raise ConfigError("seed goes with pretrained; a run has its own.")
         if self.every_step and self.step is not None:
             raise ConfigError("step names one, and every_step asks for all: leave one.")
         plain = LookConfig.__dataclass_fields__
         for name, kind in (("layers", "last-layers"), ("lora_rank", "lora")):
             if self.parameters != kind and getattr(self, name) != plain[name].default:
                 raise ConfigError(f"{name} is of --parameters {kind}; leave it out.")
+        if self.adapter and self.lora_rank != plain["lora_rank"].default:
+            raise ConfigError("lora_rank is of new factors; an adapter has its own.")
         check_config(self)

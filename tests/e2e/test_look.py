@@ -12,6 +12,12 @@ import pytest
 
 import grpo_jax as gj
 from grpo_jax.cli import main
+from grpo_jax.commands._look_sources import (
+    load_source,
+    measured_steps,
+    sampling_temperature,
+    source_of,
+)
 from grpo_jax.commands.look import forecast, look_at
 from grpo_jax.errors import ConfigError
 from grpo_jax.instrument.measurement import measured_parameters
@@ -150,6 +156,7 @@ def test_what_cannot_be_measured_is_said():
     assert forecast_of.seconds > 0 and forecast_of.peak_bytes > 0
 
 
+@pytest.mark.filterwarnings("ignore:the policy gives")  # it did not sample them
 def test_the_command_reads_a_file_in_trls_form(tmp_path, capsys):
     """A model directory and its tokenizer, rollouts as TRL writes them."""
     task = gj.load_task("chains", heldout_prompts=16)
@@ -187,6 +194,52 @@ def test_the_command_reads_a_file_in_trls_form(tmp_path, capsys):
 
 def test_settings_that_change_nothing_are_refused():
     base = gj.LookConfig(rollouts="x", pretrained="y")
-    for wrong in (dict(layers=2), dict(lora_rank=4), dict(run_dir="z")):
-        with pytest.raises(ConfigError):
+    for wrong, message in (
+        (dict(layers=2), "layers is of"),
+        (dict(lora_rank=4), "lora_rank is of"),
+        (dict(run_dir="z"), "look needs the policy"),
+        (dict(run_dir="z", pretrained=None, seed=1), "a run has its own"),
+        (dict(adapter="z", parameters="lora", lora_rank=4), "adapter has its own"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             dataclasses.replace(base, **wrong)
+
+
+def test_a_runs_settings_are_taken_and_may_be_set(measured_run):
+    """Temperature, and what it computes in; of rollouts of one step that step's
+    checkpoint."""
+    result, _, file = measured_run
+    base = gj.LookConfig(rollouts=str(file), run_dir=str(result.run_dir))
+    assert sampling_temperature(base) == 1.0
+    asked = dataclasses.replace(base, temperature=0.5, compute_dtype="bfloat16")
+    assert sampling_temperature(asked) == 0.5
+    assert load_source(asked, 0).config.compute_dtype == "bfloat16"
+    ((step, _),) = measured_steps(dataclasses.replace(base, step=2))
+    assert step == 2 and source_of(base, step).startswith("step 2 of")
+    assert source_of(base, 0).startswith("step 0 of")
+
+
+def test_the_step_in_a_name_is_that_of_the_rows(tmp_path):
+    """Also where it was not given, and no directory is of step 0."""
+    task = gj.load_task("chains", heldout_prompts=16)
+    policy = gj.init_policy(
+        gj.ModelConfig(
+            vocab_size=len(task.tokenizer), width=16, mlp_width=24, head_dim=4
+        ),
+        jax.random.key(0),
+    )
+    gj.save_pretrained(policy, tmp_path / "step-3", tokenizer=task.tokenizer)
+    row = {"prompt": [3], "completion": [4, 5]}
+    for step in ({"step": 3}, {}):
+        rows = [row | step | {"reward": float(i % 2)} for i in range(4)]
+        file = tmp_path / f"rows{len(step)}.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+        config = gj.LookConfig(
+            rollouts=str(file), pretrained=str(tmp_path / "step-{step}")
+        )
+        ((found, _),) = measured_steps(config)
+        if step:
+            assert source_of(config, found) == str(tmp_path / "step-3")
+        else:
+            with pytest.raises(ConfigError, match="the rollouts have none"):
+                source_of(config, found)
