@@ -30,7 +30,7 @@ from grpo_jax.rollouts.types import Rollouts
 
 
 def hash_key(key: jax.Array) -> jax.Array:
-    """The key of the sums that gradients are kept as, of that of all measurements."""
+    """The key [] of the sums that gradients are kept as, from that of measurements."""
     return jax.random.fold_in(key, 2**31 - 1)  # no step: it differs from their keys
 
 
