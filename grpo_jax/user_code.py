@@ -96,6 +96,14 @@ def digest(value: Any) -> str:
     return hasher.hexdigest()[:12]
 
 
+def code_digest(value: Any) -> str:
+    """A short hash of a function's text alone; of another object, of its type."""
+    function = getattr(value, "__func__", value)
+    if isinstance(function, types.FunctionType):
+        return digest(_source(function))
+    return digest(type(value))
+
+
 def _add(hasher: Any, value: Any, seen: dict[int, Any], depth: int) -> None:
     """Feeds the hash with a value and all it holds; what was seen before is left out,
     as of a function that closes over itself, and what lies `_DEEPEST` levels down."""

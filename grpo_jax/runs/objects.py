@@ -13,7 +13,26 @@ from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.runs.config import TrainConfig
-from grpo_jax.user_code import digest, find_object, in_code, name_of
+from grpo_jax.user_code import (
+    code_digest,
+    digest,
+    find_object,
+    in_code,
+    name_of,
+)
+
+
+class Start:
+    """A policy to start from, held until it is taken: a run trains a copy."""
+
+    def __init__(self, policy: Policy):
+        self._policy: Policy | None = policy
+
+    def take(self) -> Policy:
+        """The policy; only once."""
+        policy, self._policy = self._policy, None
+        assert policy is not None  # a run starts once
+        return policy
 
 
 class Given(NamedTuple):
@@ -23,7 +42,7 @@ class Given(NamedTuple):
         objective: An `Objective`.
         weights: `PromptWeights`, or a function of num_prompts that makes them.
         optimizer: Of optax, or a function of the learning rate's schedule.
-        policy: Where to start.
+        policy: Where to start; a `Start` once it is checked.
         sampler: Is called as `gj.sample`.
         on_step: Sees every line of metrics.jsonl, with a handle of the run.
     """
@@ -31,14 +50,17 @@ class Given(NamedTuple):
     objective: Objective | None = None
     weights: Any = None
     optimizer: Any = None
-    policy: Policy | None = None
+    policy: Any = None
     sampler: Callable[..., Any] | None = None
     on_step: Callable[..., Any] | None = None
 
     def digests(self) -> dict[str, str]:
         """What tells each object from another one; a policy has a file for that."""
-        given = self._asdict() | {"policy": None}
-        return {name: digest(x) for name, x in given.items() if x is not None}
+        given = self._asdict() | {"policy": None, "on_step": None}
+        digests = {name: digest(x) for name, x in given.items() if x is not None}
+        if self.on_step is not None:  # what it has collected is no matter of the run's
+            digests["on_step"] = code_digest(self.on_step)
+        return digests
 
 
 # Argument of `train` -> the setting that names it, by path.
@@ -118,7 +140,8 @@ def _checked(config: TrainConfig, objects: dict[str, Any]) -> tuple[TrainConfig,
                 f"    {example}"
             )
     if policy is not None:
-        policy = objects["policy"] = made(policy, Policy, check_policy)
+        policy = made(policy, Policy, check_policy)
+        objects["policy"] = Start(policy)
         config = _with_policy(config, policy)
     return config, Given(**objects)
 

@@ -60,7 +60,7 @@ def train(
     optimizer: optax.GradientTransformation
     | Callable[..., optax.GradientTransformation]
     | None = None,
-    policy: Policy | None = None,
+    policy: Policy | Callable[[], Policy] | None = None,
     sampler: Callable[..., Rollouts] | None = None,
     on_step: OnStep | None = None,
 ) -> TrainResult:
@@ -78,7 +78,8 @@ def train(
             `num_prompts`, the number of trained prompts, that makes them.
         optimizer: Instead of AdamW; or a function of `schedule` that makes one, the
             learning rate by optimizer update as config.optimizer has it.
-        policy: Where to start, instead of a new model. It is copied.
+        policy: Where to start, instead of a new model; or a function that makes it, of
+            which the run keeps nothing. It is copied.
         sampler: Is called as `gj.sample` is, with all of its keywords but top_k and
             top_p, and returns `Rollouts` alike: in training, evaluation and probes.
         on_step: Is called as on_step(row, run) with every line of metrics.jsonl and a

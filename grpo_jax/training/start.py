@@ -121,7 +121,7 @@ def _base_policy(context: RunContext) -> Policy | None:
     if config.pretrained or processes.first(file.exists()):
         return load_base(context.directory, plan.model, config.pretrained, context.mesh)
     if plan.given.policy is not None:  # a copy: the first update donates it
-        given = plan.given.policy
+        given = plan.given.policy.take()
         policy = given.replace(jax.tree.map(jnp.copy, given.params))
         policy = policy.reconfigured(
             compute_dtype=plan.model.compute_dtype, remat=plan.model.remat

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import weakref
 
 import chex
 import jax
@@ -169,6 +170,26 @@ def test_a_policy_and_an_optimizer_given_in_code(tmp_path):
     again = gj.TrainConfig(run_dir=str(tmp_path / "run"), resume=True, steps=2)
     more = gj.train(again, task=task, optimizer=optax.sgd(0.5))
     assert more.finished and more.metrics["step"] == 2
+
+
+def test_a_policy_that_a_function_makes_is_not_kept(tmp_path):
+    """The run trains a copy: at the first row the one made is gone."""
+    task, made, kept = digits_task(), [], []
+
+    def make():
+        model = gj.ModelConfig(
+            vocab_size=len(task.tokenizer), width=16, mlp_width=24, head_dim=4
+        )
+        policy = gj.init_policy(model, jax.random.key(7))
+        made.append(weakref.ref(jax.tree.leaves(policy.params)[0]))
+        return policy
+
+    def on_step(row, run):
+        kept.append(made[0]() is not None)
+
+    config = config_of(tmp_path / "run", steps=1, model=gj.ModelConfig())
+    gj.train(config, task=task, policy=make, on_step=on_step)
+    assert kept == [False, False] and len(made) == 1
 
 
 def test_a_run_stopped_before_its_start_was_saved_starts_from_its_policy(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 import grpo_jax as gj
 from grpo_jax.errors import ConfigError
-from grpo_jax.user_code import digest, find_object, name_of
+from grpo_jax.user_code import code_digest, digest, find_object, name_of
 
 
 def rule(power):
@@ -61,6 +61,16 @@ def test_equal_objects_have_one_digest_and_different_ones_two():
     assert digest(gj.OBJECTIVES["grpo"]) != digest(gj.OBJECTIVES["dapo"])
     assert digest(functools.partial(rule, 1)) != digest(functools.partial(rule, 2))
     assert digest(np.arange(3)) != digest(np.arange(4))
+
+
+def test_what_a_listener_has_collected_is_not_in_its_digest():
+    rows = []
+    before = code_digest(rows.append), code_digest(lambda row, run: rows.append(row))
+    listener = lambda row, run: rows.append(row)  # noqa: E731
+    first = code_digest(listener)
+    listener({"step": 1}, None)
+    assert code_digest(listener) == first
+    assert digest(listener) != first and before[0] != before[1]
 
 
 def test_an_object_that_holds_itself_has_a_digest():
