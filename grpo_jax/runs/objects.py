@@ -97,7 +97,8 @@ def given_objects(
         if argument == "policy" and not starting:
             continue
         if value is None:
-            own = isinstance(named, str) and ":" in named
+            rows = argument in ("objective", "weights")  # others are named there
+            own = ":" in named if rows else named != default
             value = find_object(named, field) if own else None
         else:
             name = name_of(value, argument)

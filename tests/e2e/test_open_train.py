@@ -345,6 +345,24 @@ def test_objects_of_the_wrong_kind_are_refused(tmp_path, given, message):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(optimizer=gj.OptimizerConfig(name="lion")), "optimizer.name of your own"),
+        (dict(policy="mine"), "policy of your own must be module:name, got 'mine'"),
+        (dict(log=gj.LogConfig(on_step="watch")), "log.on_step of your own"),
+        (dict(sampling=gj.SamplingConfig(sampler="vllm")), "sampling.sampler of your"),
+        (dict(objective=gj.ObjectiveConfig(name="gppo")), "did you mean 'g"),
+        (dict(weights=gj.WeightsConfig(name="stdd")), "did you mean 'std'"),
+    ],
+)
+def test_a_name_of_nothing_is_refused(tmp_path, changes, message):
+    """Not trained past, as with the default in its place."""
+    with pytest.raises(ConfigError, match=message):
+        gj.train(config_of(tmp_path / "run", **changes), task=digits_task())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda x: x._replace(behaviour_logprobs=np.nan * x.behaviour_logprobs), "NaN"),
