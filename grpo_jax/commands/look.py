@@ -303,7 +303,7 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
         )
         say(f"measured in {format_seconds(time.monotonic() - began)}")
         notes.append(_note(config, step, rollouts, source, looks[-1]))
-    _write(config, looks, notes, output)
+        _write(config, looks, notes, output)  # a series may be stopped
     for sentence in reading(usable([dict(x.row) for x in looks])):
         say(sentence)
     say(f"written to {output / 'look.json'} and {output / 'look.html'}")

@@ -227,6 +227,17 @@ class Learner:
                     "prompt_ids=ids), ids [P] from 0."
                 )
             prompt_ids = np.arange(len(rollouts.prompts))
+        if np.shape(prompt_ids) != (len(rollouts.prompts),):
+            raise ConfigError(
+                f"prompt_ids must be [P], one of each of {len(rollouts.prompts)} "
+                f"prompts, got shape {np.shape(prompt_ids)}."
+            )
+        longest = int(rollouts.completion_mask.sum(-1).max())
+        if s.max_new_tokens is not None and longest > s.max_new_tokens:
+            raise ConfigError(
+                f"completions have up to {longest} tokens, and this learner was made "
+                f"with max_new_tokens={s.max_new_tokens}; raise it."
+            )
         weighed = self.weigh(state, _of_own_types(rollouts), prompt_ids)
         state, metrics = self.update(weighed.state, weighed.batch)
         return state, weighed.metrics | metrics

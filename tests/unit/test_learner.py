@@ -192,6 +192,8 @@ def test_weights_that_remember_prompts_need_their_ids():
     learner = gj.Learner("grpo", optax.sgd(0.1), weights=rule)
     with pytest.raises(ConfigError, match="prompt_ids"):
         learner.step(learner.init(policy), rollouts)
+    with pytest.raises(ConfigError, match=r"one of each of 4 .*\(3,\)"):
+        learner.step(learner.init(policy), rollouts, prompt_ids=np.arange(3))
     state, _ = learner.step(
         learner.init(policy), rollouts, prompt_ids=np.array([0, 2, 4, 6])
     )
@@ -199,6 +201,14 @@ def test_weights_that_remember_prompts_need_their_ids():
     arrays = [np.asarray(x) for x in seen if x.ndim == 1]
     moved = {i for x in arrays for i in np.flatnonzero(x != x[1])}  # 1 was not there
     assert moved == {0, 2, 4, 6}
+
+
+def test_completions_longer_than_the_learner_was_told_are_refused():
+    policy, rollouts = scored()
+    longest = int(rollouts.completion_mask.sum(-1).max())
+    learner = gj.Learner("dr_grpo", optax.sgd(0.1), max_new_tokens=longest - 1)
+    with pytest.raises(ConfigError, match=f"have up to {longest} tokens"):
+        learner.step(learner.init(policy), rollouts)
 
 
 def test_an_objective_with_a_history_needs_the_shapes_first():
