@@ -319,17 +319,18 @@ class Loop:
                 f"stopped at step {step}{saved}; continue with --resume "
                 f"--run-dir {context.directory}"
             )
+        error = self._listener.error
         with self._watchdog.phase("report"):
             self._saver.report(finished)
-            context.processes.synchronise()  # none exits while another still works
+            # None exits while another still works; all fail where on_step did.
+            failed = context.processes.first(None if error is None else summary(error))
         if unsaved is not None:
             raise unsaved
-        if self._listener.error is not None:
+        if failed is not None:
             raise RuntimeError(
-                f"on_step failed after step {step}: {summary(self._listener.error)}; "
-                f"what was trained is saved in {context.directory}, continue with "
-                "resume."
-            ) from self._listener.error
+                f"on_step failed after step {step}: {failed}; what was trained is "
+                f"saved in {context.directory}, continue with resume."
+            ) from error
         return TrainResult(context.directory, last, finished)
 
     def _warn(self, collected: Collected, metrics: dict[str, Any]) -> None:
