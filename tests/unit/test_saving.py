@@ -179,7 +179,7 @@ def test_a_step_of_which_every_sample_failed(reward, rewards, failed, words):
 
 
 def test_no_thread_is_left_where_a_run_cannot_be_restored(tmp_path, monkeypatch):
-    def fails(context, facts, watchdog):
+    def fails(context, facts, handle, watchdog):
         with watchdog.phase("restoring"):
             raise RuntimeError("cannot be read")
 
@@ -188,7 +188,7 @@ def test_no_thread_is_left_where_a_run_cannot_be_restored(tmp_path, monkeypatch)
     context = SimpleNamespace(processes=processes, console=console, directory=tmp_path)
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="cannot be read"):
-        run._run(context, {})
+        run._run(context, {}, run.RunHandle(tmp_path))
     assert threading.active_count() == before
 
 
