@@ -9,14 +9,14 @@ import os
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from grpo_jax.errors import ConfigError, summary
 
-_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _DEEPEST = 100  # levels of an object that its digest reads
 _IN_CODE = "code:"  # how the name of an object begins that no import would find
 
@@ -40,7 +40,7 @@ def find_object(name: str, field: str) -> Any:
             f"gj.train, as {argument}=...; only what a run named module:name from its "
             "start is found by itself."
         )
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise ConfigError(
             f"{field} of your own must be module:name, got {name!r}; for example "
             "mypackage.rows:GATED."
@@ -58,6 +58,15 @@ def find_object(name: str, field: str) -> Any:
             f"{field} {name} cannot be loaded: {summary(error)}; module {module} must "
             f"be importable from {here} or sys.path, and have {attributes}."
         ) from error
+
+
+def named_by(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a function has as parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(arguments)
+    names = {p.name for p in parameters}
+    return {name: value for name, value in arguments.items() if name in names}
 
 
 def in_code(name: str) -> bool:

@@ -25,11 +25,14 @@ from grpo_jax.commands._look_sources import (
     source_of,
 )
 from grpo_jax.diagnostics.phases import phase
-from grpo_jax.diagnostics.probe import num_parts
 from grpo_jax.errors import ConfigError
 from grpo_jax.instrument.live import hash_key
 from grpo_jax.instrument.measurement import measure, update_effect
-from grpo_jax.instrument.plan import VECTOR_BYTES, measurement_cost
+from grpo_jax.instrument.plan import (
+    kept_coordinates,
+    measurement_cost,
+    vector_bytes,
+)
 from grpo_jax.instrument.record import make_row, update_fields
 from grpo_jax.instrument.rows import Row, usable
 from grpo_jax.models.config import num_parameters
@@ -50,7 +53,6 @@ from grpo_jax.streams import run_keys
 from grpo_jax.training.console import format_seconds
 
 Parameters = Literal["all", "lora", "last-layers"]
-LAYERS, LORA_RANK = 4, 16  # by default
 
 
 class Look(NamedTuple):
@@ -80,8 +82,8 @@ def look(
     *,
     temperature: float = 1.0,
     parameters: Parameters = "all",
-    layers: int = LAYERS,
-    lora_rank: int = LORA_RANK,
+    layers: int = LookConfig.layers,
+    lora_rank: int = LookConfig.lora_rank,
     change: Any = None,
     step: int = 0,
     prompts: Sequence[int] | np.ndarray | None = None,
@@ -189,8 +191,7 @@ def _width(
         if layers > total:
             raise ConfigError(f"layers must be at most {total}, got {layers}.")
         size = size * layers // total
-    vectors = prompts * (num_parts(group_size) + 3)  # as a run's measurement keeps
-    return min(size, max(1, VECTOR_BYTES // (4 * vectors))), size
+    return kept_coordinates(prompts, group_size, size), size
 
 
 # ---- the command
@@ -232,7 +233,7 @@ def forecast(
         micro_batch_tokens=micro_batch_tokens,
         probe_prompts=count,
         probe_group=group_size,
-        probe_bytes=4 * count * (num_parts(group_size) + 3) * width,
+        probe_bytes=vector_bytes(count, group_size, width),
         base_bytes=max(x.dtype.itemsize for x in jax.tree.leaves(policy.params)),
         widened=jax.default_backend() == "cpu",
     ).estimate()

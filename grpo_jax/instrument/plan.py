@@ -41,7 +41,7 @@ class ProbePlan:
     @property
     def vector_bytes(self) -> int:
         """Bytes of every part's gradient or its sums, and of three more a prompt."""
-        return 4 * self.prompts * (num_parts(self.group_size) + 3) * self.width
+        return vector_bytes(self.prompts, self.group_size, self.width)
 
     def text(self, steps: int) -> str:
         """One line about the measurements of a run of `steps` steps."""
@@ -111,12 +111,21 @@ def plan_probe(
     times, prompts, group_size = _schedule(
         config, affordable, train_prompts, slow_start
     )
-    width = max(1, VECTOR_BYTES // (4 * prompts * (num_parts(group_size) + 3)))
+    size = kept_coordinates(prompts, group_size, parameters)
     looks = _looks(config.steps, times)
     share = wanted.max_overhead * looks * prompts / affordable(group_size)
-    exact = parameters <= width
-    size = parameters if exact else width
-    return ProbePlan(prompts, group_size, size, exact, share, *times)
+    return ProbePlan(prompts, group_size, size, size == parameters, share, *times)
+
+
+def kept_coordinates(prompts: int, group_size: int, parameters: int) -> int:
+    """Coordinates kept of each gradient: all, or as many as VECTOR_BYTES hold."""
+    fitting = VECTOR_BYTES // vector_bytes(prompts, group_size, 1)
+    return min(parameters, max(1, fitting))
+
+
+def vector_bytes(prompts: int, group_size: int, width: int) -> int:
+    """Bytes of every part's gradient or its sums, and of three more a prompt."""
+    return 4 * prompts * (num_parts(group_size) + 3) * width
 
 
 class _Times(NamedTuple):

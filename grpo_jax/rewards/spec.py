@@ -6,12 +6,10 @@ import re
 from grpo_jax.errors import ConfigError, unknown_name
 from grpo_jax.rewards.types import Reward
 from grpo_jax.rewards.verifiers import ANSWERS, VERIFIERS
+from grpo_jax.user_code import NAME
 
 _REWARD = re.compile(
     r"(?P<name>[^=()]+)(?:\((?P<options>[^()]*)\))?(?:=(?P<weight>.+))?"
-)
-_USER_FUNCTION = re.compile(
-    r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 )
 
 
@@ -58,7 +56,7 @@ def _number(text: str, what: str) -> float:
 def check_reward(reward: Reward) -> None:
     """Raises ConfigError, with the choices, unless the name and the options exist."""
     if ":" in reward.name:
-        if not _USER_FUNCTION.fullmatch(reward.name):
+        if not NAME.fullmatch(reward.name):
             raise ConfigError(
                 f"your own reward must be module:function, got {reward.name!r}; for "
                 "example mypackage.rewards:brevity."

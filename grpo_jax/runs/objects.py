@@ -19,6 +19,7 @@ from grpo_jax.user_code import (
     find_object,
     in_code,
     name_of,
+    named_by,
 )
 
 
@@ -182,7 +183,7 @@ def _check_optimizer_settings(config: TrainConfig, optimizer: Any) -> None:
     else:
         check_optimizer(optimizer)
     for field in dataclasses.fields(given):
-        if field.name in kept or given == plain:
+        if field.name in kept:
             continue
         if getattr(given, field.name) != getattr(plain, field.name):
             hint = "" if makes else ", or give a function of `schedule` that makes one"
@@ -232,15 +233,6 @@ def made(value: Any, kind: type, check: Callable[[Any], None], **arguments: Any)
         value = value(**named)
     check(value)
     return value
-
-
-def named_by(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that a function has as parameters."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(arguments)
-    names = {p.name for p in parameters}
-    return {name: value for name, value in arguments.items() if name in names}
 
 
 def as_objective(value: Any) -> Objective:

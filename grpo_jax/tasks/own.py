@@ -1,14 +1,13 @@
 """A task of a user's own, by "module:name"."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.tasks.build import TaskRequest, make_language
 from grpo_jax.tasks.types import Task
-from grpo_jax.user_code import find_object
+from grpo_jax.user_code import find_object, named_by
 
 _EXAMPLE = """a task is such as
     def reverse(*, tokenizer=None, seed=0):  # options of --task, those you name
@@ -63,17 +62,14 @@ def _call(name: str, function: Any, given: Mapping[str, Any]) -> Any:
     """Calls the function with the options that it names."""
     if not isinstance(function, Callable):
         raise ConfigError(f"{name} must be a Task or make one; {_EXAMPLE}")
-    parameters = inspect.signature(function).parameters.values()
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    names = {p.name for p in parameters}
+    known = named_by(function, given)
     for key, value in given.items():
         unasked = key == "tokenizer" or (key, value) in _UNASKED
-        if not (takes_all or key in names or unasked):
+        if key not in known and not unasked:
             raise ConfigError(
                 f"task.{key} changes nothing for {name}, which has no parameter {key}, "
                 f"got {value!r}; leave it out."
             )
-    known = {key: x for key, x in given.items() if takes_all or key in names}
     return function(**known)
 
 
