@@ -144,7 +144,8 @@ def posterior_weights(
     visited prompt is estimated from more than one group.
 
     Args:
-        num_prompts: Prompt ids are below it; None: each group counts by itself.
+        num_prompts: Prompt ids are 0 to num_prompts - 1: others raise, or under jit
+            get a NaN weight. None: each group counts by itself.
         power: As in `std_weights`.
         prior: Pseudo-counts of success, and of failure.
         discount: What is left of old counts at a visit, in [0, 1].
@@ -176,8 +177,10 @@ def posterior_weights(
         failures = statistics.count - successes
         before = state.successes, state.failures
         if prompt_ids is not None and before[0] is not None and before[1] is not None:
-            successes += discount * before[0][prompt_ids]
-            failures += discount * before[1][prompt_ids]
+            prompt_ids = _checked_ids(prompt_ids, len(before[0]))
+            old = [x.at[prompt_ids].get(mode="fill", fill_value=np.nan) for x in before]
+            successes += discount * old[0]
+            failures += discount * old[1]
             state = state._replace(
                 successes=before[0].at[prompt_ids].set(successes),
                 failures=before[1].at[prompt_ids].set(failures),
@@ -191,6 +194,22 @@ def posterior_weights(
 
     rule = PromptWeights(init, weights, by_prompt=num_prompts is not None)
     return of_pass_rates(rule)
+
+
+def _checked_ids(prompt_ids: jax.Array, num_prompts: int) -> jax.Array:
+    """[P] the same ids; under jit num_prompts, which no prompt has, for wrong ones.
+
+    Raises:
+        ValueError: some are not from 0 to num_prompts - 1, outside jit.
+    """
+    known = (prompt_ids >= 0) & (prompt_ids < num_prompts)
+    if not isinstance(known, Tracer) and not np.all(known):
+        wrong = np.asarray(prompt_ids)[~np.asarray(known)]
+        raise ValueError(
+            f"prompt_ids must be 0 to {num_prompts - 1}, got {wrong.tolist()}; these "
+            f"weights were made with num_prompts={num_prompts}."
+        )
+    return jnp.where(known, prompt_ids, num_prompts)
 
 
 class Rule(NamedTuple):

@@ -492,9 +492,15 @@ def test_without_discount_a_posterior_forgets_or_adds_up():
         np.testing.assert_allclose(state.successes + state.failures, [total])
 
 
-def test_an_unknown_prompt_leaves_no_trace_in_others():
-    _, state = apply("posterior", binary(1, 2), np.int32([7, 4]))
+@pytest.mark.parametrize("unknown", [5, 7, -1])
+def test_an_unknown_prompt_raises_and_leaves_no_trace_in_others(unknown):
+    rewards, ids = binary(1, 2), np.int32([unknown, 4])
+    weights, state = apply("posterior", rewards, ids)  # inside jit, which cannot raise
     np.testing.assert_allclose(state.successes, [0, 0, 0, 0, 2])
+    assert np.isnan(weights[0]) and np.isfinite(weights[1])
+    rule = posterior_weights(5)
+    with pytest.raises(ValueError, match=rf"must be 0 to 4, got \[{unknown}\]"):
+        apply_weights(rule, rewards, rule.init(), ids)
 
 
 @pytest.mark.parametrize(
