@@ -124,8 +124,8 @@ def finite_group_weights(group_size: int | None = None) -> PromptWeights:
 class PosteriorWeightsState(NamedTuple):
     """Discounted counts of every prompt, and the number of calls."""
 
-    successes: jax.Array | None  # [num_prompts], or None without memory
-    failures: jax.Array | None
+    successes: Any  # [num_prompts] array, or None without memory
+    failures: Any
     count: jax.Array  # int32
 
 
@@ -175,15 +175,14 @@ def posterior_weights(
         share = jnp.clip(statistics.mean, 0, 1)
         successes = share * statistics.count
         failures = statistics.count - successes
-        before = state.successes, state.failures
-        if prompt_ids is not None and before[0] is not None and before[1] is not None:
-            prompt_ids = _checked_ids(prompt_ids, len(before[0]))
-            old = [x.at[prompt_ids].get(mode="fill", fill_value=np.nan) for x in before]
+        if prompt_ids is not None and num_prompts is not None:
+            ids = _checked_ids(prompt_ids, num_prompts)
+            before = [x.at[ids] for x in (state.successes, state.failures)]
+            old = [x.get(mode="fill", fill_value=np.nan) for x in before]
             successes += discount * old[0]
             failures += discount * old[1]
             state = state._replace(
-                successes=before[0].at[prompt_ids].set(successes),
-                failures=before[1].at[prompt_ids].set(failures),
+                successes=before[0].set(successes), failures=before[1].set(failures)
             )
         mean = (successes + prior) / (successes + failures + 2 * prior)
         now: Any = power(state.count) if callable(power) else power
