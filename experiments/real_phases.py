@@ -10,12 +10,13 @@ Claim: a run goes through the phases, and they say when normalisation helps.
 
 Setting: the runs of real_normalisation.py (model, prompts, sizes) with std at G = 16,
 at the rate chosen there, made again with the instrument on: it changes nothing in them,
-which is checked by their rewards. Measured before, in the middle of and after training:
-16 probe prompts, 16 samples of each. The verdict is what the report says of the first
-measurement alone, by a rule that was fixed before any run; it is a row of its own. What
-it makes expect of std less none: near-orthogonal and C below 1: more; aligned: no
-difference that could be told; of mixed sign: more on hard prompts; any other: nothing.
-Then real_normalisation.py's paired differences say whether that was right.
+which is checked by their rewards; they keep the policies of middle and end too. Measured
+before, in the middle of and after training: 16 probe prompts, 16 samples of each. The
+verdict is what the report says of the first measurement alone, by a rule that was fixed
+before any run; it is a row of its own. What it makes expect of std less none:
+near-orthogonal and C below 1: more; aligned: no difference that could be told; of mixed
+sign: more on hard prompts; any other: nothing. Then real_normalisation.py's paired
+differences say whether that was right.
 Hardware and time (estimated from tokens): one core of 2, a measurement 4 to 6 minutes,
 so a run with three about 20, and three seeds an hour. --smoke: half a minute.
 """
@@ -84,7 +85,7 @@ def looks_row(s: Setting, c: Config, seed: int) -> dict[str, Any]:
                 "group_size": c.probe_group_size,
                 "max_overhead": 1e6,  # this run is for the measurements
             },
-            "checkpoint": {"every": 10**6},
+            "checkpoint": {"every": max(1, c.steps // 2), "keep": 3},
         }
         name = f"{run_name('std', rate, c.group_size, seed)}-looks"
         directory = train_anew(s, name, settings)
@@ -244,7 +245,7 @@ def plot(s: Setting, c: Config) -> None:
     for axis in axes:
         axis.set(xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+    axes[0].legend(frameon=False)
     figure.savefig(c.output / "plot.png", dpi=100)
     plt.close(figure)
 
