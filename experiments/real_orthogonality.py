@@ -108,8 +108,8 @@ def group_of(s: Setting, at: Checkpoint, params: str, draws: Sequence[int]) -> P
 
 
 def pool_seeds(s: Setting, c: Config, params: str) -> None:
-    """Writes the row of the start's prompts of all seeds together: they are under one
-    policy, with the same new factors."""
+    """Writes the row of the start's prompts of the config's seeds together: they are
+    under one policy, with the same new factors."""
 
     def run() -> dict[str, Any]:
         found, skills = [], []
@@ -186,11 +186,11 @@ def table(rows: Sequence[dict]) -> str:
         some = rows_at(cells, *key)
         head = "| {} | {} | {} ".format(*key)
         lines += [f"{head}| {SETS[name]} {line(some, name)}" for name in SETS]
-    lines += ["", "All seeds' prompts at the start together, with intervals over"]
-    lines += ["prompts and samples, and bounds on the share of |cos| < .1:", ""]
-    lines += ["| of | G | pairs | prompts | mean | std | below .1 | raw mean |"]
+    lines += ["", "At the start, prompts of a seed or of some together, with intervals"]
+    lines += ["over prompts and samples, and bounds on the share of |cos| < .1:", ""]
+    lines += ["| of | G | pairs | seeds | prompts | mean | std | below .1 | raw mean |"]
     lines[-1] += " raw std | raw, below .1 |"
-    lines += ["|" + "---|" * 10]
+    lines += ["|" + "---|" * 11]
     pooled = [row for row in rows if row["kind"] == "pooled"]
     lines += [pooled_line(row, name) for row in pooled for name in SETS]
     lines += ["", *skill_lines(cells), "", *feature_lines(cells), ""]
@@ -233,6 +233,7 @@ def pooled_line(row: dict, name: str) -> str:
     raw = [average([x["raw"][n]]) for n in ("mean", "std", "small_fraction")]
     return (
         f"| {row['params']} | {row['group_size']} | {SETS[name]} "
+        f"| {', '.join(map(str, row['seeds']))} "
         f"| {x.get('prompts', '')} | {mean} | {std} | {share} | {raw[0]:.3f} "
         f"| {raw[1]:.3f} | {100 * raw[2]:.0f}% |"
     )

@@ -10,10 +10,10 @@ Claim: a run goes through the phases, and they say when normalisation helps.
 
 Setting: the runs of real_normalisation.py (model, prompts, sizes) with std at G = 16,
 at the rate chosen there, made again with the instrument on: it changes nothing in them,
-which is checked by their rewards; they keep the policies of middle and end too. Measured
-before, in the middle of and after training: 16 probe prompts, 16 samples of each. The
-verdict is what the report says of the first measurement alone, by a rule that was fixed
-before any run; it is a row of its own. What it makes expect of std less none:
+which is checked by their rewards; they keep the policies of middle and end too.
+Measured before, in the middle of and after training: 16 probe prompts, 16 samples of
+each. The verdict is what the report says of the first measurement alone, by a rule that
+was fixed before any run; it is a row of its own. What it makes expect of std less none:
 near-orthogonal and C below 1: more; aligned: no difference that could be told; of mixed
 sign: more on hard prompts; any other: nothing. Then real_normalisation.py's paired
 differences say whether that was right.
