@@ -185,7 +185,7 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def summary(error: Exception) -> str:
+def summary(error: BaseException) -> str:
     """An error's type and up to 200 characters of its first line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

@@ -8,6 +8,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault(
     "GRPO_JAX_CACHE", str(Path(tempfile.gettempdir()) / f"grpo-jax-tests-{os.getuid()}")
 )
+# Runs are tracked on this machine, and apart from the user's own.
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TRACKIO_DIR", os.environ["GRPO_JAX_CACHE"] + "/trackio")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -19,6 +19,7 @@ from grpo_jax.errors import (
 )
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.records import Record
+from grpo_jax.runs.sinks import check_sinks
 
 # What the numbers of a field may be; `check_fields` reads it off the annotation.
 Natural = Annotated[int, at_least(0)]
@@ -293,6 +294,9 @@ class LogConfig(Record):
     # Module:name of a function of (row, run) that sees every line of metrics.jsonl, and
     # may ask to stop, evaluate or save
     on_step: str | None = None
+    # Where else these lines go: tensorboard, wandb, trackio, or module:name of a
+    # function of the run that gives a function of a row; none of them ends the run
+    to: tuple[str, ...] = ()
 
 
 class StepBatch(NamedTuple):
@@ -352,6 +356,7 @@ class TrainConfig(Record):
         check_vocabulary(self.model)
         _check_lora(self.model)
         _check_distributed(self.distributed)
+        check_sinks(self.log.to)
         group = self.instrument.group_size
         if group is not None and group % 4:
             raise ConfigError(

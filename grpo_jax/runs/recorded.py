@@ -40,7 +40,7 @@ def recorded_config(run_dir: Path, facts: dict[str, Any]) -> TrainConfig:
     names = [
         *config.task.rewards, config.task.name, config.objective.name,
         config.weights.name, config.optimizer.name, config.sampling.sampler or "",
-        config.log.on_step or "", config.policy or "",
+        config.log.on_step or "", config.policy or "", *config.log.to,
     ]  # fmt: skip
     own = any(":" in name for name in names)
     if own and str(origin) not in sys.path:

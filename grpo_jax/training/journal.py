@@ -18,6 +18,7 @@ from grpo_jax.runs.lines import (
     rewrite,
     to_numbers,
 )
+from grpo_jax.runs.sinks import Sinks
 from grpo_jax.training.collector import Collected
 from grpo_jax.training.console import Console, show
 
@@ -58,6 +59,7 @@ class Journal:
         step: The step of the checkpoint; 0 at the start.
         unwritten: By file, rows that the checkpoint kept.
         tell: Gets each row of metrics.jsonl once it is written.
+        sinks: Get it too, and what `complete` adds to one; closed with the journal.
 
     Attributes:
         last_row: The newest row of metrics.jsonl made by this process; {} before.
@@ -73,9 +75,11 @@ class Journal:
         step: int,
         unwritten: dict[str, list[dict]],
         tell: Callable[[dict[str, Any]], object] = lambda row: None,
+        sinks: Sinks | None = None,
     ):
         self._directory, self._processes = directory, processes
         self._console, self._make_row, self._tell = console, make_row, tell
+        self._sinks = sinks
         self._pending: tuple[int, dict, dict] | None = None
         self._shown = 0  # the step whose line was printed before its row was written
         self.last_row: dict[str, Any] = {}
@@ -144,6 +148,7 @@ class Journal:
             self._console.say(f"step {step}: {_evaluated(row)}")
         if self._processes.is_writer:
             self._tell(row)
+            self._hand_on(row)
 
     def complete(self, step: int, late: dict[str, Any]) -> None:
         """Adds to the newest row what a stop left out of it.
@@ -166,6 +171,7 @@ class Journal:
             file = JsonLines(self._path("metrics"))  # of the new file
             self._files["metrics"].close()
             self._files["metrics"] = file
+        self._hand_on({"step": step} | missing)
 
     def samples(
         self,
@@ -219,6 +225,12 @@ class Journal:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+        if self._sinks is not None:
+            self._sinks.close()
+
+    def _hand_on(self, row: dict[str, Any]) -> None:
+        if self._sinks is not None:
+            self._sinks.log(row)
 
     def _line(self, name: str, row: dict[str, Any]) -> None:
         with self._processes.writing():

@@ -24,12 +24,14 @@ from grpo_jax.rewards.trial import try_rewards
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import TrainConfig
+from grpo_jax.runs.config_files import to_dict
 from grpo_jax.runs.directory import check_same_config, read_facts, record
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.runs.objects import Given, given_objects
 from grpo_jax.runs.paths import count_compiles, use_compile_cache
 from grpo_jax.runs.policies import task_to_continue
 from grpo_jax.runs.recorded import continued
+from grpo_jax.runs.sinks import SinkRun, Sinks, find_sinks
 from grpo_jax.tasks.types import Task, now
 from grpo_jax.training.console import Console
 from grpo_jax.training.context import RunContext
@@ -136,6 +138,7 @@ def _train(
     config, own = processes.together(
         lambda: given_objects(config, own, starting=_starts(config))
     )
+    processes.together(lambda: find_sinks(config.log.to))
     date = processes.first(now())  # one for all, where a template prints it
     plan = processes.together(
         lambda: make_plan(config, _task(config, task, date), date=date, given=own)
@@ -300,6 +303,15 @@ def _save_tokenizer(task: Task, directory: Path) -> None:
     unfinished.rename(directory / "tokenizer")
 
 
+def _make_sinks(context: RunContext, step: int) -> Sinks | None:
+    """Where else rows go, in the process that writes; those after `step` follow."""
+    if not context.processes.is_writer:
+        return None
+    directory, config = context.directory, context.config
+    run = SinkRun(directory.resolve().name, directory, to_dict(config), step)
+    return Sinks(find_sinks(config.log.to), run, context.console.warn)
+
+
 def _make_loop(
     context: RunContext,
     parts: Parts,
@@ -325,6 +337,7 @@ def _make_loop(
         step=step,
         unwritten=resumed.unwritten,
         tell=listener.tell,
+        sinks=_make_sinks(context, step),
     )
     instrument = make_instrument(context, parts, [r for r in rows if r["step"] < step])
     observers = Observers(
