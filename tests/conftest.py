@@ -9,8 +9,10 @@ os.environ.setdefault(
     "GRPO_JAX_CACHE", str(Path(tempfile.gettempdir()) / f"grpo-jax-tests-{os.getuid()}")
 )
 # Runs are tracked on this machine, and apart from the user's own.
-os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("TRACKIO_DIR", os.environ["GRPO_JAX_CACHE"] + "/trackio")
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TRACKIO_DIR"] = os.environ["GRPO_JAX_CACHE"] + "/trackio"
+for name in ("WANDB_PROJECT", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+    os.environ.pop(name, None)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -68,13 +68,15 @@ def wandb_files(directory):
 
 
 def _complete(path):
-    """Its records once the last one is there: another process writes them."""
-    for _ in range(200):
+    """Its records once the last one is there: another process writes them. Of a run
+    that was killed, those that there are."""
+    records = []
+    for _ in range(100):
         records = list(_records(path))
         if records and records[-1].WhichOneof("record_type") == "exit":
-            return records
+            break
         time.sleep(0.05)
-    raise AssertionError(f"{path} does not end")
+    return records
 
 
 def _records(path):

@@ -294,8 +294,8 @@ class LogConfig(Record):
     # Module:name of a function of (row, run) that sees every line of metrics.jsonl, and
     # may ask to stop, evaluate or save
     on_step: str | None = None
-    # Where else these lines go: tensorboard, wandb, trackio, or module:name of a
-    # function of the run that gives a function of a row; none of them ends the run
+    # Where else lines of metrics.jsonl go: tensorboard, wandb, trackio, or module:name
+    # of a function of the run that gives a function of a row; none of them ends a run
     to: tuple[str, ...] = ()
 
 

@@ -178,8 +178,8 @@ class _Sent:
         step, newest = row["step"], self.facts.get("step", -1)
         added = step == self._first > 0
         if step > newest or added:
+            self.keep(step=max(step, newest))  # first: killed in between, it is missing
             log(figures(row), step=step)
-            self.keep(step=max(step, newest))
 
 
 def check_sinks(names: Collection[str]) -> None:

@@ -129,8 +129,11 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_ctrl_c_flushes_and_a_killed_run_is_not_doubled(grpo_jax, tmp_path, project):
+def test_ctrl_c_flushes_and_a_killed_run_is_not_doubled(
+    grpo_jax, tmp_path, project, monkeypatch
+):
     """A run that is stopped, resumed and killed, and resumed to its end."""
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # of this process
     for package in ("tensorboardX", "tensorboard", "wandb", "trackio"):
         pytest.importorskip(package)
     directory = tmp_path / "run"
