@@ -108,6 +108,7 @@ _HOMES = {
         "warn_if_unlikely",
         "with_logprobs",
     ),
+    "grpo_jax.rollouts.encoding": ("pad_left",),
     "grpo_jax.rollouts.sampling": ("sample",),
     "grpo_jax.rollouts.logprobs": ("completion_logprobs",),
     "grpo_jax.records": ("from_dict",),

@@ -65,7 +65,17 @@ def encode_imitated(task: Task, examples: Sequence[Example]) -> list[list[int]]:
 def pad_left(
     rows: Sequence[Sequence[int]], length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask), each [P, length] int32, of P rows padded on the left."""
+    """(ids, mask), each [P, length] int32, of P rows of token ids padded on the left.
+
+    Raises:
+        ValueError: a row is longer.
+    """
+    longest = max(map(len, rows), default=0)
+    if longest > length:
+        raise ValueError(
+            f"length must be at least {longest}, the tokens of the longest row, got "
+            f"{length}."
+        )
     ids = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):

@@ -46,6 +46,7 @@ def sample(
     eos_id: int | Sequence[int] | jax.Array,
     pad_id: int,
     prompt_indices: jax.Array | np.ndarray | None = None,
+    active: jax.Array | np.ndarray | None = None,
 ) -> Rollouts:
     """Samples a group of completions for every prompt.
 
@@ -63,6 +64,8 @@ def sample(
         pad_id: Fills completions after their end.
         prompt_indices: [P] int32 naming the prompts for the randomness, so that a
             prompt gets the same random numbers in any batch; default 0..P-1.
+        active: [P] bool, False for prompts whose completions get no token, as of a
+            dialogue that is over: shapes stay, and nothing waits for it; default all.
 
     Returns:
         `Rollouts` without rewards.
@@ -77,16 +80,20 @@ def sample(
     _check_settings(group_size, max_new_tokens, temperature, top_k, top_p)
     if prompt_indices is None:
         prompt_indices = np.arange(prompt_ids.shape[0])
-    if np.shape(prompt_indices) != prompt_ids.shape[:1]:
-        raise ValueError(
-            f"prompt_indices must be [{prompt_ids.shape[0]}], one per prompt, "
-            f"got {np.shape(prompt_indices)}."
-        )
+    if active is None:
+        active = np.ones(prompt_ids.shape[0], bool)
+    for name, given in (("prompt_indices", prompt_indices), ("active", active)):
+        if np.shape(given) != prompt_ids.shape[:1]:
+            raise ValueError(
+                f"{name} must be [{prompt_ids.shape[0]}], one per prompt, "
+                f"got {np.shape(given)}."
+            )
     return _sample(
         policy,
         jnp.asarray(prompt_ids, jnp.int32),
         jnp.asarray(prompt_mask, jnp.int32),
         jnp.asarray(prompt_indices, jnp.int32),
+        jnp.asarray(active, bool),
         key,
         jnp.asarray(temperature, jnp.float32),
         jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32)),
@@ -149,6 +156,7 @@ def _sample(
     prompt_ids: jax.Array,
     prompt_mask: jax.Array,
     prompt_indices: jax.Array,
+    active: jax.Array,
     key: jax.Array,
     temperature: jax.Array,
     eos_id: jax.Array,
@@ -160,8 +168,9 @@ def _sample(
     top_p: float | None,
 ) -> Rollouts:
     """The compiled part of `sample`: prefill, then one loop per cache length."""
-    prompt_ids, prompt_mask, prompt_indices = (
-        constrain(x, "prompts") for x in (prompt_ids, prompt_mask, prompt_indices)
+    per_prompt = prompt_ids, prompt_mask, prompt_indices, active
+    prompt_ids, prompt_mask, prompt_indices, active = (
+        constrain(x, "prompts") for x in per_prompt
     )
     prompts = split_prompts(prompt_ids, prompt_mask)
     decoder = prefill(policy.module(), prompt_ids, prompts, max_new_tokens)
@@ -176,7 +185,7 @@ def _sample(
         )
         return state.extended(token, logprob, keys, values, eos_id, pad_id)
 
-    state = _start(prompts, policy.config, group_size, max_new_tokens, pad_id)
+    state = _start(prompts, active, policy.config, group_size, max_new_tokens, pad_id)
     for end in cache_lengths(max_new_tokens):
         state = jax.lax.while_loop(
             lambda state, end=end: (state.t < end) & ~state.done.all(),
@@ -252,6 +261,7 @@ class _LoopState(NamedTuple):
 
 def _start(
     prompts: PromptSplit,
+    active: jax.Array,
     config: ModelConfig,
     group_size: int,
     max_new_tokens: int,
@@ -264,7 +274,7 @@ def _start(
     return _LoopState(
         t=jnp.zeros((), jnp.int32),
         token=jnp.broadcast_to(prompts.last_token[:, None], shape),
-        done=jnp.zeros(shape, bool),
+        done=jnp.broadcast_to(~active[:, None], shape),
         keys=[jnp.zeros((*heads, config.head_dim, 0), dtype)] * n,
         values=[jnp.zeros((*heads, 0, config.head_dim), dtype)] * n,
         completions=jnp.full((*shape, max_new_tokens), pad_id),

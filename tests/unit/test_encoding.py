@@ -40,6 +40,8 @@ def test_pad_left():
     assert ids.tolist() == [[4, 5, 6], [7, 8, 9]]
     assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
     chex.assert_type([ids, mask], np.int32)
+    with pytest.raises(ValueError, match="at least 3, .* longest row, got 2"):
+        pad_left([[5, 6], [7, 8, 9]], 2, pad_id=4)
 
 
 def test_answer_rollouts_end_with_eos(task):

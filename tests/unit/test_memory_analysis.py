@@ -87,6 +87,7 @@ def sampling_program(c, p, g, length, t, mesh=None, base_bytes=4):
         prompts,
         prompts,
         Shape((p,), jnp.int32),
+        Shape((p,), jnp.bool_),
         jax.eval_shape(lambda: jax.random.key(0)),
         Shape((), jnp.float32),
         Shape((1,), jnp.int32),

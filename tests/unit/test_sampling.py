@@ -205,6 +205,36 @@ def test_a_named_prompts_samples_do_not_depend_on_its_batch(policy):
     np.testing.assert_array_equal(again.completions[1:], first.completions[1:])
 
 
+def test_prompts_that_are_not_active_get_no_token(policy, rollouts):
+    some = draw(policy, active=np.array([True, False, True]))
+    for name in ("completions", "completion_mask", "behaviour_logprobs"):
+        actual, expected = getattr(some, name), getattr(rollouts, name)
+        np.testing.assert_array_equal(actual[::2], expected[::2])
+    assert not np.asarray(some.completion_mask[1]).any()
+    assert (np.asarray(some.completions[1]) == PAD).all()
+    assert {row["group"] for row in some.to_rows()} == {0, 2}
+    assert not np.asarray(draw(policy, active=[False] * 3).completion_mask).any()
+
+
+# The loop ends with the last active completion.
+def test_no_step_is_made_for_prompts_that_are_not_active(policy, monkeypatch):
+    made = []
+    extended = sampling._LoopState.extended
+
+    def counting(state, *args):
+        jax.debug.callback(lambda: made.append(1))
+        return extended(state, *args)
+
+    monkeypatch.setattr(sampling._LoopState, "extended", counting)
+    sizes = dict(max_new_tokens=9, group_size=1)
+    draw(policy, eos_id=NEVER, active=[False] * 3, **sizes)
+    jax.effects_barrier()
+    assert not made
+    draw(policy, eos_id=NEVER, active=[False, True, False], **sizes)
+    jax.effects_barrier()
+    assert len(made) == 9
+
+
 def test_a_sample_depends_on_no_other_and_on_no_length(firsts, rollouts):
     few = rollouts.completions.shape[1]
     expected = rollouts.completions[:, :, :1]
@@ -258,6 +288,7 @@ def test_pad_and_eos_may_be_one_token(policy, rollouts):
         (dict(top_k=0), "top_k must be at least 1, got 0"),
         (dict(top_p=0.0), r"top_p must be in \(0, 1\], got 0.0"),
         (dict(top_p=1.5), r"top_p must be in \(0, 1\], got 1.5"),
+        (dict(active=[True]), r"active must be \[3\], one per prompt, got \(1,\)"),
     ],
 )
 def test_arguments_out_of_range_are_refused(policy, changes, message):
