@@ -66,8 +66,8 @@ def play(policy, examples, environment, key, ends=END):
 def train(examples, environment, ends=END, steps=200, seed=0):
     """(the last policy, the pass rate of every step)."""
     key, rng, history = jax.random.key(seed), np.random.default_rng(seed), []
-    model = gj.ModelConfig(vocab_size=16, width=64, mlp_width=128, head_dim=32)
-    learner = gj.Learner("grpo", optax.adam(3e-3))
+    model = gj.ModelConfig(vocab_size=16, width=32, mlp_width=64, head_dim=16)
+    learner = gj.Learner("grpo", optax.adam(5e-3))
     state = learner.init(gj.init_policy(model, key))
     for step in range(steps):
         batch, now = rng.choice(examples, PROMPTS, False), jax.random.fold_in(key, step)
