@@ -13,11 +13,15 @@ def main(argv: Sequence[str]) -> int:
     # jax is imported once the settings are known to be right.
     from grpo_jax.parallel.processes import LostProcessError, exit_at_once
     from grpo_jax.training.run import train
-    from grpo_jax.training.saving import NonFiniteGradientsError, RewardsFailedError
+    from grpo_jax.training.saving import (
+        NonFiniteGradientsError,
+        RewardsFailedError,
+        SamplerFailedError,
+    )
 
     try:
         train(config)
-    except (NonFiniteGradientsError, RewardsFailedError) as error:
+    except (NonFiniteGradientsError, RewardsFailedError, SamplerFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except LostProcessError as error:

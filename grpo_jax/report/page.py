@@ -106,10 +106,18 @@ _ENDS = ("low", "high")  # of an interval
 # ---- what the top of the page says of one run
 
 
+def _mismatch(run: RunFiles) -> str:
+    """The largest difference of two log-probs of a token, and the mean of all."""
+    largest, means = (run.series(f"mismatch/{x}")[1] for x in ("max_abs", "mean_abs"))
+    if not len(largest):
+        return "none yet"
+    mean = f" (mean {means.mean():.1e})" if len(means) else ""  # older runs have none
+    return f"{largest.max():.1e}{mean}"
+
+
 def _summary(run: RunFiles) -> dict[str, Any]:
     objective = run.config["objective"]["name"]
     weights = run.config.get("weights", {}).get("name", "objective")
-    mismatch = run.series("mismatch/max_abs")[1]
     return {
         "name": run.name,
         "versions": run.versions,
@@ -122,7 +130,7 @@ def _summary(run: RunFiles) -> dict[str, Any]:
         "learning_rate": _learning_rate(run),
         "rows": _pass_rates(run),
         "phases": _seconds(run),
-        "mismatch": f"{mismatch.max():.1e}" if len(mismatch) else "none yet",
+        "mismatch": _mismatch(run),
         "cut_off": _cut_off(run),
         "missing": int(run.series("reward/missing")[1].sum()),
         "failed": int(run.series("reward/failed")[1].sum()),

@@ -30,7 +30,10 @@ FIELDS: dict[str, str] = {
     "update, like the next two; 1 on policy",
     "ratio/deviation": "mean over tokens of |ratio - 1|",
     "ratio/clipped": "fraction of tokens whose gradient clipping sets to 0",
-    "mismatch/max_abs": "max |sampler's - trainer's| token log-prob, in nats",
+    "mismatch/max_abs": "max |sampler's - trainer's| token log-prob, in nats, at the "
+    "step's first update, like the next one",
+    "mismatch/mean_abs": "mean over tokens of |sampler's - trainer's| log-prob, in "
+    "nats",
     "loss/policy": "the surrogate part of the loss; its gradient is what matters. On "
     "policy it is 0 where the term is linear in a ratio and completions count alike "
     "(grpo, gspo, gmpo, tic_grpo), not with log pi as the term (reinforce, rloo, "

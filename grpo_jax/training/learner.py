@@ -309,16 +309,16 @@ class Learner:
             state = state._replace(history=history)
         at = jax.tree.map(jnp.copy, state.params) if s.freeze_gradient_point else None
         metrics: dict[str, Any] = {}
-        mismatch = None
+        mismatch: dict[str, Any] = {}
         for i in range(s.updates):
             part = np.int32(i % s.parts)
             state, metrics = programs.update(state, batch, part, at, s.policy.frozen)
             if i == 0:  # later updates no longer have the parameters that sampled
-                mismatch = metrics["mismatch/max_abs"]
+                names = ("mismatch/max_abs", "mismatch/mean_abs")
+                mismatch = {name: metrics[name] for name in names}
             if s.objective.stop_deviation is not None and metrics["update/stopped"]:
                 break
-        metrics = metrics | {"mismatch/max_abs": mismatch}
-        return jax.block_until_ready(state), metrics
+        return jax.block_until_ready(state), metrics | mismatch
 
     def compare_weights(self, state: TrainState, batch: Batch) -> Counterfactual:
         """What other prompt weights would do with the batch, on the host."""

@@ -24,9 +24,10 @@ from grpo_jax.training.due import Due
 from grpo_jax.training.first_updates import WATCHED, advice, too_far
 from grpo_jax.training.handle import Requests, StepListener
 from grpo_jax.training.journal import Journal
+from grpo_jax.training.mismatch import mismatch_warning
 from grpo_jax.training.observers import Observers
 from grpo_jax.training.parts import Parts
-from grpo_jax.training.saving import SKIPPED_LIMIT, Saver
+from grpo_jax.training.saving import SKIPPED_LIMIT, SamplerFailedError, Saver
 from grpo_jax.training.start import Resumed
 from grpo_jax.training.watchdog import Watchdog
 
@@ -129,6 +130,8 @@ class Loop:
         self._keep_measurement = keep_measurement
         self._warned_of_ties: set[str] = set()
         self._warned_of_rate = False
+        # The trainer's own sampler has the trainer's numbers, up to rounding.
+        self._warned_of_mismatch = context.plan.given.sampler is None
 
     def run(self) -> TrainResult:
         """Makes the remaining steps, or as many as fit before a stop."""
@@ -145,6 +148,10 @@ class Loop:
             if not processes.is_shared(error):
                 raise  # the others were not told of it; they see this process end
             raise self._saver.save_unwritten(self.state, self.step, error) from error
+        except SamplerFailedError as error:
+            if processes.count > 1:
+                raise  # the others may be elsewhere; they see this process end
+            raise self._without_samples(error) from error.__cause__
         return self._end()
 
     def _make_step(self) -> None:
@@ -175,6 +182,7 @@ class Loop:
         self.step += 1  # the step is made, whatever fails from here on
         metrics, host = weighed.metrics | updated, collected.metrics
         self._watch_first_updates(metrics)
+        self._watch_mismatch(metrics)
         # Kept now in case observing fails, and again with what it measured.
         self.journal.keep(self.step, metrics, timer.times | host)
         rewards = collected.rollouts.scored_rewards
@@ -206,6 +214,17 @@ class Loop:
             advised = advice(rate.value, rate.default)
         self.context.console.warn(f"step {self.step}: {measured}. {advised}")
 
+    def _watch_mismatch(self, metrics: dict[str, Any]) -> None:
+        """Warns once where the user's sampler has other numbers than the trainer."""
+        if self._warned_of_mismatch:
+            return
+        names = ("mismatch/mean_abs", "mismatch/max_abs")
+        figures = to_numbers({name: metrics[name] for name in names})
+        warning = mismatch_warning(figures, self._learner.settings.objective)
+        if warning is not None:
+            self._warned_of_mismatch = True
+            self.context.console.warn(f"step {self.step}: {warning}")
+
     def _check_rewards(self, collected: Collected) -> None:
         """Ends the run, with what it has, where no sample of a step got a reward."""
         reason = collected.without_rewards
@@ -216,6 +235,20 @@ class Loop:
         self._observers.write_measurement()
         raise self._saver.save_before(
             self.state, self.step, f"step {self.step + 1}: {reason}"
+        )
+
+    def _without_samples(self, error: SamplerFailedError) -> RuntimeError:
+        """The error to raise where the user's sampler failed, in a step, an evaluation
+        or a measurement; what the run has is saved."""
+        self.context.console.stop()
+        self.journal.flush()
+        self._observers.write_measurement()
+        return self._saver.save_before(
+            self.state,
+            self.step,
+            str(error).rstrip("."),
+            kind=SamplerFailedError,
+            remedy="Mend the sampler",
         )
 
     def _observe(

@@ -29,6 +29,7 @@ from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.pass_rates import PassRates
 from grpo_jax.training.programs import rollout_shapes
 from grpo_jax.training.prompts import SampleFn, TrainedPrompts
+from grpo_jax.training.saving import SamplerFailedError
 
 
 class Parts(NamedTuple):
@@ -80,17 +81,23 @@ def make_parts(context: RunContext, start: Policy) -> Parts:
 
 
 def _checked(sampler: Callable[..., Rollouts], vocab_size: int) -> SampleFn:
-    """The user's sampler, with what it returns checked."""
+    """The user's sampler, with what it returns checked; whatever is wrong is a
+    SamplerFailedError."""
 
     def checked(policy: Policy, prompts: Any, mask: Any, **how: Any) -> Rollouts:
-        rollouts = sampler(policy, prompts, mask, **how)
-        check_sampled(
-            rollouts,
-            prompts,
-            group_size=how["group_size"],
-            max_new_tokens=how["max_new_tokens"],
-            vocab_size=vocab_size,
-        )
+        try:
+            rollouts = sampler(policy, prompts, mask, **how)
+            check_sampled(
+                rollouts,
+                prompts,
+                group_size=how["group_size"],
+                max_new_tokens=how["max_new_tokens"],
+                vocab_size=vocab_size,
+            )
+        except Exception as error:
+            raise SamplerFailedError(
+                f"the sampler failed: {type(error).__name__}: {error}"
+            ) from error
         return rollouts
 
     return checked

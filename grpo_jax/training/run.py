@@ -97,6 +97,8 @@ def train(
         RuntimeError: on_step raised; what was trained is saved.
         NonFiniteGradientsError: five updates in a row had to be skipped.
         RewardsFailedError: every sample of a step was left without a reward.
+        SamplerFailedError: `sampler` raised or returned no rollouts; what was trained
+            is saved.
         OSError: a row or the last checkpoint could not be written (a full disk); what
             was computed is in a checkpoint where that could be saved.
         LostProcessError: another process of the run ended; to be resumed.

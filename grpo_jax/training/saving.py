@@ -30,6 +30,11 @@ class RewardsFailedError(RuntimeError):
     """No sample of a step got a reward; the steps before it were saved."""
 
 
+class SamplerFailedError(RuntimeError):
+    """The user's sampler raised, or returned no rollouts; the steps before it were
+    saved."""
+
+
 class Saver:
     """Saves the state of a run, and what a failure leaves.
 
@@ -118,20 +123,31 @@ class Saver:
             f"with --resume --run-dir {context.directory}"
         )
 
-    def save_before(self, state: TrainState, step: int, reason: str) -> Exception:
-        """The error to raise where no sample of the next step got a reward.
+    def save_before(
+        self,
+        state: TrainState,
+        step: int,
+        reason: str,
+        *,
+        kind: type[RuntimeError] = RewardsFailedError,
+        remedy: str = "Mend the reward",
+    ) -> RuntimeError:
+        """The error to raise where no next step can be made: no sample of it got a
+        reward, or none was sampled.
 
         Args:
             state: After `step` steps, which is saved.
             step: Whose row is the journal's last one.
-            reason: Why there are no rewards, without a full stop.
+            reason: Why, without a full stop.
+            kind: Of the error.
+            remedy: What to do before the run is continued.
         """
         if step:
             self.save(state, step, self._journal.last_row)
         saved = self._saved()
         self.report(finished=False)
-        return RewardsFailedError(
-            f"{reason}; stopped at step {step}, {saved}. Mend the reward, then "
+        return kind(
+            f"{reason}; stopped at step {step}, {saved}. {remedy}, then "
             f"continue with --resume --run-dir {self._context.directory}"
         )
 

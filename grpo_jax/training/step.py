@@ -55,7 +55,7 @@ class SampleTerms(NamedTuple):
     advantages: jax.Array  # [P, G]; prompt weights left out where they are a cotangent
     coefficients: jax.Array  # [P, G, T], the aggregation's
     token_shares: jax.Array  # [P, G, T], 1 / all tokens of the batch
-    newest: jax.Array  # [P, G, T], 1 on tokens whose sampler still exists
+    newest_shares: jax.Array  # [P, G, T], 1 / all tokens whose sampler still exists
 
 
 class Part(NamedTuple):
@@ -73,6 +73,7 @@ def batch_terms(objective: Objective, batch: Batch, max_length: int | None) -> P
     # Sampler/trainer mismatch cannot be measured on older rollouts of a history: the
     # parameters that sampled them are gone.
     newest = jnp.arange(prompts) < prompts // objective.history
+    newest = rollouts.completion_mask.astype(bool) & newest[:, None, None]  # [P, G, T]
     advantages, factors = baselined(objective, batch.shaped_rewards), weights
     if batch.added_rewards is not None:  # the weights are those of one part alone
         shaped = batch.shaped_rewards
@@ -97,7 +98,7 @@ def batch_terms(objective: Objective, batch: Batch, max_length: int | None) -> P
                 objective.aggregation, mask, max_length, objective.first_token_weight
             ),
             token_shares=mask / jnp.maximum(mask.sum(), 1),
-            newest=rollouts.completion_mask.astype(bool) & newest[:, None, None],
+            newest_shares=newest / jnp.maximum(newest.sum(), 1),
         ),
     )
 
@@ -170,8 +171,10 @@ def part_losses(
     metrics["loss/policy"] = prompt.surrogate_cotangent @ surrogate
     metrics["loss/penalty"] = prompt.penalty_cotangent @ penalty
     trainers = logprobs if objective.history > 1 else old
-    gap = jnp.where(sample.newest, trainers - sample.sampled_logprobs, 0)
-    return (surrogate, penalty), (metrics, jnp.abs(gap).max())
+    gaps = jnp.abs(trainers - sample.sampled_logprobs)
+    gaps = jnp.where(sample.newest_shares > 0, gaps, 0)
+    metrics["mismatch/mean_abs"] = (sample.newest_shares * gaps).sum()
+    return (surrogate, penalty), (metrics, gaps.max())
 
 
 def make_gradients(

@@ -483,6 +483,8 @@ def test_history_compiles_nothing_later(remembered):
 @ALL_ZERO
 def test_mismatch_is_measured_with_a_history(remembered):
     assert max(row["mismatch/max_abs"] for row in remembered[0][1:]) > 0
+    for row in remembered[0][1:]:
+        assert 0 <= row["mismatch/mean_abs"] <= row["mismatch/max_abs"]
 
 
 # ---- disjoint subsets of prompts

@@ -17,6 +17,7 @@ from grpo_jax.commands.replay import replay
 from grpo_jax.errors import ConfigError
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.streams import run_keys
+from grpo_jax.training.saving import SamplerFailedError
 
 from .test_train import digits_task, small_config
 
@@ -375,7 +376,8 @@ def test_what_a_sampler_must_not_return_is_refused(tmp_path, spoil, message):
     def sampler(policy, prompt_ids, prompt_mask, **how):
         return spoil(gj.sample(policy, prompt_ids, prompt_mask, **how))
 
-    with pytest.raises(ValueError, match=message):
+    message = f"(?s)the sampler failed: ValueError: .*{message}.*no step is saved"
+    with pytest.raises(SamplerFailedError, match=message):
         gj.train(config_of(tmp_path / "run"), task=digits_task(), sampler=sampler)
 
 
