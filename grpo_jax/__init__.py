@@ -110,6 +110,7 @@ _HOMES = {
     ),
     "grpo_jax.rollouts.encoding": ("pad_left",),
     "grpo_jax.rollouts.sampling": ("sample",),
+    "grpo_jax.rollouts.server_sampler": ("ServerSampler",),
     "grpo_jax.rollouts.logprobs": ("completion_logprobs",),
     "grpo_jax.records": ("from_dict",),
     "grpo_jax.rewards.types": (

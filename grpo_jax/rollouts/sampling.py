@@ -73,21 +73,20 @@ def sample(
     Raises:
         ValueError: shapes do not fit, or an argument is outside its range.
     """
-    _check_prompts(prompt_ids, prompt_mask)
-    check_token_ids("prompt_ids", prompt_ids, policy.config.vocab_size)
-    check_token_ids("pad_id", np.asarray(pad_id), policy.config.vocab_size)
-    _check_ends(eos_id)
-    _check_settings(group_size, max_new_tokens, temperature, top_k, top_p)
-    if prompt_indices is None:
-        prompt_indices = np.arange(prompt_ids.shape[0])
-    if active is None:
-        active = np.ones(prompt_ids.shape[0], bool)
-    for name, given in (("prompt_indices", prompt_indices), ("active", active)):
-        if np.shape(given) != prompt_ids.shape[:1]:
-            raise ValueError(
-                f"{name} must be [{prompt_ids.shape[0]}], one per prompt, "
-                f"got {np.shape(given)}."
-            )
+    prompt_indices, active = check_arguments(
+        policy,
+        prompt_ids,
+        prompt_mask,
+        group_size=group_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        prompt_indices=prompt_indices,
+        active=active,
+    )
     return _sample(
         policy,
         jnp.asarray(prompt_ids, jnp.int32),
@@ -103,6 +102,44 @@ def sample(
         top_k=top_k,
         top_p=top_p,
     )
+
+
+def check_arguments(
+    policy: Policy,
+    prompt_ids: jax.Array | np.ndarray,
+    prompt_mask: jax.Array | np.ndarray,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float | jax.Array,
+    top_k: int | None,
+    top_p: float | None,
+    eos_id: int | Sequence[int] | jax.Array,
+    pad_id: int,
+    prompt_indices: jax.Array | np.ndarray | None,
+    active: jax.Array | np.ndarray | None,
+) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
+    """(prompt_indices [P], active [P]) of a sampler's arguments, those of `sample`.
+
+    Raises:
+        ValueError: shapes do not fit, or an argument is outside its range.
+    """
+    _check_prompts(prompt_ids, prompt_mask)
+    check_token_ids("prompt_ids", prompt_ids, policy.config.vocab_size)
+    check_token_ids("pad_id", np.asarray(pad_id), policy.config.vocab_size)
+    _check_ends(eos_id)
+    _check_settings(group_size, max_new_tokens, temperature, top_k, top_p)
+    if prompt_indices is None:
+        prompt_indices = np.arange(prompt_ids.shape[0])
+    if active is None:
+        active = np.ones(prompt_ids.shape[0], bool)
+    for name, given in (("prompt_indices", prompt_indices), ("active", active)):
+        if np.shape(given) != prompt_ids.shape[:1]:
+            raise ValueError(
+                f"{name} must be [{prompt_ids.shape[0]}], one per prompt, "
+                f"got {np.shape(given)}."
+            )
+    return prompt_indices, active
 
 
 def _check_prompts(
@@ -174,14 +211,14 @@ def _sample(
     )
     prompts = split_prompts(prompt_ids, prompt_mask)
     decoder = prefill(policy.module(), prompt_ids, prompts, max_new_tokens)
-    sample_keys = _sample_keys(key, prompt_indices, group_size)  # [P, G]
+    token_keys = sample_keys(key, prompt_indices, group_size)  # [P, G]
 
     def step(state: _LoopState) -> _LoopState:
         logits, keys, values = decoder.logits(
             state.token, state.t, state.keys, state.values
         )
         token, logprob = draw_tokens(
-            sample_keys, state.t, logits / temperature, top_k, top_p
+            token_keys, state.t, logits / temperature, top_k, top_p
         )
         return state.extended(token, logprob, keys, values, eos_id, pad_id)
 
@@ -197,7 +234,7 @@ def _sample(
     )
 
 
-def _sample_keys(key: jax.Array, prompts: jax.Array, group_size: int) -> jax.Array:
+def sample_keys(key: jax.Array, prompts: jax.Array, group_size: int) -> jax.Array:
     """[P, G] keys, each a function of (key, prompt index, sample index)."""
 
     def group(i):
