@@ -26,7 +26,11 @@ def grpo_jax(tmp_path):
             command += TINY_FLAGS
         if code is not None:
             command = [sys.executable, "-c", code, *map(str, arguments)]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        # Programs are compiled as they are in the tests' own process.
+        environment = os.environ | {
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

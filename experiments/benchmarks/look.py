@@ -1,0 +1,149 @@
+"""Time, memory and figures of `grpo-jax look`, by what it takes gradients of.
+
+    python experiments/benchmarks/look.py DIR            # a model's directory
+    python experiments/benchmarks/look.py DIR --shape qwen2.5-0.5b --prompts 4 \\
+        --group-size 8 --parameters all
+
+The work: P prompts of the task `ladder`, G samples of T tokens each, drawn once with
+the model and scored. `look` runs in a process of its own for each kind of parameters;
+what it says before it starts stands beside what it took (seconds with compilation,
+peak resident memory). With --shape the model is a new one of that shape in bfloat16,
+with DIR's tokenizer, and its rewards are coin tosses: only time and memory tell there.
+Figures are in BUILD_NOTES.md.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import tyro
+
+SHAPES = {
+    "qwen2.5-0.5b": dict(
+        vocab_size=151_936, num_layers=24, width=896, mlp_width=4864, num_heads=14,
+        num_kv_heads=2, head_dim=64, qk_bias=True, rope_theta=1e6,
+    ),
+}  # fmt: skip
+COLUMNS = "parameters", "mean cosine", "std", "said", "s", "GB"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: Annotated[Path, tyro.conf.Positional]
+    shape: Literal["", *SHAPES] = ""  # a new model of it
+    skills: tuple[str, ...] = ("word", "first", "copy", "smaller", "even", "last")
+    prompts: int = 24  # P
+    group_size: int = 16  # G
+    tokens: int = 8  # T
+    parameters: tuple[str, ...] = ("all", "lora", "last-layers")
+    seed: int = 0
+    draw: Path | None = None  # only draw the rollouts, to this directory
+
+
+class Run(NamedTuple):
+    """What a process printed and used."""
+
+    text: str
+    seconds: float
+    peak_bytes: int
+
+
+def run(*command: str | Path) -> Run:
+    """Runs a command to its end.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    began = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=output, stderr=output
+        )
+        _, status, used = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        output.seek(0)
+        text = output.read()
+    if status:
+        raise SystemExit(text)
+    return Run(text, seconds, used.ru_maxrss * 1024)
+
+
+def draw(c: Config, directory: Path) -> None:
+    """Writes the rollouts, and the model where it is a new one."""
+    import jax
+    import numpy as np
+
+    import grpo_jax as gj
+    from grpo_jax.models.pretrained import load_pretrained, save_pretrained
+    from grpo_jax.rewards.scoring import score
+    from grpo_jax.rollouts.encoding import encode_prompts, pad_left
+    from grpo_jax.rollouts.judging import decode_groups
+    from grpo_jax.runs.config import TaskConfig
+    from grpo_jax.runs.policies import task_of
+
+    task = task_of(TaskConfig(name="ladder", skills=c.skills), str(c.model))
+    key = jax.random.key(c.seed)
+    if c.shape:
+        config = gj.ModelConfig(**SHAPES[c.shape], compute_dtype="float32")
+        policy = gj.init_policy(config, key)
+        path = directory / "model"
+        save_pretrained(policy, path, tokenizer=task.tokenizer, dtype="bfloat16")
+    else:
+        policy = load_pretrained(c.model, dtype="float32")
+    examples = task.train[: c.prompts]
+    ids = encode_prompts(task, examples)
+    prompts, mask = pad_left(ids, max(map(len, ids)), task.tokenizer.pad_token_id)
+    rollouts = gj.sample(
+        policy, prompts, mask, group_size=c.group_size, max_new_tokens=c.tokens,
+        key=key, eos_id=task.ends, pad_id=task.tokenizer.pad_token_id,
+    )  # fmt: skip
+    if c.shape:
+        tosses = jax.random.bernoulli(key, shape=(c.prompts, c.group_size))
+        rewards = np.asarray(tosses, np.float32)
+    else:
+        texts = decode_groups(task, rollouts.completions, rollouts.completion_mask)
+        rewards = score(task.reward, examples, texts).rewards
+    rows = rollouts._replace(rewards=rewards).to_rows()
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (directory / "rollouts.jsonl").write_text("".join(lines))
+
+
+def line(c: Config, parameters: str, directory: Path, model: Path) -> list[str]:
+    """A row of the table, in the order of `COLUMNS`."""
+    output = directory / parameters
+    found = run(
+        "-m", "grpo_jax", "look", directory / "rollouts.jsonl", "--pretrained", model,
+        "--parameters", parameters, "--prompts", str(c.prompts), "--output", output,
+    )  # fmt: skip
+    said = re.search("measuring, (.*); and", found.text)
+    phase = json.loads((output / "look.json").read_text())["rows"][0]["phase"]
+    figures = [
+        f"{phase[name]} {phase[f'{name}_interval']}"
+        for name in ("mean_cosine", "std_cosine")
+    ]
+    took = [f"{found.seconds:.0f}", f"{found.peak_bytes / 1e9:.2f}"]
+    return [parameters, *figures, said[1] if said else "nothing", *took]
+
+
+def main(c: Config) -> None:
+    if c.draw is not None:
+        draw(c, c.draw)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        run(*sys.argv, "--draw", directory)
+        model = directory / "model" if c.shape else c.model
+        print(*COLUMNS, sep=" | ")
+        for parameters in c.parameters:
+            print(*line(c, parameters, directory, model), sep=" | ", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
