@@ -83,5 +83,6 @@ if __name__ == "__main__":
     numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
     environment = deaf if "--deaf" in sys.argv else game
     _, rates = train(SECRETS, environment, seed=numbers[0] if numbers else 0)
+    print(f"step 1: pass rate {rates[0]:.3f}")
     for step in range(20, len(rates) + 1, 20):
         print(f"steps to {step}: pass rate {np.mean(rates[step - 20 : step]):.3f}")

@@ -148,7 +148,7 @@ def test_a_policy_learns_to_use_the_answers(talk, monkeypatch):
     policy, rates = talk.train(talk.SECRETS, talk.game)
     assert counts[1] == counts[-1], "compiled after the first step"
     # Four guesses find four of ten numbers, whatever the policy, if it hears nothing.
-    assert np.mean(rates[:5]) < 0.1 and np.mean(rates[-20:]) > 0.7
+    assert rates[0] < 0.1 and np.mean(rates[-20:]) > 0.7
     unheard = [
         play(policy, talk.SECRETS, talk.deaf, jax.random.fold_in(KEY, i)).rewards
         for i in range(5)
@@ -158,7 +158,7 @@ def test_a_policy_learns_to_use_the_answers(talk, monkeypatch):
 
 @pytest.mark.slow
 def test_a_deaf_policy_finds_four_of_ten(talk):
-    _, rates = talk.train(talk.SECRETS, talk.deaf, steps=100)
+    _, rates = talk.train(talk.SECRETS, talk.deaf, steps=60)
     assert 0.2 < np.mean(rates[-20:]) < 0.42
 
 
