@@ -414,7 +414,7 @@ def plot(c: Config, rows: list[dict]) -> None:
         axes[-1].set(title=f"{c.task}: pass rate, best rates", xlabel="step")
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(loc="best", frameon=False, fontsize=8)
     figure.savefig(c.results / "plot.png", dpi=110)
     plt.close(figure)
 

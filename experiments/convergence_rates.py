@@ -352,7 +352,7 @@ def plot(results: Path) -> None:
     starts = {str(r["pass_rates"]): r["pass_rates"] for r in some(kind="steps")}
     for axis, start in zip(axes[0], starts.values(), strict=False):
         plot_steps(axis, some(kind="steps", pass_rates=start))
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, 0].legend(loc="best", frameon=False, fontsize=8)
     example, tight, sampled = axes[1]
     (row,) = some(kind="counterexample")
     for name, label in (("sum", "sum"), ("t_min", "T x min"), ("bound", "bound")):
@@ -380,7 +380,7 @@ def plot(results: Path) -> None:
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     for axis in axes[1]:
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(loc="best", frameon=False, fontsize=9)
     figure.savefig(results / "plot.png", dpi=100)
     plt.close(figure)
 

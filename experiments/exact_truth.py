@@ -280,7 +280,7 @@ def plot(c: Config) -> None:
                 line[-1].axhline(at_step[0][name][1], color=f"C{i}", lw=0.8)
         ticks = dict(xticks=range(len(c.group_sizes)), xticklabels=c.group_sizes)
         line[-1].set(title="cosines; lines: exact", xlabel="G", **ticks)
-        line[-1].legend(frameon=False, fontsize=7)
+        line[-1].legend(loc="best", frameon=False, fontsize=7)
     figure.savefig(c.results / "plot.png", dpi=110)
     plt.close(figure)
 

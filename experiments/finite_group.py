@@ -344,7 +344,7 @@ def plot(results: Path) -> None:
         axis.minorticks_off()
     for axis in axes.ravel():
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(loc="best", frameon=False, fontsize=9)
     figure.savefig(results / "plot.png", dpi=110)
     plt.close(figure)
 

@@ -295,7 +295,7 @@ def plot(results: Path) -> None:
         axis.minorticks_off()
     for axis in axes.ravel():
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(loc="best", frameon=False)
     figure.savefig(results / "plot.png", dpi=120)
     plt.close(figure)
 

@@ -299,7 +299,7 @@ def plot(c: Config, rows: dict) -> None:
             ticks = dict(xticks=swept, xticklabels=[f"{r:g}" for r in swept])
             axis.set(xscale="log", xlabel="learning rate", **ticks)
             axis.minorticks_off()
-        final.legend(frameon=False, fontsize=8)
+        final.legend(loc="best", frameon=False, fontsize=8)
     for axis in axes.ravel():
         axis.grid(alpha=0.3)
     figure.savefig(c.results / "plot.png", dpi=110)

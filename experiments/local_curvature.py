@@ -413,7 +413,7 @@ def plot(c: Config, directory: Path, data: dict) -> None:
     drift.set(title="Median curvature / sigma^2, first step = 1", xlabel="step")
     drift.set(yscale="log")
     for axis in (cloud, same, lagged):
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(loc="best", frameon=False, fontsize=7)
     for axis in axes.ravel():
         axis.grid(alpha=0.3)
     figure.savefig(directory / "plot.png", dpi=110)

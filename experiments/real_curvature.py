@@ -255,7 +255,7 @@ def plot(c: Config, series: dict[str, list[dict]]) -> None:
     axes[1].set(title="Fisher proxy", yscale="log")
     axes[2].set(title="Curvature along the own gradient", xlabel="pass rate")
     axes[2].set(yscale="symlog")
-    axes[2].legend(frameon=False)
+    axes[2].legend(loc="best", frameon=False)
     for axis in axes[:2]:
         axis.set(xlabel="sigma^2")
     for axis in axes:

@@ -217,7 +217,7 @@ def plot(c: Config, s: Setting) -> None:
                     mean, half = paired_gain(*pair)
                     right.errorbar(x, mean, half, fmt="o", color=COLOURS[rule])
         left.set(title=f"G = {g}: reward of a step's samples", xlabel="step")
-        left.legend(frameon=False)
+        left.legend(loc="best", frameon=False)
         right.axhline(0, color="k", lw=0.8)
         right.set(title=f"G = {g}: less none's, 95 % over seeds (dots: seeds)")
         labels = [words(name).replace(", ", ",\n") for name in FIGURES]

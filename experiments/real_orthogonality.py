@@ -328,14 +328,14 @@ def plot(c: Config, rows: Sequence[dict]) -> None:
         axis.plot(order, paper[: len(order)], "k:", label="paper, Table 3")
         axis.set(title=f"{field} of cosines, debiased, G = {c.group_size}")
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=7)
+    axes[0].legend(loc="best", frameon=False, fontsize=7)
     for params in c.kinds:
         raw = [r["cosines"] for r in cells
                if r["when"] == "start" and r["params"] == params]  # fmt: skip
         found = np.array([x for row in raw for x in row if x is not None], float)
         axes[2].hist(found, 40, histtype="step", density=True, label=params)
     axes[2].set(title="Raw cosines at the start, all pairs of probes", xlabel="cosine")
-    axes[2].legend(frameon=False)
+    axes[2].legend(loc="best", frameon=False)
     figure.savefig(c.output / "plot.png", dpi=100)
     plt.close(figure)
 

@@ -245,7 +245,7 @@ def plot(s: Setting, c: Config) -> None:
     for axis in axes:
         axis.set(xlabel="step")
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+    axes[0].legend(loc="best", frameon=False)
     figure.savefig(c.output / "plot.png", dpi=100)
     plt.close(figure)
 

@@ -420,7 +420,7 @@ def plot(c: Config) -> None:
     curve.set(xscale="log", yscale="log", xlim=(1e-2, None), ylim=(0.3, 100))
     for axis in axes.ravel():
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(loc="best", frameon=False, fontsize=8)
     figure.savefig(c.results / c.task / "plot.png", dpi=110)
     plt.close(figure)
 

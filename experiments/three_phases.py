@@ -250,7 +250,7 @@ def plot(c: Config, rows: dict, path: Path) -> None:
     axes[1, 2].set(title="Phase, shares of draws (std)", ylim=(0, 1))
     for axis in axes.ravel():
         axis.set(xlabel="step")
-        axis.legend(frameon=axis is axes[1, 2], fontsize=7.5)
+        axis.legend(loc="best", frameon=axis is axes[1, 2], fontsize=7.5)
         axis.grid(alpha=0.25)
     figure.suptitle(f"{c.task}: std-normalised against not, {len(c.seeds)} seeds")
     figure.savefig(path, dpi=110)

@@ -73,7 +73,8 @@ def svg_figure(
         draw(panels if len(panels) > 1 else panels[0])
         for panel in panels:
             if panel.get_legend_handles_labels()[0] and panel.get_legend() is None:
-                panel.legend(frameon=False, fontsize=7.5)
+                # Named: by default a busy machine warns that "best" took long.
+                panel.legend(frameon=False, fontsize=7.5, loc="best")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         plt.close(figure)
