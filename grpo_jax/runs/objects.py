@@ -5,9 +5,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from grpo_jax.errors import ConfigError, check_kind, unknown_name
+from grpo_jax.errors import ConfigError, check_kind, summary, unknown_name
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.presets import OBJECTIVES
@@ -259,7 +261,11 @@ def check_objective(value: Any) -> None:
 
 
 def check_weights(value: Any) -> None:
-    """ConfigError unless the value is a `PromptWeights`."""
+    """ConfigError unless the value is a `PromptWeights` that can weigh.
+
+    It is traced as a step calls it, with 3 prompts of 4 samples, which no rule should
+    take for each other.
+    """
     example = (
         "call a rule, or write one:\n"
         "    weights = gj.std_weights(power=1.0)\n"
@@ -267,6 +273,32 @@ def check_weights(value: Any) -> None:
         "(1 - rewards.mean(1), state))"
     )
     check_kind("weights", value, PromptWeights, example)
+    rewards = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+    ids = [jax.ShapeDtypeStruct((3,), jnp.int32)] * bool(value.by_prompt)
+    called = "weights, called under jit with rewards [3, 4] and what init() gave,"
+    try:
+        state = jax.eval_shape(value.init)
+        weights, after = jax.eval_shape(value.weights, rewards, state, *ids)
+        shape, dtype = weights.shape, weights.dtype
+    except Exception as error:  # whatever a user's rule does
+        raise ConfigError(
+            f"{called} must give (weights, state), got {summary(error)}; {example}."
+        ) from error
+    if shape != (3,) or not jnp.issubdtype(dtype, jnp.floating):
+        raise ConfigError(
+            f"{called} must give float weights [3], one per prompt, got {dtype} "
+            f"{list(shape)}; {example}."
+        )
+    if jax.tree.flatten(_types(after)) != jax.tree.flatten(_types(state)):
+        raise ConfigError(
+            f"{called} must give a state of the same form, {_types(state)}, got "
+            f"{_types(after)}."
+        )
+
+
+def _types(state: Any) -> Any:
+    """The shapes and dtypes in a rule's state."""
+    return jax.tree.map(lambda x: f"{x.dtype.name}{list(x.shape)}", state)
 
 
 def check_optimizer(value: Any) -> None:

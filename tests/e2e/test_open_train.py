@@ -8,6 +8,7 @@ import weakref
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -342,6 +343,35 @@ def test_the_learner_is_the_trainers(tmp_path):
 def test_objects_of_the_wrong_kind_are_refused(tmp_path, given, message):
     with pytest.raises(ConfigError, match=message):
         gj.train(config_of(tmp_path / "run"), task=digits_task(), **given)
+    assert not (tmp_path / "run").exists()
+
+
+def counted(rewards, state):
+    return jnp.ones(len(rewards)), state + 1.5
+
+
+@pytest.mark.parametrize(
+    ("init", "weights", "message"),
+    [
+        ((), lambda r, s: (r.mean(1), s), "TypeError: .*callable"),
+        (tuple, lambda r, s: r.mean(1), "weights, state"),
+        (tuple, lambda r: (r.mean(1), ()), "positional argument"),
+        (tuple, lambda r, s: (np.asarray(r).mean(1), s), "got Tracer"),
+        (tuple, lambda r, s: (r.mean(0), s), r"float weights \[3\], .* float32 \[4\]"),
+        (
+            tuple,
+            lambda r, s: ((r > 0).sum(1), s),
+            r"float weights \[3\], .* int32 \[3\]",
+        ),
+        (lambda: jnp.zeros((), int), counted, r"same form, int32\[\], got float32\[\]"),
+        (tuple, lambda r, s: (r.mean(1), (1.0,)), "same form"),
+    ],
+)
+def test_a_rule_that_cannot_weigh_is_refused(tmp_path, init, weights, message):
+    """Of 16 prompts x 16 samples a mean over prompts would have passed for weights."""
+    rule = gj.PromptWeights(init, weights)
+    with pytest.raises(ConfigError, match=f"(?s)weights, called under jit .*{message}"):
+        gj.train(config_of(tmp_path / "run"), task=digits_task(), weights=rule)
     assert not (tmp_path / "run").exists()
 
 
