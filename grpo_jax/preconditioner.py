@@ -46,7 +46,7 @@ class PromptWeights(NamedTuple):
         init: () -> state, any pytree (checkpointed with the optimizer's).
         weights: (rewards [P, G], state) -> (weights [P], state).
         by_prompt: The rule remembers prompts: `weights` takes a third argument,
-            prompt_ids [P], different from each other within a batch.
+            prompt_ids [P]. One may come twice; `posterior_weights` counts both groups.
         pass_rates: The rewards must be in [0, 1], best 0 or 1: their mean is read as a
             pass rate.
     """
@@ -70,7 +70,7 @@ def apply_weights(
     Args:
         rule: Such as `std_weights()`.
         rewards: [P, G] float32.
-        state: The rule's; `rule.init()` at first.
+        state: The rule's; `rule.init()`, or None, at first.
         prompt_ids: [P] int32, for rules that remember prompts.
         axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
             prompts are split: rewards, ids and weights are this device's P. The rule
@@ -82,6 +82,7 @@ def apply_weights(
             missing, or what it returns is not [P].
     """
     check_rule("rule", rule)
+    state = rule.init() if state is None else state
     rewards, axes = as_array(rewards), axis_names(axis_name)
     prompt_ids = _checked_ids(rule, rewards, prompt_ids)
     more = () if prompt_ids is None else (prompt_ids,)

@@ -175,21 +175,29 @@ def posterior_weights(
         share = jnp.clip(statistics.mean, 0, 1)
         successes = share * statistics.count
         failures = statistics.count - successes
+        known: Any = True
         if prompt_ids is not None and num_prompts is not None:
             ids = _checked_ids(prompt_ids, num_prompts)
-            before = [x.at[ids] for x in (state.successes, state.failures)]
-            old = [x.get(mode="fill", fill_value=np.nan) for x in before]
-            successes += discount * old[0]
-            failures += discount * old[1]
+            _check_size(state.successes, num_prompts)
+            visited = jnp.zeros(num_prompts, bool).at[ids].set(True)
+
+            def count(old: jax.Array, of_groups: jax.Array) -> jax.Array:
+                """[num_prompts]; a prompt that comes twice counts both groups."""
+                added = jnp.zeros_like(old).at[ids].add(of_groups)
+                return jnp.where(visited, discount * old + added, old)
+
             state = state._replace(
-                successes=before[0].set(successes), failures=before[1].set(failures)
+                successes=count(state.successes, successes),
+                failures=count(state.failures, failures),
             )
+            known = ids < num_prompts
+            successes, failures = state.successes[ids], state.failures[ids]
         mean = (successes + prior) / (successes + failures + 2 * prior)
         now: Any = power(state.count) if callable(power) else power
         exponent = -now / 2
         state = state._replace(count=optax.safe_increment(state.count))
         w = jnp.where(statistics.tied, 0.0, (mean * (1 - mean)) ** exponent)
-        return w, state
+        return jnp.where(known, w, jnp.nan), state
 
     rule = PromptWeights(init, weights, by_prompt=num_prompts is not None)
     return of_pass_rates(rule)
@@ -209,6 +217,15 @@ def _checked_ids(prompt_ids: jax.Array, num_prompts: int) -> jax.Array:
             f"weights were made with num_prompts={num_prompts}."
         )
     return jnp.where(known, prompt_ids, num_prompts)
+
+
+def _check_size(counts: jax.Array, num_prompts: int) -> None:
+    """ValueError for the state of a rule that was made for other prompts."""
+    if counts.shape != (num_prompts,):
+        raise ValueError(
+            f"the state has counts of {len(counts)} prompts, and these weights were "
+            f"made with num_prompts={num_prompts}; begin with rule.init()."
+        )
 
 
 class Rule(NamedTuple):

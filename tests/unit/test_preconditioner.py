@@ -482,6 +482,24 @@ def test_a_posterior_remembers_each_prompt():
     assert state.count == 4
 
 
+# Groups of 1, 2 and 3 right of 4, all of prompt 2: six of twelve.
+def test_a_prompt_that_comes_twice_in_a_batch_counts_every_group():
+    rule = posterior_weights(3, discount=0.5)
+    rewards, ids = binary(1, 2, 3), np.int32([2, 2, 2])
+    weights, state = apply_weights(rule, rewards, None, ids)
+    np.testing.assert_allclose(state.successes, [0, 0, 6])
+    np.testing.assert_allclose(state.failures, [0, 0, 6])
+    np.testing.assert_allclose(weights, [2, 2, 2], rtol=1e-6)  # (1/4)^-1/2
+    _, state = apply_weights(rule, rewards, state, np.int32([2, 1, 0]))
+    np.testing.assert_allclose(state.successes, [3, 2, 4])
+
+
+def test_a_posterior_of_other_prompts_is_refused():
+    rule, other = posterior_weights(3), posterior_weights(4)
+    with pytest.raises(ValueError, match="counts of 4 prompts.*num_prompts=3"):
+        apply_weights(rule, binary(1), other.init(), np.int32([0]))
+
+
 def test_without_discount_a_posterior_forgets_or_adds_up():
     rewards, ids = binary(1), np.int32([0])
     for discount, total in ((0.0, 4), (1.0, 12)):
@@ -498,6 +516,8 @@ def test_an_unknown_prompt_raises_and_leaves_no_trace_in_others(unknown):
     weights, state = apply("posterior", rewards, ids)  # inside jit, which cannot raise
     np.testing.assert_allclose(state.successes, [0, 0, 0, 0, 2])
     assert np.isnan(weights[0]) and np.isfinite(weights[1])
+    tied, _ = apply("posterior", binary(4, 2), ids)
+    assert np.isnan(tied[0])
     rule = posterior_weights(5)
     with pytest.raises(ValueError, match=rf"must be 0 to 4, got \[{unknown}\]"):
         apply_weights(rule, rewards, rule.init(), ids)
