@@ -20,6 +20,7 @@ from grpo_jax.report.svg import Figure
 from grpo_jax.runs.config_files import differences
 from grpo_jax.runs.directory import versions
 from grpo_jax.runs.fields import FIELDS
+from grpo_jax.runs.files import replace_text
 
 PHASES = ("sample", "score", "reference", "update")  # of a step, by their times
 MOST_TEXTS = 6  # different completions of a prompt that are shown
@@ -64,10 +65,8 @@ def write_look(
 
 def _write(page: str, output: Path) -> Path:
     """Writes the file as a whole."""
-    temporary = output.with_suffix(".tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(output, page)
     return output
 
 

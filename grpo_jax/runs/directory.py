@@ -10,6 +10,7 @@ from typing import Any
 from grpo_jax.errors import ConfigError
 from grpo_jax.runs.config import TrainConfig
 from grpo_jax.runs.config_files import differences, to_dict, with_paths
+from grpo_jax.runs.files import replace_text
 from grpo_jax.runs.lines import read_lines
 
 # Settings that may change on resume: those that the maths does not depend on. `steps`
@@ -168,9 +169,7 @@ def record(directory: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
         "began_in": str(origin or Path.cwd()),
     }
     content |= facts
-    temporary = directory / "config.tmp"
-    temporary.write_text(json.dumps(content, indent=2))
-    temporary.replace(directory / "config.json")
+    replace_text(directory / "config.json", json.dumps(content, indent=2))
 
 
 def began_in(run_dir: Path, facts: dict[str, Any]) -> Path | None:

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from grpo_jax.runs.files import replace_text
+
 
 class JsonLines:
     """An append-only file of objects; every line is on disk when `write` returns.
@@ -88,10 +90,8 @@ def keep_until(path: Path, step: int) -> None:
 
 def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replaces the file by one with these rows, in one rename."""
-    temporary = path.with_suffix(".tmp")
     lines = [json.dumps(without_nan(row), allow_nan=False) + "\n" for row in rows]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, "".join(lines))
 
 
 def without_nan(value: Any) -> Any:

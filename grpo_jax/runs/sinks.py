@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from grpo_jax.errors import ConfigError, summary, unknown_name
+from grpo_jax.runs.files import replace_text
 from grpo_jax.user_code import find_object
 
 CLOSE_S = 30  # seconds that all sinks together have to end with the run
@@ -168,9 +169,7 @@ class _Sent:
 
     def keep(self, **facts: Any) -> None:
         self.facts |= facts
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.facts))
-        temporary.replace(self._file)
+        replace_text(self._file, json.dumps(self.facts))
 
     def once(self, row: dict[str, Any], log: Callable[..., object]) -> None:
         """Calls log(figures, step=...), but for a row that was sent before it was made
