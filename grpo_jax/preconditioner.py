@@ -79,11 +79,11 @@ def apply_weights(
 
     Raises:
         ValueError: `rule` is none, or it remembers prompts and prompt_ids [P] are
-            missing, or what it returns is not [P].
+            missing, or `state` is another rule's, or what it returns is not [P].
     """
     check_rule("rule", rule)
-    state = rule.init() if state is None else state
     rewards, axes = as_array(rewards), axis_names(axis_name)
+    state = _checked_state(rule, state)
     prompt_ids = _checked_ids(rule, rewards, prompt_ids)
     more = () if prompt_ids is None else (prompt_ids,)
     if axes:
@@ -130,6 +130,19 @@ def _checked_ids(
             "these weights remember each prompt."
         )
     return prompt_ids
+
+
+def _checked_state(rule: PromptWeights, state: Any) -> Any:
+    """The rule's state, its first one for None."""
+    if state is None:
+        return rule.init()
+    expected = jax.tree.structure(jax.eval_shape(rule.init))
+    if jax.tree.structure(state) != expected:
+        raise ValueError(
+            f"state must be the rule's, {expected}, got {jax.tree.structure(state)}; "
+            "give what the last call returned, or None at the first."
+        )
+    return state
 
 
 def check_rule(name: str, rule: Any) -> None:

@@ -177,7 +177,7 @@ def posterior_weights(
         failures = statistics.count - successes
         known: Any = True
         if prompt_ids is not None and num_prompts is not None:
-            ids = _checked_ids(prompt_ids, num_prompts)
+            ids = _ids_below(prompt_ids, num_prompts)
             _check_size(state.successes, num_prompts)
             visited = jnp.zeros(num_prompts, bool).at[ids].set(True)
 
@@ -203,8 +203,8 @@ def posterior_weights(
     return of_pass_rates(rule)
 
 
-def _checked_ids(prompt_ids: jax.Array, num_prompts: int) -> jax.Array:
-    """[P] the same ids; under jit num_prompts, which no prompt has, for wrong ones.
+def _ids_below(prompt_ids: jax.Array, num_prompts: int) -> jax.Array:
+    """[P] the same ids; under jit num_prompts, which no prompt has, for others.
 
     Raises:
         ValueError: some are not from 0 to num_prompts - 1, outside jit.

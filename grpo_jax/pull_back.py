@@ -114,7 +114,6 @@ def weighted_value_and_grad(
         axis_name: AxisName = None,
     ) -> tuple[Any, Any, Any]:
         rewards = as_array(rewards)
-        state = _checked_state(rule, state)
         weights, state = apply_weights(
             rule, rewards, state, prompt_ids, axis_name=axis_name
         )
@@ -227,19 +226,6 @@ def _checked_losses(result: Any, has_aux: bool, prompts: int) -> tuple[jax.Array
             f"rewards), got {out.shape} {out.dtype}; {advice}:{EXAMPLE}"
         )
     return out, aux
-
-
-def _checked_state(rule: PromptWeights, state: Any) -> Any:
-    """The rule's state, its first one for None."""
-    if state is None:
-        return rule.init()
-    expected = jax.tree.structure(jax.eval_shape(rule.init))
-    if jax.tree.structure(state) != expected:
-        raise ValueError(
-            f"state must be the rule's, {expected}, got {jax.tree.structure(state)}; "
-            "give what the last call returned, or None at the first."
-        )
-    return state
 
 
 def _size(axes: tuple[Any, ...]) -> int:

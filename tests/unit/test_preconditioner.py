@@ -498,6 +498,8 @@ def test_a_posterior_of_other_prompts_is_refused():
     rule, other = posterior_weights(3), posterior_weights(4)
     with pytest.raises(ValueError, match="counts of 4 prompts.*num_prompts=3"):
         apply_weights(rule, binary(1), other.init(), np.int32([0]))
+    with pytest.raises(ValueError, match="state must be the rule's"):
+        apply_weights(rule, binary(1), (), np.int32([0]))
 
 
 def test_without_discount_a_posterior_forgets_or_adds_up():
