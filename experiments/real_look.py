@@ -1,7 +1,7 @@
 """Time, memory and figures of `grpo-jax look`, by what it takes gradients of.
 
-    python experiments/benchmarks/look.py DIR            # a model's directory
-    python experiments/benchmarks/look.py DIR --shape qwen2.5-0.5b --prompts 4 \\
+    python experiments/real_look.py DIR            # a model's directory
+    python experiments/real_look.py DIR --shape qwen2.5-0.5b --prompts 4 \\
         --group-size 8 --parameters all
 
 The work: P prompts of the task `ladder`, G samples of T tokens each, drawn once with
@@ -23,7 +23,16 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import jax
+import numpy as np
 import tyro
+from real_probes import real_policy, sample_scored
+
+import grpo_jax as gj
+from grpo_jax.models.pretrained import save_pretrained
+from grpo_jax.rollouts.encoding import encode_prompts
+from grpo_jax.runs.config import TaskConfig
+from grpo_jax.runs.policies import task_of
 
 SHAPES = {
     "qwen2.5-0.5b": dict(
@@ -77,17 +86,6 @@ def run(*command: str | Path) -> Run:
 
 def draw(c: Config, directory: Path) -> None:
     """Writes the rollouts, and the model where it is a new one."""
-    import jax
-    import numpy as np
-
-    import grpo_jax as gj
-    from grpo_jax.models.pretrained import load_pretrained, save_pretrained
-    from grpo_jax.rewards.scoring import score
-    from grpo_jax.rollouts.encoding import encode_prompts, pad_left
-    from grpo_jax.rollouts.judging import decode_groups
-    from grpo_jax.runs.config import TaskConfig
-    from grpo_jax.runs.policies import task_of
-
     task = task_of(TaskConfig(name="ladder", skills=c.skills), str(c.model))
     key = jax.random.key(c.seed)
     if c.shape:
@@ -96,22 +94,16 @@ def draw(c: Config, directory: Path) -> None:
         path = directory / "model"
         save_pretrained(policy, path, tokenizer=task.tokenizer, dtype="bfloat16")
     else:
-        policy = load_pretrained(c.model, dtype="float32")
+        policy = real_policy(str(c.model))
     examples = task.train[: c.prompts]
-    ids = encode_prompts(task, examples)
-    prompts, mask = pad_left(ids, max(map(len, ids)), task.tokenizer.pad_token_id)
-    rollouts = gj.sample(
-        policy, prompts, mask, group_size=c.group_size, max_new_tokens=c.tokens,
-        key=key, eos_id=task.ends, pad_id=task.tokenizer.pad_token_id,
-    )  # fmt: skip
+    longest = max(map(len, encode_prompts(task, examples)))
+    rollouts = sample_scored(
+        policy, task, examples, c.group_size, c.tokens, key, longest
+    )
     if c.shape:
         tosses = jax.random.bernoulli(key, shape=(c.prompts, c.group_size))
-        rewards = np.asarray(tosses, np.float32)
-    else:
-        texts = decode_groups(task, rollouts.completions, rollouts.completion_mask)
-        rewards = score(task.reward, examples, texts).rewards
-    rows = rollouts._replace(rewards=rewards).to_rows()
-    lines = [json.dumps(row) + "\n" for row in rows]
+        rollouts = rollouts._replace(rewards=np.asarray(tosses, np.float32))
+    lines = [json.dumps(row) + "\n" for row in rollouts.to_rows()]
     (directory / "rollouts.jsonl").write_text("".join(lines))
 
 
