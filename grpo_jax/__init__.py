@@ -118,7 +118,10 @@ _HOMES = {
         "Reward",
     ),
     "grpo_jax.rewards.scoring": ("verify",),
-    "grpo_jax.tasks.types": ("Task",),
+    "grpo_jax.tasks.types": (
+        "Task",
+        "WarmStart",
+    ),
     "grpo_jax.tasks.registry": ("load_task",),
     "grpo_jax.tasks.tokenizers": (
         "character_tokenizer",

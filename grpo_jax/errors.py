@@ -128,8 +128,14 @@ def check_kind(name: str, value: Any, kind: type, advice: str) -> None:
     """ConfigError, ending in `advice`, unless the value is of the kind."""
     if not isinstance(value, kind):
         raise ConfigError(
-            f"{name} must be a {kind.__name__}, got {reprlib.repr(value)}; {advice}."
+            f"{name} must be {a_kind(kind)}, got {reprlib.repr(value)}; {advice}."
         )
+
+
+def a_kind(kind: type) -> str:
+    """The name of a class with its article: "a Task", "an Objective"."""
+    name = kind.__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

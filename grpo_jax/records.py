@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 
-from grpo_jax.errors import ConfigError, nearest
+from grpo_jax.errors import ConfigError, a_kind, nearest
 
 T = TypeVar("T")
 
@@ -180,7 +180,7 @@ def as_type(
         return _as_tuple(typing.get_args(kind), value, name, texts=texts)
     typed = _plain(kind, value, texts=texts)
     if typed is None:
-        wanted = _WANTED.get(kind, f"a {kind.__name__}")
+        wanted = _WANTED.get(kind, a_kind(kind))
         raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
     return typed
 

@@ -60,6 +60,17 @@ def find_object(name: str, field: str) -> Any:
         ) from error
 
 
+def takes(function: Any, *arguments: Any) -> bool:
+    """Whether it can be called with these arguments; True where nothing says."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:  # not callable, or not with these
+        return False
+    except ValueError:  # a builtin that does not say what it takes
+        pass
+    return True
+
+
 def named_by(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the arguments that a function has as parameters."""
     parameters = inspect.signature(function).parameters.values()

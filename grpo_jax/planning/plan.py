@@ -45,6 +45,7 @@ from grpo_jax.runs.policies import (
     with_settings,
     with_stop_tokens,
 )
+from grpo_jax.tasks.build import without_heldout
 from grpo_jax.tasks.types import Task
 
 
@@ -241,7 +242,8 @@ def task_stage(
             f"task {task.name} must have trained and held-out prompts, got "
             f"{len(task.train)} and {len(task.heldout)}."
         )
-    task, warnings = _short_enough(task, config.sampling.max_prompt_tokens)
+    task, warnings = _only_evaluated(task)
+    task, too_long = _short_enough(task, config.sampling.max_prompt_tokens)
     count, prompts = len(task.train), config.batch.prompts
     if count < prompts:
         raise ConfigError(
@@ -253,7 +255,27 @@ def task_stage(
             f"objective.refills needs at least {2 * prompts} trained prompts, twice a "
             f"step's, got {count}; set it to 0."
         )
-    return TaskStage(task, warm_starts, [*task.warnings, *warnings])
+    return TaskStage(task, warm_starts, [*task.warnings, *warnings, *too_long])
+
+
+def _only_evaluated(task: Task) -> tuple[Task, list[str]]:
+    """(the task without trained prompts that are held out, a warning if any).
+
+    Raises:
+        ConfigError: none is left.
+    """
+    trained, count = without_heldout(task)
+    if not trained.train:
+        raise ConfigError(
+            f"all {count} trained prompts of task {task.name} are held-out ones too, "
+            "which are only evaluated; hold other prompts out."
+        )
+    if not count:
+        return task, []
+    return trained, [
+        f"{count} of {len(task.train)} trained prompts are held-out ones too, which "
+        "are only evaluated, and were left out."
+    ]
 
 
 def _check_warm_start(config: TrainConfig, warm_starts: bool) -> None:

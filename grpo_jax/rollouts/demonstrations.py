@@ -8,7 +8,7 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.types import Example
 from grpo_jax.rollouts.encoding import encode_imitated, encode_prompts, pack_answers
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.tasks.types import Task, WarmStart
+from grpo_jax.tasks.types import Task, WarmStart, as_examples
 
 _HELD_OUT = 64  # demonstrations, at most a tenth of all
 _TRIES = 100  # draws of a batch before its demonstrations count as too long
@@ -89,7 +89,8 @@ class Demonstrations:
         )
 
     def _draw(self, rng: np.random.Generator, spoiled: bool) -> Sequence[Example]:
-        return self.settings.demonstrations(rng, self.settings.batch_size, spoiled)
+        drawn = self.settings.demonstrations(rng, self.settings.batch_size, spoiled)
+        return as_examples("what warm_start.demonstrations gives", drawn)
 
     def _fitting(self, examples: Sequence[Example]) -> list[tuple[Example, Row]]:
         """The examples whose prompt and answer fit, with their token ids."""

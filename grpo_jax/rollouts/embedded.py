@@ -25,7 +25,13 @@ def check_embedded(
         vocab_size: Rows of the embedding.
         refine: Parts of a prompt with a draft in it.
     """
-    if max(task.tokenizer.get_vocab().values()) < vocab_size:
+    largest = max(task.tokenizer.get_vocab().values())
+    if max(task.ends) > max(largest, vocab_size - 1):
+        raise ConfigError(
+            f"task.eos_ids must be tokens of the vocabulary, from 0 to {largest}, got "
+            f"{task.ends}; leave them out for the tokenizer's EOS."
+        )
+    if largest < vocab_size:
         return
     for what, ids in _used(task, refine):
         largest = max(ids, default=0)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.errors import ConfigError, check_kind, summary, unknown_name
+from grpo_jax.errors import ConfigError, a_kind, check_kind, summary, unknown_name
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.presets import OBJECTIVES
@@ -228,7 +228,7 @@ def made(value: Any, kind: type, check: Callable[[Any], None], **arguments: Any)
         except TypeError as error:
             called = getattr(value, "__qualname__", repr(value))
             raise ConfigError(
-                f"{called} must give a {kind.__name__} when it is called with "
+                f"{called} must give {a_kind(kind)} when it is called with "
                 f"{', '.join(arguments) or 'nothing'}: {error}; give what it makes, or "
                 f"a function with no other arguments."
             ) from error

@@ -5,7 +5,6 @@ queue of its own: one that fails or hangs is left out, and the run goes on. With
 the packages are imported by the sinks' threads.
 """
 
-import inspect
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 from grpo_jax.errors import ConfigError, summary, unknown_name
 from grpo_jax.runs.files import replace_text
-from grpo_jax.user_code import find_object
+from grpo_jax.user_code import find_object, takes
 
 CLOSE_S = 30  # seconds that all sinks together have to end with the run
 MOST_WAITING = 1000  # rows that wait for a slow sink; what comes then is left out
@@ -198,22 +197,12 @@ def find_sinks(names: Collection[str]) -> dict[str, Sink]:
     """
     sinks = {name: SINKS.get(name) or find_object(name, "log.to") for name in names}
     for name, sink in sinks.items():
-        if not _takes_a_run(sink):
+        if not takes(sink, None):
             raise ConfigError(
                 f"log.to {name} must be a function of the run that gives a function of "
                 f"a row, got {sink!r}; for example{_EXAMPLE}"
             )
     return sinks
-
-
-def _takes_a_run(sink: Any) -> bool:
-    try:
-        inspect.signature(sink).bind(None)
-    except TypeError:  # not callable, or not with one argument
-        return False
-    except ValueError:  # a builtin that does not say what it takes
-        pass
-    return True
 
 
 class Sinks:

@@ -225,6 +225,14 @@ def _after_thinking(rewards: Sequence[Reward]) -> tuple[Reward, ...]:
     )
 
 
+def without_heldout(task: Task) -> tuple[Task, int]:
+    """(the task without trained prompts that are held-out ones, number left out)."""
+    heldout = {_asked(example) for example in task.heldout}
+    train = [example for example in task.train if _asked(example) not in heldout]
+    count = len(task.train) - len(train)
+    return (dataclasses.replace(task, train=train) if count else task), count
+
+
 class _Language(NamedTuple):
     """Fields of a Task that say how its text becomes tokens."""
 

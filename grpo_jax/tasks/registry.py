@@ -17,7 +17,7 @@ from grpo_jax.tasks.gsm8k_expressions import make_gsm8k_expressions
 from grpo_jax.tasks.jsonl import make_jsonl
 from grpo_jax.tasks.ladder import make_ladder
 from grpo_jax.tasks.own import own_task
-from grpo_jax.tasks.types import Task
+from grpo_jax.tasks.types import Task, check_tokenizer
 
 _FILES = ("path", "heldout_path", "rewards", "vocab_size", "thinking")
 
@@ -127,11 +127,8 @@ def load_task(
     own = ":" in as_type(str, name, "task.name")
     if not own and name not in _MAKERS:
         raise unknown_name("task", name, [*TASKS, "module:name"])
-    if tokenizer is not None and not hasattr(tokenizer, "decode"):
-        raise ConfigError(
-            f"task.tokenizer must be a tokenizer, got {tokenizer!r}; load_tokenizer "
-            "reads that of a model."
-        )
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     language = _typed(
         seed=seed, train_prompts=train_prompts, heldout_prompts=heldout_prompts,
         eos_ids=eos_ids, template=template, system=system,

@@ -2,14 +2,32 @@
 
 import dataclasses
 import datetime
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
-from grpo_jax.errors import ConfigError
+from grpo_jax.errors import (
+    UP_TO_ONE,
+    ConfigError,
+    at_least,
+    check_fields,
+    check_kind,
+    positive,
+)
+from grpo_jax.records import as_type, field_types
+from grpo_jax.rewards.spec import check_reward
 from grpo_jax.rewards.types import Example, Reward
 from grpo_jax.rewards.verifiers import ANSWERS, ZERO_OR_ONE, refusal
+from grpo_jax.user_code import takes
+
+_EXAMPLE = 'gj.Example("What is 1 + 1?", "2")'
+_REWARD = """
+    reward=lambda example, completion: float(completion == example.answer)
+    reward=(gj.Reward(name="exact"), gj.Reward(name="module:function", weight=0.5))"""
+_WARM_START = """
+    gj.WarmStart(demonstrations=lambda rng, count, spoiled: examples, max_steps=100)"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,11 +45,32 @@ class WarmStart:
     longest: Example | None = None
     # Where one completion is right, the first stage stops at this exact pass rate.
     # None: it takes max_steps, and the loss is reported in place of pass rates.
-    target_pass_rate: float | None = None
-    max_steps: int
-    noisy_steps: int = 0
-    batch_size: int = 128
-    learning_rate: float = 3e-3
+    target_pass_rate: Annotated[float, UP_TO_ONE] | None = None
+    max_steps: Annotated[int, at_least(1)]
+    noisy_steps: Annotated[int, at_least(0)] = 0
+    batch_size: Annotated[int, at_least(1)] = 128
+    learning_rate: Annotated[float, positive()] = 3e-3
+
+    def __post_init__(self):
+        if not takes(self.demonstrations, None, 1, False):
+            raise ConfigError(
+                "warm_start.demonstrations must be a function of (rng, count, spoiled) "
+                "that gives a list of Examples, got "
+                f"{reprlib.repr(self.demonstrations)}; for example{_WARM_START}"
+            )
+        if self.longest is not None:
+            _check_example("warm_start.longest", self.longest)
+        _set_typed(self, _NUMBERS, "warm_start")
+        check_fields(self, "warm_start.", ConfigError)
+
+
+_NUMBERS = (
+    "target_pass_rate",
+    "max_steps",
+    "noisy_steps",
+    "batch_size",
+    "learning_rate",
+)
 
 
 class SourcedExample(NamedTuple):
@@ -51,7 +90,7 @@ class Task:
     """Prompts to train on and prompts only to be evaluated.
 
     Attributes:
-        train, heldout: Examples, without a common prompt.
+        train, heldout: Examples. A run trains on no prompt that is held out.
         tokenizer: A Hugging Face fast tokenizer with padding and EOS tokens.
         reward: (example, completion text without EOS) -> float, called in this process,
             or `Reward`s, computed in worker processes; NaN or an exception means that
@@ -85,7 +124,7 @@ class Task:
     template: str = "none"
     system: str | None = None
     template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    control_tokens: str = "spell"
+    control_tokens: Literal["spell", "keep"] = "spell"
     date: str = dataclasses.field(default_factory=now, compare=False)
     single_answer: bool = False
     warm_start: WarmStart | None = None
@@ -97,7 +136,25 @@ class Task:
     )
 
     def __post_init__(self):
+        _set_typed(self, _PLAIN, "task")
+        for part in ("train", "heldout"):
+            examples = as_examples(f"task.{part}", getattr(self, part))
+            object.__setattr__(self, part, examples)
+        check_tokenizer(self.tokenizer)
+        check_kind(
+            "task.template_arguments", self.template_arguments, Mapping,
+            'give {"enable_thinking": False}',
+        )  # fmt: skip
+        if any(i < 0 for i in self.eos_ids):
+            raise ConfigError(
+                f"task.eos_ids must be tokens of the vocabulary, got {self.eos_ids}; "
+                "leave them out for the tokenizer's EOS."
+            )
+        if self.warm_start is not None:
+            advice = f"leave it out, or give one:{_WARM_START}"
+            check_kind("task.warm_start", self.warm_start, WarmStart, advice)
         if not callable(self.reward):
+            object.__setattr__(self, "reward", _rewards(self.reward))
             for part in ("train", "heldout"):
                 _check_golds(self.reward, getattr(self, part), part)
 
@@ -132,18 +189,89 @@ class Task:
         return example.solution or example.answer
 
 
+# Fields of a task that are text, numbers, or lists of them.
+_PLAIN = (
+    "name", "eos_ids", "template", "system", "control_tokens", "date", "single_answer",
+    "refine_template", "note", "warnings",
+)  # fmt: skip
+
+
+def _set_typed(record: Any, names: Sequence[str], where: str) -> None:
+    """Gives fields the types of their annotations; ConfigError where that cannot be."""
+    kinds = field_types(type(record))
+    for name in names:
+        value = as_type(kinds[name], getattr(record, name), f"{where}.{name}")
+        object.__setattr__(record, name, value)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """ConfigError unless it can decode."""
+    if not hasattr(tokenizer, "decode"):
+        raise ConfigError(
+            f"task.tokenizer must be a tokenizer, got {reprlib.repr(tokenizer)}; "
+            "gj.load_tokenizer(DIR) reads that of a model, gj.character_tokenizer("
+            '"abc") makes one.'
+        )
+
+
+def as_examples(where: str, given: Any) -> list[Example]:
+    """The list; ConfigError, which names `where`, unless it is one of Examples."""
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Sequence):
+        raise ConfigError(
+            f"{where} must be a list of Examples, got {reprlib.repr(given)}; give "
+            f"[{_EXAMPLE}, ...]."
+        )
+    for i, example in enumerate(given):
+        _check_example(f"{where}[{i}]", example)
+    return list(given)
+
+
+def _check_example(where: str, example: Any) -> None:
+    """ConfigError unless it is an Example of texts."""
+    check_kind(where, example, Example, f"give {_EXAMPLE}")
+    for name in ("prompt", "answer", "solution"):
+        if not isinstance(text := getattr(example, name), str):
+            raise ConfigError(
+                f"{where}.{name} must be text, got {reprlib.repr(text)}; give "
+                f"str(...), and let the reward read it from there."
+            )
+    for name, pair in (("tags", '("level", "3")'), ("context", '("user", "Hello")')):
+        if not _are_pairs(pairs := getattr(example, name)):
+            raise ConfigError(
+                f"{where}.{name} must be a tuple of pairs of text, got "
+                f"{reprlib.repr(pairs)}; give ({pair},)."
+            )
+
+
+def _are_pairs(value: Any) -> bool:
+    """Whether it is a tuple of (text, text)."""
+    return isinstance(value, tuple) and all(
+        isinstance(x, tuple) and [type(y) for y in x] == [str, str] for x in value
+    )
+
+
+def _rewards(given: Any) -> tuple[Reward, ...]:
+    """Rewards by name as a tuple; ConfigError unless each is one that exists."""
+    rewards = tuple(given) if isinstance(given, list | tuple) else ()
+    if not rewards or not all(isinstance(reward, Reward) for reward in rewards):
+        raise ConfigError(
+            "task.reward must be a function of (example, completion) or a tuple of "
+            f"Rewards, got {reprlib.repr(given)}; for example{_REWARD}"
+        )
+    for reward in rewards:
+        check_reward(reward)
+    return rewards
+
+
 def _check_golds(
     rewards: Sequence[Reward], examples: Sequence[Example], part: str
 ) -> None:
     """ConfigError for a gold answer that a reward by name could never accept."""
     for i, example in enumerate(examples):
         for reward in rewards:
-            reason = None
-            if not isinstance(example.answer, str) and reward.name in ANSWERS:
-                reason = f"it must be text, got {example.answer!r}"
-            elif reward.name in ANSWERS:
-                reason = refusal(reward.name, example.answer)
-            if reason is not None:
+            if reward.name not in ANSWERS:
+                continue
+            if (reason := refusal(reward.name, example.answer)) is not None:
                 raise ConfigError(
                     f"{part}[{i}] of the task: reward {reward.name} refuses its gold "
                     f"answer: {reason}; correct the example or remove it."

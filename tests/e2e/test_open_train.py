@@ -330,8 +330,8 @@ def test_the_learner_is_the_trainers(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(objective=3), "objective must be a Objective"),
-        (dict(objective="dapo"), "objective must be a Objective"),
+        (dict(objective=3), "objective must be an Objective"),
+        (dict(objective="dapo"), "objective must be an Objective"),
         (dict(optimizer=optax.adamw), "adamw must give a .*learning_rate"),
         (dict(weights=3), "weights must be a PromptWeights"),
         (dict(optimizer=3), "optax.adamw"),

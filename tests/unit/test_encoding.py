@@ -18,7 +18,9 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def task(tokenizer):
-    return Task(name="ab", train=[], heldout=[], tokenizer=tokenizer, reward=())
+    return Task(
+        name="ab", train=[], heldout=[], tokenizer=tokenizer, reward=lambda e, c: 0.0
+    )
 
 
 def test_encode_all(tokenizer):

@@ -18,6 +18,7 @@ from grpo_jax.prompt_weights import WEIGHTS
 from grpo_jax.rewards.pool import Outcome
 from grpo_jax.rewards.scoring import _weighted_sum
 from grpo_jax.rewards.types import Reward
+from grpo_jax.tasks.tokenizers import character_tokenizer
 from grpo_jax.tasks.types import Task
 from grpo_jax.training.state import Batch
 from grpo_jax.training.step import batch_terms
@@ -276,7 +277,8 @@ def test_a_scale_of_pass_rates_takes_what_was_solved(scale):
 
 
 def task(reward):
-    return Task(name="t", train=[], heldout=[], tokenizer=None, reward=reward)
+    tokenizer = character_tokenizer("ab")
+    return Task(name="t", train=[], heldout=[], tokenizer=tokenizer, reward=reward)
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_files_joined_end_to_end_keep_their_marks_to_themselves(tmp_path):
 
 @pytest.mark.parametrize(
     ("answer", "message"),
-    [("1,5", r"train\[1\] of the task: reward gsm8k .*got '1,5'"), (5, "must be text")],
+    [("1,5", r"train\[1\] of the task: reward gsm8k .*got '1,5'")],
 )
 def test_golds_of_a_task_made_in_code_are_checked(answer, message):
     tokenizer = character_tokenizer("ab")
