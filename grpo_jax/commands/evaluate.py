@@ -37,7 +37,7 @@ from grpo_jax.rollouts.sampling import sample
 from grpo_jax.runs.command_configs import EvalConfig
 from grpo_jax.runs.config import TaskConfig
 from grpo_jax.runs.config_files import differences, to_dict
-from grpo_jax.runs.directory import differing_prompts
+from grpo_jax.runs.directory import check_task_is_found, differing_prompts, read_facts
 from grpo_jax.runs.lines import JsonLines, read_lines, rewrite, write_json
 from grpo_jax.runs.params import params_digest
 from grpo_jax.runs.paths import use_compile_cache
@@ -352,6 +352,8 @@ def _warn_of_trained_prompts(
     run_dir = Path(config.run_dir)
     trained_on = run_config(run_dir).task
     try:
+        again = "compare its prompts with these yourself"
+        check_task_is_found(read_facts(run_dir), trained_on.name, again)
         task = task_for_run(trained_on, run_dir)
         trained = {(e.context, e.prompt) for e in task.train}
     except ConfigError as error:

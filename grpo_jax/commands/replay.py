@@ -27,7 +27,7 @@ from grpo_jax.planning.plan import make_plan
 from grpo_jax.rewards.pool import verifier_pool
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import MeshConfig
-from grpo_jax.runs.directory import changed_facts, read_facts
+from grpo_jax.runs.directory import changed_facts, check_task_is_found, read_facts
 from grpo_jax.runs.lines import read_lines, without_nan
 from grpo_jax.runs.objects import given_objects
 from grpo_jax.runs.params import named_arrays
@@ -124,6 +124,11 @@ def replay(run_dir: Path | str, step: int, *, task: Task | None = None) -> Repla
         raise ConfigError(f"{run_dir} holds no policy yet; it was stopped too early.")
     facts = read_facts(run_dir)
     if task is None:
+        check_task_is_found(
+            facts,
+            config.task.name,
+            "give it again: grpo_jax.commands.replay.replay(run_dir, step, task=...)",
+        )
         task = task_to_continue(config.task, run_dir)
     else:
         task = dataclasses.replace(task, date=facts.get("date", task.date))

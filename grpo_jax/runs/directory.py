@@ -110,6 +110,8 @@ def check_same_config(directory: Path, config: TrainConfig) -> None:
     constant = config.optimizer.schedule == "constant" and not scheduled
     free = (*FREE_ON_RESUME, "steps:") if constant else FREE_ON_RESUME
     old = read_facts(directory)
+    if old.get("task_in_code"):  # by another name its data must still be the same
+        free = (*free, "task.name:")
     changed = [
         row for row in _changed(old["config"], config) if not row.startswith(free)
     ]
@@ -117,6 +119,21 @@ def check_same_config(directory: Path, config: TrainConfig) -> None:
         raise ConfigError(
             f"cannot resume {directory} with another config "
             f"({'; '.join(changed)}); give the same one, or another --run-dir."
+        )
+
+
+def check_task_is_found(facts: dict[str, Any], name: str, again: str) -> None:
+    """ConfigError where a run's task was given in code.
+
+    Args:
+        facts: Of `read_facts`.
+        name: Of the task that is asked for now.
+        again: How the task is given again.
+    """
+    if facts.get("task_in_code") and name == facts["config"]["task"]["name"]:
+        raise ConfigError(
+            f"the run's task {name} was given in code and cannot be found by its name; "
+            f"{again}."
         )
 
 

@@ -16,7 +16,7 @@ from grpo_jax.records import from_dict, overlaid
 from grpo_jax.runs.command_configs import EvalConfig
 from grpo_jax.runs.config import TaskConfig, TrainConfig
 from grpo_jax.runs.config_files import with_paths
-from grpo_jax.runs.directory import began_in, read_facts
+from grpo_jax.runs.directory import began_in, check_task_is_found, read_facts
 from grpo_jax.runs.policies import default_dtype
 
 
@@ -108,6 +108,9 @@ def eval_settings(config: EvalConfig) -> EvalConfig:
     if given is not None and named and given.name != run.task.name:
         task = _all_heldout(given)
     else:
+        if not named:
+            again = "say where it is: --task module:name"
+            check_task_is_found(facts, run.task.name, again)
         heldout = run.task.heldout_prompts or 0
         task = dataclasses.replace(run.task, heldout_prompts=heldout)
         task = task if given is None else overlaid(task, given)

@@ -25,7 +25,12 @@ from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import TrainConfig
 from grpo_jax.runs.config_files import to_dict
-from grpo_jax.runs.directory import check_same_config, read_facts, record
+from grpo_jax.runs.directory import (
+    check_same_config,
+    check_task_is_found,
+    read_facts,
+    record,
+)
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.runs.objects import Given, given_objects
 from grpo_jax.runs.paths import count_compiles, use_compile_cache
@@ -150,7 +155,7 @@ def _train(
     console = Console(config.log.lines_every, process=processes.index)
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
         processes.together(lambda: _try_rewards(plan.task, pool, console))
-        facts = facts_of(config, plan)
+        facts = facts_of(config, plan) | {"task_in_code": task is not None}
         changed = _changed_objects(config, facts)
         directory = handle.directory = claim_directory(config, facts, processes)
         if changed:
@@ -171,16 +176,19 @@ def _starts(config: TrainConfig) -> bool:
 
 
 def _changed_objects(config: TrainConfig, facts: dict[str, Any]) -> str | None:
-    """A warning where a resumed run gets other objects than it began with."""
+    """A warning where a resumed run gets other objects than at its last start."""
     if not config.resume or config.run_dir is None:
         return None
     if not (Path(config.run_dir) / "config.json").exists():
         return None
-    began = read_facts(Path(config.run_dir)).get("given", {})
-    changed = [name for name, x in facts["given"].items() if began.get(name, x) != x]
+    before = read_facts(Path(config.run_dir)).get("given", {})
+    changed = [name for name, x in facts["given"].items() if before.get(name, x) != x]
     if not changed:
         return None
-    return f"{', '.join(changed)}: the code or its values changed since the run began."
+    return (
+        f"{', '.join(changed)}: the code or its values changed since the run's last "
+        "start (what it calls by name is not compared)."
+    )
 
 
 def _as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
@@ -216,8 +224,16 @@ def _task(config: TrainConfig, task: Task | None, date: str) -> Task | None:
         run_dir = Path(config.run_dir)
         if (run_dir / "config.json").exists():
             check_same_config(run_dir, config)
-            task = task or task_to_continue(config.task, run_dir)
-            date = read_facts(run_dir).get("date", date)
+            facts = read_facts(run_dir)
+            if task is None:
+                check_task_is_found(
+                    facts,
+                    config.task.name,
+                    "give it again, gj.train(config, task=...), or say where it is, "
+                    "--task module:name",
+                )
+                task = task_to_continue(config.task, run_dir)
+            date = facts.get("date", date)
     return task and dataclasses.replace(task, date=date)
 
 

@@ -16,6 +16,7 @@ from grpo_jax.parallel.processes import Processes, gather_to_host
 from grpo_jax.parallel.sharding import put_on_mesh
 from grpo_jax.planning.plan import Plan
 from grpo_jax.planning.resolve import warm_start_settings
+from grpo_jax.rewards.verifiers import VERIFIERS
 from grpo_jax.rollouts.asked import asked_facts
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.config import TrainConfig
@@ -29,9 +30,11 @@ from grpo_jax.runs.policies import (
     load_base,
     with_factors,
 )
+from grpo_jax.tasks.types import Task
 from grpo_jax.training.context import RunContext
 from grpo_jax.training.state import TrainState
 from grpo_jax.training.warm_start import warm_start
+from grpo_jax.user_code import code_digest
 
 _PATIENCE = 30  # seconds for a shared file system to show what was written
 
@@ -55,8 +58,14 @@ def facts_of(config: TrainConfig, plan: Plan) -> dict[str, Any]:
         "data": data_fingerprint(task),
         "prompts": asked_facts(task, plan.prompts),
         "base": base,
-        "given": plan.given.digests(),
+        "given": plan.given.digests() | _reward_digest(task),
     }
+
+
+def _reward_digest(task: Task) -> dict[str, str]:
+    """What tells a reward that is a user's function from another one; {} of others."""
+    own = callable(task.reward) and task.reward not in VERIFIERS.values()
+    return {"task.reward": code_digest(task.reward)} if own else {}
 
 
 def claim_directory(

@@ -118,7 +118,7 @@ def test_objects_by_name_train_as_those_given_in_code(tmp_path, module):
     recorded = json.loads((named.run_dir / "config.json").read_text())
     assert recorded["config"]["objective"]["name"] == "open_rows:GATED"
     assert {*recorded["given"]} == {
-        "objective", "weights", "optimizer", "sampler", "on_step",
+        "objective", "weights", "optimizer", "sampler", "on_step", "task.reward",
     }  # fmt: skip
 
     more = gj.train(gj.TrainConfig(run_dir=str(named.run_dir), resume=True, steps=3))
@@ -131,6 +131,45 @@ def test_objects_by_name_train_as_those_given_in_code(tmp_path, module):
     message = "objective.name objective was made in code: give it again"
     with pytest.raises(ConfigError, match=message):
         gj.train(gj.TrainConfig(run_dir=str(given.run_dir), resume=True, steps=3))
+
+
+@pytest.mark.slow
+def test_a_task_given_in_code_is_given_again(tmp_path, module, monkeypatch):
+    """Each command says how; named at last, it is found by itself from then on."""
+    task = dataclasses.replace(module.digits(), name="mine")
+    run = gj.train(config_of(tmp_path / "run"), task=task)
+    directory = str(run.run_dir)
+    resume = gj.TrainConfig(run_dir=directory, resume=True, steps=3)
+    code = "the run's task mine was given in code and cannot be found by its name; "
+    with pytest.raises(ConfigError, match=f"{code}give it again, gj.train.config, tas"):
+        gj.train(resume)
+    with pytest.raises(ConfigError, match=f"{code}give it again: grpo_jax.commands"):
+        replay(directory, 1)
+    with pytest.raises(ConfigError, match=f"{code}say where it is: --task module"):
+        gj.evaluate(gj.EvalConfig(run_dir=directory))
+    gj.export(directory, tmp_path / "exported")
+    assert not replay(directory, 1, task=task).differing
+
+    named = gj.TaskConfig(name="open_rows:digits")
+    lines = []
+    evaluation = gj.EvalConfig(run_dir=directory, task=named, output=directory + "/e")
+    gj.evaluate(evaluation, say=lines.append)
+    assert any("trained on is not known (the run's task mine was" in x for x in lines)
+    more = gj.train(dataclasses.replace(resume, task=named))
+    assert more.finished and not replay(directory, 3).differing
+    assert gj.train(gj.TrainConfig(run_dir=directory, resume=True, steps=4)).finished
+
+
+def test_a_task_in_code_of_a_tasks_name_is_not_mistaken_for_it(tmp_path, capsys):
+    """digits_task is called chains, and has another reward; a third one is said."""
+    run = gj.train(config_of(tmp_path / "run", steps=1), task=digits_task())
+    resume = gj.TrainConfig(run_dir=str(run.run_dir), resume=True, steps=2)
+    with pytest.raises(ConfigError, match="the run's task chains was given in code"):
+        gj.train(resume)
+    capsys.readouterr()
+    gj.train(resume, task=digits_task(lambda example, completion: 0.5))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "task.reward: the code or its values changed since the run's last st" in said
 
 
 def test_an_own_objective_is_the_preset_it_equals(tmp_path):
