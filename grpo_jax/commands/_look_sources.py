@@ -1,5 +1,6 @@
 """What `grpo-jax look` measures: rollouts by step, and the policies that sampled."""
 
+import dataclasses
 import glob
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,9 @@ from grpo_jax.models.adapters import load_factors, with_adapter
 from grpo_jax.models.hub import load_tokenizer, local_directory
 from grpo_jax.models.policy import Policy, add_lora, merge_lora
 from grpo_jax.models.pretrained import load_pretrained, read_config
-from grpo_jax.rollouts.reading import named_step
+from grpo_jax.rollouts.forms import RowForm, find_form
+from grpo_jax.rollouts.reading import StepRollouts, chosen_step, each_step
 from grpo_jax.rollouts.sources import file_rows
-from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.command_configs import LookConfig
 from grpo_jax.runs.policies import default_dtype
 from grpo_jax.runs.recorded import run_config
@@ -24,16 +25,47 @@ from grpo_jax.runs.snapshots import load_policy, saved_steps
 _STEP = "{step}"  # what a step's number stands for in names of policies
 
 
-def measured_steps(config: LookConfig) -> Iterator[tuple[int | None, Rollouts]]:
-    """(step, rollouts) of what is to be measured."""
-    tokenizer, path = _tokenizer(config), Path(config.rollouts)
+def measured_steps(config: LookConfig) -> Iterator[StepRollouts]:
+    """What is to be measured."""
+    form = _form(config)
+    path = Path(config.rollouts)
+    if not path.exists():
+        raise ConfigError(
+            f"there is no {path}; give a .jsonl or .parquet file of rollouts, or a "
+            "directory of such files."
+        )
+    tokenizer = _tokenizer(config)
     if config.every_step:
-        yield from Rollouts.by_step(path, tokenizer, form=config.form)
+        yield from each_step(path, tokenizer, form, None, None)
         return
     parquet = path.is_dir() and any(path.rglob("*.parquet"))
     suffix = ".parquet" if parquet or path.suffix == ".parquet" else ".jsonl"
     rows = file_rows(path, suffix)
-    yield named_step(rows, tokenizer, config.form, config.step)
+    yield chosen_step(rows, tokenizer, form, config.step)
+
+
+def _form(config: LookConfig) -> RowForm:
+    """The form that the config names, with rewards and length as it says."""
+    form = find_form(config.form)
+    if config.rewards:
+        weights = dict(map(_weighted, config.rewards))
+        form = dataclasses.replace(form, rewards=weights)
+    if config.max_new_tokens is not None:
+        form = dataclasses.replace(form, max_new_tokens=config.max_new_tokens)
+    return form
+
+
+def _weighted(named: str) -> tuple[str, float]:
+    """("format", 0.2) of "format=0.2"; ("format", 1.0) of "format"."""
+    name, equals, weight = named.rpartition("=")
+    if not equals:
+        return named, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise ConfigError(
+            f"rewards must be names or NAME=WEIGHT, such as format=0.2, got {named!r}."
+        ) from None
 
 
 def _tokenizer(config: LookConfig) -> Any:

@@ -8,16 +8,16 @@ the policy that sampled them holds the gradients.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.commands._arguments import parse
+from grpo_jax.commands._look_forecast import forecast, kept_and_all
 from grpo_jax.commands._look_sources import (
     load_source,
     measured_steps,
@@ -25,24 +25,23 @@ from grpo_jax.commands._look_sources import (
     source_of,
 )
 from grpo_jax.diagnostics.phases import phase
-from grpo_jax.errors import ConfigError
+from grpo_jax.errors import ConfigError, check_kind, unknown_name
 from grpo_jax.instrument.live import hash_key
 from grpo_jax.instrument.measurement import measure, update_effect
-from grpo_jax.instrument.plan import (
-    kept_coordinates,
-    measurement_cost,
-    vector_bytes,
-)
 from grpo_jax.instrument.record import make_row, update_fields
-from grpo_jax.instrument.rows import Row, usable
-from grpo_jax.models.config import num_parameters
+from grpo_jax.instrument.rows import Row, by_prompts, usable
 from grpo_jax.models.policy import Policy, add_lora, merge_lora
 from grpo_jax.parallel.processes import gather_to_host
-from grpo_jax.planning.memory import MemoryInputs, readable
 from grpo_jax.report.instrument_text import reading
-from grpo_jax.report.page import write_look
-from grpo_jax.rollouts.checks import check_rollouts, warn_if_unlikely
+from grpo_jax.report.page import steps_of, write_look
+from grpo_jax.rollouts.checks import (
+    MOST_UNLIKELY,
+    check_rollouts,
+    unlikely_share,
+    warn_if_unlikely,
+)
 from grpo_jax.rollouts.micro_batches import micro_batch
+from grpo_jax.rollouts.reading import StepRollouts
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.command_configs import LookConfig
 from grpo_jax.runs.directory import versions
@@ -52,6 +51,11 @@ from grpo_jax.runs.recorded import run_config
 from grpo_jax.streams import run_keys
 from grpo_jax.training.console import format_seconds
 
+# Of one shape one program, also over the steps of a series.
+_measure = jax.jit(
+    measure, static_argnames=("width", "exact", "micro_batch_tokens", "layers")
+)
+_update_effect = jax.jit(update_effect, static_argnames=("micro",))
 Parameters = Literal["all", "lora", "last-layers"]
 
 
@@ -105,7 +109,7 @@ def look(
         change: A change of the parameters, a tree like policy.params, along which
             slope and curvature are measured too ("all" only).
         step: Written into the row.
-        prompts: [P] names of the prompts, whole numbers; default 0 to P - 1.
+        prompts: [P] a whole number for each prompt, which names it; default 0 to P - 1.
         sigma_history: Mean sigma of earlier measurements, which C = 8/3 of the mean so
             far is made of.
         key: Of the sums that gradients are kept as, and of factors made here.
@@ -114,32 +118,33 @@ def look(
     Raises:
         ValueError: the rollouts are not such, or have groups of fewer than four.
     """
+    check_kind("policy", policy, Policy, "gj.load_pretrained(DIR) makes one")
     check_rollouts(rollouts, policy.config.vocab_size)
+    check_measurable(rollouts)
     rewards = np.asarray(rollouts.scored_rewards)
     count, group_size = rewards.shape
-    if group_size < 4:
-        raise ConfigError(
-            f"rollouts must have four samples of a prompt or more, got {group_size}; "
-            "two of them give a direction, along which the others are measured."
-        )
+    prompts = _names(prompts, count)
+    if parameters not in get_args(Parameters):
+        raise unknown_name("parameters", str(parameters), get_args(Parameters))
     if change is not None and parameters != "all":
         raise ConfigError(f'change needs parameters "all", got {parameters!r}.')
     key = jax.random.key(0) if key is None else key
     policy = _of_parameters(policy, parameters, lora_rank, key)
     last = layers if parameters == "last-layers" else None
-    width, size = _width(policy, last, count, group_size)
+    width, size = kept_and_all(policy, last, count, group_size)
     unlikely = warn_if_unlikely(policy, rollouts, temperature=temperature)
-    program = jax.jit(
-        partial(
-            measure,
-            width=width,
-            exact=width == size,
-            micro_batch_tokens=micro_batch_tokens,
-            layers=last,
-        )
-    )
     rollouts = jax.tree.map(jnp.asarray, rollouts._replace(solving=None))
-    measured = program(policy, rollouts, None, np.float32(temperature), key)
+    measured = _measure(
+        policy,
+        rollouts,
+        None,
+        np.float32(temperature),
+        key,
+        width=width,
+        exact=width == size,
+        micro_batch_tokens=micro_batch_tokens,
+        layers=last,
+    )
     measurement = gather_to_host(measured)
     directions = None if width == size else width
     row = make_row(
@@ -153,7 +158,7 @@ def look(
         rewards,
         None,
         step=step,
-        prompts=np.arange(count) if prompts is None else prompts,
+        prompts=prompts,
         num_directions=directions,
     )
     if change is not None:
@@ -161,12 +166,39 @@ def look(
             count, group_size, rollouts.prompts.shape[1],
             rollouts.completions.shape[2], micro_batch_tokens,
         )  # fmt: skip
-        effect = jax.jit(partial(update_effect, micro=split))(
-            policy, change, rollouts, None, np.float32(temperature)
+        effect = _update_effect(
+            policy, change, rollouts, None, np.float32(temperature), micro=split
         )
         unknown = np.full(count, np.nan)
         row["update"] = update_fields(gather_to_host(effect), unknown)
     return Look(row, unlikely)
+
+
+def check_measurable(rollouts: Rollouts) -> None:
+    """ConfigError unless there are prompts to compare, and groups can be cut into parts
+    that have a baseline each."""
+    count, group_size = rollouts.completions.shape[:2]
+    if count < 2:
+        raise ConfigError(
+            f"rollouts must have two prompts or more, got {count}: the instrument "
+            "compares them."
+        )
+    if group_size < 4:
+        raise ConfigError(
+            f"rollouts must have four samples of a prompt or more, got {group_size}; "
+            "two of them give a direction, along which the others are measured."
+        )
+
+
+def _names(prompts: Any, count: int) -> list[int]:
+    """Names of P prompts, as given or by their place."""
+    names = list(range(count)) if prompts is None else np.asarray(prompts)
+    if np.shape(names) != (count,) or np.asarray(names).dtype.kind not in "iu":
+        raise ConfigError(
+            f"prompts must be a whole number for each of the {count} prompts, which "
+            f"names it, got {prompts!r:.100}."
+        )
+    return [int(x) for x in names]
 
 
 def _of_parameters(
@@ -180,78 +212,7 @@ def _of_parameters(
     return policy
 
 
-def _width(
-    policy: Policy, layers: int | None, prompts: int, group_size: int
-) -> tuple[int, int]:
-    """(coordinates kept of a gradient, coordinates that it has)."""
-    params = policy.params if layers is None else policy.params["layers"]
-    size = sum(x.size for x in jax.tree.leaves(params))
-    if layers is not None:
-        total = policy.config.num_layers
-        if layers > total:
-            raise ConfigError(f"layers must be at most {total}, got {layers}.")
-        size = size * layers // total
-    return kept_coordinates(prompts, group_size, size), size
-
-
 # ---- the command
-
-
-class Forecast(NamedTuple):
-    """What a measurement will take."""
-
-    seconds: float
-    peak_bytes: int
-
-    def text(self) -> str:
-        return (
-            f"about {format_seconds(self.seconds)} and {readable(self.peak_bytes, 'B')}"
-        )
-
-
-def forecast(
-    policy: Policy,
-    rollouts: Rollouts,
-    micro_batch_tokens: int = 2**14,
-    layers: int | None = None,
-) -> Forecast:
-    """Time and peak memory of `look` on rollouts [P, G, T], without compiling it.
-
-    From a count of products, at the rate at which this device multiplies two matrices
-    of the model's sizes now; and from the formulas of `grpo-jax plan`.
-    """
-    count, group_size, tokens = rollouts.completions.shape
-    length, model = rollouts.prompts.shape[1], policy.config
-    passes = count * measurement_cost(group_size, length, tokens)
-    width, _ = _width(policy, layers, count, group_size)
-    memory = MemoryInputs(
-        model=model,
-        prompts=1,
-        group_size=1,
-        prompt_tokens=length,
-        max_new_tokens=tokens,
-        micro_batch_tokens=micro_batch_tokens,
-        probe_prompts=count,
-        probe_group=group_size,
-        probe_bytes=vector_bytes(count, group_size, width),
-        base_bytes=max(x.dtype.itemsize for x in jax.tree.leaves(policy.params)),
-        widened=jax.default_backend() == "cpu",
-    ).estimate()
-    held = sum(x.nbytes for x in jax.tree.leaves((policy.params, policy.frozen)))
-    seconds = 2 * num_parameters(model) * passes / _product_rate(model.width)
-    return Forecast(seconds, held + memory.look)
-
-
-def _product_rate(width: int) -> float:
-    """Floating-point operations a second in products of the model's width."""
-    x = jnp.ones((512, width), jnp.float32)
-    w = jnp.ones((width, 4 * width), jnp.float32)
-    product = jax.jit(lambda x, w: x @ w)
-    product(x, w).block_until_ready()
-    began, repeats = time.monotonic(), 10
-    for _ in range(repeats):
-        product(x, w).block_until_ready()
-    return repeats * 2 * x.size * w.shape[1] / (time.monotonic() - began)
 
 
 def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[Look]:
@@ -267,7 +228,10 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
     looks, notes = [], []
     temperature, key = sampling_temperature(config), _key(config)
     policy, source = None, ""
-    for step, rollouts in measured_steps(config):
+    numbers: dict[Any, int] = {}  # of prompts, in the order in which they came
+    for found in measured_steps(config):
+        step = found.step
+        check_measurable(found.rollouts)
         wanted = source_of(config, step)
         if policy is None or wanted != source:
             policy = None  # two would not fit where one does
@@ -275,19 +239,18 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
             policy = _of_parameters(
                 load_source(config, step), config.parameters, config.lora_rank, key
             )
-        rollouts, left_out = _first_prompts(rollouts, config.prompts)
-        p, g, t = rollouts.completions.shape
-        where = "" if step is None else f"step {step}: "
-        say(
-            f"{where}{p} prompts x {g} samples, {rollouts.prompts.shape[1]} + {t} "
-            f"tokens, under {source}"
-        )
+        rollouts, names, left_out = _first_prompts(found.rollouts, numbers, config)
+        note = _note(config, found, rollouts, source)
+        say(note)
         if left_out:
             say(f"{left_out} further prompts are left out (--prompts)")
+        unlikely = _refuse_if_unlikely(policy, rollouts, temperature, source)
         last = config.layers if config.parameters == "last-layers" else None
         expected = forecast(policy, rollouts, config.micro_batch_tokens, last)
-        say(f"measuring, {expected.text()}; and its compilation")
+        every = " for this step, further ones alike" * config.every_step
+        say(f"measuring, {expected.text()}{every}; and its compilation")
         began = time.monotonic()
+        before = [x for x in looks if x.row["prompts"] == names]
         looks.append(
             look(
                 policy,
@@ -297,18 +260,30 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
                 layers=config.layers,
                 lora_rank=config.lora_rank,
                 step=0 if step is None else step,
-                sigma_history=[x.row["phase"]["mean_sigma"] for x in looks],
+                prompts=names,
+                sigma_history=[x.row["phase"]["mean_sigma"] for x in before],
                 key=key,
                 micro_batch_tokens=config.micro_batch_tokens,
             )
         )
         say(f"measured in {format_seconds(time.monotonic() - began)}")
-        notes.append(_note(config, step, rollouts, source, looks[-1]))
+        notes.append(f"{note} {unlikely:.0%} of the sampled tokens are unlikely.")
         _write(config, looks, notes, output)  # a series may be stopped
-    for sentence in reading(usable([dict(x.row) for x in looks])):
-        say(sentence)
+    for line in _said(looks):
+        say(line)
     say(f"written to {output / 'look.json'} and {output / 'look.html'}")
     return looks
+
+
+def _said(looks: Sequence[Look]) -> list[str]:
+    """What the looks show: of steps with other prompts each for itself."""
+    series = by_prompts([dict(x.row) for x in looks])
+    if len(series) == 1:
+        return reading(usable(series[0]))
+    lines = ["The steps have different prompts, so each is read for itself."]
+    for rows in series:
+        lines += [f"{steps_of(rows)}:", *reading(usable(rows))]
+    return lines
 
 
 def _key(config: LookConfig) -> jax.Array:
@@ -318,28 +293,75 @@ def _key(config: LookConfig) -> jax.Array:
     return hash_key(run_keys(run_config(config.run_dir).seed).probe)
 
 
-def _first_prompts(rollouts: Rollouts, most: int | None) -> tuple[Rollouts, int]:
-    """(rollouts of the first prompts, how many are left out)."""
-    count = len(rollouts.prompts)
-    kept = count if most is None else min(most, count)
-    return jax.tree.map(lambda x: x[:kept], rollouts), count - kept
+def _refuse_if_unlikely(
+    policy: Policy, rollouts: Rollouts, temperature: float, source: str
+) -> float:
+    """The share of unlikely tokens; ConfigError where it is no policy's own."""
+    share = unlikely_share(policy, rollouts, temperature=temperature)
+    if share > MOST_UNLIKELY:
+        raise ConfigError(
+            f"{source} gives {share:.0%} of the sampled tokens next to no probability: "
+            "it cannot have produced them. Give the model, adapter and form (chat "
+            "template) of the rollouts."
+        )
+    return share
+
+
+def _first_prompts(
+    rollouts: Rollouts, numbers: dict[Any, int], config: LookConfig
+) -> tuple[Rollouts, list[int], int]:
+    """(rollouts of the first prompts, their numbers, how many prompts are left out).
+
+    A prompt's number is the same in every step, and prompts are in the order of their
+    numbers: those of an earlier step first, so that steps can be compared.
+
+    Args:
+        rollouts: Of one step.
+        numbers: Of the prompts so far; more are added.
+        config: How many are wanted.
+    """
+    ids, mask = np.asarray(rollouts.prompts), np.asarray(rollouts.prompt_mask) > 0
+    times: dict[Any, int] = {}  # the same prompt may have several groups
+    found = []
+    for row, present in zip(ids, mask, strict=True):
+        tokens = tuple(row[present].tolist())
+        times[tokens] = times.get(tokens, 0) + 1
+        found.append(numbers.setdefault((tokens, times[tokens]), len(numbers)))
+    order = np.argsort(found)[: config.prompts]
+    kept = jax.tree.map(lambda x: x[order], rollouts)
+    return kept, [found[i] for i in order], len(found) - len(order)
 
 
 def _note(
-    config: LookConfig, step: int | None, rollouts: Rollouts, source: str, seen: Look
+    config: LookConfig, found: StepRollouts, rollouts: Rollouts, source: str
 ) -> str:
-    """A sentence on what was measured."""
-    p, g, _ = rollouts.completions.shape
+    """Sentences on what is measured."""
+    p, g, t = rollouts.completions.shape
+    last = "layer" if config.layers == 1 else f"{config.layers} layers"
     of = {
         "all": "all trained parameters",
         "lora": "LoRA factors",
-        "last-layers": f"the last {config.layers} layers",
+        "last-layers": f"the last {last}",
     }[config.parameters]
-    where = "" if step is None else f" of step {step}"
-    return (
-        f"{p} prompts x {g} samples{where} from {config.rollouts}, gradients of {of} "
-        f"of {source}; {seen.unlikely:.0%} of the sampled tokens are unlikely under it."
+    where = "" if found.step is None else f" of step {found.step}"
+    text = (
+        f"{p} prompts x {g} samples{where} from {config.rollouts} "
+        f"({rollouts.prompts.shape[1]} + {t} tokens), gradients of {of} of {source}. "
+        f"Reward: {_sum(found.rewards)}."
     )
+    if found.ended:
+        text += (
+            f" {found.ended} of {found.completions} completions are text and were "
+            "given the token that ends an answer; cut-off ones have none "
+            "(--max-new-tokens)."
+        )
+    return text
+
+
+def _sum(weights: Mapping[str, float]) -> str:
+    """ "right + 0.2 form" of two fields with weights."""
+    parts = [name if w == 1 else f"{w:g} {name}" for name, w in weights.items()]
+    return " + ".join(parts)
 
 
 def _write(

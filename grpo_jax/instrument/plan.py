@@ -191,13 +191,31 @@ def step_cost(batch: StepBatch, prompt_tokens: int, max_new_tokens: int) -> int:
 
 
 def measurement_cost(group_size: int, prompt_tokens: int, max_new_tokens: int) -> int:
-    """Forward passes over tokens that a measurement of one prompt takes."""
+    """Forward passes over tokens that a measurement of one prompt in a run takes: with
+    sampling, and derivatives along the update that follows."""
+    once = prompt_tokens + group_size * max_new_tokens
+    look = look_cost(group_size, prompt_tokens, max_new_tokens)
+    return round(look) + (SAMPLING + SECOND_ORDER) * once
+
+
+def look_cost(
+    group_size: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    gradient: float = GRADIENT,
+    second_order: float = SECOND_ORDER,
+) -> float:
+    """Forward passes over tokens that a look at one prompt's samples takes.
+
+    Args:
+        group_size: G.
+        prompt_tokens: L.
+        max_new_tokens: T.
+        gradient: Forward passes that a gradient counts as.
+        second_order: That derivatives along a direction count as.
+    """
     completions = group_size * max_new_tokens
-    once = prompt_tokens + completions
     parts = num_parts(group_size) * (prompt_tokens + FLOOR) + completions
     halves = 2 * (prompt_tokens + FLOOR) + completions
-    gradients = GRADIENT * parts
-    along_gradients, along_update = SECOND_ORDER * halves, SECOND_ORDER * once
-    hidden_states = once
-    sampling = SAMPLING * once
-    return gradients + along_gradients + along_update + sampling + hidden_states
+    hidden_states = prompt_tokens + completions
+    return gradient * parts + second_order * halves + hidden_states

@@ -86,9 +86,14 @@ def make_row(
 def _first_order_fields(
     geometry: PromptGeometry, rewards: jax.Array
 ) -> dict[str, dict[str, Floats]]:
+    """NaN under rules that are made of pass rates, where rewards are none."""
+    outside = bool(((rewards < 0) | (rewards > 1)).any())
     fields = {}
     for name, rule in RULES.items():
-        weights, _ = rule.weights(rewards, rule.init())
+        if rule.pass_rates and outside:
+            weights = jnp.full(len(rewards), jnp.nan)
+        else:
+            weights, _ = rule.weights(rewards, rule.init())
         own, others = first_order_changes(
             geometry.inner, geometry.squared_norms, weights
         )

@@ -134,6 +134,17 @@ def usable(rows: Sequence[dict[str, Any]]) -> list[Row]:
     ]
 
 
+def by_prompts(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows of each set of prompts, in the order in which the sets came.
+
+    Rows are compared prompt by prompt, by place, so only rows of the same are.
+    """
+    series: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        series.setdefault(tuple(row["prompts"]), []).append(row)
+    return list(series.values())
+
+
 _DECIDING = ("small_fraction", "std_cosine", "mean_cosine")
 
 

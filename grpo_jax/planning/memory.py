@@ -11,9 +11,17 @@ from typing import NamedTuple
 
 from grpo_jax.diagnostics.probe import num_parts
 from grpo_jax.evaluation.sampled import prompts_at_a_time
-from grpo_jax.logprobs import MAX_LOGITS
-from grpo_jax.models.config import ModelConfig, num_factors, num_parameters
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel.sharding import MeshShape, batch_shards
+from grpo_jax.planning.arrays import (
+    Sizes,
+    Weights,
+    of_activations,
+    of_derivatives,
+    of_logits,
+    of_look,
+    of_sampling,
+)
 from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
 from grpo_jax.runs.config import MeshConfig
 
@@ -142,35 +150,32 @@ def estimate_memory(
             by layer; prompts, or the samples of each, over data and fsdp; heads, the
             MLP and the vocabulary over tensor.
     """
-    s = _Sizes.of(c, mesh.tensor, widened)
-    w = _Weights.of(c, s, mesh)
+    s = Sizes.of(c, mesh.tensor, widened)
+    w = Weights.of(c, s, mesh)
     widened_base = 4 * w.base if c.lora_rank and widened and base_bytes == 2 else 0
     lengths = prompt_tokens, max_new_tokens
     local = MicroBatch(*micro.on_device)
-    cache, sampler_logits = _sampling(s, prompts, group_size, lengths, mesh)
+    cache, sampler_logits = of_sampling(s, prompts, group_size, lengths, mesh)
     sampler_weights = s.layers * w.layer * s.size + w.unembedding + widened_base
     evaluation = 0.0
     if evaluated is not None:
-        evaluation = sampler_weights + sum(_sampling(s, *evaluated, lengths, mesh))
-    activations = _activations(c, s, local, lengths)
+        evaluation = sampler_weights + sum(of_sampling(s, *evaluated, lengths, mesh))
+    activations = of_activations(c, s, local, lengths)
     is_split = (micro.prompts, micro.samples) != (updated or prompts, group_size)
     look = counterfactual = 0.0
     if probe is not None:
         half, everything = probe
-        directions = (probe_parts // 2 + 1) * w.trained + probe_bytes
-        look = w.gathered + max(
-            (probe_parts + 2) * w.trained
-            + probe_bytes
-            + _backward(c, s, w, half, lengths),
-            directions + _derivatives(c, s, w, half, lengths),
-            2 * w.trained + _derivatives(c, s, w, everything, lengths),
+        look = widened_base + max(
+            of_look(c, s, w, half, lengths, probe_parts, probe_bytes),
+            w.gathered
+            + 2 * w.trained
+            + of_derivatives(c, s, w, everything, lengths, not c.lora_rank),
         )
-        look += widened_base
     if weightings:
         # Per weighting its gradient and its change; then one of them is followed.
         beside = (
             2 * w.trained + activations,
-            w.trained + _derivatives(c, s, w, local, lengths),
+            w.trained + of_derivatives(c, s, w, local, lengths, not c.lora_rank),
         )
         counterfactual = 2 * weightings * w.trained + max(beside) + w.gathered
         counterfactual += widened_base
@@ -186,176 +191,11 @@ def estimate_memory(
         update_copies=round(w.trained * copies + widened_base),
         gradients=round(w.trained * (1 + is_split)),
         activations=round(activations + w.gathered + w.unembedding * w.is_cast_back),
-        logits=round(_logits(c, s, w, local, lengths)),
+        logits=round(of_logits(c, s, w, local, lengths)),
         optimizing=round(4 * w.trained),
         look=round(look),
         counterfactual=round(counterfactual),
     )
-
-
-class _Sizes(NamedTuple):
-    """A model's sizes on one device, of those that `tensor` splits its share."""
-
-    layers: int
-    width: int
-    mlp: float
-    heads: float  # x head_dim
-    kv: float  # x head_dim
-    num_heads: float
-    vocab: float
-    size: int  # bytes of a number in the layers
-
-    @staticmethod
-    def of(c: ModelConfig, tensor: int, widened: bool) -> "_Sizes":
-        return _Sizes(
-            layers=c.num_layers,
-            width=c.width,
-            mlp=c.mlp_width / tensor,
-            heads=c.num_heads * c.head_dim / tensor,
-            kv=c.num_kv_heads * c.head_dim / max(1, min(tensor, c.num_kv_heads)),
-            num_heads=c.num_heads / tensor,
-            vocab=c.vocab_size / tensor,
-            size=4 if widened or c.dtype == "float32" else 2,
-        )
-
-
-class _Weights(NamedTuple):
-    """What a device holds of the parameters, and copies of them in a program."""
-
-    trained: float  # bytes, float32
-    base: float  # parameters (not bytes) without LoRA's factors
-    layer: float  # parameters of one layer, gathered over fsdp
-    table: float  # entries of [V, D], gathered over fsdp
-    unembedding: float  # bytes of the copy that logits are computed with
-    gathered: float  # bytes of two layers and the embedding table under fsdp
-    is_cast_back: bool  # bfloat16 computed in float32: both copies exist
-
-    @staticmethod
-    def of(c: ModelConfig, s: _Sizes, mesh: MeshShape) -> "_Weights":
-        shards = mesh.fsdp * mesh.tensor
-        parameters = num_parameters(c)
-        table = s.vocab * c.width
-        embeddings = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
-        layer = (parameters - embeddings - c.width) / c.num_layers / mesh.tensor
-        is_cast_back = s.size == 4 and c.dtype == "bfloat16"
-        is_copied = c.tie_embeddings or s.size == 2 or mesh.fsdp > 1
-        return _Weights(
-            trained=(num_factors(c) if c.lora_rank else parameters) * 4 / shards,
-            base=parameters / shards,
-            layer=layer,
-            table=table,
-            unembedding=table * (6 if is_cast_back else s.size * is_copied),
-            gathered=(2 * layer + table) * s.size if mesh.fsdp > 1 else 0,
-            is_cast_back=is_cast_back,
-        )
-
-
-Lengths = tuple[int, int]  # (L, T)
-
-
-def _sampling(
-    s: _Sizes, prompts: int, group_size: int, lengths: Lengths, mesh: MeshShape
-) -> tuple[float, float]:
-    """(cache, work) bytes of p prompts and g samples of each on a device.
-
-    cache  = 2 layers kv p (L + g T)
-    work   = max(decode, prefill - cache)
-    decode = p g (2 V + 2 mlp + heads (L + T)) in float32, of one token
-    """
-    shards = batch_shards(prompts, group_size, mesh)
-    p, g = prompts // shards[0], group_size // shards[1]
-    length, t = lengths
-    cache = 2 * s.layers * s.kv * p * (length + g * t) * s.size
-    decode = 4 * p * g * (2 * s.vocab + 2 * s.mlp + s.num_heads * (length + t))
-    one_layer = 3 * s.mlp + 3 * s.width + 2 * s.heads
-    prefill = p * length * one_layer * s.size + 8 * p * s.num_heads * length**2
-    # All layers' keys and values of the prompts, before they are split by layer.
-    prefill += 2 * s.layers * s.kv * p * length * s.size
-    return cache, max(decode, prefill - cache)
-
-
-def _tokens(micro: MicroBatch, lengths: Lengths) -> int:
-    """Tokens of a micro-batch: p (L + g T)."""
-    return micro.prompts * (lengths[0] + micro.samples * lengths[1])
-
-
-def _scores(s: _Sizes, micro: MicroBatch, lengths: Lengths) -> tuple[float, float]:
-    """float32 bytes of one layer's attention scores of completion tokens: (on their
-    completion, on their prompt)."""
-    length, t = lengths
-    rows = 4 * micro.prompts * micro.samples * s.num_heads * t
-    return rows * t, rows * length
-
-
-def _saved(c: ModelConfig, s: _Sizes, micro: MicroBatch, lengths: Lengths) -> float:
-    """Bytes that all layers save for a micro-batch's backward pass, by `c.remat`."""
-    per_token = {
-        "full": s.width,
-        "dots": 2 * s.mlp + s.width + 2 * s.heads + 2 * s.kv,
-        "none": 6 * s.mlp + 7 * s.width + 5 * s.heads + 2 * s.kv,
-    }[c.remat]
-    layer = _tokens(micro, lengths) * per_token * s.size
-    if c.remat == "none":
-        layer += sum(_scores(s, micro, lengths))
-        layer += 8 * micro.prompts * s.num_heads * lengths[0] ** 2  # among prompts
-    return s.layers * layer
-
-
-def _activations(
-    c: ModelConfig, s: _Sizes, micro: MicroBatch, lengths: Lengths
-) -> float:
-    """Bytes at the peak of a micro-batch's backward pass through the layers: what all
-    of them save, and one layer's arrays, in its MLP or in its attention."""
-    tokens = _tokens(micro, lengths)
-    completion, prompt = _scores(s, micro, lengths)
-    wide = (6 + (c.lora_rank > 0)) * s.mlp + 7 * s.width + 6 * s.heads + 2 * s.kv
-    mlp = completion + prompt + tokens * wide * s.size
-    attention = 3.25 * completion + 2.25 * prompt
-    attention += tokens * (6 * s.width + 4 * s.heads) * s.size
-    layer = attention if c.remat == "none" else max(mlp, attention)
-    return _saved(c, s, micro, lengths) + layer
-
-
-def _logits(
-    c: ModelConfig, s: _Sizes, w: _Weights, micro: MicroBatch, lengths: Lengths
-) -> float:
-    """Bytes at the peak of the loss, beyond the gradients: what the layers save, one
-    chunk's logits and their gradient, and of the unembedding its copy, its gradient and
-    one chunk's."""
-    head = w.unembedding + 2 * _chunk(c, s, micro, lengths)
-    head += 2 * 4 * w.table * (not c.lora_rank)
-    # The layers' gradients do not exist yet, and the table's is counted above.
-    return max(0, _saved(c, s, micro, lengths) + head - w.trained)
-
-
-def _chunk(c: ModelConfig, s: _Sizes, micro: MicroBatch, lengths: Lengths) -> float:
-    """Bytes of one chunk's logits."""
-    rows = micro.prompts * micro.samples
-    tokens = max(rows, min(512, MAX_LOGITS // c.vocab_size))
-    return 4 * min(tokens, rows * lengths[1]) * s.vocab
-
-
-def _backward(
-    c: ModelConfig, s: _Sizes, w: _Weights, micro: MicroBatch, lengths: Lengths
-) -> float:
-    """Bytes at the peak of a probe's backward pass, beyond the gradients: in the
-    layers, or in the loss; beside the unembedding, and its gradient without LoRA."""
-    loss = _saved(c, s, micro, lengths) + 2 * _chunk(c, s, micro, lengths)
-    head = w.unembedding * (1 if c.lora_rank else 2)
-    return head + max(_activations(c, s, micro, lengths), loss)
-
-
-def _derivatives(
-    c: ModelConfig, s: _Sizes, w: _Weights, micro: MicroBatch, lengths: Lengths
-) -> float:
-    """Bytes of a forward pass with first and second directional derivatives: four of
-    each array of one layer, or of one chunk's logits; beside the unembedding, with two
-    more along the direction without LoRA."""
-    per_token = 3 * s.mlp + 2 * s.width + 2 * s.heads
-    layer = _tokens(micro, lengths) * per_token * s.size
-    layer += sum(_scores(s, micro, lengths))
-    head = w.unembedding * (1 if c.lora_rank else 3)
-    return head + 4 * max(layer, _chunk(c, s, micro, lengths))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -425,6 +265,37 @@ class MemoryInputs:
             widened=self.widened,
             mesh=self.mesh,
         )
+
+
+def estimate_look(
+    c: ModelConfig,
+    *,
+    group_size: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    micro_batch_tokens: int,
+    sums: int,
+    base_bytes: int,
+    widened: bool,
+    layers: int | None = None,
+) -> int:
+    """Bytes of a measurement of prompts that are there, on top of the policy's, on one
+    device; arguments as `estimate_memory` and `MemoryInputs`.
+
+    Args:
+        sums: Bytes of the gradients of all prompts, as they are kept.
+        layers: Gradients are those of so many last layers; None: of all trained
+            parameters.
+    """
+    s = Sizes.of(c, 1, widened)
+    w = Weights.of(c, s, MeshConfig())
+    half = micro_batch(
+        1, group_size // 2, prompt_tokens, max_new_tokens, micro_batch_tokens
+    )
+    widened_base = 4 * w.base if c.lora_rank and widened and base_bytes == 2 else 0
+    lengths = prompt_tokens, max_new_tokens
+    parts = num_parts(group_size)
+    return round(widened_base + of_look(c, s, w, half, lengths, parts, sums, layers))
 
 
 def readable(count: float, unit: str = "") -> str:

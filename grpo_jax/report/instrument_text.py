@@ -17,6 +17,12 @@ from grpo_jax.instrument.rows import (
     values,
     with_exact,
 )
+from grpo_jax.instrument.widths import (
+    ASSUMED,
+    GROUP_SIZES,
+    PROMPTS,
+    prompts_needed,
+)
 from grpo_jax.intervals import mean_interval
 from grpo_jax.report.interference import Effect, effect_on_hard
 
@@ -32,10 +38,9 @@ def reading(rows: Rows) -> list[str]:
     prompts = len(rows[-1]["sigma"])
     if prompts < LEAST_PROMPTS:
         return [
-            f"{prompts} probe prompts were measured: at least {LEAST_PROMPTS} with "
-            "signal are needed to say anything of phase, interference or noise, and "
-            "8 of 16 samples or more (instrument.prompts, instrument.group_size) to "
-            "say it often."
+            f"{prompts} prompt{'s were' if prompts > 1 else ' was'} measured: at least "
+            f"{LEAST_PROMPTS} with signal are needed to say anything of phase, "
+            f"interference or noise. {_needed_text(rows)}"
         ]
     return [
         _phase_text(rows),
@@ -52,8 +57,8 @@ def _phase_text(rows: Rows) -> str:
         text += _certainty_text(labelled)
     else:
         text = (
-            f"The phase is unknown at all of {_measurements(len(rows))}: too few "
-            "prompts with signal, or noise leaves more than one phase possible."
+            f"The phase is unknown{_everywhere(rows)}: too few prompts with signal, or "
+            f"noise leaves more than one phase possible. {_needed_text(rows)}"
         )
     exact = with_exact(rows)
     if not exact:
@@ -64,6 +69,29 @@ def _phase_text(rows: Rows) -> str:
         return text + "."
     agree = sum(exact_label(row) == row["phase"]["label"] for row in both)
     return text + f"; both agree at {agree} of {_measurements(len(both))}."
+
+
+_WIDTH = 0.1  # of the std of cosines: +-, that is worth having
+
+
+def _needed_text(rows: Rows) -> str:
+    """How many prompts would tell the std of cosines, by `prompts_needed`."""
+    group_size = rows[-1]["group_size"]
+    if group_size < GROUP_SIZES[0]:
+        return (
+            f"Take {GROUP_SIZES[0]} samples of each prompt or more, better "
+            f"{2 * GROUP_SIZES[0]}: groups of {group_size} seldom tell anything."
+        )
+    counts = {name: prompts_needed(_WIDTH, group_size, name) for name in ASSUMED}
+    texts = [
+        f"{f'{n} prompts' if n else f'more than {PROMPTS[-1]} prompts'} of {name}"
+        for name, n in counts.items()
+    ]
+    return (
+        f"To tell the std of the cosines to +-{_WIDTH} every second time takes, with "
+        f"{group_size} samples of each, {' or '.join(texts)} (grpo-jax plan says on "
+        "what assumptions)."
+    )
 
 
 def _certainty_text(labelled: Rows) -> str:
@@ -84,24 +112,48 @@ def _rate_text(rows: Rows) -> str:
     low, high = rate_factor_interval(rows)
     if not np.isfinite([low, high]).all():
         return "C is unknown: no two prompts have two rewards each."
-    text = "C = 8/3 of the mean sigma so far is "
-    if low == high:
-        text += f"{low:.3f} at the last measurement, by exact pass rates: "
-    else:
-        text += (
-            f"between {low:.2f} and {high:.2f} at the last measurement (95 %, over "
-            "prompts; a group's sigma is too low on average, that of its square is "
-            "too high): "
+    exact = rows[-1]["pass_rate"] is not None
+    if not exact and not np.nanmax(values(rows, "sigma")):
+        return (
+            "No group has two different rewards: nothing is learned from these "
+            "samples, whatever the weights."
         )
     if not is_binary(rows):
-        return text + "without meaning here, since the theorem is for rewards 0 and 1."
+        text = "C says nothing here, since its theorem is for rewards 0 and 1."
+        return text + _spread_text(rows)
+    single = len(rows) == 1
+    text = f"C = 8/3 of the mean sigma {'' if single else 'so far '}is "
+    at = "" if single else " at the last measurement"
+    if exact:
+        text += f"{low:.3f}{at}, by exact pass rates: "
+    else:
+        text += (
+            f"between {low:.2f} and {high:.2f}{at} (95 %, over prompts; a group's "
+            "sigma is too low on average, that of its square is too high): "
+        )
     if high < 1:
         text += "below 1, so the upper bound for std-normalisation is the lower one."
     elif low >= 1:
         text += "not below 1, so the theorem claims no gain from std-normalisation."
     else:
         text += "whether it is below 1, as the theorem wants for a gain, is not known."
-    return text + " It compares two upper bounds, for orthogonal prompts, and no more."
+    text += " It compares two upper bounds, for orthogonal prompts, and no more."
+    return text + _spread_text(rows)
+
+
+def _spread_text(rows: Rows) -> str:
+    """How unequal the weights of std-normalisation are."""
+    sigma = values(rows[-1:], "sigma")[0]
+    sigma = sigma[sigma > 0]
+    if len(sigma) < 2:
+        return ""
+    ratio = np.percentile(sigma, 95) / np.percentile(sigma, 5)
+    at = "" if len(rows) == 1 else " at the last measurement"
+    return (
+        f" Sigma varies by a factor of {ratio:.2g}{at} over groups with two rewards "
+        "(95th over 5th percentile), and so do the weights 1 / sigma: but for a common "
+        "scale that is all that normalisation changes."
+    )
 
 
 def rate_factor_interval(rows: Rows) -> tuple[float, float]:
@@ -261,10 +313,7 @@ def _noise_text(rows: Rows) -> str:
     attenuation = values(rows, "geometry", "attenuation")
     finite = attenuation[np.isfinite(attenuation)]
     if not len(finite):
-        return (
-            "Sampling noise hides the cosines at every measurement: less than a tenth "
-            "of the squared gradient norms is signal."
-        )
+        return _hidden_text(rows)
     text = (
         f"Sampling noise shrinks raw cosines to {_percent(np.median(finite))} of the "
         f"true ones at the median measurement ({_percent(finite.min())} to "
@@ -288,6 +337,19 @@ def _noise_text(rows: Rows) -> str:
     return text
 
 
+def _hidden_text(rows: Rows) -> str:
+    """Where no measurement tells a cosine: how little signal there is."""
+    text = f"Sampling noise hides the cosines{_everywhere(rows)}"
+    effective = rows[-1]["phase"].get("effective_prompts")
+    if effective is None:
+        return f"{text}."
+    return (
+        f"{text}: the gradients that stand out from it amount to {effective:.1f} of "
+        f"{len(rows[-1]['sigma'])} prompts{'' if len(rows) == 1 else ' at the last'}, "
+        "or less than a tenth of the squared norms is signal."
+    )
+
+
 def _label(row: Row) -> str:
     return row["phase"]["label"]
 
@@ -299,6 +361,10 @@ def _counted(rows: Rows, label_of: Callable[[Row], str]) -> str:
     parts = [f"{label} at {n}" for label, n in counts]
     parts[0] += f" of {_measurements(len(rows))}"
     return ", ".join(parts)
+
+
+def _everywhere(rows: Rows) -> str:
+    return "" if len(rows) == 1 else f" at all of {_measurements(len(rows))}"
 
 
 def _measurements(n: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.instrument.rows import ROW_FIELDS
+from grpo_jax.instrument.rows import ROW_FIELDS, by_prompts
 from grpo_jax.intervals import difference_interval
 from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.report.curves import comparison, run_figures
@@ -45,13 +45,16 @@ def write_look(
     """Writes one HTML file about measurements that belong to no run.
 
     Args:
-        rows: As those of instrument.jsonl.
+        rows: As those of instrument.jsonl; of each set of prompts the page has a
+            section.
         output: The file.
         title: Of the page.
         notes: Sentences on what was measured, below it.
     """
-    section = instrument_section("", rows)
-    sections = [] if section is None else [section]
+    series = by_prompts(rows)
+    names = [""] if len(series) == 1 else [steps_of(x) for x in series]
+    found = map(instrument_section, names, series)
+    sections = [section for section in found if section is not None]
     page = _template("look.html").render(
         title=title,
         notes=notes,
@@ -61,6 +64,12 @@ def write_look(
         fields={"look.json": ROW_FIELDS},
     )
     return _write(page, output)
+
+
+def steps_of(rows: Sequence[dict[str, Any]]) -> str:
+    """ "step 3", or "steps 3, 4" of several rows."""
+    steps = [str(row["step"]) for row in rows]
+    return f"step{'s' * (len(steps) > 1)} {', '.join(steps)}"
 
 
 def _write(page: str, output: Path) -> Path:

@@ -198,7 +198,12 @@ def curvature_against_variance(rows: Rows) -> Figure | TooFew | None:
         return TooFew(title, max(dots), what, LEAST_DOTS)
     kinds = [k for k, n in zip(kinds, dots, strict=True) if n >= LEAST_DOTS]
     drawn = np.concatenate([kind.all_drawable() for kind in kinds], axis=1)
-    finite = sum(int(np.isfinite(xy.sum(0)).sum()) for kind in kinds for xy in kind.xy)
+    points = [xy for kind in kinds for xy in kind.xy]
+    finite = sum(int(np.isfinite(xy.sum(0)).sum()) for xy in points)
+    missing = sum(xy.shape[1] for xy in points) - finite
+    left_out = f"{missing} without signal in both halves of a group"
+    if zeros := finite - drawn.shape[1]:
+        left_out += f", and {zeros} where a figure is 0,"
     spreads = values(rows, "spread")
     spreads = spreads[np.isfinite(spreads) & (spreads > 0)]
     spread = float(spreads.max()) if is_binary(rows) and len(spreads) else None
@@ -212,7 +217,7 @@ def curvature_against_variance(rows: Rows) -> Figure | TooFew | None:
             axes.plot(ends, ends * spread, color=BLACK, lw=1, label=label)
         _logarithmic(axes, drawn[0])
 
-    caption = _curvature_caption(rows, kinds, finite - drawn.shape[1], spread)
+    caption = _curvature_caption(rows, kinds, left_out, spread)
     return svg_figure(title, caption, draw, height=3.4)
 
 
@@ -257,11 +262,11 @@ def _logarithmic(axes: Any, x: np.ndarray) -> None:
 
 
 def _curvature_caption(
-    rows: Rows, kinds: list[_Points], zeros: int, spread: float | None
+    rows: Rows, kinds: list[_Points], left_out: str, spread: float | None
 ) -> str:
     caption = (
         "Each probe prompt at every measurement (small dots between the first and the "
-        f"last); {zeros} zeros left out. {_correlation_text(rows)}"
+        f"last); {left_out} left out. {_correlation_text(rows)}"
     )
     if spread is None:
         if not is_binary(rows):

@@ -14,7 +14,7 @@ from grpo_jax.rollouts.micro_batches import micro_batch
 from grpo_jax.rollouts.types import Rollouts
 
 _MICRO_BATCH_TOKENS = 2**14
-_MOST_UNLIKELY = math.exp(-1)  # share of tokens
+MOST_UNLIKELY = math.exp(-1)  # share of tokens; above it is no policy's own
 _MOST_GAP = 0.5  # nats a token
 _batch_logprobs = jax.jit(batch_logprobs, static_argnames=("micro",))
 
@@ -171,6 +171,35 @@ def with_logprobs(
     return rollouts._replace(behaviour_logprobs=logprobs)
 
 
+def unlikely_share(
+    policy: Policy, rollouts: Rollouts, *, temperature: float = 1.0
+) -> float:
+    """The share of sampled tokens that the policy can hardly have sampled.
+
+    With V tokens, those of probability below 1 / (e V) have less than 1 / e together.
+    So a share above MOST_UNLIKELY, 1 / e, is no policy's own.
+
+    Args:
+        policy: Of which the question is.
+        rollouts: [P, G, T].
+        temperature: Of sampling.
+
+    Returns:
+        In [0, 1].
+    """
+    sampled = np.asarray(rollouts.completion_mask) > 0
+    logprobs = np.asarray(_logprobs(policy, rollouts, temperature))
+    return _share((logprobs < _floor(policy)) & sampled, sampled)
+
+
+def _floor(policy: Policy) -> float:
+    return -1 - math.log(policy.config.vocab_size)
+
+
+def _share(low: np.ndarray, sampled: np.ndarray) -> float:
+    return float(low.sum() / max(1, sampled.sum()))
+
+
 def warn_if_unlikely(
     policy: Policy,
     rollouts: Rollouts,
@@ -179,11 +208,10 @@ def warn_if_unlikely(
     floor: float | None = None,
     logprobs: jax.Array | None = None,
 ) -> float:
-    """The share of sampled tokens that the policy can hardly have sampled; warns where
-    it is that of another tokenizer's ids or another model's text.
+    """`unlikely_share`; warns where it is that of another tokenizer's ids or another
+    model's text.
 
-    With V tokens, those of probability below 1 / (e V) have less than 1 / e together.
-    So a share above 1 / e is no policy's own. A wrong template hardly shows in it, but
+    A wrong template hardly shows in it, but
     in the sampler's log-probs: where they are known, a mean difference of more than
     half a nat brings a warning too.
 
@@ -195,16 +223,16 @@ def warn_if_unlikely(
         logprobs: [P, G, T] of the policy, where they are computed already.
 
     Returns:
-        In [0, 1].
+        The share, in [0, 1].
     """
     if floor is None:
-        floor = -1 - math.log(policy.config.vocab_size)
+        floor = _floor(policy)
     if logprobs is None:
         logprobs = _logprobs(policy, rollouts, temperature)
     sampled = np.asarray(rollouts.completion_mask) > 0
     low = (np.asarray(logprobs) < floor) & sampled
-    share = float(low.sum() / max(1, sampled.sum()))
-    if share > _MOST_UNLIKELY:
+    share = _share(low, sampled)
+    if share > MOST_UNLIKELY:
         worst = int((low.sum((1, 2)) / np.maximum(1, sampled.sum((1, 2)))).argmax())
         warnings.warn(
             f"the policy gives {share:.0%} of the sampled tokens a log-prob below "
@@ -215,7 +243,7 @@ def warn_if_unlikely(
     gaps = np.abs(np.asarray(logprobs) - np.asarray(rollouts.behaviour_logprobs))
     gaps = gaps[sampled]
     gap = float(np.nanmean(gaps)) if np.isfinite(gaps).any() else 0.0
-    if share <= _MOST_UNLIKELY and gap > _MOST_GAP:
+    if share <= MOST_UNLIKELY and gap > _MOST_GAP:
         warnings.warn(
             f"the policy's log-probs differ from the sampler's by {gap:.2f} nats a "
             "token: the tokens are likely enough, and another policy, template or "

@@ -7,16 +7,17 @@ Forms of other trainers, as their code writes them: TRL's `GRPOTrainer` with
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from grpo_jax.errors import ConfigError, unknown_name
+from grpo_jax.errors import ConfigError, check_kind, unknown_name
 from grpo_jax.rewards.rows import Row
 from grpo_jax.tasks.templates import TEMPLATES
+from grpo_jax.user_code import find_object
 
 _OF_COMPLETIONS = ("logprobs", "mask", "truncated", "advantage")
 AUTO = "auto"  # template of prompts that may lack their control tokens
@@ -114,14 +115,31 @@ class RowForm:
 def find_form(form: str | RowForm) -> RowForm:
     """The form itself, or that of a name.
 
+    Args:
+        form: A RowForm, a key of `ROW_FORMS`, or "module:name" of a RowForm.
+
     Raises:
         ConfigError: no form has that name.
     """
     if isinstance(form, RowForm):
         return form
+    if isinstance(form, str) and ":" in form:
+        found = find_object(form, "form")
+        check_kind(f"form {form}", found, RowForm, "make it as gj.RowForm(prompt=...)")
+        return found
     if not isinstance(form, str) or form not in ROW_FORMS:
         raise unknown_name("form of rows", str(form), ROW_FORMS)
     return ROW_FORMS[form]
+
+
+def explaining(fields: Collection[str]) -> list[str]:
+    """Names of the forms of other trainers that a row with these fields has."""
+    return [
+        name
+        for name, form in ROW_FORMS.items()
+        if name != "rows"
+        and {form.prompt, form.completion, *(form.weights() or ())} <= {*fields}
+    ]
 
 
 def prime_rows(row: Row) -> Iterator[Row]:
@@ -236,7 +254,8 @@ def number(value: Any, where: str) -> float:
         result = float(value)
         if not np.isinf(result):
             return result
-    raise ConfigError(f"{where}: expected a finite number or null, got {value!r:.100}.")
+    given = "the text " * isinstance(value, str) + f"{value!r:.100}"
+    raise ConfigError(f"{where}: expected a finite number or null, got {given}.")
 
 
 ROW_FORMS: Mapping[str, RowForm] = MappingProxyType(

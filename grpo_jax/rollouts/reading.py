@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.advantages import whole_number
 from grpo_jax.errors import ConfigError
 from grpo_jax.rewards.rows import Row
 from grpo_jax.rollouts.encoding import pad_left
@@ -22,6 +23,16 @@ from grpo_jax.rollouts.types import Rollouts, completion_lengths
 _MOST_LOGPROB = 0.01  # nats above 0 that a server's rounding explains
 
 
+class StepRollouts(NamedTuple):
+    """The rollouts of a step, and what was made of its rows."""
+
+    step: int | None  # None: the rows name none
+    rollouts: Rollouts
+    rewards: Mapping[str, float]  # fields that a reward is the sum of, with weights
+    completions: int
+    ended: int  # of them, texts that were given the token with which the model ends
+
+
 class Sample(NamedTuple):
     """One completion in tokens."""
 
@@ -29,6 +40,7 @@ class Sample(NamedTuple):
     mask: list[int]
     logprobs: list[float]  # NaN where not known, 0 outside the mask
     record: Record
+    end: int  # tokens at its end that were added to a text, 0 or 1
 
 
 # ---- from rows to rollouts
@@ -43,30 +55,34 @@ def one_step(
     pad_to: int | None,
 ) -> Rollouts:
     """`Rollouts.from_rows` of rows that know their place."""
-    return named_step(rows, tokenizer, form, step, group_size, pad_to)[1]
+    return chosen_step(rows, tokenizer, form, step, group_size, pad_to).rollouts
 
 
-def named_step(
+def chosen_step(
     rows: Sequence[Row],
     tokenizer: Any,
     form: str | RowForm,
     step: int | None = None,
     group_size: int | None = None,
     pad_to: int | None = None,
-) -> tuple[int | None, Rollouts]:
-    """(the step chosen, or the only one; its rollouts), as `one_step`."""
-    steps = records_by_step(rows, find_form(form))
+) -> StepRollouts:
+    """The step chosen, or the only one, as `one_step`."""
+    if step is not None:
+        step = whole_number("step", step, 0)
+    found = find_form(form)
+    steps, weights = records_by_step(rows, found)
     if step is None and len(steps) > 1:
         raise ConfigError(
             f"the rows are of {len(steps)} steps ({_some(steps)}); choose one with "
-            "step=, or take them one by one with Rollouts.by_step."
+            "step=N (--step N), or take them one by one with Rollouts.by_step "
+            "(--every-step)."
         )
     if step is not None and step not in steps:
         raise ConfigError(f"no row is of step {step}; there are {_some(steps)}.")
     if step is None:
         step = next(iter(steps))
-    found = find_form(form)
-    return step, _rollouts(steps[step], tokenizer, found, group_size, pad_to)
+    made = _rollouts(steps[step], tokenizer, found, group_size, pad_to)
+    return StepRollouts(step, made[0], weights, len(steps[step]), made[1])
 
 
 def each_step(
@@ -75,7 +91,7 @@ def each_step(
     form: str | RowForm,
     group_size: int | None,
     pad_to: int | None,
-) -> Iterator[tuple[int | None, Rollouts]]:
+) -> Iterator[StepRollouts]:
     """`Rollouts.by_step`."""
     found = find_form(form)
     if isinstance(source, str | PathLike):
@@ -84,14 +100,16 @@ def each_step(
         parts = iter([as_rows(source)])
     seen: set[int | None] = set()
     for rows in parts:
-        for step, records in records_by_step(rows, found).items():
+        steps, weights = records_by_step(rows, found)
+        for step, records in steps.items():
             if step in seen:
                 raise ConfigError(
                     f"{records[0].where}: rows of step {step} were in an earlier file "
                     "too; put the rows of a step into one file."
                 )
             seen.add(step)
-            yield step, _rollouts(records, tokenizer, found, group_size, pad_to)
+            made = _rollouts(records, tokenizer, found, group_size, pad_to)
+            yield StepRollouts(step, made[0], weights, len(records), made[1])
 
 
 def _some(steps: Iterable[int | None]) -> str:
@@ -105,7 +123,8 @@ def _rollouts(
     form: RowForm,
     group_size: int | None,
     pad_to: int | None,
-) -> Rollouts:
+) -> tuple[Rollouts, int]:
+    """(rollouts of a step, completions that were given an end)."""
     encoder = Encoder(tokenizer, form)
     places = [record.where for record in records]
     prompts = encoder.prompts([record.prompt for record in records], places)
@@ -132,7 +151,8 @@ def _rollouts(
     )
     _check_groups(packed, len(records))
     _warn_of_order(groups.values(), records)
-    return jax.tree.map(jnp.asarray, packed)
+    ended = sum(sample.end for sample in samples)
+    return jax.tree.map(jnp.asarray, packed), ended
 
 
 def _sample(encoder: Encoder, record: Record, vocab_size: int | None) -> Sample:
@@ -162,7 +182,7 @@ def _sample(encoder: Encoder, record: Record, vocab_size: int | None) -> Sample:
         _check_length("logprobs", record.logprobs, ids, record.completion, where)
         logprobs = _logprobs(record.logprobs, mask, where)
     n = len(mask) - mask[::-1].index(1)
-    return Sample(ids[:n], mask[:n], logprobs[:n], record)
+    return Sample(ids[:n], mask[:n], logprobs[:n], record, made.end)
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int | None, what: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from grpo_jax.errors import ConfigError, nearest
 from grpo_jax.rewards.rows import Row, lookup
-from grpo_jax.rollouts.forms import RowForm, number
+from grpo_jax.rollouts.forms import ROW_FORMS, RowForm, explaining, number
 from grpo_jax.rollouts.transcripts import Value, kind_of
 
 
@@ -28,23 +28,25 @@ class Record(NamedTuple):
 
 def records_by_step(
     rows: Sequence[Row], form: RowForm
-) -> dict[int | None, list[Record]]:
-    """The completions of each step, steps in the order of the rows."""
+) -> tuple[dict[int | None, list[Record]], Mapping[str, float]]:
+    """(completions of each step in the order of the rows, weights of the fields that
+    their rewards are made of)."""
     if form.unpack is not None:
         where = rows[0].where
         rows = [one for row in rows for one in form.unpack(row)]
         if not rows:
             raise ConfigError(f"{where}: no row has a completion that was trained on.")
-    default = RowForm().optional()
+    known = [f.optional() for f in ROW_FORMS.values()]  # whose files may lack a field
     for kind, name in form.optional().items():
-        if name != default[kind] and not any(_has(row, name) for row in rows):
+        own = name not in {names[kind] for names in known}
+        if own and not any(_has(row, name) for row in rows):
             raise ConfigError(_missing(rows[0], name, f"; {kind} is called so"))
     weights = form.weights() or _reward_fields(rows, form)
     steps: dict[int | None, list[Record]] = {}
     for row in rows:
         for record in _records(row, form, weights):
             steps.setdefault(record.step, []).append(record)
-    return steps
+    return steps, weights
 
 
 def _has(row: Row, field: str) -> bool:
@@ -69,9 +71,12 @@ def _needed(row: Row, field: str) -> Any:
 
 def _missing(row: Row, field: str, more: str = "") -> str:
     there = ", ".join(repr(name) for name in row.values)
+    known = [f"form={name!r} (--form {name})" for name in explaining(row.values)]
     return (
         f"{row.where}: field {field!r} is missing{more}; {nearest(field, row.values)}"
-        f"the row has {there}: say what fields are called with form=gj.RowForm(...)."
+        f"the row has {there}: "
+        + (f"it may be of {' or '.join(known)}; else " if known else "")
+        + "say what fields are called with form=gj.RowForm(...)."
     )
 
 
@@ -88,6 +93,13 @@ def _reward_fields(rows: Sequence[Row], form: RowForm) -> dict[str, float]:
 
     found = {name: 1.0 for name in names if numeric(name)}
     if not found:
+        truths = [x for x in names if isinstance(rows[0].values.get(x), bool)]
+        if truths:
+            raise ConfigError(
+                f"{rows[0].where}: no field has numbers; of true and false a reward is "
+                f"made by name alone: gj.RowForm(rewards={truths[0]!r}), or --rewards "
+                f"{truths[0]}."
+            )
         raise ConfigError(_missing(rows[0], "reward", ": no other field has numbers"))
     return found
 

@@ -1,6 +1,7 @@
 """Prompts and completions of rows as tokens: of ids, of texts, of messages."""
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, NamedTuple
 
 from grpo_jax.errors import ConfigError
@@ -44,6 +45,11 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, form: RowForm):
+        if isinstance(tokenizer, str | PathLike):
+            raise ConfigError(
+                f"tokenizer must be a tokenizer, got {tokenizer!r}; "
+                "gj.load_tokenizer(DIR) reads a model's."
+            )
         self._tokenizer, self._form = tokenizer, form
         self._chat = form.template == "chat"  # prompts are in the chat template
         self._ends: tuple[int, ...] = ()

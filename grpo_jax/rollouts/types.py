@@ -171,7 +171,8 @@ class Rollouts(NamedTuple):
         """
         from grpo_jax.rollouts.reading import each_step
 
-        return each_step(source, tokenizer, form, group_size, pad_to)
+        for one in each_step(source, tokenizer, form, group_size, pad_to):
+            yield one.step, one.rollouts
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One row of token ids for each completion, as `from_rows` reads them.

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grpo_jax.errors import UP_TO_ONE, ConfigError
+from grpo_jax.errors import UP_TO_ONE, ConfigError, positive
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.records import Dtype, Record
 from grpo_jax.runs.config import (
@@ -103,8 +103,14 @@ class LookConfig(Record):
     pretrained: str | None = None
     adapter: str | None = None  # a LoRA adapter of PEFT's form, on top of it
     run_dir: str | None = None  # a run's, of its checkpoint nearest to the rollouts'
-    # Whose fields the rows have: rows (ours), trl, verl, prime-rl
+    # Whose fields the rows have: rows (ours), samples (a run's samples.jsonl), trl,
+    # verl, prime-rl, or module:name of a gj.RowForm of your own
     form: str = "rows"
+    # Fields that a completion's reward is the sum of, NAME or NAME=WEIGHT; default: the
+    # form's, which for trl are all numbers
+    rewards: tuple[str, ...] = ()
+    # Completions of so many tokens were cut off: they get no end, as other texts do
+    max_new_tokens: Count | None = None
     step: Natural | None = None  # which one, of rollouts of several steps
     every_step: bool = False  # each of them, as a series
     prompts: Count | None = 32  # measured at most, of each step
@@ -114,7 +120,7 @@ class LookConfig(Record):
     layers: Count = 4  # of last-layers
     lora_rank: Count = 16  # of new factors
     # That the rollouts were sampled at; default: the run's, or 1
-    temperature: SampleTemperature | None = None
+    temperature: Annotated[float, positive()] | None = None
     # default: the run's; of a model stored in bfloat16, that on accelerators; float32
     compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] | None = None
     micro_batch_tokens: Count = 16384  # in one pass, about

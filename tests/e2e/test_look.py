@@ -22,6 +22,7 @@ from grpo_jax.commands.look import forecast, look_at
 from grpo_jax.errors import ConfigError
 from grpo_jax.instrument.measurement import measured_parameters
 from grpo_jax.instrument.prompts import ProbePrompts
+from grpo_jax.rollouts.encoding import encode_prompts, pad_left
 from grpo_jax.runs.lines import read_lines, without_nan
 
 from ..helpers import random_rollouts, tiny_policy
@@ -141,6 +142,14 @@ def test_what_cannot_be_measured_is_said():
         gj.look(policy, few)
     with pytest.raises(ConfigError, match="layers must be at most 2"):
         gj.look(policy, rollouts, parameters="last-layers", layers=3)
+    for wrong, message in (
+        (dict(parameters="last"), "unknown parameters 'last'"),
+        (dict(prompts=4), "a whole number for each of the 6 prompts"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            gj.look(policy, rollouts, **wrong)
+    with pytest.raises(ConfigError, match="gj.load_pretrained"):
+        gj.look("model", rollouts)
     with pytest.raises(ConfigError, match='change needs parameters "all"'):
         gj.look(policy, rollouts, parameters="lora", change=policy.params)
     with pytest.raises(ValueError, match="must have rewards"):
@@ -155,40 +164,167 @@ def test_what_cannot_be_measured_is_said():
     assert forecast_of.seconds > 0 and forecast_of.peak_bytes > 0
 
 
-@pytest.mark.filterwarnings("ignore:the policy gives")  # it did not sample them
-def test_the_command_reads_a_file_in_trls_form(tmp_path, capsys):
-    """A model directory and its tokenizer, rollouts as TRL writes them."""
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """(model directory, rows that the model sampled: 12 prompts x 8 samples)."""
+    directory = tmp_path_factory.mktemp("sampled") / "model"
     task = gj.load_task("chains", heldout_prompts=16)
+    pad = task.tokenizer.pad_token_id
     config = gj.ModelConfig(
         vocab_size=len(task.tokenizer), width=16, mlp_width=24, head_dim=4
     )
     policy = gj.init_policy(config, jax.random.key(0))
-    gj.save_pretrained(policy, tmp_path / "model", tokenizer=task.tokenizer)
-    rng = np.random.default_rng(0)
-    rows = [
-        {
-            "step": 3, "prompt": example.prompt, "completion": str(rng.integers(10)),
-            "right": float(rng.integers(2)), "advantage": 0.0,
-        }
-        for example in task.train[:6]
-        for _ in range(8)
-    ]  # fmt: skip
-    for row in rows:
-        del row["advantage"]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    command = [
-        "look", str(tmp_path / "rows.jsonl"), "--pretrained", str(tmp_path / "model"),
-        "--form", "trl", "--output", str(tmp_path / "look"), "--prompts", "5",
-    ]  # fmt: skip
-    assert main(command) == 0
-    printed = capsys.readouterr().out
-    assert "5 prompts x 8 samples" in printed and "1 further prompts" in printed
+    gj.save_pretrained(policy, directory, tokenizer=task.tokenizer)
+    examples = task.train[:12]
+    ids = encode_prompts(task, examples)
+    prompts, mask = pad_left(ids, max(map(len, ids)), pad)
+    rollouts = gj.sample(
+        policy, prompts, mask, group_size=8, max_new_tokens=6, key=jax.random.key(1),
+        eos_id=task.ends, pad_id=pad,
+    )  # fmt: skip
+    rows = []
+    for row in rollouts.to_rows():
+        text = task.tokenizer.decode(row["completion"], skip_special_tokens=True)
+        prompt = examples[row["group"]].prompt
+        rows.append({"prompt": prompt, "completion": text or "1"})
+    return directory, rows
+
+
+def tossed(rows, number=1, low=0, seed=0):
+    """The rows with `number` rewards of low or 1 each, by coins."""
+    coins = np.random.default_rng(seed).integers(0, 2, (len(rows), number))
+    names = ("reward", "form")[:number]
+    return [
+        row | {name: float(1 if x else low) for name, x in zip(names, c, strict=True)}
+        for row, c in zip(rows, coins, strict=True)
+    ]
+
+
+@pytest.fixture
+def command(sampled, tmp_path, capsys):
+    """Runs `look` on rows: (exit code, what it printed, look.json or None)."""
+    number = iter(range(9))
+
+    def run(rows, *more):
+        file = tmp_path / f"rows{next(number)}.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+        output = file.with_suffix("")
+        arguments = ["look", file, "--pretrained", sampled[0], "--output", output]
+        code = main([str(x) for x in (*arguments, *more)])
+        out, err = capsys.readouterr()
+        made = output / "look.json"
+        content = json.loads(made.read_text()) if made.exists() else None
+        return code, out + err, content
+
+    return run
+
+
+def test_the_command_reads_a_file_in_trls_form(sampled, command, capsys):
+    """Of two columns the sum, with weights as given, of the first prompts; and whose
+    file it is, is said where the form is left out."""
+    rows = tossed(sampled[1], 2)
+    code, printed, content = command(
+        rows, "--form", "trl", "--rewards", "reward", "form=0.25", "--prompts", "8"
+    )
+    assert code == 0
+    assert "8 prompts x 8 samples" in printed and "4 further prompts" in printed
+    assert "Reward: reward + 0.25 form." in printed
+    assert "96 of 96 completions are text and were given the token" in printed
     assert "measuring, about 0:0" in printed
-    row = json.loads((tmp_path / "look/look.json").read_text())["rows"][0]
-    means = [np.mean([x["right"] for x in rows[8 * i : 8 * i + 8]]) for i in range(5)]
-    np.testing.assert_allclose(row["group_mean"], means, rtol=1e-3)
-    assert main(["look", str(tmp_path / "rows.jsonl")]) == 2
+    sums = np.array([x["reward"] + 0.25 * x["form"] for x in rows]).reshape(12, 8)
+    row = content["rows"][0]
+    np.testing.assert_allclose(row["group_mean"], sums[:8].mean(1), rtol=1e-3)
+    code, printed, _ = command([x | {"accuracy": 1.0} for x in sampled[1]])
+    assert code == 2 and "it may be of form='trl' (--form trl)" in printed
+    code, printed, _ = command([x | {"right": True} for x in rows], "--rewards", "a=b")
+    assert code == 2 and "NAME=WEIGHT" in printed
+    assert main(["look", "rows.jsonl"]) == 2
     assert "give --pretrained" in capsys.readouterr().err
+
+
+def test_any_reward_is_measured_and_what_needs_0_and_1_is_left_out(sampled, command):
+    """Rewards -1 and 1 are twice rewards 0 and 1 less 1: gradients are doubled. A rule
+    of pass rates has no weights for them, nor has the theorem's C a meaning."""
+    _, printed, plain = command(tossed(sampled[1][:64]))
+    code, other, signed = command(tossed(sampled[1][:64], low=-1))
+    assert code == 0
+    assert "C says nothing here" in other and "C = 8/3 of the mean sigma" in printed
+    norms = [
+        np.array(x["rows"][0]["geometry"]["raw_squared_norms"], float)
+        for x in (signed, plain)
+    ]
+    np.testing.assert_allclose(norms[0], 4 * norms[1], rtol=1e-3)
+    changes = signed["rows"][0]["weightings"]
+    assert set(changes["shrunk"]["own"]) == {None}
+    assert None not in changes["std"]["own"]
+    assert None not in plain["rows"][0]["weightings"]["shrunk"]["own"]
+
+
+def test_rewards_all_alike_teach_nothing(sampled, command):
+    code, printed, _ = command([row | {"reward": 0.0} for row in sampled[1][:64]])
+    assert code == 0 and "No group has two different rewards" in printed
+    assert "exact pass rates" not in printed
+
+
+def test_steps_of_the_same_prompts_are_one_series_and_others_are_not(sampled, command):
+    """The second step has the prompts of the first in another order, or others."""
+    first, other = tossed(sampled[1][:64]), tossed(sampled[1][32:], seed=1)
+    again = tossed(sampled[1][:64], seed=2)
+
+    def steps(*parts):
+        return [x | {"step": 3 + i} for i, part in enumerate(parts) for x in part]
+
+    code, printed, content = command(steps(first, again[::-1]), "--every-step")
+    assert code == 0 and "different prompts" not in printed
+    names = [row["prompts"] for row in content["rows"]]
+    assert names == [list(range(8))] * 2
+    means = np.mean([x["reward"] for x in again[:8]])
+    assert content["rows"][1]["group_mean"][0] == pytest.approx(means, abs=1e-3)
+    code, printed, content = command(steps(first, other), "--every-step")
+    assert code == 0 and "each is read for itself" in printed
+    assert "\nstep 3:\n" in printed and "\nstep 4:\n" in printed
+    assert content["rows"][1]["prompts"] == list(range(4, 12))
+
+
+def test_what_cannot_be_measured_is_said_before_the_model_is_read(sampled, command):
+    rows = tossed(sampled[1])
+    three = [row for i, row in enumerate(rows) if i % 8 < 3]
+    for few, message in ((three, "four samples"), (rows[:8], "two prompts or more")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("grpo_jax.commands.look.load_source", None)
+            code, printed, content = command(few)
+        assert (code, content) == (2, None) and message in printed
+
+
+def test_another_models_text_is_refused(sampled, command):
+    """Of a model that is sure of itself, random digits are not its own."""
+    directory, rows = sampled
+    policy = gj.load_pretrained(directory)
+    peaked = policy.replace(jax.tree.map(lambda x: 50 * x, policy.params))
+    other = directory.parent / "peaked"
+    gj.save_pretrained(peaked, other, tokenizer=gj.load_tokenizer(directory))
+    code, printed, _ = command(tossed(rows), "--pretrained", other)
+    assert code == 2 and "it cannot have produced them" in printed
+
+
+def test_less_is_measured_with_less_memory():
+    """Of a wider model, so that its arrays are more than what a process varies by."""
+    config = gj.ModelConfig(
+        vocab_size=64, width=512, mlp_width=2048, num_layers=12, head_dim=64,
+        num_heads=8,
+    )  # fmt: skip
+    policy, rollouts = gj.init_policy(config, jax.random.key(0)), scored()
+    whole, last = forecast(policy, rollouts), forecast(policy, rollouts, layers=1)
+    lora = forecast(
+        gj.add_lora(policy, rank=2, alpha=4.0, key=jax.random.key(0)), rollouts
+    )
+    size = 4 * sum(x.size for x in jax.tree.leaves(policy.params))
+    assert whole.peak_bytes > last.peak_bytes + 2 * size
+    assert last.peak_bytes > lora.peak_bytes > size
+    assert whole.seconds > last.seconds > 0
 
 
 def test_settings_that_change_nothing_are_refused():
@@ -213,8 +349,8 @@ def test_a_runs_settings_are_taken_and_may_be_set(measured_run):
     asked = dataclasses.replace(base, temperature=0.5, compute_dtype="bfloat16")
     assert sampling_temperature(asked) == 0.5
     assert load_source(asked, 0).config.compute_dtype == "bfloat16"
-    ((step, _),) = measured_steps(dataclasses.replace(base, step=2))
-    assert step == 2 and source_of(base, step).startswith("step 2 of")
+    (found,) = measured_steps(dataclasses.replace(base, step=2))
+    assert found.step == 2 and source_of(base, 2).startswith("step 2 of")
     assert source_of(base, 0).startswith("step 0 of")
 
 
@@ -236,9 +372,9 @@ def test_the_step_in_a_name_is_that_of_the_rows(tmp_path):
         config = gj.LookConfig(
             rollouts=str(file), pretrained=str(tmp_path / "step-{step}")
         )
-        ((found, _),) = measured_steps(config)
+        (found,) = measured_steps(config)
         if step:
-            assert source_of(config, found) == str(tmp_path / "step-3")
+            assert source_of(config, found.step) == str(tmp_path / "step-3")
         else:
             with pytest.raises(ConfigError, match="the rollouts have none"):
-                source_of(config, found)
+                source_of(config, found.step)

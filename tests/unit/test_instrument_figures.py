@@ -229,7 +229,7 @@ def test_exact_cosines_of_too_few_prompts_are_no_figures():
 
 def test_three_prompts_say_nothing():
     section = instrument_section("", made_rows(prompts=3))
-    assert section["reading"][0].startswith("3 probe prompts were measured: at least 4")
+    assert section["reading"][0].startswith("3 prompts were measured: at least 4")
     assert len(section["reading"]) == 2
     assert len(instrument_section("", made_rows(prompts=4))["reading"]) == 5
 
@@ -291,7 +291,7 @@ def test_no_bound_is_drawn_for_rewards_that_are_not_binary():
         f["caption"] for f in instrument_section("", rows)["figures"] if f
     )
     assert "no bound in sigma²" in captions
-    assert "without meaning" in reading(usable(rows))[1]
+    assert "C says nothing" in reading(usable(rows))[1]
 
 
 def test_sentences_follow_the_numbers():

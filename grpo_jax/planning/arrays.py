@@ -1,0 +1,200 @@
+"""Bytes of what a program holds, part by part, on one device.
+
+L prompt tokens and T completion tokens are padded lengths; a micro-batch has p prompts
+and g samples of each.
+"""
+
+from typing import NamedTuple
+
+from grpo_jax.logprobs import MAX_LOGITS
+from grpo_jax.models.config import ModelConfig, num_factors, num_parameters
+from grpo_jax.parallel.sharding import MeshShape, batch_shards
+from grpo_jax.rollouts.micro_batches import MicroBatch
+
+
+class Sizes(NamedTuple):
+    """A model's sizes on one device, of those that `tensor` splits its share."""
+
+    layers: int
+    width: int
+    mlp: float
+    heads: float  # x head_dim
+    kv: float  # x head_dim
+    num_heads: float
+    vocab: float
+    size: int  # bytes of a number in the layers
+
+    @staticmethod
+    def of(c: ModelConfig, tensor: int, widened: bool) -> "Sizes":
+        return Sizes(
+            layers=c.num_layers,
+            width=c.width,
+            mlp=c.mlp_width / tensor,
+            heads=c.num_heads * c.head_dim / tensor,
+            kv=c.num_kv_heads * c.head_dim / max(1, min(tensor, c.num_kv_heads)),
+            num_heads=c.num_heads / tensor,
+            vocab=c.vocab_size / tensor,
+            size=4 if widened or c.dtype == "float32" else 2,
+        )
+
+
+class Weights(NamedTuple):
+    """What a device holds of the parameters, and copies of them in a program."""
+
+    trained: float  # bytes, float32
+    base: float  # parameters (not bytes) without LoRA's factors
+    layer: float  # parameters of one layer, gathered over fsdp
+    table: float  # entries of [V, D], gathered over fsdp
+    unembedding: float  # bytes of the copy that logits are computed with
+    gathered: float  # bytes of two layers and the embedding table under fsdp
+    is_cast_back: bool  # bfloat16 computed in float32: both copies exist
+
+    @staticmethod
+    def of(c: ModelConfig, s: Sizes, mesh: MeshShape) -> "Weights":
+        shards = mesh.fsdp * mesh.tensor
+        parameters = num_parameters(c)
+        table = s.vocab * c.width
+        embeddings = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
+        layer = (parameters - embeddings - c.width) / c.num_layers / mesh.tensor
+        is_cast_back = s.size == 4 and c.dtype == "bfloat16"
+        is_copied = c.tie_embeddings or s.size == 2 or mesh.fsdp > 1
+        return Weights(
+            trained=(num_factors(c) if c.lora_rank else parameters) * 4 / shards,
+            base=parameters / shards,
+            layer=layer,
+            table=table,
+            unembedding=table * (6 if is_cast_back else s.size * is_copied),
+            gathered=(2 * layer + table) * s.size if mesh.fsdp > 1 else 0,
+            is_cast_back=is_cast_back,
+        )
+
+
+Lengths = tuple[int, int]  # (L, T)
+
+
+def of_sampling(
+    s: Sizes, prompts: int, group_size: int, lengths: Lengths, mesh: MeshShape
+) -> tuple[float, float]:
+    """(cache, work) bytes of p prompts and g samples of each on a device.
+
+    cache  = 2 layers kv p (L + g T)
+    work   = max(decode, prefill - cache)
+    decode = p g (2 V + 2 mlp + heads (L + T)) in float32, of one token
+    """
+    shards = batch_shards(prompts, group_size, mesh)
+    p, g = prompts // shards[0], group_size // shards[1]
+    length, t = lengths
+    cache = 2 * s.layers * s.kv * p * (length + g * t) * s.size
+    decode = 4 * p * g * (2 * s.vocab + 2 * s.mlp + s.num_heads * (length + t))
+    one_layer = 3 * s.mlp + 3 * s.width + 2 * s.heads
+    prefill = p * length * one_layer * s.size + 8 * p * s.num_heads * length**2
+    # All layers' keys and values of the prompts, before they are split by layer.
+    prefill += 2 * s.layers * s.kv * p * length * s.size
+    return cache, max(decode, prefill - cache)
+
+
+def tokens_of(micro: MicroBatch, lengths: Lengths) -> int:
+    """Tokens of a micro-batch: p (L + g T)."""
+    return micro.prompts * (lengths[0] + micro.samples * lengths[1])
+
+
+def of_scores(s: Sizes, micro: MicroBatch, lengths: Lengths) -> tuple[float, float]:
+    """float32 bytes of one layer's attention scores of completion tokens: (on their
+    completion, on their prompt)."""
+    length, t = lengths
+    rows = 4 * micro.prompts * micro.samples * s.num_heads * t
+    return rows * t, rows * length
+
+
+def of_saved(c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths) -> float:
+    """Bytes that all layers save for a micro-batch's backward pass, by `c.remat`."""
+    per_token = {
+        "full": s.width,
+        "dots": 2 * s.mlp + s.width + 2 * s.heads + 2 * s.kv,
+        "none": 6 * s.mlp + 7 * s.width + 5 * s.heads + 2 * s.kv,
+    }[c.remat]
+    layer = tokens_of(micro, lengths) * per_token * s.size
+    if c.remat == "none":
+        layer += sum(of_scores(s, micro, lengths))
+        layer += 8 * micro.prompts * s.num_heads * lengths[0] ** 2  # among prompts
+    return s.layers * layer
+
+
+def of_activations(
+    c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths
+) -> float:
+    """Bytes at the peak of a micro-batch's backward pass through the layers: what all
+    of them save, and one layer's arrays, in its MLP or in its attention."""
+    tokens = tokens_of(micro, lengths)
+    completion, prompt = of_scores(s, micro, lengths)
+    wide = (6 + (c.lora_rank > 0)) * s.mlp + 7 * s.width + 6 * s.heads + 2 * s.kv
+    mlp = completion + prompt + tokens * wide * s.size
+    attention = 3.25 * completion + 2.25 * prompt
+    attention += tokens * (6 * s.width + 4 * s.heads) * s.size
+    layer = attention if c.remat == "none" else max(mlp, attention)
+    return of_saved(c, s, micro, lengths) + layer
+
+
+def of_logits(
+    c: ModelConfig, s: Sizes, w: Weights, micro: MicroBatch, lengths: Lengths
+) -> float:
+    """Bytes at the peak of the loss, beyond the gradients: what the layers save, one
+    chunk's logits and their gradient, and of the unembedding its copy, its gradient and
+    one chunk's."""
+    head = w.unembedding + 2 * of_chunk(c, s, micro, lengths)
+    head += 2 * 4 * w.table * (not c.lora_rank)
+    # The layers' gradients do not exist yet, and the table's is counted above.
+    return max(0, of_saved(c, s, micro, lengths) + head - w.trained)
+
+
+def of_chunk(c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths) -> float:
+    """Bytes of one chunk's logits."""
+    rows = micro.prompts * micro.samples
+    tokens = max(rows, min(512, MAX_LOGITS // c.vocab_size))
+    return 4 * min(tokens, rows * lengths[1]) * s.vocab
+
+
+def of_look(
+    c: ModelConfig, s: Sizes, w: Weights, half: MicroBatch, lengths: Lengths,
+    parts: int, sums: int, layers: int | None = None,
+) -> float:  # fmt: skip
+    """Bytes of a measurement of probe prompts, on top of the state: the gradients of a
+    prompt's parts, the directions, and the sums of all.
+
+    Of so many last layers where `layers` is given: beside them all layers' parameters,
+    joined again.
+    """
+    measured, joined, table = w.trained, 0.0, not c.lora_rank
+    if layers is not None:
+        measured, table = 4 * w.layer * layers, False
+        joined = 4 * w.layer * c.num_layers
+    return w.gathered + joined + sums + max(
+        (parts + 2) * measured + of_backward(c, s, w, half, lengths, table),
+        (parts // 2 + 1) * measured + of_derivatives(c, s, w, half, lengths, table),
+    )  # fmt: skip
+
+
+def of_backward(
+    c: ModelConfig, s: Sizes, w: Weights, micro: MicroBatch, lengths: Lengths,
+    table: bool,
+) -> float:  # fmt: skip
+    """Bytes at the peak of a probe's backward pass, beyond the gradients: in the
+    layers, or in the loss; beside the unembedding, and its gradient where the table's
+    is taken."""
+    loss = of_saved(c, s, micro, lengths) + 2 * of_chunk(c, s, micro, lengths)
+    head = w.unembedding * (2 if table else 1)
+    return head + max(of_activations(c, s, micro, lengths), loss)
+
+
+def of_derivatives(
+    c: ModelConfig, s: Sizes, w: Weights, micro: MicroBatch, lengths: Lengths,
+    table: bool,
+) -> float:  # fmt: skip
+    """Bytes of a forward pass with first and second directional derivatives: four of
+    each array of one layer, or of one chunk's logits; beside the unembedding, with two
+    more along the direction where it changes the table."""
+    per_token = 3 * s.mlp + 2 * s.width + 2 * s.heads
+    layer = tokens_of(micro, lengths) * per_token * s.size
+    layer += sum(of_scores(s, micro, lengths))
+    head = w.unembedding * (3 if table else 1)
+    return head + 4 * max(layer, of_chunk(c, s, micro, lengths))
