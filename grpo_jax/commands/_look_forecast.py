@@ -22,7 +22,7 @@ from grpo_jax.planning.memory import estimate_look, readable
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.console import format_seconds
 
-COMPILING = 300 * 10**6  # bytes that the compiler takes beside a CPU's arrays, about
+COMPILING = 800 * 10**6  # bytes that the compiler takes beside a CPU's arrays, about
 
 
 class Forecast(NamedTuple):

@@ -56,6 +56,7 @@ _measure = jax.jit(
     measure, static_argnames=("width", "exact", "micro_batch_tokens", "layers")
 )
 _update_effect = jax.jit(update_effect, static_argnames=("micro",))
+LONG = 300  # seconds, from which on a look may be made shorter
 Parameters = Literal["all", "lora", "last-layers"]
 
 
@@ -249,6 +250,8 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
         expected = forecast(policy, rollouts, config.micro_batch_tokens, last)
         every = " for this step, further ones alike" * config.every_step
         say(f"measuring, {expected.text()}{every}; and its compilation")
+        if expected.seconds > LONG and config.parameters == "all":
+            say("fewer --prompts, or --parameters lora, take less")
         began = time.monotonic()
         before = [x for x in looks if x.row["prompts"] == names]
         looks.append(
