@@ -17,6 +17,7 @@ FIELDS: dict[str, str] = {
     "group/refills": "rounds of sampling to replace tied groups (dynamic sampling)",
     "group/refilled": "tied groups that informative ones replaced",
     "weights/mean": "mean prompt weight (1 / (std + eps) under std-normalisation)",
+    "weights/min": "smallest prompt weight",
     "weights/max": "largest prompt weight",
     "completion/length_mean": "tokens per completion, EOS included",
     "completion/cut_off": "share of completions cut off at max_new_tokens, without an "

@@ -5,6 +5,7 @@ new parameters at the end of the update. A step's row is written while the devic
 samples the next step, or at once where a checkpoint or the end follows.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from grpo_jax.errors import summary
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.objective import Objective
-from grpo_jax.parallel.processes import UnwrittenError
+from grpo_jax.parallel.processes import UnwrittenError, gather_to_host
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.lines import read_lines, to_numbers
 from grpo_jax.runs.snapshots import load_policy
@@ -24,8 +25,10 @@ from grpo_jax.training.due import Due
 from grpo_jax.training.first_updates import WATCHED, advice, too_far
 from grpo_jax.training.handle import Requests, StepListener
 from grpo_jax.training.journal import Journal
+from grpo_jax.training.learner import WeighedBatch
 from grpo_jax.training.mismatch import mismatch_warning
 from grpo_jax.training.observers import Observers
+from grpo_jax.training.odd_weights import odd_weights, rule_name
 from grpo_jax.training.parts import Parts
 from grpo_jax.training.saving import SKIPPED_LIMIT, SamplerFailedError, Saver
 from grpo_jax.training.start import Resumed
@@ -129,7 +132,8 @@ class Loop:
         self._watchdog, self._due, self._listener = watchdog, due, listener
         self._keep_measurement = keep_measurement
         self._warned_of_ties: set[str] = set()
-        self._warned_of_rate = False
+        self._warned_of_rate = self._warned_of_weights = False
+        self._odd_weights: str | None = None  # of the newest step
         # The trainer's own sampler has the trainer's numbers, up to rounding.
         self._warned_of_mismatch = context.plan.given.sampler is None
 
@@ -183,6 +187,7 @@ class Loop:
         metrics, host = weighed.metrics | updated, collected.metrics
         self._watch_first_updates(metrics)
         self._watch_mismatch(metrics)
+        self._watch_weights(weighed, collected)
         # Kept now in case observing fails, and again with what it measured.
         self.journal.keep(self.step, metrics, timer.times | host)
         rewards = collected.rollouts.scored_rewards
@@ -224,6 +229,23 @@ class Loop:
         if warning is not None:
             self._warned_of_mismatch = True
             self.context.console.warn(f"step {self.step}: {warning}")
+
+    def _watch_weights(self, weighed: WeighedBatch, collected: Collected) -> None:
+        """Warns once of prompt weights that are not finite or negative."""
+        names = ("weights/mean", "weights/min")
+        mean, least = to_numbers({n: weighed.metrics[n] for n in names}).values()
+        self._odd_weights = None
+        if math.isfinite(mean) and least >= 0:
+            return
+        train = self.context.plan.task.train
+        self._odd_weights = odd_weights(
+            rule_name(self.context.config),
+            gather_to_host(weighed.batch.weights),
+            [train[i].prompt for i in collected.indices],
+        )
+        if not self._warned_of_weights:
+            self._warned_of_weights = True
+            self.context.console.warn(f"step {self.step}: {self._odd_weights}.")
 
     def _check_rewards(self, collected: Collected) -> None:
         """Ends the run, with what it has, where no sample of a step got a reward."""
@@ -288,7 +310,7 @@ class Loop:
         self._saver.save(self.state, self.step, self.journal.last_row)
         if failed:
             self._observers.write_measurement()
-            raise self._saver.save_rollouts(rollouts, self.step)
+            raise self._saver.save_rollouts(rollouts, self.step, self._odd_weights)
 
     def _prepare(self) -> None:
         """Compiles what a step needs and measures the start; less if asked to stop."""

@@ -157,9 +157,17 @@ class Saver:
         newest = self._checkpoints.newest()
         return "no step is saved" if newest is None else f"step {newest} is saved"
 
-    def save_rollouts(self, rollouts: Rollouts, step: int) -> NonFiniteGradientsError:
+    def save_rollouts(
+        self, rollouts: Rollouts, step: int, odd_weights: str | None = None
+    ) -> NonFiniteGradientsError:
         """The error to raise where updates have no finite gradient; the rollouts
-        [P, G, T] of the last one are saved."""
+        [P, G, T] of the last one are saved.
+
+        Args:
+            rollouts: Of the last update.
+            step: The last one.
+            odd_weights: What is wrong with its prompt weights, if anything.
+        """
         directory, processes = self._context.directory, self._context.processes
         file = directory / f"nonfinite-step-{step}{processes.file_suffix}.npz"
         fields = rollouts._asdict().items()
@@ -172,12 +180,20 @@ class Saver:
             kept = f"Its rollouts could not be written ({error})"
         saved = self._saved()
         self.report(finished=False)
+        cure = (
+            "A new run with a lower optimizer.learning_rate or a warm-up is the usual "
+            "cure."
+        )
+        if odd_weights is not None:
+            cure = (
+                f"In the last step {odd_weights}; mend the rule, or the rewards that "
+                "it sees."
+            )
         return NonFiniteGradientsError(
             f"{SKIPPED_LIMIT} updates in a row had a non-finite gradient; stopped at "
             f"step {step}, {saved}, with the parameters that the skipped updates left "
             f"as they were. {kept}; `grpo-jax replay {directory} {step}` computes it "
-            "again. A new run with a lower optimizer.learning_rate or a warm-up is the "
-            "usual cure."
+            f"again. {cure}"
         )
 
     def report(self, finished: bool) -> None:

@@ -101,6 +101,7 @@ def group_metrics(
         "group/informative": informative.mean(),
         "group/std_mean": std.sum() / (statistics.count > 0).sum(),
         "weights/mean": weights.mean(),
+        "weights/min": weights.min(),
         "weights/max": weights.max(),
         "completion/length_mean": lengths.sum() / samples,
         "tokens/completion": lengths.sum(),

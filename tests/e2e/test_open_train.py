@@ -18,7 +18,7 @@ from grpo_jax.commands.replay import replay
 from grpo_jax.errors import ConfigError
 from grpo_jax.runs.lines import read_lines
 from grpo_jax.streams import run_keys
-from grpo_jax.training.saving import SamplerFailedError
+from grpo_jax.training.saving import NonFiniteGradientsError, SamplerFailedError
 
 from .test_train import digits_task, small_config
 
@@ -412,6 +412,26 @@ def test_a_rule_that_cannot_weigh_is_refused(tmp_path, init, weights, message):
     with pytest.raises(ConfigError, match=f"(?s)weights, called under jit .*{message}"):
         gj.train(config_of(tmp_path / "run"), task=digits_task(), weights=rule)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rule_of_nan_is_named_where_its_updates_are_left_out(tmp_path, capsys):
+    """0 / 0 for every group; not the learning rate's fault."""
+    rule = gj.PromptWeights(tuple, lambda r, s: (0 * r.mean(1) / 0, s))
+    message = r"the prompt weights code:weights gave nan to prompt '\d.*4 of 4 .*mend"
+    with pytest.raises(NonFiniteGradientsError, match=message) as stopped:
+        gj.train(config_of(tmp_path / "run", steps=9), task=digits_task(), weights=rule)
+    assert "learning_rate" not in str(stopped.value)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("step 1: the prompt weights code:weights gave nan") == 1
+    assert "step 2: the prompt weights" not in said
+
+
+def test_a_rule_of_negative_weights_is_named_once(tmp_path, capsys):
+    rule = gj.PromptWeights(tuple, lambda r, s: (r.mean(1) - 2, s))
+    run = gj.train(config_of(tmp_path / "run"), task=digits_task(), weights=rule)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("weights are negative): such a prompt is trained towards") == 1
+    assert run.history["weights/min"][1] <= run.history["weights/mean"][1] < 0
 
 
 @pytest.mark.parametrize(

@@ -449,6 +449,7 @@ def test_group_metrics():
         "group/informative": 1 / 3,
         "group/std_mean": 2**0.5 / 6,
         "weights/mean": 1,
+        "weights/min": 0,
         "weights/max": 2,
         "completion/length_mean": 18 / 10,
         "tokens/completion": 18,
