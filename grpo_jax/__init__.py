@@ -12,7 +12,14 @@ Rollouts are [P, G, T] everywhere: the group is an axis.
 
 import importlib
 
+from grpo_jax.errors import has_the_whole_install as _has_the_whole_install
 from grpo_jax.errors import needs_the_whole_install as _needs_the_whole_install
+
+# The modules that need jax, optax and numpy alone.
+_MATHS = (
+    "advantages", "preconditioner", "pull_back", "prompt_weights", "logprobs",
+    "objectives", "diagnostics",
+)  # fmt: skip
 
 _HOMES = {
     "grpo_jax.advantages": (
@@ -175,4 +182,7 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return __all__
+    # `help` and completion get every name they find: none that would raise.
+    if _has_the_whole_install():
+        return __all__
+    return [name for name in __all__ if _HOME_OF[name].split(".")[1] in _MATHS]

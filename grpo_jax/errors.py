@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import reprlib
 import types
 import typing
@@ -183,6 +184,14 @@ def needs_the_whole_install(what: str) -> Iterator[None]:
             "brings all that a run needs (the maths needs jax, optax and numpy alone).",
             name=error.name,
         ) from error
+
+
+def has_the_whole_install() -> bool:
+    """Whether every package of it is there; imports none."""
+    try:
+        return all(importlib.util.find_spec(name) for name in WHOLE_INSTALL)
+    except ModuleNotFoundError:
+        return False
 
 
 def first_line(error: Exception) -> str:

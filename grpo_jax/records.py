@@ -31,6 +31,17 @@ class Dtype:
     """Beside a Literal of dtypes' names: the field takes what `jnp.dtype` takes."""
 
 
+class Own:
+    """Beside the name or the settings of what a user may make: where that goes itself.
+
+    Attributes:
+        place: Ends the error for an object in place of its name.
+    """
+
+    def __init__(self, place: str):
+        self.place = place
+
+
 class Record:
     """The base of a record: checks and converts what it is made of.
 
@@ -162,6 +173,12 @@ def as_type(
     if typing.get_origin(kind) is Annotated:
         if any(isinstance(x, Dtype) for x in kind.__metadata__):
             value = dtype_name(value) or value
+        for own in (x for x in kind.__metadata__ if isinstance(x, Own)):
+            if not (_is_data(value) or isinstance(value, kind.__origin__)):
+                raise ConfigError(
+                    f"{name} must be {_wanted(kind.__origin__)}, got "
+                    f"{reprlib.repr(value)}; {own.place}."
+                )
         kind = kind.__origin__
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if value is None:
@@ -180,9 +197,19 @@ def as_type(
         return _as_tuple(typing.get_args(kind), value, name, texts=texts)
     typed = _plain(kind, value, texts=texts)
     if typed is None:
-        wanted = _WANTED.get(kind, a_kind(kind))
-        raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
+        raise ConfigError(f"{name} must be {_wanted(kind)}, got {value!r}.")
     return typed
+
+
+def _wanted(kind: type) -> str:
+    return _WANTED.get(kind, a_kind(kind))
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a config file may hold it; else it is an object that a user made, perhaps
+    a NamedTuple."""
+    plain = (str, bytes, os.PathLike, numbers.Number, Mapping, list)
+    return value is None or isinstance(value, plain) or type(value) is tuple
 
 
 def _choice(choices: tuple, value: Any, name: str) -> Any:

@@ -60,10 +60,10 @@ def find_object(name: str, field: str) -> Any:
         ) from error
 
 
-def takes(function: Any, *arguments: Any) -> bool:
+def takes(function: Any, *arguments: Any, **named: Any) -> bool:
     """Whether it can be called with these arguments; True where nothing says."""
     try:
-        inspect.signature(function).bind(*arguments)
+        inspect.signature(function).bind(*arguments, **named)
     except TypeError:  # not callable, or not with these
         return False
     except ValueError:  # a builtin that does not say what it takes

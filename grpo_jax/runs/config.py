@@ -18,7 +18,7 @@ from grpo_jax.errors import (
     positive,
 )
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.records import Record
+from grpo_jax.records import Own, Record
 from grpo_jax.runs.sinks import check_sinks
 
 # What the numbers of a field may be; `check_fields` reads it off the annotation.
@@ -37,6 +37,24 @@ Ddof = Annotated[int, Bound("be 0 or 1", lambda x: x in (0, 1))]
 Seed = Annotated[int, at_least(0), Bound("be below 2**63", lambda x: x < 2**63)]
 
 
+def _own(what: str, argument: str) -> Own:
+    """Of an object that `train` takes as an argument."""
+    return Own(
+        f"{what} of your own goes into gj.train(config, {argument}=...), or is named "
+        "as module:name"
+    )
+
+
+_TASK, _OBJECTIVE = _own("a Task", "task"), _own("an Objective", "objective")
+_WEIGHTS, _OPTIMIZER = _own("a rule", "weights"), _own("an optimizer", "optimizer")
+_POLICY, _ON_STEP = _own("a policy", "policy"), _own("a function", "on_step")
+_REWARD = Own("a function of your own is named as module:function")
+_SINK = Own(
+    "a sink of your own is named as module:function, a function of the run that gives "
+    "a function of a row"
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig(Record):
     """What is asked and how it is scored; an option that a task does not know is an
@@ -44,7 +62,7 @@ class TaskConfig(Record):
 
     # chains | gsm8k-expressions | gsm8k | math | countdown | ladder | jsonl, or
     # module:name of your own: a Task, or a function of options that makes one
-    name: str = "chains"
+    name: Annotated[str, _TASK] = "chains"
     path: str | None = None  # the data's file or directory, for tasks that read one
     heldout_path: str | None = None  # a file only evaluated, such as MATH-500's
     train_prompts: Count | None = None  # prompts trained on; default: the task's
@@ -62,7 +80,7 @@ class TaskConfig(Record):
     control_tokens: Literal["spell", "keep"] = "spell"
     # NAME=WEIGHT, NAME(option=1)=WEIGHT or module:function=WEIGHT; the first decides
     # what is solved; default: the task's
-    rewards: tuple[str, ...] = ()
+    rewards: tuple[Annotated[str, _REWARD], ...] = ()
     # Answers count after </think> only; default: anywhere, an unfinished thought's too
     thinking: bool = False
     levels: tuple[int, ...] = ()  # math: 1 to 5; ladder: 1 to 8; default: all
@@ -85,7 +103,9 @@ class ObjectiveConfig(Record):
     ranges, and `grpo-jax train --help` begins with the choices of each axis.
     """
 
-    name: str = "grpo"  # or module:name, an Objective of your own
+    name: Annotated[str, _OBJECTIVE] = (
+        "grpo"  # or module:name, an Objective of your own
+    )
     baseline: str | None = None  # what is taken off a reward
     scale: str | None = None  # the prompt weights
     std_eps: NotNegative | None = None  # added to the std
@@ -127,7 +147,7 @@ class WeightsConfig(Record):
     # trained prompts; objective: the scale of the objective. Rules made of pass rates
     # (group_mean, beta, finite_group, shrunk, posterior) take them from the first
     # reward, 1 or more where solved, and weigh what it pays; other rewards are added
-    name: str = "objective"
+    name: Annotated[str, _WEIGHTS] = "objective"
     power: float | None = None  # weight = std^-power: 0 REINFORCE, 1 GRPO, 2 log-odds
     power_end: float | None = None  # the power at the last step, linear from `power`
     eps: NotNegative | None = None  # added to the std
@@ -153,7 +173,7 @@ class SamplingConfig(Record):
     # With drafts: how the best one joins its prompt; default: the task's
     refine_template: str | None = None
     # Module:name of a function that is called as gj.sample and samples elsewhere
-    sampler: str | None = None
+    sampler: Annotated[str, _own("a sampler", "sampler")] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +207,7 @@ class OptimizerConfig(Record):
     # Adamw, or module:name: an optax optimizer, or a function that makes one of the
     # learning rate's schedule; what follows is AdamW's alone but for the learning rate
     # (of a function), skip_empty
-    name: str = "adamw"
+    name: Annotated[str, _OPTIMIZER] = "adamw"
     learning_rate: Positive | None = None  # peak; default: by what is trained
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up
     warmup_steps: Natural = 0  # optimizer updates of linear warm-up
@@ -293,10 +313,10 @@ class LogConfig(Record):
     lines_every: Count = 10
     # Module:name of a function of (row, run) that sees every line of metrics.jsonl, and
     # may ask to stop, evaluate or save
-    on_step: str | None = None
+    on_step: Annotated[str, _ON_STEP] | None = None
     # Where else lines of metrics.jsonl go: tensorboard, wandb, trackio, or module:name
     # of a function of the run that gives a function of a row; none of them ends a run
-    to: tuple[str, ...] = ()
+    to: tuple[Annotated[str, _SINK], ...] = ()
 
 
 class StepBatch(NamedTuple):
@@ -313,19 +333,19 @@ NEW_BATCH, PRETRAINED_BATCH = StepBatch(16, 16), StepBatch(8, 8)
 class TrainConfig(Record):
     """One run: a policy, a task, an objective, and how long."""
 
-    task: TaskConfig = TaskConfig()
+    task: Annotated[TaskConfig, _TASK] = TaskConfig()
     # A directory of config.json, safetensors and tokenizer, or a Hub name; of `model`
     # only compute_dtype, remat and lora_* may then be given
     pretrained: str | None = None
     # Module:name of a Policy to start from, or of a function that makes one
-    policy: str | None = None
+    policy: Annotated[str, _POLICY] | None = None
 
     model: ModelConfig = ModelConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    weights: WeightsConfig = WeightsConfig()
+    objective: Annotated[ObjectiveConfig, _OBJECTIVE] = ObjectiveConfig()
+    weights: Annotated[WeightsConfig, _WEIGHTS] = WeightsConfig()
     sampling: SamplingConfig = SamplingConfig()
     scoring: ScoringConfig = ScoringConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: Annotated[OptimizerConfig, _OPTIMIZER] = OptimizerConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     instrument: InstrumentConfig = InstrumentConfig()

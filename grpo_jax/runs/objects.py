@@ -22,6 +22,7 @@ from grpo_jax.user_code import (
     in_code,
     name_of,
     named_by,
+    takes,
 )
 
 
@@ -133,21 +134,38 @@ def _checked(config: TrainConfig, objects: dict[str, Any]) -> tuple[TrainConfig,
             check_optimizer,
             schedule=optax.constant_schedule(1e-6),
         )
-    for name, example in (
-        ("sampler", "def sampler(policy, prompt_ids, prompt_mask, *, group_size, "
-         "max_new_tokens, key, temperature, eos_id, pad_id, prompt_indices): ..."),
-        ("on_step", "def on_step(row, run):\n        print(row['reward/mean'])"),
-    ):  # fmt: skip
-        if objects.get(name) is not None and not callable(objects[name]):
-            raise ConfigError(
-                f"{name} must be a function, got {objects[name]!r}; for example\n"
-                f"    {example}"
-            )
+    for name in ("sampler", "on_step"):
+        if objects.get(name) is not None:
+            _check_function(name, objects[name])
     if policy is not None:
         policy = made(policy, Policy, check_policy)
         objects["policy"] = Start(policy)
         config = _with_policy(config, policy)
     return config, Given(**objects)
+
+
+# Keywords that a sampler is called with; on_step's arguments have no names.
+_SAMPLED_BY = (
+    "group_size", "max_new_tokens", "key", "temperature", "eos_id", "pad_id",
+    "prompt_indices",
+)  # fmt: skip
+_FUNCTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
+    "sampler": (
+        ("policy", "prompt_ids", "prompt_mask"), _SAMPLED_BY, "return gj.Rollouts(...)",
+    ),
+    "on_step": (("row", "run"), (), "print(row['reward/mean'])"),
+}  # fmt: skip
+
+
+def _check_function(name: str, value: Any) -> None:
+    """ConfigError unless it is a function of what a run calls it with."""
+    arguments, keywords, body = _FUNCTIONS[name]
+    if not takes(value, *arguments, **dict.fromkeys(keywords)):
+        listed = ", ".join([*arguments, *(["*"] if keywords else []), *keywords])
+        raise ConfigError(
+            f"{name} must be a function of ({listed}), got {value!r}; for example\n"
+            f"    def {name}({listed}):\n        {body}"
+        )
 
 
 def _with_policy(config: TrainConfig, policy: Policy) -> TrainConfig:
@@ -209,6 +227,20 @@ def _set(config: Any, path: tuple[str, ...], value: Any) -> Any:
     return value
 
 
+# What an error ends with, for an object of another kind.
+_EXAMPLES: Mapping[type, str] = {
+    PromptWeights: "call a rule, or write one:\n"
+    "    weights = gj.std_weights(power=1.0)\n"
+    "    weights = gj.PromptWeights(lambda: (), lambda rewards, state: "
+    "(1 - rewards.mean(1), state))",
+    optax.GradientTransformation: "give one of optax, with its learning rate:\n"
+    "    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))",
+    Policy: "load a model, or make one:\n"
+    "    policy = gj.load_pretrained(directory)\n"
+    "    policy = gj.init_policy(gj.ModelConfig(vocab_size=256), jax.random.key(0))",
+}
+
+
 def made(value: Any, kind: type, check: Callable[[Any], None], **arguments: Any) -> Any:
     """The value, or what it makes where it is a function.
 
@@ -229,8 +261,7 @@ def made(value: Any, kind: type, check: Callable[[Any], None], **arguments: Any)
             called = getattr(value, "__qualname__", repr(value))
             raise ConfigError(
                 f"{called} must give {a_kind(kind)} when it is called with "
-                f"{', '.join(arguments) or 'nothing'}: {error}; give what it makes, or "
-                f"a function with no other arguments."
+                f"{', '.join(arguments) or 'nothing'}: {error}; {_EXAMPLES[kind]}."
             ) from error
         value = value(**named)
     check(value)
@@ -266,12 +297,7 @@ def check_weights(value: Any) -> None:
     It is traced as a step calls it, with 3 prompts of 4 samples, which no rule should
     take for each other.
     """
-    example = (
-        "call a rule, or write one:\n"
-        "    weights = gj.std_weights(power=1.0)\n"
-        "    weights = gj.PromptWeights(lambda: (), lambda rewards, state: "
-        "(1 - rewards.mean(1), state))"
-    )
+    example = _EXAMPLES[PromptWeights]
     check_kind("weights", value, PromptWeights, example)
     rewards = jax.ShapeDtypeStruct((3, 4), jnp.float32)
     ids = [jax.ShapeDtypeStruct((3,), jnp.int32)] * bool(value.by_prompt)
@@ -303,20 +329,12 @@ def _types(state: Any) -> Any:
 
 def check_optimizer(value: Any) -> None:
     """ConfigError unless the value is an optax optimizer."""
-    example = (
-        "give one of optax, with its learning rate:\n"
-        "    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))"
-    )
-    check_kind("optimizer", value, optax.GradientTransformation, example)
+    kind = optax.GradientTransformation
+    check_kind("optimizer", value, kind, _EXAMPLES[kind])
 
 
 def check_policy(value: Any) -> None:
     """ConfigError unless the value is a `Policy` with parameters."""
-    example = (
-        "load a model, or make one:\n"
-        "    policy = gj.load_pretrained(directory)\n"
-        "    policy = gj.init_policy(gj.ModelConfig(vocab_size=256), jax.random.key(0))"
-    )
-    check_kind("policy", value, Policy, example)
+    check_kind("policy", value, Policy, _EXAMPLES[Policy])
     if value.params is None:
-        raise ConfigError(f"policy has no parameters; {example}.")
+        raise ConfigError(f"policy has no parameters; {_EXAMPLES[Policy]}.")

@@ -205,6 +205,9 @@ def find_sinks(names: Collection[str]) -> dict[str, Sink]:
     return sinks
 
 
+_AT_START = "at its start"
+
+
 class Sinks:
     """Hands rows to sinks; none of them holds up or ends the run.
 
@@ -273,7 +276,7 @@ class _Feed:
 
     def _work(self, sink: Sink, run: SinkRun) -> None:
         log: Any = None
-        where = "at its start"
+        where = _AT_START
         try:
             log = sink(run)
             if not callable(log):
@@ -290,7 +293,7 @@ class _Feed:
             self._left_out(error, where)
 
     def _left_out(self, error: BaseException, where: str) -> None:
-        """Says, once, what went wrong."""
+        """Says, once, what went wrong; of a user's sink, how it is called too."""
         if self._silent:
             return
         self._silent = True
@@ -298,4 +301,6 @@ class _Feed:
         if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
             what = f"needs {package}, which is not installed; `pip install {package}`"
+        elif where == _AT_START and ":" in self._name:
+            what += "; it is called once, with the run, and gives a function of a row"
         self._warn(f"{self._name} {what}. The run goes on without it.")

@@ -377,6 +377,15 @@ def test_the_learner_is_the_trainers(tmp_path):
         (dict(policy=3), "load_pretrained"),
         (dict(sampler=3), "def sampler"),
         (dict(on_step=3), "def on_step"),
+        (dict(on_step=lambda row: None), r"must be a function of \(row, run\), got <f"),
+        (
+            dict(sampler=lambda policy, ids, mask: None),
+            r"mask, \*, group_size, max_new",
+        ),
+        (
+            dict(weights=lambda rewards: rewards.mean(1)),
+            r"'rewards'; call a rule, or w",
+        ),
     ],
 )
 def test_objects_of_the_wrong_kind_are_refused(tmp_path, given, message):

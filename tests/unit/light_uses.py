@@ -9,14 +9,11 @@ packages outside these that were imported.
 
 import functools
 import importlib.metadata
+import inspect
 import json
 import sys
 
 THREE = {"jax", "optax", "numpy"}
-MATHS = (
-    "advantages", "preconditioner", "pull_back", "prompt_weights", "logprobs",
-    "objectives", "diagnostics",
-)  # fmt: skip
 
 
 def with_dependencies(names):
@@ -202,7 +199,7 @@ def main():
     maths = {
         name
         for home, names in gj._HOMES.items()
-        if home.split(".")[1] in MATHS
+        if home.split(".")[1] in gj._MATHS
         for name in names
     }
     assert maths == USES.keys(), maths ^ USES.keys()
@@ -211,6 +208,7 @@ def main():
         arrays = [x for x in leaves if hasattr(x, "dtype")]
         assert leaves, name
         assert not arrays or any(np.isfinite(x).all() for x in arrays), name
+    assert {name for name, _ in inspect.getmembers(gj)} == maths  # `help(gj)` too
     imported = {name.partition(".")[0] for name in sys.modules} & OTHERS
     others = {}
     for name in sorted(set(gj.__all__) - maths):

@@ -2,8 +2,10 @@ import dataclasses
 import json
 from typing import Annotated, Literal
 
+import optax
 import pytest
 
+import grpo_jax as gj
 from grpo_jax import TrainConfig
 from grpo_jax.errors import (
     UP_TO_ONE,
@@ -335,3 +337,39 @@ def test_a_pretrained_model_has_a_smaller_batch_by_default():
     assert TrainConfig(pretrained="m").batch == (8, 8)
     given = TrainConfig(pretrained="m", sampling=SamplingConfig(group_size=5))
     assert given.batch == (8, 5)
+
+
+TASK = r"a Task of your own goes into gj.train\(config, task=\.\.\.\), or is named"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: gj.TaskConfig(name=x), f"name must be text, got .*; {TASK}"),
+        (lambda x: TrainConfig(task=x), f"task must be a TaskConfig, got .*; {TASK}"),
+        (
+            lambda x: TrainConfig(objective=gj.OBJECTIVES["grpo"]),
+            "must be an ObjectiveConfig, got .*config, objective=",
+        ),
+        (
+            lambda x: TrainConfig(weights=gj.std_weights()),
+            "a rule of your own goes into .*weights=",
+        ),
+        (lambda x: gj.WeightsConfig(name=gj.std_weights()), "must be text.* weights="),
+        (lambda x: TrainConfig(optimizer=optax.sgd(1.0)), "config, optimizer="),
+        (lambda x: TrainConfig(policy=x), "policy must be text, got .* policy="),
+        (lambda x: gj.LogConfig(on_step=print), "on_step must be text, .* on_step="),
+        (
+            lambda x: gj.LogConfig(to=(print,)),
+            "must be text, .*function of the run that",
+        ),
+        (
+            lambda x: gj.TaskConfig(rewards=(len,)),
+            "rewards must be text, .*module:func",
+        ),
+        (lambda x: gj.SamplingConfig(sampler=x), "sampler must be text, .* sampler="),
+    ],
+)
+def test_an_object_in_place_of_its_name_is_told_where_it_goes(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make(object())

@@ -58,3 +58,7 @@ def test_public_names_are_functions_and_classes_but_for_tables(modules_first):
 def test_no_public_name_is_that_of_a_module(modules_first):
     modules = {module.name for module in pkgutil.iter_modules(gj.__path__)}
     assert not modules & modules_first.keys()
+
+
+def test_dir_has_every_public_name():
+    assert set(dir(gj)) == set(gj.__all__)

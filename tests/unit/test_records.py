@@ -71,7 +71,7 @@ def test_what_is_meant_is_taken(fields, expected):
         ({"sampling": {"prompts": 0}}, "^sampling.prompts must be at least 1, got 0"),
         ({"model": {"head_dim": 3}}, "^model.head_dim must be even, got 3"),
         ({"sampling": SamplingConfig}, "^sampling must be a mapping, got <class"),
-        ({"task": OptimizerConfig()}, "^task must be a mapping, got .*; give a dict"),
+        ({"task": OptimizerConfig()}, "^task must be a TaskConfig, got .*; a Task of"),
         ({"steps": "many"}, "^steps must be a whole number, got 'many'"),
         ({"steps": 3.0}, r"^steps must be a whole number, got 3\.0"),
         ({"steps": True}, "^steps must be a whole number, got True"),

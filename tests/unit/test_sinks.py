@@ -213,12 +213,14 @@ def test_a_sink_that_raises_is_left_out_and_the_others_go_on(tmp_path):
     [
         (lambda run: None, "at its start (TypeError: it gave None in place of a func"),
         (lambda run: 1 / 0, "at its start (ZeroDivisionError: division by zero)"),
+        (lambda row: row["step"], "at its start (TypeError: tuple indices must be"),
         (lambda run: sys.exit(3), "at its start (SystemExit: 3)"),
     ],
 )
 def test_a_sink_that_cannot_start_is_left_out(tmp_path, sink, why):
     [said] = sent(tmp_path, {"my:sink": sink}, ROWS)
     assert said.startswith(f"log.to my:sink failed {why}")
+    assert "called once, with the run, and gives a function of a row. The run" in said
 
 
 def test_a_sink_that_hangs_is_left_behind(tmp_path, monkeypatch):
