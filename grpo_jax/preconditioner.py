@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from grpo_jax.advantages import (
@@ -69,7 +70,8 @@ def apply_weights(
 
     Args:
         rule: Such as `std_weights()`.
-        rewards: [P, G] float32.
+        rewards: [P, G] float32; one that is NaN or infinite counts as missing. A group
+            with fewer than two rewards is tied: rules made of its std give it 0.
         state: The rule's; `rule.init()`, or None, at first.
         prompt_ids: [P] int32, for rules that remember prompts.
         axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
@@ -79,16 +81,17 @@ def apply_weights(
 
     Raises:
         ValueError: `rule` is none, or it remembers prompts and prompt_ids [P] are
-            missing, or `state` is another rule's, or what it returns is not [P].
+            missing or no integers, or `state` is another rule's, or what it returns is
+            not [P].
     """
     check_rule("rule", rule)
     rewards, axes = as_array(rewards), axis_names(axis_name)
     state = _checked_state(rule, state)
-    prompt_ids = _checked_ids(rule, rewards, prompt_ids)
-    more = () if prompt_ids is None else (prompt_ids,)
+    ids = _checked_ids(rule, rewards, prompt_ids)
+    more: tuple[Any, ...] = () if ids is None else (ids,)
     if axes:
         rewards = _of_all_devices(jnp.asarray(rewards, float), axes)
-        more = tuple(_of_all_devices(ids, axes) for ids in more)
+        more = tuple(_of_all_devices(x, axes) for x in more)
     weights, state = rule.weights(rewards, state, *more)
     if jnp.shape(weights) != rewards.shape[:1]:
         raise ValueError(
@@ -118,11 +121,11 @@ def _of_all_devices(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def _checked_ids(
     rule: PromptWeights, rewards: jax.Array, prompt_ids: Any
-) -> jax.Array | None:
+) -> jax.Array | np.ndarray | None:
     if not rule.by_prompt:
         return None
-    if prompt_ids is not None and not hasattr(prompt_ids, "shape"):
-        prompt_ids = jnp.asarray(prompt_ids)
+    if prompt_ids is not None:
+        prompt_ids = whole_ids(prompt_ids)
     if prompt_ids is None or prompt_ids.shape != rewards.shape[:1]:
         got = None if prompt_ids is None else prompt_ids.shape
         raise ValueError(
@@ -130,6 +133,17 @@ def _checked_ids(
             "these weights remember each prompt."
         )
     return prompt_ids
+
+
+def whole_ids(prompt_ids: Any) -> jax.Array | np.ndarray:
+    """The ids [P] as an array; ValueError unless they are integers."""
+    ids: Any = prompt_ids if hasattr(prompt_ids, "dtype") else np.asarray(prompt_ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"prompt_ids must be integers, got {ids.dtype}; give each prompt the "
+            "number of its row in the data, from 0."
+        )
+    return ids
 
 
 def _checked_state(rule: PromptWeights, state: Any) -> Any:

@@ -145,7 +145,8 @@ def posterior_weights(
 
     Args:
         num_prompts: Prompt ids are 0 to num_prompts - 1: others raise, or under jit
-            get a NaN weight. None: each group counts by itself.
+            get a NaN weight. None: each group counts by itself, as under `--weights
+            shrunk`, and `discount` changes nothing.
         power: As in `std_weights`.
         prior: Pseudo-counts of success, and of failure.
         discount: What is left of old counts at a visit, in [0, 1].

@@ -14,7 +14,8 @@ Terms that the weights must not multiply (KL, entropy) need the weights themselv
     jax.value_and_grad(lambda params: (weights * losses(params) + kl(params)).mean())
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -87,11 +88,12 @@ def weighted_value_and_grad(
         has_aux: `losses` returns ([P], aux); then f returns ((value, aux), grads,
             state), as `jax.value_and_grad` has it.
         micro_batches: Parts of P / micro_batches prompts, one after the other, so that
-            one part's activations are in memory. Every leaf of args then has P rows,
-            and aux gets a leading axis, [micro_batches, ...]. The weights are made once
-            of the whole batch, so any rule is exact. Calling f for each part instead
-            (as `optax.MultiSteps` wants it) is exact for rules that weigh each group by
-            itself, not for batch_std, beta, or a schedule, which counts calls.
+            one part's activations are in memory. Every leaf of args then has P rows
+            (what losses close over is not split), and aux gets a leading axis,
+            [micro_batches, ...]. The weights are made once of the whole batch, so any
+            rule is exact. Calling f for each part instead (as `optax.MultiSteps` wants
+            it) is exact for rules that weigh each group by itself, not for batch_std,
+            beta, or a schedule, which counts calls.
 
     Raises:
         ValueError: `losses` is no function or does not return [P], rule is no rule,
@@ -139,8 +141,9 @@ def weighted_value_and_grad(
 
         def part(shares: jax.Array, args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
             def of_prompts(arrays: list[Any]) -> tuple[jax.Array, Any]:
-                result = losses(restored(arrays, leaves), *args)
-                out, aux = _checked_losses(result, has_aux, len(shares))
+                with _saying_of_parts(len(shares), len(weights)):
+                    result = losses(restored(arrays, leaves), *args)
+                    out, aux = _checked_losses(result, has_aux, len(shares))
                 return _vary(out.astype(shares.dtype), _missing(out, axes)), aux
 
             out, pull_back, aux = jax.vjp(of_prompts, arrays, has_aux=True)
@@ -192,6 +195,21 @@ def _accumulated(
     zeros = [jnp.zeros_like(x) for x in arrays]
     grads, (values, aux) = jax.lax.scan(add, zeros, (split((), shares), parts))
     return values.sum(), grads, aux
+
+
+@contextlib.contextmanager
+def _saying_of_parts(prompts: int, total: int) -> Iterator[None]:
+    """Adds to an error of `losses` which prompts they were given, if not all."""
+    try:
+        yield
+    except Exception as error:
+        if prompts < total:
+            error.add_note(
+                f"With micro_batches, losses get {prompts} of the {total} prompts at a "
+                "time; what has a row per prompt must be an argument of f: of an array "
+                "that losses close over they would see all rows."
+            )
+        raise
 
 
 def _is_floating(x: Any) -> bool:

@@ -27,7 +27,7 @@ from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import gather_to_host
 from grpo_jax.parallel.sharding import on_mesh, put_on_mesh
 from grpo_jax.planning.resolve import check_updates
-from grpo_jax.preconditioner import PromptWeights
+from grpo_jax.preconditioner import PromptWeights, whole_ids
 from grpo_jax.rollouts.checks import check_rollouts
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.config import TrainConfig
@@ -214,8 +214,9 @@ class Learner:
             prompt_ids: [P], for prompt weights that remember prompts.
 
         Raises:
-            ValueError: the rollouts have no rewards, wrong shapes, tokens outside the
-                vocabulary, or log-probs that are none or not known.
+            ValueError: prompt_ids are no integers, or the rollouts have no rewards,
+                wrong shapes, tokens outside the vocabulary, or log-probs that are none
+                or not known.
         """
         s = self.settings
         check_rollouts(rollouts, s.policy.config.vocab_size)
@@ -227,10 +228,11 @@ class Learner:
                     "prompt_ids=ids), ids [P] from 0."
                 )
             prompt_ids = np.arange(len(rollouts.prompts))
-        if np.shape(prompt_ids) != (len(rollouts.prompts),):
+        ids = whole_ids(prompt_ids)
+        if np.shape(ids) != (len(rollouts.prompts),):
             raise ConfigError(
                 f"prompt_ids must be [P], one of each of {len(rollouts.prompts)} "
-                f"prompts, got shape {np.shape(prompt_ids)}."
+                f"prompts, got shape {np.shape(ids)}."
             )
         longest = int(rollouts.completion_mask.sum(-1).max())
         if s.max_new_tokens is not None and longest > s.max_new_tokens:
@@ -238,7 +240,7 @@ class Learner:
                 f"completions have up to {longest} tokens, and this learner was made "
                 f"with max_new_tokens={s.max_new_tokens}; raise it."
             )
-        weighed = self.weigh(state, _of_own_types(rollouts), prompt_ids)
+        weighed = self.weigh(state, _of_own_types(rollouts), ids)
         state, metrics = self.update(weighed.state, weighed.batch)
         return state, weighed.metrics | metrics
 

@@ -380,3 +380,34 @@ def test_micro_batches_divide_the_prompts_and_all_that_is_given():
     message = r"argument \[0\]\['t'\] must be \[6, \.\.\.\].*got \(\); let losses close"
     with pytest.raises(ValueError, match=message):
         f(PARAMS, {"x": INPUTS, "t": 0.5}, rewards=REWARDS)
+
+
+def test_losses_that_close_over_prompts_are_told_that_they_get_a_part():
+    f = gj.weighted_value_and_grad(
+        lambda params, inputs: (inputs @ params["w"]) * INPUTS[:, 0],
+        gj.std_weights(),
+        micro_batches=2,
+    )
+    with pytest.raises(Exception, match="incompatible shapes") as raised:
+        jax.jit(f)(PARAMS, INPUTS, rewards=REWARDS)
+    note = raised.value.__notes__[0]
+    assert note.startswith(
+        "With micro_batches, losses get 3 of the 6 prompts at a time"
+    )
+    with pytest.raises(Exception) as raised:
+        gj.weighted_value_and_grad(lambda params: 1 / 0, gj.std_weights())(
+            PARAMS, rewards=REWARDS
+        )
+    assert "micro_batches" not in "".join(getattr(raised.value, "__notes__", []))
+
+
+@pytest.mark.parametrize("ids", [list("abcdef"), np.array(list("abcdef")), [0.5] * P])
+def test_prompt_ids_are_integers(ids):
+    with pytest.raises(ValueError, match=r"prompt_ids must be integers, got (<U1|flo)"):
+        gj.apply_weights(gj.posterior_weights(9), REWARDS, None, ids)
+
+
+def test_traced_prompt_ids_are_integers():
+    weigh = jax.jit(lambda x: gj.apply_weights(RULES["posterior"], REWARDS, None, x))
+    with pytest.raises(ValueError, match="prompt_ids must be integers, got float32; g"):
+        weigh(jnp.zeros(P))
