@@ -9,6 +9,8 @@ uniform for a block of tokens and the token in it, and with one for each.
 It prints the total variation for softmaxes of normal logits. Seconds on a CPU.
 """
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,4 +97,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

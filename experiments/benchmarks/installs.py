@@ -7,6 +7,7 @@ and `pip install --no-deps grpo-jax`, which is enough for the maths. pip must re
 index; 3 minutes, and the disk space is given back.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -83,6 +84,7 @@ def measure(install: Callable[[Path], Path]) -> tuple[int, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for kind in (light, whole):
         packages, megabytes = measure(kind)
         print(f"{kind.__name__:5} {packages:3} packages {megabytes:6.0f} MB")

@@ -132,6 +132,7 @@ def _summary(run: RunFiles) -> dict[str, Any]:
         "steps": run.metrics[-1]["step"],
         "asked": run.config["steps"],
         "objective": objective,
+        "formula": "" if objective in OBJECTIVES else run.formula,
         "weights": "" if weights == "objective" else f" with {weights} weights",
         "source": OBJECTIVES[objective].source if objective in OBJECTIVES else "",
         "task": run.config["task"]["name"],

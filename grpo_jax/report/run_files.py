@@ -18,6 +18,7 @@ class RunFiles(NamedTuple):
     config: dict[str, Any]
     versions: dict[str, str]
     note: str  # a remark of the task on its held-out figures; may be empty
+    formula: str  # of the objective; empty in a run of an older version
     rate_from: str  # where its learning rate comes from, in words
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
@@ -59,13 +60,14 @@ def read_run(directory: Path) -> RunFiles:
     metrics = read_lines(directory / "metrics.jsonl")
     if not metrics:
         raise ConfigError(f"{directory} has no metrics yet; nothing to report.")
-    versions, note, rate_from = read_notes(directory)
+    versions, note, formula, rate_from = read_notes(directory)
     return RunFiles(
         directory.name or str(directory),
         directory,
         config,
         versions,
         note,
+        formula,
         rate_from,
         metrics,
         read_lines(directory / "samples.jsonl"),

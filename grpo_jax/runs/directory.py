@@ -284,12 +284,14 @@ def _measured(directory: Path, config: dict[str, Any]) -> dict[str, int]:
     return {"every": 0} if any(row.get("step", 0) > 0 for row in steps) else {}
 
 
-def read_notes(directory: Path) -> tuple[dict[str, str], str, str]:
-    """(package versions, the task's note, where its learning rate comes from)."""
+def read_notes(directory: Path) -> tuple[dict[str, str], str, str, str]:
+    """(package versions, the task's note, the objective's formula, where the learning
+    rate comes from)."""
     facts = read_facts(directory)
     return (
         facts.get("versions", {}),
         facts.get("note", ""),
+        facts.get("formula", ""),
         facts.get("learning_rate_from", "as given"),
     )
 

@@ -47,6 +47,7 @@ def facts_of(config: TrainConfig, plan: Plan) -> dict[str, Any]:
         base = fingerprint(local_directory(config.pretrained))
     return {
         "note": task.note,
+        "formula": plan.objective.formula(),
         "eos_ids": list(task.ends),
         "template": task.template,
         "system": task.system,

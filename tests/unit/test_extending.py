@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import grpo_jax as gj
 from grpo_jax.objectives.objective import AXES, choices
+from grpo_jax.planning.plan import make_plan
 from grpo_jax.prompt_weights import WEIGHTS
 from tests.golden import axes, test_every_entry
 
@@ -63,3 +65,13 @@ def test_an_entry_without_a_reference_is_named(extended):
     del axes.AXES["ratio"]["tempered"]
     with pytest.raises(AssertionError, match="add to AXES.*'ratio'.*: tempered"):
         test_every_entry.test_there_is_a_reference_for_every_entry("ratio")
+
+
+def test_the_guides_task_is_one():
+    code = re.search(r"<!-- task -->\n```python\n(.*?)```", GUIDE, re.S)[1]
+    exec(code, space := {})
+    task = space["task"]
+    config = gj.TrainConfig(sampling=gj.SamplingConfig(prompts=4, group_size=4))
+    plan = make_plan(config, task)
+    assert plan.warm_starts and (len(plan.prompts), plan.max_new_tokens) == (48, 4)
+    assert task.reward(task.train[1], task.train[1].answer) == 1

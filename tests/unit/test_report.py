@@ -165,3 +165,14 @@ def test_a_trend_of_the_reward_is_seldom_named_where_there_is_none():
     assert "did not change measurably: 1.000 over steps 1 to 3" in constant
     (known,) = _reward_trend(np.arange(1, 10), np.repeat([0.0, 0.5, 1.0], 3))
     assert "rose: 0.000 over steps 1 to 3, 0.750 over steps 4 to 9" in known
+
+
+@pytest.mark.parametrize(("name", "shown"), [("code:objective", True), ("grpo", False)])
+def test_an_objective_of_ones_own_has_its_formula_in_the_report(tmp_path, name, shown):
+    directory = made_run(tmp_path / "run", {"reward/mean": 0.5}, {"reward/mean": 0.5})
+    facts = json.loads((directory / "config.json").read_text())
+    facts["config"]["objective"]["name"] = name
+    facts["formula"] = "mean_i A log pi"
+    (directory / "config.json").write_text(json.dumps(facts))
+    page = write_report([directory], tmp_path / "report.html").read_text()
+    assert (f"{name} (mean_i A log pi) on" in page) == shown

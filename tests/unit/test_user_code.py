@@ -1,5 +1,6 @@
 """Objects of a user's own: found, named, told apart."""
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import optax
 import pytest
 
 import grpo_jax as gj
+from grpo_jax.cli import main
 from grpo_jax.errors import ConfigError
 from grpo_jax.user_code import code_digest, digest, find_object, name_of
 
@@ -103,3 +105,16 @@ def test_all_heldout_prompts_of_an_own_task_are_those_it_has(tmp_path, monkeypat
         assert len(gj.load_task(name, heldout_prompts=0).heldout) == 16
         with pytest.raises(ConfigError, match="task.heldout_prompts changes nothing"):
             gj.load_task(name, heldout_prompts=4)
+
+
+def test_objectives_prints_the_formula_of_ones_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "formula_rows.py").write_text(
+        "import dataclasses, grpo_jax as gj\n"
+        "MINE = dataclasses.replace(gj.OBJECTIVES['dr_grpo'], clip=(0.1, 0.4))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["objectives", "formula_rows:MINE"]) == 0
+    own = dataclasses.replace(gj.OBJECTIVES["dr_grpo"], clip=(0.1, 0.4))
+    assert own.formula() in capsys.readouterr().out
+    assert main(["objectives", "formula_rows:YOURS"]) == 2
+    assert "formula_rows:YOURS cannot be loaded" in capsys.readouterr().err
