@@ -47,6 +47,9 @@ class OneOf:
 
     choices: Collection[str]
 
+    def __repr__(self) -> str:  # in `help` of a class; a registry's is long
+        return f"OneOf({', '.join(self.choices)})"
+
     def allows(self, value: Any) -> bool:
         """Whether the value is a choice."""
         return value in self.choices

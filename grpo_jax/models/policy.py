@@ -29,9 +29,9 @@ class Policy:
     """
 
     config: ModelConfig = dataclasses.field(metadata=dict(static=True))
-    graphdef: Any = dataclasses.field(metadata=dict(static=True))
-    params: Any
-    frozen: Any = None
+    graphdef: Any = dataclasses.field(metadata=dict(static=True), repr=False)
+    params: Any = dataclasses.field(repr=False)
+    frozen: Any = dataclasses.field(default=None, repr=False)
 
     def module(self) -> Decoder:
         """The decoder, its parameters outside the layers gathered over fsdp."""

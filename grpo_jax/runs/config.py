@@ -152,7 +152,7 @@ class WeightsConfig(Record):
     power_end: float | None = None  # the power at the last step, linear from `power`
     eps: NotNegative | None = None  # added to the std
     ddof: Ddof | None = None  # 0 population std, 1 sample std
-    # Finite_group: whose normalisation is meant
+    # Of finite_group: whose normalisation is meant
     group_size: Annotated[int, at_least(2)] | None = None
     prior: float | None = None  # posterior, shrunk: pseudo-counts of either outcome
     discount: float | None = None  # posterior: what a visit leaves of older counts
@@ -172,7 +172,7 @@ class SamplingConfig(Record):
     stop_tokens: tuple[str, ...] = ()
     # With drafts: how the best one joins its prompt; default: the task's
     refine_template: str | None = None
-    # Module:name of a function that is called as gj.sample and samples elsewhere
+    # A function, by module:name, that is called as gj.sample and samples elsewhere
     sampler: Annotated[str, _own("a sampler", "sampler")] | None = None
 
 
@@ -204,9 +204,9 @@ class ScoringConfig(Record):
 class OptimizerConfig(Record):
     """AdamW behind a global-norm clip, or an optimizer of your own."""
 
-    # Adamw, or module:name: an optax optimizer, or a function that makes one of the
-    # learning rate's schedule; what follows is AdamW's alone but for the learning rate
-    # (of a function), skip_empty
+    # The name adamw, or module:name: an optax optimizer, or a function of the learning
+    # rate's schedule that makes one; what follows is AdamW's alone but for the learning
+    # rate (of a function) and skip_empty
     name: Annotated[str, _OPTIMIZER] = "adamw"
     learning_rate: Positive | None = None  # peak; default: by what is trained
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up
@@ -311,8 +311,8 @@ class LogConfig(Record):
     # Steps between printed lines where there is no terminal; fewer where these take
     # longer than 30 s
     lines_every: Count = 10
-    # Module:name of a function of (row, run) that sees every line of metrics.jsonl, and
-    # may ask to stop, evaluate or save
+    # A function of (row, run), by module:name, that sees every line of metrics.jsonl,
+    # and may ask to stop, evaluate or save
     on_step: Annotated[str, _ON_STEP] | None = None
     # Where else lines of metrics.jsonl go: tensorboard, wandb, trackio, or module:name
     # of a function of the run that gives a function of a row; none of them ends a run
@@ -337,7 +337,7 @@ class TrainConfig(Record):
     # A directory of config.json, safetensors and tokenizer, or a Hub name; of `model`
     # only compute_dtype, remat and lora_* may then be given
     pretrained: str | None = None
-    # Module:name of a Policy to start from, or of a function that makes one
+    # A Policy to start from, by module:name, or a function that makes one
     policy: Annotated[str, _POLICY] | None = None
 
     model: ModelConfig = ModelConfig()

@@ -2,9 +2,11 @@
 
 import json
 import pkgutil
+import pydoc
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import grpo_jax as gj
@@ -62,3 +64,14 @@ def test_no_public_name_is_that_of_a_module(modules_first):
 
 def test_dir_has_every_public_name():
     assert set(dir(gj)) == set(gj.__all__)
+
+
+def test_what_is_printed_of_a_policy_and_an_objective_is_short():
+    """No arrays, and no table of functions for each choice."""
+    model = gj.ModelConfig(vocab_size=7, width=8, mlp_width=8, head_dim=4)
+    policy = gj.init_policy(model, jax.random.key(0))
+    assert repr(policy) == f"Policy(config={policy.config})"
+    text = pydoc.plain(pydoc.render_doc(gj.Objective))
+    assert (
+        "function <lambda>" not in text and "OneOf(none, mean, leave_one_out)" in text
+    )
