@@ -33,7 +33,7 @@ class Bound:
     """
 
     rule: str
-    allows: Callable[[Any], bool]
+    allows: Callable[[Any], bool] = dataclasses.field(repr=False)
     why: str = ""
 
     def error(self, name: str, value: Any) -> str:
