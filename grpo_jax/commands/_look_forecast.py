@@ -51,6 +51,7 @@ def forecast(
     count, group_size, tokens = rollouts.completions.shape
     length, model = rollouts.prompts.shape[1], policy.config
     width, _ = kept_and_all(policy, layers, count, group_size)
+    base = policy.params if policy.frozen is None else policy.frozen
     passes = count * look_cost(group_size, length, tokens, *_passes(policy, layers))
     look = estimate_look(
         model,
@@ -59,14 +60,16 @@ def forecast(
         max_new_tokens=tokens,
         micro_batch_tokens=micro_batch_tokens,
         sums=vector_bytes(count, group_size, width),
-        base_bytes=max(x.dtype.itemsize for x in jax.tree.leaves(policy.params)),
+        base_bytes=max(x.dtype.itemsize for x in jax.tree.leaves(base)),
         widened=jax.default_backend() == "cpu",
         layers=layers,
     )
     held = sum(x.nbytes for x in jax.tree.leaves((policy.params, policy.frozen)))
     if jax.default_backend() == "cpu":  # the arrays are memory of the process
         held = max(held, resident_bytes()) + COMPILING
-    seconds = 2 * num_parameters(model) * passes / _product_rate(model.width)
+    seconds = (
+        2 * num_parameters(model) * passes / _product_rate(model.width, model.dtype)
+    )
     return Forecast(seconds, held + look)
 
 
@@ -115,10 +118,10 @@ def kept_and_all(
     return kept_coordinates(prompts, group_size, size), size
 
 
-def _product_rate(width: int) -> float:
+def _product_rate(width: int, dtype: str) -> float:
     """Floating-point operations a second in products of the model's width."""
-    x = jnp.ones((512, width), jnp.float32)
-    w = jnp.ones((width, 4 * width), jnp.float32)
+    x = jnp.ones((512, width), dtype)
+    w = jnp.ones((width, 4 * width), dtype)
     product = jax.jit(lambda x, w: x @ w)
     product(x, w).block_until_ready()
     began, repeats = time.monotonic(), 10

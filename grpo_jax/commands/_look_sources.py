@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from grpo_jax.models.adapters import load_factors, with_adapter
 from grpo_jax.models.hub import load_tokenizer, local_directory
 from grpo_jax.models.policy import Policy, add_lora, merge_lora
 from grpo_jax.models.pretrained import load_pretrained, read_config
-from grpo_jax.rollouts.forms import RowForm, find_form
+from grpo_jax.rollouts.forms import ROW_FORMS, RowForm, find_form
 from grpo_jax.rollouts.reading import StepRollouts, chosen_step, each_step
-from grpo_jax.rollouts.sources import file_rows
+from grpo_jax.rollouts.sources import files_of, read_file
 from grpo_jax.runs.command_configs import LookConfig
 from grpo_jax.runs.policies import default_dtype
 from grpo_jax.runs.recorded import run_config
@@ -36,19 +37,35 @@ def measured_steps(config: LookConfig) -> Iterator[StepRollouts]:
         )
     tokenizer = _tokenizer(config)
     if config.every_step:
-        yield from each_step(path, tokenizer, form, None, None)
+        for found in each_step(path, tokenizer, form, None, None):
+            if found.step is None:
+                raise ConfigError(
+                    "every_step is of rows with a step, and some have none; leave it "
+                    "out."
+                )
+            yield found
         return
-    parquet = path.is_dir() and any(path.rglob("*.parquet"))
-    suffix = ".parquet" if parquet or path.suffix == ".parquet" else ".jsonl"
-    rows = file_rows(path, suffix)
+    rows = [
+        row for file in files_of(path, ".jsonl", ".parquet") for row in read_file(file)
+    ]
     yield chosen_step(rows, tokenizer, form, config.step)
 
 
 def _form(config: LookConfig) -> RowForm:
     """The form that the config names, with rewards and length as it says."""
     form = find_form(config.form)
+    if form == ROW_FORMS["samples"]:
+        raise ConfigError(
+            "look does not read samples.jsonl: its prompts lack their template, and it "
+            "has some of a step's alone; keep a run's rollouts with rollouts.to_rows()."
+        )
     if config.rewards:
-        weights = dict(map(_weighted, config.rewards))
+        weighted = list(map(_weighted, config.rewards))
+        weights = dict(weighted)
+        if len(weights) < len(weighted):
+            raise ConfigError(
+                f"rewards names a field twice: {', '.join(config.rewards)}."
+            )
         form = dataclasses.replace(form, rewards=weights)
     if config.max_new_tokens is not None:
         form = dataclasses.replace(form, max_new_tokens=config.max_new_tokens)
@@ -57,15 +74,18 @@ def _form(config: LookConfig) -> RowForm:
 
 def _weighted(named: str) -> tuple[str, float]:
     """("format", 0.2) of "format=0.2"; ("format", 1.0) of "format"."""
-    name, equals, weight = named.rpartition("=")
+    name, equals, given = named.rpartition("=")
     if not equals:
         return named, 1.0
     try:
-        return name, float(weight)
+        weight = float(given)
     except ValueError:
+        weight = math.nan
+    if not name or not math.isfinite(weight):
         raise ConfigError(
             f"rewards must be names or NAME=WEIGHT, such as format=0.2, got {named!r}."
-        ) from None
+        )
+    return name, weight
 
 
 def _tokenizer(config: LookConfig) -> Any:

@@ -5,10 +5,11 @@ No run and no task are needed: the rollouts hold prompts, completions and reward
 the policy that sampled them holds the gradients.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -56,7 +57,8 @@ _measure = jax.jit(
     measure, static_argnames=("width", "exact", "micro_batch_tokens", "layers")
 )
 _update_effect = jax.jit(update_effect, static_argnames=("micro",))
-LONG = 300  # seconds, from which on a look may be made shorter
+LONG = 300  # seconds; above it, what takes less is printed
+ENOUGH_TOKENS = 200  # whose share of unlikely ones is no chance
 Parameters = Literal["all", "lora", "last-layers"]
 
 
@@ -121,7 +123,8 @@ def look(
     """
     check_kind("policy", policy, Policy, "gj.load_pretrained(DIR) makes one")
     check_rollouts(rollouts, policy.config.vocab_size)
-    check_measurable(rollouts)
+    if reason := _unmeasurable(rollouts):
+        raise ConfigError(reason)
     rewards = np.asarray(rollouts.scored_rewards)
     count, group_size = rewards.shape
     prompts = _names(prompts, count)
@@ -175,26 +178,30 @@ def look(
     return Look(row, unlikely)
 
 
-def check_measurable(rollouts: Rollouts) -> None:
-    """ConfigError unless there are prompts to compare, and groups can be cut into parts
-    that have a baseline each."""
+def _unmeasurable(rollouts: Rollouts) -> str:
+    """Why rollouts cannot be measured, or "": prompts are compared, and groups are cut
+    into parts that have a baseline each."""
     count, group_size = rollouts.completions.shape[:2]
     if count < 2:
-        raise ConfigError(
+        return (
             f"rollouts must have two prompts or more, got {count}: the instrument "
             "compares them."
         )
     if group_size < 4:
-        raise ConfigError(
+        return (
             f"rollouts must have four samples of a prompt or more, got {group_size}; "
             "two of them give a direction, along which the others are measured."
         )
+    return ""
 
 
 def _names(prompts: Any, count: int) -> list[int]:
     """Names of P prompts, as given or by their place."""
-    names = list(range(count)) if prompts is None else np.asarray(prompts)
-    if np.shape(names) != (count,) or np.asarray(names).dtype.kind not in "iu":
+    try:
+        names = np.arange(count) if prompts is None else np.asarray(prompts)
+    except ValueError:  # lists of several lengths
+        names = np.zeros(0)
+    if names.shape != (count,) or names.dtype.kind not in "iu":
         raise ConfigError(
             f"prompts must be a whole number for each of the {count} prompts, which "
             f"names it, got {prompts!r:.100}."
@@ -232,7 +239,11 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
     numbers: dict[Any, int] = {}  # of prompts, in the order in which they came
     for found in measured_steps(config):
         step = found.step
-        check_measurable(found.rollouts)
+        if (reason := _unmeasurable(found.rollouts)) and config.every_step:
+            say(f"step {step} is left out: {reason}")
+            continue
+        if reason:
+            raise ConfigError(reason)
         wanted = source_of(config, step)
         if policy is None or wanted != source:
             policy = None  # two would not fit where one does
@@ -240,18 +251,21 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
             policy = _of_parameters(
                 load_source(config, step), config.parameters, config.lora_rank, key
             )
+        with _as_config_error():
+            check_rollouts(found.rollouts, policy.config.vocab_size)
         rollouts, names, left_out = _first_prompts(found.rollouts, numbers, config)
         note = _note(config, found, rollouts, source)
         say(note)
         if left_out:
             say(f"{left_out} further prompts are left out (--prompts)")
-        unlikely = _refuse_if_unlikely(policy, rollouts, temperature, source)
         last = config.layers if config.parameters == "last-layers" else None
         expected = forecast(policy, rollouts, config.micro_batch_tokens, last)
-        every = " for this step, further ones alike" * config.every_step
-        say(f"measuring, {expected.text()}{every}; and its compilation")
-        if expected.seconds > LONG and config.parameters == "all":
-            say("fewer --prompts, or --parameters lora, take less")
+        unlikely = _refuse_if_unlikely(policy, rollouts, temperature, source)
+        of_step = " for this step" * config.every_step
+        compiling = "and half a minute or more to compile"
+        say(f"measuring: {expected.text()}{of_step}, {compiling}")
+        if expected.seconds > LONG and policy.frozen is None and last is None:
+            say("fewer --prompts, or --parameters lora, take less time")
         began = time.monotonic()
         before = [x for x in looks if x.row["prompts"] == names]
         looks.append(
@@ -272,6 +286,8 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
         say(f"measured in {format_seconds(time.monotonic() - began)}")
         notes.append(f"{note} {unlikely:.0%} of the sampled tokens are unlikely.")
         _write(config, looks, notes, output)  # a series may be stopped
+    if not looks:
+        raise ConfigError("no step could be measured.")
     for line in _said(looks):
         say(line)
     say(f"written to {output / 'look.json'} and {output / 'look.html'}")
@@ -299,15 +315,28 @@ def _key(config: LookConfig) -> jax.Array:
 def _refuse_if_unlikely(
     policy: Policy, rollouts: Rollouts, temperature: float, source: str
 ) -> float:
-    """The share of unlikely tokens; ConfigError where it is no policy's own."""
+    """The share of unlikely tokens; ConfigError where it is no policy's own, of so many
+    tokens that it is no chance."""
     share = unlikely_share(policy, rollouts, temperature=temperature)
-    if share > MOST_UNLIKELY:
+    if share > MOST_UNLIKELY and int(rollouts.completion_mask.sum()) >= ENOUGH_TOKENS:
         raise ConfigError(
-            f"{source} gives {share:.0%} of the sampled tokens next to no probability: "
-            "it cannot have produced them. Give the model, adapter and form (chat "
-            "template) of the rollouts."
+            f"{source}, at temperature {temperature:g}, gives {share:.0%} of the "
+            "sampled tokens next to no probability: it cannot have produced them. Give "
+            "the model, adapter, --temperature and --form (with its chat template) of "
+            "the rollouts."
         )
     return share
+
+
+@contextlib.contextmanager
+def _as_config_error() -> Iterator[None]:
+    """Errors of values as those of settings, which the command prints in a line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _first_prompts(
@@ -354,17 +383,18 @@ def _note(
     )
     if found.ended:
         text += (
-            f" {found.ended} of {found.completions} completions are text and were "
-            "given the token that ends an answer; cut-off ones have none "
-            "(--max-new-tokens)."
+            f" {found.ended} completions of the file got the token that ends an answer"
         )
+        if config.max_new_tokens is None:
+            text += ", as texts lack it; give --max-new-tokens if some were cut off"
+        text += "."
     return text
 
 
 def _sum(weights: Mapping[str, float]) -> str:
     """ "right + 0.2 form" of two fields with weights."""
     parts = [name if w == 1 else f"{w:g} {name}" for name, w in weights.items()]
-    return " + ".join(parts)
+    return " + ".join(parts).replace("+ -", "- ")
 
 
 def _write(

@@ -40,13 +40,19 @@ class Row(TypedDict):
     versions lack.
     """
 
-    step: Annotated[int, "steps that the measured policy was trained for"]
+    step: Annotated[
+        int,
+        "steps that the measured policy was trained for; of a look, the rollouts' or 0",
+    ]
     phase: Annotated[
         dict[str, Any],
         "label (right in 95 % of cases; else unknown), shares of draws from the "
         "estimates' distribution in which a phase is certain, the figures that decide",
     ]
-    prompts: Annotated[NotRequired[list[int]], "indices among the trained prompts"]
+    prompts: Annotated[
+        NotRequired[list[int]],
+        "indices among the trained prompts; of a look, in the order in which they came",
+    ]
     group_size: Annotated[int, "samples of each prompt"]
     directions: Annotated[
         NotRequired[int | None],
@@ -59,7 +65,8 @@ class Row(TypedDict):
     curvature: Annotated[
         Floats,
         "u'Hu / |u|^2 along the prompt's gradient u: estimated from one half of the "
-        "group and measured on the other, mean of both ways; unbiased given u",
+        "group and measured on the other, mean of both ways; unbiased given u; 0 where "
+        "halves is 1, as the other half has no signal",
     ]
     halves: Annotated[
         list[int],
@@ -88,7 +95,8 @@ class Row(TypedDict):
         dict[str, dict[str, Floats]],
         "first-order change of each prompt's expected reward by a gradient step under "
         "other prompt weights, of length 1 but for what gradients have in common: the "
-        "part of its own gradient (own) and of the other prompts' (others)",
+        "part of its own gradient (own) and of the other prompts' (others); null under "
+        "weights made of pass rates where a reward is not in [0, 1]",
     ]
     exact: Annotated[
         ExactFields | None,
@@ -224,7 +232,17 @@ def is_binary(rows: Sequence[Row]) -> bool:
     mean, std = values(rows, "group_mean"), values(rows, "group_std")
     finite = np.isfinite(mean) & np.isfinite(std)
     mean, std = mean[finite], std[finite]
-    return bool(np.allclose(std**2, mean * (1 - mean), atol=1e-4))
+    return bool(np.allclose(std**2, mean * (1 - mean), rtol=0.02, atol=1e-8))
+
+
+def has_pass_rates(rows: Sequence[Row]) -> bool:
+    """Whether mean rewards may be read as pass rates: they are exact, or no group has a
+    mean or a std that rewards from 0 to 1 cannot have."""
+    if rows[-1]["pass_rate"] is not None:
+        return True
+    mean, std = values(rows, "group_mean"), values(rows, "group_std")
+    wrong = (mean < 0) | (mean > 1) | (std**2 > mean * (1 - mean) + 1e-3)
+    return not wrong.any()
 
 
 def pairs(matrix: Sequence[Sequence[float | None]]) -> np.ndarray:

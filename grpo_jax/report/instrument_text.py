@@ -11,6 +11,7 @@ from grpo_jax.instrument.rows import (
     curvature_correlations,
     exact_label,
     finite_mean,
+    has_pass_rates,
     is_binary,
     is_older,
     signal_prompts,
@@ -82,15 +83,20 @@ def _needed_text(rows: Rows) -> str:
             f"Take {GROUP_SIZES[0]} samples of each prompt or more, better "
             f"{2 * GROUP_SIZES[0]}: groups of {group_size} seldom tell anything."
         )
-    counts = {name: prompts_needed(_WIDTH, group_size, name) for name in ASSUMED}
-    texts = [
-        f"{f'{n} prompts' if n else f'more than {PROMPTS[-1]} prompts'} of {name}"
-        for name, n in counts.items()
-    ]
+    sizes = [group_size, 2 * group_size]
+    texts = []
+    for size in sizes:
+        counts = {name: prompts_needed(_WIDTH, size, name) for name in ASSUMED}
+        wanted = [
+            f"{n} prompts of {name}" if n else f"not by {PROMPTS[-1]} of {name}"
+            for name, n in counts.items()
+        ]
+        texts.append(f"with {size} samples of each {' or '.join(wanted)}")
+        if all(counts.values()):
+            break
     return (
-        f"To tell the std of the cosines to +-{_WIDTH} every second time takes, with "
-        f"{group_size} samples of each, {' or '.join(texts)} (grpo-jax plan says on "
-        "what assumptions)."
+        f"What tells the std of the cosines to +-{_WIDTH} in half of measurements: "
+        f"{', '.join(texts)} (grpo-jax plan says on what assumptions)."
     )
 
 
@@ -150,9 +156,10 @@ def _spread_text(rows: Rows) -> str:
     ratio = np.percentile(sigma, 95) / np.percentile(sigma, 5)
     at = "" if len(rows) == 1 else " at the last measurement"
     return (
-        f" Sigma varies by a factor of {ratio:.2g}{at} over groups with two rewards "
-        "(95th over 5th percentile), and so do the weights 1 / sigma: but for a common "
-        "scale that is all that normalisation changes."
+        f" The groups' sigma varies by a factor of {ratio:.2g}{at} where two rewards "
+        "differ (95th over 5th percentile, sampling noise included), and so do the "
+        "weights 1 / sigma: but for a common scale that is all that normalisation "
+        "changes."
     )
 
 
@@ -237,21 +244,24 @@ def _interference_text(rows: Rows) -> str:
         names = ("small_fraction", "mean_cosine", "std_cosine")
         figures = [values(rows, "phase", name) for name in names]
     figures = np.stack(figures, 1)  # [N, 3]
+
+    def at(row: Row) -> str:
+        return f"at step {row['step']} " if len(shown) > 1 else ""
+
     finite = np.flatnonzero(np.isfinite(figures).all(1))
     if not len(finite):
         return "Interference among prompts is unknown: no cosine could be estimated."
     kinds = [kind_of(row) for row in shown]
     common = max(dict.fromkeys(kinds), key=kinds.count)
-    meaning = "the intervals allow more than one reading"
+    meaning = "The intervals allow more than one reading."
     if common in KINDS:
-        meaning = f"in theory {KINDS[common]}"
+        meaning = f"Where it is {common}, in theory {KINDS[common]}."
     text = (
         f"Interference among prompts: {_counted(shown, kind_of)}"
-        f"{'' if exact else ' (by 95 % intervals)'}. Where it is {common}, {meaning}. "
-        f"The {source} cosines: "
+        f"{'' if exact else ' (by 95 % intervals)'}. {meaning} The {source} cosines: "
     )
     text += "; ".join(
-        f"at step {shown[i]['step']} mean {figures[i, 1]:+.2f}, std "
+        f"{at(shown[i])}mean {figures[i, 1]:+.2f}, std "
         f"{figures[i, 2]:.2f}, {_percent(figures[i, 0])} of them below 0.1 in size"
         for i in dict.fromkeys([finite[0], finite[-1]])
     )
@@ -271,6 +281,8 @@ def _mean_cosine_text(rows: Rows) -> str:
 
 
 def _others_text(rows: Rows) -> str:
+    if not has_pass_rates(rows):
+        return " Rewards are not in [0, 1], so no prompts are called hard."
     effect = effect_on_hard(rows)
     if effect is None:
         return " No measurement has a prompt with signal and a pass rate below 1/3."

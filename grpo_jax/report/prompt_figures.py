@@ -12,6 +12,7 @@ from grpo_jax.instrument.rows import (
     curvature_correlations,
     exact_curvature,
     finite_mean,
+    has_pass_rates,
     is_binary,
     pass_rates,
     sampled_curvature,
@@ -42,6 +43,8 @@ DIFFICULTY = {"hard": ORANGE, "middle": SAND, "easy": BLUE}
 def pass_rates_by_difficulty(rows: Rows) -> Figure | TooFew | None:
     """Every probe prompt's pass rate over the run."""
     title = "Probe prompts' pass rates"
+    if not has_pass_rates(rows):
+        title = "Probe prompts' mean rewards"
     series = np.stack([pass_rates(row) for row in rows])
     if few := _too_few(title, series):
         return few
@@ -198,12 +201,8 @@ def curvature_against_variance(rows: Rows) -> Figure | TooFew | None:
         return TooFew(title, max(dots), what, LEAST_DOTS)
     kinds = [k for k, n in zip(kinds, dots, strict=True) if n >= LEAST_DOTS]
     drawn = np.concatenate([kind.all_drawable() for kind in kinds], axis=1)
-    points = [xy for kind in kinds for xy in kind.xy]
-    finite = sum(int(np.isfinite(xy.sum(0)).sum()) for xy in points)
-    missing = sum(xy.shape[1] for xy in points) - finite
-    left_out = f"{missing} without signal in both halves of a group"
-    if zeros := finite - drawn.shape[1]:
-        left_out += f", and {zeros} where a figure is 0,"
+    points = sum(xy.shape[1] for kind in kinds for xy in kind.xy)
+    left_out = f"{points - drawn.shape[1]} of {points} points"
     spreads = values(rows, "spread")
     spreads = spreads[np.isfinite(spreads) & (spreads > 0)]
     spread = float(spreads.max()) if is_binary(rows) and len(spreads) else None
@@ -266,7 +265,8 @@ def _curvature_caption(
 ) -> str:
     caption = (
         "Each probe prompt at every measurement (small dots between the first and the "
-        f"last); {left_out} left out. {_correlation_text(rows)}"
+        f"last); {left_out} are left out, as a half of the group has no signal or a "
+        f"figure is 0. {_correlation_text(rows)}"
     )
     if spread is None:
         if not is_binary(rows):

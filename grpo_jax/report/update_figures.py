@@ -9,6 +9,7 @@ from grpo_jax.instrument.rows import (
     Row,
     finite_mean,
     first_order,
+    has_pass_rates,
     pass_rates,
     values,
     with_update,
@@ -94,7 +95,7 @@ def first_order_changes(rows: Rows) -> Figure | TooFew | None:
     names = [
         n for n in rows[-1]["weightings"] if all(n in r["weightings"] for r in rows)
     ]
-    if not names:
+    if not names or not has_pass_rates(rows):
         return None
     changes = {name: first_order(rows, name) for name in names}  # (own, others)
     rate = np.stack([pass_rates(row) for row in rows])

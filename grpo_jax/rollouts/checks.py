@@ -188,15 +188,15 @@ def unlikely_share(
         In [0, 1].
     """
     sampled = np.asarray(rollouts.completion_mask) > 0
-    logprobs = np.asarray(_logprobs(policy, rollouts, temperature))
-    return _share((logprobs < _floor(policy)) & sampled, sampled)
+    return _share(_logprobs(policy, rollouts, temperature), sampled, _floor(policy))
 
 
 def _floor(policy: Policy) -> float:
     return -1 - math.log(policy.config.vocab_size)
 
 
-def _share(low: np.ndarray, sampled: np.ndarray) -> float:
+def _share(logprobs: jax.Array, sampled: np.ndarray, floor: float) -> float:
+    low = (np.asarray(logprobs) < floor) & sampled
     return float(low.sum() / max(1, sampled.sum()))
 
 
@@ -230,9 +230,9 @@ def warn_if_unlikely(
     if logprobs is None:
         logprobs = _logprobs(policy, rollouts, temperature)
     sampled = np.asarray(rollouts.completion_mask) > 0
-    low = (np.asarray(logprobs) < floor) & sampled
-    share = _share(low, sampled)
+    share = _share(logprobs, sampled, floor)
     if share > MOST_UNLIKELY:
+        low = (np.asarray(logprobs) < floor) & sampled
         worst = int((low.sum((1, 2)) / np.maximum(1, sampled.sum((1, 2)))).argmax())
         warnings.warn(
             f"the policy gives {share:.0%} of the sampled tokens a log-prob below "

@@ -132,13 +132,18 @@ def find_form(form: str | RowForm) -> RowForm:
     return ROW_FORMS[form]
 
 
-def explaining(fields: Collection[str]) -> list[str]:
-    """Names of the forms of other trainers that a row with these fields has."""
+def explaining(fields: Collection[str], form: RowForm) -> list[str]:
+    """Names of the other trainers' forms that a row with these fields may be of, where
+    it lacks what is read in `form`."""
+    if {form.prompt, form.completion, *(form.weights() or ())} <= {*fields}:
+        return []
+    if {"traces", "nodes"} & {*fields}:
+        return ["prime-rl"]
     return [
         name
-        for name, form in ROW_FORMS.items()
-        if name != "rows"
-        and {form.prompt, form.completion, *(form.weights() or ())} <= {*fields}
+        for name in ("trl", "verl")
+        if (other := ROW_FORMS[name]) != form
+        and {other.prompt, other.completion, *(other.weights() or ())} <= {*fields}
     ]
 
 

@@ -28,9 +28,8 @@ class StepRollouts(NamedTuple):
 
     step: int | None  # None: the rows name none
     rollouts: Rollouts
+    ended: int  # completions, texts, that got the token with which the model ends
     rewards: Mapping[str, float]  # fields that a reward is the sum of, with weights
-    completions: int
-    ended: int  # of them, texts that were given the token with which the model ends
 
 
 class Sample(NamedTuple):
@@ -82,7 +81,7 @@ def chosen_step(
     if step is None:
         step = next(iter(steps))
     made = _rollouts(steps[step], tokenizer, found, group_size, pad_to)
-    return StepRollouts(step, made[0], weights, len(steps[step]), made[1])
+    return StepRollouts(step, *made, weights)
 
 
 def each_step(
@@ -103,13 +102,14 @@ def each_step(
         steps, weights = records_by_step(rows, found)
         for step, records in steps.items():
             if step in seen:
+                named = "without a step" if step is None else f"of step {step}"
                 raise ConfigError(
-                    f"{records[0].where}: rows of step {step} were in an earlier file "
-                    "too; put the rows of a step into one file."
+                    f"{records[0].where}: rows {named} were in an earlier file too; "
+                    "put the rows of a step into one file."
                 )
             seen.add(step)
             made = _rollouts(records, tokenizer, found, group_size, pad_to)
-            yield StepRollouts(step, made[0], weights, len(records), made[1])
+            yield StepRollouts(step, *made, weights)
 
 
 def _some(steps: Iterable[int | None]) -> str:
@@ -182,7 +182,7 @@ def _sample(encoder: Encoder, record: Record, vocab_size: int | None) -> Sample:
         _check_length("logprobs", record.logprobs, ids, record.completion, where)
         logprobs = _logprobs(record.logprobs, mask, where)
     n = len(mask) - mask[::-1].index(1)
-    return Sample(ids[:n], mask[:n], logprobs[:n], record, made.end)
+    return Sample(ids[:n], mask[:n], logprobs[:n], record, made.end * (n == len(ids)))
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int | None, what: str) -> None:

@@ -10,6 +10,8 @@ from grpo_jax.rewards.rows import Row, lookup
 from grpo_jax.rollouts.forms import ROW_FORMS, RowForm, explaining, number
 from grpo_jax.rollouts.transcripts import Value, kind_of
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class Record(NamedTuple):
     """One completion of a row."""
@@ -40,7 +42,7 @@ def records_by_step(
     for kind, name in form.optional().items():
         own = name not in {names[kind] for names in known}
         if own and not any(_has(row, name) for row in rows):
-            raise ConfigError(_missing(rows[0], name, f"; {kind} is called so"))
+            raise ConfigError(_missing(rows[0], name, form, f"; {kind} is called so"))
     weights = form.weights() or _reward_fields(rows, form)
     steps: dict[int | None, list[Record]] = {}
     for row in rows:
@@ -62,27 +64,28 @@ def _get(row: Row, field: str) -> Any:
     return lookup(row.values, field) if _has(row, field) else None
 
 
-def _needed(row: Row, field: str) -> Any:
+def _needed(row: Row, field: str, form: RowForm) -> Any:
     value = _get(row, field)
     if value is None:
-        raise ConfigError(_missing(row, field))
+        raise ConfigError(_missing(row, field, form))
     return value
 
 
-def _missing(row: Row, field: str, more: str = "") -> str:
+def _missing(row: Row, field: str, form: RowForm, more: str = "") -> str:
     there = ", ".join(repr(name) for name in row.values)
-    known = [f"form={name!r} (--form {name})" for name in explaining(row.values)]
+    known = [f"form={name!r} (--form {name})" for name in explaining(row.values, form)]
     return (
         f"{row.where}: field {field!r} is missing{more}; {nearest(field, row.values)}"
         f"the row has {there}: "
         + (f"it may be of {' or '.join(known)}; else " if known else "")
-        + "say what fields are called with form=gj.RowForm(...)."
+        + "say what fields are called with form=gj.RowForm(...), or --rewards NAME."
     )
 
 
 def _reward_fields(rows: Sequence[Row], form: RowForm) -> dict[str, float]:
     """Every field that is a number in some row, and a number or null in all."""
-    names = [name for name in rows[0].values if name not in form.named()]
+    there = dict.fromkeys(name for row in rows for name in row.values)
+    names = [name for name in there if name not in form.named()]
 
     def numeric(name: str) -> bool:
         values = [row.values.get(name) for row in rows]
@@ -93,24 +96,27 @@ def _reward_fields(rows: Sequence[Row], form: RowForm) -> dict[str, float]:
 
     found = {name: 1.0 for name in names if numeric(name)}
     if not found:
-        truths = [x for x in names if isinstance(rows[0].values.get(x), bool)]
+        first = rows[0].values
+        truths = [x for x in names if isinstance(first.get(x), bool)]
         if truths:
             raise ConfigError(
                 f"{rows[0].where}: no field has numbers; of true and false a reward is "
                 f"made by name alone: gj.RowForm(rewards={truths[0]!r}), or --rewards "
                 f"{truths[0]}."
             )
-        raise ConfigError(_missing(rows[0], "reward", ": no other field has numbers"))
+        raise ConfigError(
+            _missing(rows[0], "reward", form, ": no other field has numbers")
+        )
     return found
 
 
 def _records(row: Row, form: RowForm, weights: Mapping[str, float]) -> Iterator[Record]:
     """The completions of a row: one, or a list of them."""
-    prompt = _value(row, form.prompt)
-    completions = _needed(row, form.completion)
+    prompt = _value(row, form.prompt, form)
+    completions = _needed(row, form.completion, form)
     several = kind_of(completions) == "several"
     if not several:
-        completions = [_value(row, form.completion)]
+        completions = [_value(row, form.completion, form)]
     n = len(completions)
 
     def each(field: str) -> list[Any]:
@@ -126,9 +132,9 @@ def _records(row: Row, form: RowForm, weights: Mapping[str, float]) -> Iterator[
             )
         return value
 
-    for field in weights:
+    for field in weights if form.rewards is not None else ():
         if not _has(row, field):
-            raise ConfigError(_missing(row, field))
+            raise ConfigError(_missing(row, field, form))
     parts = {field: each(field) for field in weights}
     names = form.of_completions()
     group, step = _get(row, form.group), _step(row, form.step)
@@ -151,9 +157,9 @@ def _records(row: Row, form: RowForm, weights: Mapping[str, float]) -> Iterator[
         )
 
 
-def _value(row: Row, field: str) -> Value:
+def _value(row: Row, field: str, form: RowForm) -> Value:
     """A field that is text, token ids or messages; "" is for the caller to refuse."""
-    value = _needed(row, field)
+    value = _needed(row, field, form)
     if value != "" and kind_of(value) in ("", "several"):
         raise ConfigError(_no_value(f"{row.where}: field {field!r}", field, value))
     return value
@@ -190,4 +196,7 @@ def _reward(
         for name, value in values.items()
     }
     present = [weights[name] * x for name, x in numbers.items() if not np.isnan(x)]
-    return float(sum(present)) if present else float("nan")
+    total = float(sum(present)) if present else float("nan")
+    if abs(total) > _LARGEST:
+        raise ConfigError(f"{where}: a reward of {total:g} is more than float32 holds.")
+    return total

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grpo_jax.errors import UP_TO_ONE, ConfigError, positive
+from grpo_jax.errors import UP_TO_ONE, ConfigError, at_least, positive
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.records import Dtype, Record
 from grpo_jax.runs.config import (
@@ -103,17 +103,18 @@ class LookConfig(Record):
     pretrained: str | None = None
     adapter: str | None = None  # a LoRA adapter of PEFT's form, on top of it
     run_dir: str | None = None  # a run's, of its checkpoint nearest to the rollouts'
-    # Whose fields the rows have: rows (ours), samples (a run's samples.jsonl), trl,
-    # verl, prime-rl, or module:name of a gj.RowForm of your own
+    # Whose fields the rows have: rows (ours), trl, verl, prime-rl, or module:name of a
+    # gj.RowForm of your own
     form: str = "rows"
     # Fields that a completion's reward is the sum of, NAME or NAME=WEIGHT; default: the
     # form's, which for trl are all numbers
     rewards: tuple[str, ...] = ()
-    # Completions of so many tokens were cut off: they get no end, as other texts do
+    # Texts of so many tokens were cut off: they get no end, as other texts do
     max_new_tokens: Count | None = None
     step: Natural | None = None  # which one, of rollouts of several steps
     every_step: bool = False  # each of them, as a series
-    prompts: Count | None = 32  # measured at most, of each step
+    # Measured at most, of each step
+    prompts: Annotated[int, at_least(2, "; the instrument compares them")] | None = 32
     # What gradients are taken of: all parameters, new LoRA factors (an adapter's own),
     # or all of the last layers
     parameters: Literal["all", "lora", "last-layers"] = "all"

@@ -24,6 +24,7 @@ def row_of(gradients, rates, *, exact=False, raw=None, step=0):
     else:
         field |= {"squared_norms": (norms**2).tolist(), "raw_squared_norms": raw}
         row["group_mean"] = rates
+        row["group_std"] = [(p * (1 - p)) ** 0.5 for p in rates]  # of rewards 0 and 1
     return row
 
 
