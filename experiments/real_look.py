@@ -4,12 +4,12 @@
     python experiments/real_look.py DIR --shape qwen2.5-0.5b --prompts 4 \\
         --group-size 8 --parameters all
 
-The work: P prompts of the task `ladder`, G samples of T tokens each, drawn once with
-the model and scored. `look` runs in a process of its own for each kind of parameters;
-what it says before it starts stands beside what it took (seconds with compilation,
-peak resident memory). With --shape the model is a new one of that shape in bfloat16,
-with DIR's tokenizer, and its rewards are coin tosses: only time and memory tell there.
-Figures are in BUILD_NOTES.md.
+The model draws G samples of T tokens for each of P prompts of the task `ladder`, once,
+and they are scored. Then `look` measures them in a process of its own for each kind of
+parameters. A line has what it said before it started beside what it took: seconds with
+compilation, and the process's peak memory. With --shape the model is a new one of that
+shape in bfloat16 with DIR's tokenizer and rewards by coins: of it only time and memory
+tell something. Figures are in BUILD_NOTES.md.
 """
 
 import dataclasses
@@ -102,7 +102,9 @@ def draw(c: Config, directory: Path) -> None:
     )
     if c.shape:
         tosses = jax.random.bernoulli(key, shape=(c.prompts, c.group_size))
-        rollouts = rollouts._replace(rewards=np.asarray(tosses, np.float32))
+        known = rollouts.completions % len(task.tokenizer)  # that can be read back
+        rewards = np.asarray(tosses, np.float32)
+        rollouts = rollouts._replace(completions=known, rewards=rewards)
     lines = [json.dumps(row) + "\n" for row in rollouts.to_rows()]
     (directory / "rollouts.jsonl").write_text("".join(lines))
 
@@ -114,7 +116,7 @@ def line(c: Config, parameters: str, directory: Path, model: Path) -> list[str]:
         "-m", "grpo_jax", "look", directory / "rollouts.jsonl", "--pretrained", model,
         "--parameters", parameters, "--prompts", str(c.prompts), "--output", output,
     )  # fmt: skip
-    said = re.search("measuring, (.*); and", found.text)
+    said = re.search("measuring: (.*?B)", found.text)
     phase = json.loads((output / "look.json").read_text())["rows"][0]["phase"]
     figures = [
         f"{phase[name]} {phase[f'{name}_interval']}"
