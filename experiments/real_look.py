@@ -7,9 +7,10 @@
 The model draws G samples of T tokens for each of P prompts of the task `ladder`, once,
 and they are scored. Then `look` measures them in a process of its own for each kind of
 parameters. A line has what it said before it started beside what it took: seconds with
-compilation, and the process's peak memory. With --shape the model is a new one of that
-shape in bfloat16 with DIR's tokenizer and rewards by coins: of it only time and memory
-tell something. Figures are in BUILD_NOTES.md.
+compilation, and the process's peak memory. "As the first": Pearson over pairs of
+prompts of raw cosines and those of the first kind, on the same samples. With --shape
+the model is a new one of that shape in bfloat16 with DIR's tokenizer and rewards by
+coins: of it only time and memory tell something. Figures are in BUILD_NOTES.md.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ SHAPES = {
         num_kv_heads=2, head_dim=64, qk_bias=True, rope_theta=1e6,
     ),
 }  # fmt: skip
-COLUMNS = "parameters", "mean cosine", "std", "said", "s", "GB"
+COLUMNS = "parameters", "mean cosine", "std", "as the first", "said", "s", "GB"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,26 @@ def draw(c: Config, directory: Path) -> None:
     (directory / "rollouts.jsonl").write_text("".join(lines))
 
 
+def measured(output: Path) -> dict[str, Any]:
+    """The row of a look."""
+    return json.loads((output / "look.json").read_text())["rows"][0]
+
+
+def likeness(first: Path, other: Path) -> float:
+    """Correlation of two looks' raw cosines over pairs of prompts."""
+    cosines = np.array(
+        [pairs_of(measured(x)["geometry"]["cosines"]) for x in (first, other)]
+    )
+    both = np.isfinite(cosines).all(0)
+    return float(np.corrcoef(cosines[:, both])[0, 1]) if both.sum() > 1 else np.nan
+
+
+def pairs_of(matrix: list[list[float | None]]) -> np.ndarray:
+    """[P (P - 1) / 2] entries above the diagonal; NaN where they are missing."""
+    square = np.asarray(matrix, float)
+    return square[np.triu_indices(len(square), 1)]
+
+
 def line(c: Config, parameters: str, directory: Path, model: Path) -> list[str]:
     """A row of the table, in the order of `COLUMNS`."""
     output = directory / parameters
@@ -117,11 +138,12 @@ def line(c: Config, parameters: str, directory: Path, model: Path) -> list[str]:
         "--parameters", parameters, "--prompts", str(c.prompts), "--output", output,
     )  # fmt: skip
     said = re.search("measuring: (.*?B)", found.text)
-    phase = json.loads((output / "look.json").read_text())["rows"][0]["phase"]
+    phase = measured(output)["phase"]
     figures = [
         f"{phase[name]} {phase[f'{name}_interval']}"
         for name in ("mean_cosine", "std_cosine")
     ]
+    figures.append(f"{likeness(directory / c.parameters[0], output):.2f}")
     took = [f"{found.seconds:.0f}", f"{found.peak_bytes / 1e9:.2f}"]
     return [parameters, *figures, said[1] if said else "nothing", *took]
 

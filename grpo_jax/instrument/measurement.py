@@ -135,10 +135,10 @@ def measured_parameters(
         return policy.params, policy.replace
     stacked = policy.params["layers"]
     first = jax.tree.map(lambda x: x[:-layers], stacked)
+    lower = policy.replace(policy.params | {"layers": first})
 
     def replaced(params: Any) -> Policy:
-        whole = jax.tree.map(lambda *x: jnp.concatenate(x), first, params)
-        return policy.replace(policy.params | {"layers": whole})
+        return dataclasses.replace(lower, tail=params)
 
     return jax.tree.map(lambda x: x[-layers:], stacked), replaced
 

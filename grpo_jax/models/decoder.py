@@ -143,7 +143,14 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, stacked layers, final norm and unembedding."""
+    """Embedding, stacked layers, final norm and unembedding.
+
+    Attributes:
+        tail: Parameters of last layers that are apart from `layers`, stacked as theirs,
+            so that derivatives along them need none of the layers below; or None.
+    """
+
+    tail: Any = None
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=config.num_layers)
@@ -252,6 +259,7 @@ class Decoder(nnx.Module):
         """
         c = self.config
         graph, stacked = nnx.split(self.layers)
+        stacks = [stacked] if self.tail is None else [stacked, self.tail]
         slides = None
         if c.sliding_layers:
             slides = jnp.array([i in c.sliding_layers for i in range(c.num_layers)])
@@ -267,4 +275,11 @@ class Decoder(nnx.Module):
                 "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             }[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        return jax.lax.scan(body, carry, (stacked, slides))
+        outputs, first = [], 0
+        for stack in stacks:
+            end = first + len(jax.tree.leaves(stack)[0])
+            here = None if slides is None else slides[first:end]
+            carry, output = jax.lax.scan(body, carry, (stack, here))
+            outputs.append(output)
+            first = end
+        return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)

@@ -26,19 +26,24 @@ class Policy:
         params: Trained parameters, float32 in training: all of them, or with LoRA its
             low-rank factors.
         frozen: With LoRA the base weights, in any float dtype; else None.
+        tail: Of the last layers, where `params` have the others alone; else None.
     """
 
     config: ModelConfig = dataclasses.field(metadata=dict(static=True))
     graphdef: Any = dataclasses.field(metadata=dict(static=True), repr=False)
     params: Any = dataclasses.field(repr=False)
     frozen: Any = dataclasses.field(default=None, repr=False)
+    tail: Any = dataclasses.field(default=None, repr=False)
 
     def module(self) -> Decoder:
         """The decoder, its parameters outside the layers gathered over fsdp."""
         params = combined_params(self.params, self.frozen)
         outer = {k: v for k, v in params.items() if k != "layers"}  # gathered by `scan`
         params = params | constrain_params(outer, gathered=True)
-        return nnx.merge(self.graphdef, params)
+        model = nnx.merge(self.graphdef, params)
+        if self.tail is not None:
+            model.tail = nnx.data(self.tail)
+        return model
 
     def replace(self, params: Any) -> "Policy":
         """The policy with other trained parameters."""

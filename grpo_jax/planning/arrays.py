@@ -161,14 +161,13 @@ def of_look(
     """Bytes of a measurement of probe prompts, on top of the state: the gradients of a
     prompt's parts, the directions, and the sums of all.
 
-    Of so many last layers where `layers` is given: beside them all layers' parameters,
-    joined again.
+    Of so many last layers where `layers` is given: beside them a copy of the others.
     """
-    measured, joined, table = w.trained, 0.0, not c.lora_rank
+    measured, others, table = w.trained, 0.0, not c.lora_rank
     if layers is not None:
         measured, table = 4 * w.layer * layers, False
-        joined = 4 * w.layer * c.num_layers
-    return w.gathered + joined + sums + max(
+        others = 4 * w.layer * (c.num_layers - layers)
+    return w.gathered + others + sums + max(
         (parts + 2) * measured + of_backward(c, s, w, half, lengths, table),
         (parts // 2 + 1) * measured + of_derivatives(c, s, w, half, lengths, table),
     )  # fmt: skip
