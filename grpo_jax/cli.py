@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.resources
+import os
 import sys
 import textwrap
 from types import ModuleType
@@ -46,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
             return _module(argv[0]).main(argv[1:])
     except ConfigError as error:
         return _bad(str(error))
+    except BrokenPipeError:  # what reads our output, as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, MissingPackageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -207,7 +207,8 @@ def _verdict(run: RunFiles) -> list[str]:
     """
     rows = [r for r in run.metrics if "eval/heldout_pass_rate" in r]
     if len(rows) < 2:
-        return ["Too few evaluations to say what changed."]
+        few = "Too few evaluations to say what changed."
+        return [few, *_unmeasured(run)]
     first, last = rows[0], rows[-1]
     sentences = []
     for name, label in (("train", "trained"), ("heldout", "held-out")):
@@ -226,8 +227,15 @@ def _verdict(run: RunFiles) -> list[str]:
             f"The pass rate on {label} prompts {change}: {before:.3f} at step "
             f"{first['step']}, {after:.3f} at step {last['step']}."
         )
-    sentences += _reward_trend(*run.series("reward/mean"))
+    sentences += _reward_trend(*run.series("reward/mean")) + _unmeasured(run)
     return [*sentences, run.note] if run.note else sentences
+
+
+def _unmeasured(run: RunFiles) -> list[str]:
+    """Where the instrument is on and has measured nothing."""
+    if run.measurements or not run.config.get("instrument", {}).get("every", 0):
+        return []
+    return ["The instrument has measured nothing yet: its first time had not come."]
 
 
 LEAST_STEPS = 9  # of a run whose first third is compared with the rest

@@ -306,7 +306,8 @@ class CheckpointConfig(Record):
 class LogConfig(Record):
     """What is written beside metrics.jsonl."""
 
-    samples_every: Natural = 10  # steps between entries of samples.jsonl; 0: never
+    # Steps between entries of samples.jsonl, besides the first step's; 0: never
+    samples_every: Natural = 10
     samples_prompts: Count = 3  # prompts per entry
     # Steps between printed lines where there is no terminal; fewer where these take
     # longer than 30 s

@@ -48,7 +48,7 @@ def step_facts(metrics: dict[str, Any]) -> str:
     return "  ".join(facts)
 
 
-LINE_S = 30  # seconds without a line that the next step's follows
+LINE_S = 15  # seconds without a line that the next step's follows
 
 
 class _Bar:

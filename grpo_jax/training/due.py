@@ -35,8 +35,9 @@ class Due:
         return _every(self.config.instrument.counterfactual_every, step)
 
     def samples(self, step: int) -> bool:
-        """Whether samples.jsonl gets an entry."""
-        return _every(self.config.log.samples_every, step)
+        """Whether samples.jsonl gets an entry; the first step's is not waited for."""
+        period = self.config.log.samples_every
+        return _every(period, step) or (period > 0 and step == 1)
 
     def checkpoint(self, step: int) -> bool:
         """Whether a checkpoint is saved in the middle of the run."""

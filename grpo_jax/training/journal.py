@@ -145,7 +145,7 @@ class Journal:
         if step and step != self._shown:
             self._console.step(step, row)
         if "eval/heldout_pass_rate" in row:
-            self._console.say(f"step {step}: {_evaluated(row)}")
+            self._console.say(f"step {step}: {evaluated_text(row)}")
         if self._processes.is_writer:
             self._tell(row)
             self._hand_on(row)
@@ -237,7 +237,7 @@ class Journal:
             self._files[name].write(row)
 
 
-def _evaluated(row: dict[str, Any]) -> str:
+def evaluated_text(row: dict[str, Any]) -> str:
     """The pass rates of a row, and the mean reward where it is another figure."""
     rate, reward = row["eval/heldout_pass_rate"], row.get("eval/heldout_reward")
     text = (

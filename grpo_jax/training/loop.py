@@ -24,7 +24,7 @@ from grpo_jax.training.context import RunContext
 from grpo_jax.training.due import Due
 from grpo_jax.training.first_updates import WATCHED, advice, too_far
 from grpo_jax.training.handle import Requests, StepListener
-from grpo_jax.training.journal import Journal
+from grpo_jax.training.journal import Journal, evaluated_text
 from grpo_jax.training.learner import WeighedBatch
 from grpo_jax.training.mismatch import mismatch_warning
 from grpo_jax.training.observers import Observers
@@ -337,6 +337,8 @@ class Loop:
             self.journal.keep(0, {}, observed | {"time/start_s": start_s})
             self.journal.flush()
         else:  # the row may lack them: a stop ends a step early
+            if "eval/heldout_pass_rate" in observed:
+                say(f"step {step}: {evaluated_text(observed)}")
             evaluated, measured = (
                 self._due.evaluation(step),
                 self._due.measurement(step),
@@ -376,7 +378,7 @@ class Loop:
             )
         error = self._listener.error
         with self._watchdog.phase("report"):
-            self._saver.report(finished)
+            self._saver.report()
             # None exits while another still works; all fail where on_step did.
             failed = context.processes.first(None if error is None else summary(error))
         if unsaved is not None:

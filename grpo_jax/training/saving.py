@@ -145,7 +145,7 @@ class Saver:
         if step:
             self.save(state, step, self._journal.last_row)
         saved = self._saved()
-        self.report(finished=False)
+        self.report()
         return kind(
             f"{reason}; stopped at step {step}, {saved}. {remedy}, then "
             f"continue with --resume --run-dir {self._context.directory}"
@@ -179,7 +179,7 @@ class Saver:
             file.unlink(missing_ok=True)
             kept = f"Its rollouts could not be written ({error})"
         saved = self._saved()
-        self.report(finished=False)
+        self.report()
         cure = (
             "A new run with a lower optimizer.learning_rate or a warm-up is the usual "
             "cure."
@@ -196,7 +196,7 @@ class Saver:
             f"again. {cure}"
         )
 
-    def report(self, finished: bool) -> None:
+    def report(self) -> None:
         """Writes report.html, unless there is no step yet; a failure is a warning."""
         context = self._context
         if not context.processes.is_writer:
@@ -213,5 +213,4 @@ class Saver:
                 f"the report could not be written ({type(error).__name__}: {error})."
             )
             return
-        if finished:
-            context.console.say(f"report: {path}")
+        context.console.say(f"report: {path}")

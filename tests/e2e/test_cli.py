@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -231,3 +233,9 @@ def test_plan_needs_no_weights(capsys, tmp_path):
     assert code == 0 and "peak, in" in text
     code, text = answer(capsys, "train", *argv[1:])
     assert code == 2 and "safetensors" in text
+
+
+def test_help_into_a_reader_that_has_enough_ends_quietly():
+    command = f"{sys.executable} -m grpo_jax train --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage:") and done.stderr == ""

@@ -89,6 +89,8 @@ def test_files_of_a_run_directory(finished):
     }  # fmt: skip
     steps = [row["step"] for row in read_lines(finished.run_dir / "metrics.jsonl")]
     assert steps == list(range(7)) and finished.finished
+    samples = read_lines(finished.run_dir / "samples.jsonl")  # every second, and one
+    assert {row["step"] for row in samples} == {1, 2, 4, 6}
 
 
 def test_every_field_is_documented_and_the_promised_ones_are_present(finished):

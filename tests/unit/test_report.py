@@ -55,6 +55,17 @@ def test_an_evaluation_without_rewards_is_said_to_be_none(tmp_path, rows):
     assert all("cannot be compared" in sentence for sentence in _verdict(run))
 
 
+def test_an_instrument_that_has_measured_nothing_is_said_to_have_not(tmp_path):
+    directory = made_run(tmp_path / "run", RATE, RATE)
+    file = directory / "config.json"
+    facts = json.loads(file.read_text())
+    for every, said in ((20, True), (0, False)):
+        facts["config"]["instrument"] |= {"every": every, "prompts": 8}
+        file.write_text(json.dumps(facts))
+        sentences = " ".join(_verdict(read_run(directory)))
+        assert ("has measured nothing yet" in sentences) == said
+
+
 def test_a_mean_reward_is_shown_where_it_is_another_figure(tmp_path):
     run = read_run(made_run(tmp_path / "run", RATE | REWARD, RATE | REWARD))
     rows = {label: last for label, _, last in _pass_rates(run)}

@@ -199,6 +199,6 @@ def test_the_figure_of_the_best_checkpoint_is_one_of_two():
 
 def test_a_run_without_a_step_has_no_report_and_no_warning(saver, tmp_path, capsys):
     made, _ = saver()
-    made.report(finished=False)
+    made.report()
     assert not (tmp_path / "report.html").exists()
     assert "report" not in "".join(capsys.readouterr())

@@ -22,11 +22,12 @@ def dispositions():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_a_request_to_stop(number):
+def test_a_signal_is_a_request_to_stop(number, capfd):
     with StopSignals() as signals:
         assert not signals.received
         os.kill(os.getpid(), number)
         assert signals.received
+        assert "then the run is saved" in capfd.readouterr().err  # at once
         assert signal.getsignal(number) is signal.SIG_DFL  # the next one ends it
     assert signal.getsignal(number) is signal.default_int_handler
 
