@@ -262,8 +262,10 @@ def look_at(config: LookConfig, *, say: Callable[[str], None] = print) -> list[L
         expected = forecast(policy, rollouts, config.micro_batch_tokens, last)
         unlikely = _refuse_if_unlikely(policy, rollouts, temperature, source)
         of_step = " for this step" * config.every_step
-        compiling = "and half a minute or more to compile"
-        say(f"measuring: {expected.text()}{of_step}, {compiling}")
+        text = f"{expected.text()}{of_step}, and half a minute or more to compile"
+        if looks:  # compiled, if it has the shape of the last one
+            text = f"about {format_seconds(expected.seconds)}{of_step}"
+        say(f"measuring: {text}")
         if expected.seconds > LONG and policy.frozen is None and last is None:
             say("fewer --prompts, or --parameters lora, take less time")
         began = time.monotonic()
@@ -388,6 +390,15 @@ def _note(
         if config.max_new_tokens is None:
             text += ", as texts lack it; give --max-new-tokens if some were cut off"
         text += "."
+    lengths = np.asarray(rollouts.completion_mask).sum(-1) - 1  # without that token
+    longest = int(lengths.max())
+    alike = int((lengths == longest).sum())
+    if found.ended and config.max_new_tokens is None and alike > lengths.size / 10:
+        text += (
+            f" {alike} of {lengths.size} completions have the largest length, "
+            f"{longest} tokens: if sampling stopped there, give --max-new-tokens "
+            f"{longest}."
+        )
     return text
 
 

@@ -45,13 +45,15 @@ class ProbePlan:
 
     def text(self, steps: int) -> str:
         """One line about the measurements of a run of `steps` steps."""
-        kept = "full gradients" if self.exact else f"gradients in {self.width:,} sums"
+        hashed = f"gradients hashed to {self.width:,} sums"
+        kept = "full gradients" if self.exact else hashed
         told = [expected_width(self.prompts, self.group_size, x) for x in ASSUMED]
         seldom = max(x[0] if x else 0.0 for x in told) < SELDOM
         return (
             f"{self.prompts} probe prompts x {self.group_size} samples"
             f"{' (they seldom tell cosines: grpo-jax plan)' * seldom}, {kept}, "
-            f"{self._when(steps)}: about {100 * self.share:.0f} % of step time"
+            f"{self._when(steps)}: about {100 * self.share:.0f} % of the time of all "
+            "steps"
         )
 
     def _when(self, steps: int) -> str:

@@ -18,14 +18,9 @@ from grpo_jax.instrument.rows import (
     values,
     with_exact,
 )
-from grpo_jax.instrument.widths import (
-    ASSUMED,
-    GROUP_SIZES,
-    PROMPTS,
-    prompts_needed,
-)
 from grpo_jax.intervals import mean_interval
 from grpo_jax.report.interference import Effect, effect_on_hard
+from grpo_jax.report.needed import prompts_text
 
 Rows = Sequence[Row]
 
@@ -41,14 +36,24 @@ def reading(rows: Rows) -> list[str]:
         return [
             f"{prompts} prompt{'s were' if prompts > 1 else ' was'} measured: at least "
             f"{LEAST_PROMPTS} with signal are needed to say anything of phase, "
-            f"interference or noise. {_needed_text(rows)}"
+            f"interference or noise. {prompts_text(rows[-1]['group_size'])}"
         ]
     return [
+        *_nothing_told(rows),
         _phase_text(rows),
         _rate_text(rows),
         _interference_text(rows),
         _noise_text(rows),
     ]
+
+
+def _nothing_told(rows: Rows) -> list[str]:
+    """The answer, where there is none."""
+    told = any(row["phase"]["label"] in PHASES for row in rows)
+    told |= any(kind_of(row) in KINDS for row in rows for kind_of in _KINDS_OF)
+    if told:
+        return []
+    return ["Whether normalisation helps on these prompts is not told by what follows."]
 
 
 def _phase_text(rows: Rows) -> str:
@@ -59,7 +64,8 @@ def _phase_text(rows: Rows) -> str:
     else:
         text = (
             f"The phase is unknown{_everywhere(rows)}: too few prompts with signal, or "
-            f"noise leaves more than one phase possible. {_needed_text(rows)}"
+            "noise leaves more than one phase possible. "
+            f"{prompts_text(rows[-1]['group_size'])}"
         )
     exact = with_exact(rows)
     if not exact:
@@ -70,34 +76,6 @@ def _phase_text(rows: Rows) -> str:
         return text + "."
     agree = sum(exact_label(row) == row["phase"]["label"] for row in both)
     return text + f"; both agree at {agree} of {_measurements(len(both))}."
-
-
-_WIDTH = 0.1  # of the std of cosines: +-, that is worth having
-
-
-def _needed_text(rows: Rows) -> str:
-    """How many prompts would tell the std of cosines, by `prompts_needed`."""
-    group_size = rows[-1]["group_size"]
-    if group_size < GROUP_SIZES[0]:
-        return (
-            f"Take {GROUP_SIZES[0]} samples of each prompt or more, better "
-            f"{2 * GROUP_SIZES[0]}: groups of {group_size} seldom tell anything."
-        )
-    sizes = [group_size, 2 * group_size]
-    texts = []
-    for size in sizes:
-        counts = {name: prompts_needed(_WIDTH, size, name) for name in ASSUMED}
-        wanted = [
-            f"{n} prompts of {name}" if n else f"not by {PROMPTS[-1]} of {name}"
-            for name, n in counts.items()
-        ]
-        texts.append(f"with {size} samples of each {' or '.join(wanted)}")
-        if all(counts.values()):
-            break
-    return (
-        f"What tells the std of the cosines to +-{_WIDTH} in half of measurements: "
-        f"{', '.join(texts)} (grpo-jax plan says on what assumptions)."
-    )
 
 
 def _certainty_text(labelled: Rows) -> str:
@@ -232,6 +210,9 @@ def exact_kind(row: Row) -> str:
     if row["exact"] is None:
         return "unknown"
     return kind(*(float(values([row], *_EXACT, name)[0]) for name in _EXACT_NAMES))
+
+
+_KINDS_OF = sampled_kind, exact_kind
 
 
 def _interference_text(rows: Rows) -> str:
@@ -425,7 +406,7 @@ def _line(row: Row) -> list[str]:
         _number(true["std"]),
         _number(geometry["attenuation"]),
         _number(geometry["violating_fraction"]),
-        _number(phase["rate_factor"]),
+        _number(phase["rate_factor"]) if is_binary([row]) else "-",
         _number(geometry["chi"]),
         *(_number(x) for x in curvature_correlations(row)),
         _number(row["features"]["raw"]["mean"]),

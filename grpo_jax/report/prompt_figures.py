@@ -300,4 +300,15 @@ def _correlation_text(rows: Sequence[Row]) -> str:
         if np.isfinite(series[0]).any()
         else ""
     )
-    return f"Median rank correlation: {', '.join(texts)}{note}. "
+    text = f"Median rank correlation: {', '.join(texts)}{note}. "
+    if len(rows) == 1:
+        count = int(np.isfinite(sampled_curvature(rows[0])[1]).sum())
+        text += (
+            f"One of {count} prompts is within +-{_by_chance(count):.2f} by chance. "
+        )
+    return text
+
+
+def _by_chance(count: int) -> float:
+    """Half width of the middle 95 % of a rank correlation of n unrelated pairs."""
+    return min(1.0, 1.96 / (count - 1) ** 0.5) if count > 1 else 1.0

@@ -95,13 +95,14 @@ def first_order_changes(rows: Rows) -> Figure | TooFew | None:
     names = [
         n for n in rows[-1]["weightings"] if all(n in r["weightings"] for r in rows)
     ]
-    if not names or not has_pass_rates(rows):
+    if not names:
         return None
     changes = {name: first_order(rows, name) for name in names}  # (own, others)
     rate = np.stack([pass_rates(row) for row in rows])
     finite = np.isfinite(changes[names[0]][0])
-    masks = [finite & (rate >= low) & (rate < high) for _, low, high in THIRDS]
-    most = max(int(mask.sum()) for mask in masks)
+    parts = THIRDS if has_pass_rates(rows) else (("all prompts", -np.inf, np.inf),)
+    masks = {n: finite & (rate >= low) & (rate < high) for n, low, high in parts}
+    most = max(int(mask.sum()) for mask in masks.values())
     if most < LEAST_AVERAGED:
         what = "prompts with signal in a third of difficulty"
         return TooFew(title, most, what, LEAST_AVERAGED)
@@ -118,26 +119,27 @@ def first_order_changes(rows: Rows) -> Figure | TooFew | None:
         panels[0].legend(frameon=False, fontsize=7, ncols=2, loc="upper left")
         panels[1].legend().set_visible(False)
 
-    counts = ", ".join(
-        f"{mask.sum()} {name}" for mask, (name, *_) in zip(masks, THIRDS, strict=True)
-    )
+    counts = ", ".join(f"{mask.sum()} {name}" for name, mask in masks.items())
+    hard = "hard below a pass rate of 1/3, easy from 2/3 " * (len(parts) > 1)
     caption = (
         "First-order change by a plain gradient step (of length 1, but for what "
         "gradients have in common): the part of the prompt's own sampled gradient and "
         "of the others'. Means over measurements of the mean over prompts with signal, "
-        f"hard below a pass rate of 1/3, easy from 2/3 ({counts}; none is drawn below "
-        f"{LEAST_AVERAGED}); thin lines: 95 % intervals over measurements (Student), "
-        "from four on."
+        f"{hard}({counts}; none is drawn below {LEAST_AVERAGED}); thin lines: "
+        "95 % intervals over measurements (Student), from four on."
     )
     return svg_figure(title, caption, draw, columns=2)
 
 
-def _bars(axes: Any, changes: dict[str, np.ndarray], masks: list[np.ndarray]) -> None:
-    """Mean change in each third with enough prompts, a bar for each prompt weights."""
+def _bars(
+    axes: Any, changes: dict[str, np.ndarray], masks: dict[str, np.ndarray]
+) -> None:
+    """Mean change in each part with enough prompts, a bar for each prompt weights."""
     width = 0.8 / len(changes)
-    used = [i for i, mask in enumerate(masks) if mask.sum() >= LEAST_AVERAGED]
+    of_parts = list(masks.values())
+    used = [i for i, mask in enumerate(of_parts) if mask.sum() >= LEAST_AVERAGED]
     for k, (name, change) in enumerate(changes.items()):
-        means = [_by_measurement(change, masks[i]) for i in used]
+        means = [_by_measurement(change, of_parts[i]) for i in used]
         heights = [float(finite_mean(x, 0)) for x in means]
         halves = [t_interval(x)[1] if len(x) >= 4 else np.nan for x in means]
         places = np.array(used) + (k - (len(changes) - 1) / 2) * width
@@ -145,8 +147,8 @@ def _bars(axes: Any, changes: dict[str, np.ndarray], masks: list[np.ndarray]) ->
         axes.bar(places, heights, 0.92 * width, color=colour, label=name)
         axes.errorbar(places, heights, halves, fmt="none", ecolor=BLACK, elinewidth=0.8)
     axes.axhline(0, color=BLACK, lw=0.8)
-    axes.set_xticks(range(3), [name for name, *_ in THIRDS])
-    axes.set_xlim(-0.5, 2.5)
+    axes.set_xticks(range(len(masks)), list(masks))
+    axes.set_xlim(-0.5, len(masks) - 0.5)
     axes.grid(False, axis="x")
 
 

@@ -80,7 +80,8 @@ def chosen_step(
         raise ConfigError(f"no row is of step {step}; there are {_some(steps)}.")
     if step is None:
         step = next(iter(steps))
-    made = _rollouts(steps[step], tokenizer, found, group_size, pad_to)
+    summed = len(weights) > 1
+    made = _rollouts(steps[step], tokenizer, found, group_size, pad_to, summed)
     return StepRollouts(step, *made, weights)
 
 
@@ -108,7 +109,8 @@ def each_step(
                     "put the rows of a step into one file."
                 )
             seen.add(step)
-            made = _rollouts(records, tokenizer, found, group_size, pad_to)
+            summed = len(weights) > 1
+            made = _rollouts(records, tokenizer, found, group_size, pad_to, summed)
             yield StepRollouts(step, *made, weights)
 
 
@@ -123,6 +125,7 @@ def _rollouts(
     form: RowForm,
     group_size: int | None,
     pad_to: int | None,
+    summed: bool,
 ) -> tuple[Rollouts, int]:
     """(rollouts of a step, completions that were given an end)."""
     encoder = Encoder(tokenizer, form)
@@ -150,7 +153,7 @@ def _rollouts(
         pad_to,
     )
     _check_groups(packed, len(records))
-    _warn_of_order(groups.values(), records)
+    _warn_of_order(groups.values(), records, summed)
     ended = sum(sample.end for sample in samples)
     return jax.tree.map(jnp.asarray, packed), ended
 
@@ -308,22 +311,42 @@ def _check_groups(rollouts: Rollouts, count: int) -> None:
     )
 
 
-def _warn_of_order(groups: Iterable[list[int]], records: Sequence[Record]) -> None:
-    """Warns where the other trainer's advantages rise as our rewards fall."""
+def _warn_of_order(
+    groups: Iterable[list[int]], records: Sequence[Record], summed: bool
+) -> None:
+    """Warns where the other trainer's advantages rise as our rewards fall, and of a sum
+    of several fields also where they are no linear function of it."""
     for members in groups:
         reward = np.array([records[i].reward for i in members])
         advantage = np.array([records[i].advantage for i in members])
         both = np.subtract.outer(reward, reward) * np.subtract.outer(
             advantage, advantage
         )
-        if (both < -1e-6).any():
+        how = "do not grow with" if (both < -1e-6).any() else ""
+        if summed and not how and not _linear(reward, advantage):
+            how = "are no linear function of"
+        if how:
             warnings.warn(
                 f"{records[members[0]].where}: within its group the file's advantages "
-                "do not grow with the sum of its rewards; give the weights that the "
-                "trainer had with form=gj.RowForm(rewards={field: weight, ...}).",
+                f"{how} the sum of its rewards; give the weights that the trainer had "
+                "with form=gj.RowForm(rewards={field: weight, ...}), or --rewards "
+                "NAME=WEIGHT.",
                 stacklevel=5,
             )
             return
+
+
+def _linear(reward: np.ndarray, advantage: np.ndarray) -> bool:
+    """Whether advantages are a linear function of rewards, as those of a group that was
+    centred and scaled; of two or fewer that are known they always are."""
+    known = np.isfinite(reward) & np.isfinite(advantage)
+    x, y = reward[known], advantage[known]
+    if len(x) < 3 or np.ptp(y) < 1e-6:
+        return True
+    if np.ptp(x) == 0:
+        return False
+    left = y - np.polyval(np.polyfit(x, y, 1), x)
+    return bool(np.abs(left).max() < 0.01 * np.ptp(y))
 
 
 # ---- from rollouts to rows

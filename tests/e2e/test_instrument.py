@@ -232,7 +232,7 @@ def test_the_budget_chooses_the_probe_set():
     assert plan(prompts=40).prompts == 40  # as asked for; the plan warns
     once, nine = (plan(prompts=4, every=e, at_start=False) for e in (400, 40))
     np.testing.assert_allclose(nine.share, 10 * once.share)
-    assert "% of step time" in few.text(400)
+    assert "% of the time of all steps" in few.text(400)
 
 
 # As the budget falls: every so many steps, at both ends, at the end alone, not at all.

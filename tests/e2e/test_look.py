@@ -255,6 +255,8 @@ def test_any_reward_is_measured_and_what_needs_0_and_1_is_left_out(sampled, comm
     assert code == 0
     assert "C says nothing here" in other and "C = 8/3 of the mean sigma" in printed
     assert "pass rate" not in other
+    for text in (printed, other):
+        assert "completions have the largest length" in text  # many were cut off at 6
     norms = [
         np.array(x["rows"][0]["geometry"]["raw_squared_norms"], float)
         for x in (signed, plain)

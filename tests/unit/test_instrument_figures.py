@@ -244,7 +244,8 @@ def test_rows_without_any_finite_number_are_said_to_be_unknown(exact):
     rows = made_rows(4, label="unknown", exact=exact)
     section = instrument_section("", [emptied(row) for row in rows])
     assert titles(section) == []
-    phase, rate, interference, noise, _ = section["reading"]
+    answer, phase, rate, interference, noise, _ = section["reading"]
+    assert answer.startswith("Whether normalisation helps on these prompts is not told")
     assert phase.startswith("The phase is unknown at all of 4 measurements")
     assert rate.startswith("C is unknown")
     assert "Interference among prompts is unknown" in interference

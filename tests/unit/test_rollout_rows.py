@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -402,6 +403,26 @@ def test_a_group_of_one_is_no_group():
     ids = [ROW | {"group": 0}, ROW | {"group": 0, "prompt": [6]}]
     with pytest.raises(ConfigError, match="row 1: its prompt is not that of row 0"):
         gj.Rollouts.from_rows(ids, None)
+
+
+def test_a_sum_that_the_advantages_are_no_function_of_brings_a_warning():
+    """Advantages of right + .2 form: with equal weights two sums are alike that were
+    not, though nothing is in another order."""
+    rewards = np.array([(0, 0), (0, 1), (1, 0), (1, 1)])
+    total = rewards @ [1.0, 0.2]
+    advantages = (total - total.mean()) / total.std()
+    given = [
+        {k: x for k, x in ROW.items() if k != "reward"}
+        | {"right": r, "form": f, "advantage": a}
+        for (r, f), a in zip(rewards.tolist(), advantages.tolist(), strict=True)
+    ]
+    form = gj.RowForm(rewards=None)
+    with pytest.warns(UserWarning, match="no linear function of the sum"):
+        gj.Rollouts.from_rows(given, None, form=form)
+    weights = {"right": 1.0, "form": 0.2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gj.Rollouts.from_rows(given, None, form=gj.RowForm(rewards=weights))
 
 
 def test_rewards_in_another_order_than_the_advantages_bring_a_warning():
