@@ -97,15 +97,15 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
     folder = local_directory(directory)
     if not [*folder.glob("tokenizer*")]:
         folder = base_directory(folder)
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
     if not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
         below = sorted(x.parent.name for x in folder.glob("*/config.json"))
         advice = f"; below it {', '.join(below[:3])} may be one" * bool(below)
         raise ConfigError(
             f"{folder} is no model's directory: it has no tokenizer.json{advice}."
         )
-    quiet_transformers()
-    from transformers import AutoTokenizer
-
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
