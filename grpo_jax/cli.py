@@ -47,10 +47,11 @@ def main(argv: list[str] | None = None) -> int:
             return _module(argv[0]).main(argv[1:])
     except ConfigError as error:
         return _bad(str(error))
-    except BrokenPipeError:  # what reads our output, as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (OSError, MissingPackageError) as error:
+        if isinstance(error, BrokenPipeError) and {"-h", "--help"} & {*argv}:
+            # What reads the help, as `head`, has enough of it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

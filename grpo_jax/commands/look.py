@@ -393,7 +393,8 @@ def _note(
     lengths = np.asarray(rollouts.completion_mask).sum(-1) - 1  # without that token
     longest = int(lengths.max())
     alike = int((lengths == longest).sum())
-    if found.ended and config.max_new_tokens is None and alike > lengths.size / 10:
+    all_ended = found.ended == found.completions
+    if all_ended and config.max_new_tokens is None and alike > lengths.size / 10:
         text += (
             f" {alike} of {lengths.size} completions have the largest length, "
             f"{longest} tokens: if sampling stopped there, give --max-new-tokens "

@@ -54,7 +54,7 @@ class Policy:
         compute_dtype, remat."""
         config = dataclasses.replace(self.config, **settings)
         other = abstract_policy(config)
-        return dataclasses.replace(other, params=self.params, frozen=self.frozen)
+        return dataclasses.replace(self, config=other.config, graphdef=other.graphdef)
 
 
 def combined_params(params: Any, frozen: Any) -> Any:

@@ -69,6 +69,13 @@ class Weights(NamedTuple):
         )
 
 
+def of_widened_base(
+    c: ModelConfig, w: Weights, base_bytes: int, widened: bool
+) -> float:
+    """Bytes of LoRA's bfloat16 base in float32, where that is what is computed in."""
+    return 4 * w.base if c.lora_rank and widened and base_bytes == 2 else 0
+
+
 Lengths = tuple[int, int]  # (L, T)
 
 

@@ -50,7 +50,7 @@ def headline(
     if config.mesh != MeshConfig():
         sizes = dataclasses.asdict(config.mesh).items()
         parts.append("mesh " + " x ".join(f"{name} {size}" for name, size in sizes))
-    parts.append(f"about {readable(peak, 'B')} of arrays")
+    parts.append(f"about {readable(peak, 'B')} on the device")
     text = " | ".join(parts)
     text += f"\n{evaluation_text(config, task, evaluated)}"
     if probe:

@@ -21,6 +21,7 @@ from grpo_jax.planning.arrays import (
     of_logits,
     of_look,
     of_sampling,
+    of_widened_base,
 )
 from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
 from grpo_jax.runs.config import MeshConfig
@@ -152,7 +153,7 @@ def estimate_memory(
     """
     s = Sizes.of(c, mesh.tensor, widened)
     w = Weights.of(c, s, mesh)
-    widened_base = 4 * w.base if c.lora_rank and widened and base_bytes == 2 else 0
+    widened_base = of_widened_base(c, w, base_bytes, widened)
     lengths = prompt_tokens, max_new_tokens
     local = MicroBatch(*micro.on_device)
     cache, sampler_logits = of_sampling(s, prompts, group_size, lengths, mesh)
@@ -292,7 +293,7 @@ def estimate_look(
     half = micro_batch(
         1, group_size // 2, prompt_tokens, max_new_tokens, micro_batch_tokens
     )
-    widened_base = 4 * w.base if c.lora_rank and widened and base_bytes == 2 else 0
+    widened_base = of_widened_base(c, w, base_bytes, widened)
     lengths = prompt_tokens, max_new_tokens
     parts = num_parts(group_size)
     return round(widened_base + of_look(c, s, w, half, lengths, parts, sums, layers))

@@ -235,7 +235,7 @@ def _unmeasured(run: RunFiles) -> list[str]:
     """Where the instrument is on and has measured nothing."""
     if run.measurements or not run.config.get("instrument", {}).get("every", 0):
         return []
-    return ["The instrument has measured nothing yet: its first time had not come."]
+    return ["The instrument has measured nothing yet."]
 
 
 LEAST_STEPS = 9  # of a run whose first third is compared with the rest

@@ -301,14 +301,16 @@ def _correlation_text(rows: Sequence[Row]) -> str:
         else ""
     )
     text = f"Median rank correlation: {', '.join(texts)}{note}. "
-    if len(rows) == 1:
+    if len(rows) == 1 and np.isfinite(series[0]).any():
         count = int(np.isfinite(sampled_curvature(rows[0])[1]).sum())
         text += (
-            f"One of {count} prompts is within +-{_by_chance(count):.2f} by chance. "
+            f"Of {count} prompts whose curvature and sigma have nothing in common, it "
+            f"is within +-{by_chance(count):.2f} in 95 % of cases. "
         )
     return text
 
 
-def _by_chance(count: int) -> float:
-    """Half width of the middle 95 % of a rank correlation of n unrelated pairs."""
+def by_chance(count: int) -> float:
+    """Size that the rank correlation of n unrelated pairs exceeds in 5 % of cases at
+    most, by its std, (n - 1)^-1/2."""
     return min(1.0, 1.96 / (count - 1) ** 0.5) if count > 1 else 1.0

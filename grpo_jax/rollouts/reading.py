@@ -29,6 +29,7 @@ class StepRollouts(NamedTuple):
     step: int | None  # None: the rows name none
     rollouts: Rollouts
     ended: int  # completions, texts, that got the token with which the model ends
+    completions: int
     rewards: Mapping[str, float]  # fields that a reward is the sum of, with weights
 
 
@@ -80,9 +81,8 @@ def chosen_step(
         raise ConfigError(f"no row is of step {step}; there are {_some(steps)}.")
     if step is None:
         step = next(iter(steps))
-    summed = len(weights) > 1
-    made = _rollouts(steps[step], tokenizer, found, group_size, pad_to, summed)
-    return StepRollouts(step, *made, weights)
+    records = steps[step]
+    return _of_step(step, records, weights, tokenizer, found, group_size, pad_to)
 
 
 def each_step(
@@ -109,9 +109,7 @@ def each_step(
                     "put the rows of a step into one file."
                 )
             seen.add(step)
-            summed = len(weights) > 1
-            made = _rollouts(records, tokenizer, found, group_size, pad_to, summed)
-            yield StepRollouts(step, *made, weights)
+            yield _of_step(step, records, weights, tokenizer, found, group_size, pad_to)
 
 
 def _some(steps: Iterable[int | None]) -> str:
@@ -119,15 +117,15 @@ def _some(steps: Iterable[int | None]) -> str:
     return ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
 
 
-def _rollouts(
+def _of_step(
+    step: int | None,
     records: Sequence[Record],
+    weights: Mapping[str, float],
     tokenizer: Any,
     form: RowForm,
     group_size: int | None,
     pad_to: int | None,
-    summed: bool,
-) -> tuple[Rollouts, int]:
-    """(rollouts of a step, completions that were given an end)."""
+) -> StepRollouts:
     encoder = Encoder(tokenizer, form)
     places = [record.where for record in records]
     prompts = encoder.prompts([record.prompt for record in records], places)
@@ -153,9 +151,10 @@ def _rollouts(
         pad_to,
     )
     _check_groups(packed, len(records))
-    _warn_of_order(groups.values(), records, summed)
+    _warn_of_order(groups.values(), records, summed=len(weights) > 1)
     ended = sum(sample.end for sample in samples)
-    return jax.tree.map(jnp.asarray, packed), ended
+    rollouts = jax.tree.map(jnp.asarray, packed)
+    return StepRollouts(step, rollouts, ended, len(records), weights)
 
 
 def _sample(encoder: Encoder, record: Record, vocab_size: int | None) -> Sample:

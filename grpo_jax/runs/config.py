@@ -103,9 +103,8 @@ class ObjectiveConfig(Record):
     ranges, and `grpo-jax train --help` begins with the choices of each axis.
     """
 
-    name: Annotated[str, _OBJECTIVE] = (
-        "grpo"  # or module:name, an Objective of your own
-    )
+    # Of a row of OBJECTIVES, or module:name of an Objective of your own
+    name: Annotated[str, _OBJECTIVE] = "grpo"
     baseline: str | None = None  # what is taken off a reward
     scale: str | None = None  # the prompt weights
     std_eps: NotNegative | None = None  # added to the std
@@ -310,7 +309,7 @@ class LogConfig(Record):
     samples_every: Natural = 10
     samples_prompts: Count = 3  # prompts per entry
     # Steps between printed lines where there is no terminal; fewer where these take
-    # longer than 30 s
+    # longer than 15 s
     lines_every: Count = 10
     # A function of (row, run), by module:name, that sees every line of metrics.jsonl,
     # and may ask to stop, evaluate or save

@@ -9,14 +9,15 @@ A signal that the process was started to ignore stays ignored, as SIGINT is in t
 background jobs of a script (`grpo-jax train ... &`): Ctrl-C is for the foreground.
 """
 
+import contextlib
 import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
 
 _HEARD = (
-    b"stopping: the phase in progress ends, then the run is saved; the same again stops"
-    b" at once, unsaved\n"
+    b"stopping: the phase in progress ends, then the run is saved, if it made a step; "
+    b"the same again stops at once, unsaved\n"
 )
 
 
@@ -46,7 +47,8 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        os.write(2, _HEARD)  # print may be in the middle of a line
+        with contextlib.suppress(OSError):  # nobody may be left to read it
+            os.write(2, _HEARD)  # print may be in the middle of a line
         for other in self._previous:
             signal.signal(other, signal.SIG_DFL)  # the next one ends the process
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.instrument.rows import exact_label, is_binary, usable
+from grpo_jax.report import prompt_figures
 from grpo_jax.report.cosine_figures import smooth
 from grpo_jax.report.instrument_figures import FIGURES, instrument_section
 from grpo_jax.report.instrument_text import kind, reading, sampled_kind, table
@@ -366,3 +367,13 @@ def test_the_smooth_curve_keeps_a_line_and_turns_a_jump_into_a_slope():
     places, step = smooth(x, np.array([0, 0, 0, 1, 1, np.nan]))
     assert places[-1] == 35 and np.all(np.abs(np.diff(step)) < 0.1)
     assert all(len(z) == 0 for z in smooth(x, np.array([0, 0, 1, 1, np.nan, np.nan])))
+
+
+@pytest.mark.parametrize("count", [5, 6, 7, 8, 12, 20])
+def test_unrelated_pairs_seldom_have_a_larger_rank_correlation(count):
+    """Spearman's, of which every order is as likely: of 20,000, 3 standard errors."""
+    orders = np.argsort(np.random.default_rng(0).normal(size=(20_000, count)), 1)
+    centred = orders - (count - 1) / 2
+    correlations = centred @ centred[0] / (centred[0] @ centred[0])
+    outside = (np.abs(correlations) > prompt_figures.by_chance(count)).mean()
+    assert outside < 0.05 + 3 * (0.05 * 0.95 / 20_000) ** 0.5

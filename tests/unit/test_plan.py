@@ -309,7 +309,7 @@ def test_headline_names_what_differs(task):
 
     plain = text(config())
     assert plain.startswith("grpo on chains: ")
-    assert " | about 5.00kB of arrays\nevaluation: 40 trained and 16 " in plain
+    assert " | about 5.00kB on the device\nevaluation: 40 trained and 16 " in plain
     assert "4 prompts x 4 samples, 10 + 8 tokens, micro-batch 4 x 4" in plain
     assert " | ends at <eos> (1) | " in plain
     assert " | learning rate 0.0003, the default for a new model | " in plain
