@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.runs.config import TrainConfig
@@ -284,11 +284,19 @@ def _measured(directory: Path, config: dict[str, Any]) -> dict[str, int]:
     return {"every": 0} if any(row.get("step", 0) > 0 for row in steps) else {}
 
 
-def read_notes(directory: Path) -> tuple[dict[str, str], str, str, str]:
-    """(package versions, the task's note, the objective's formula, where the learning
-    rate comes from)."""
+class Notes(NamedTuple):
+    """What a run recorded beside its config, for readers."""
+
+    versions: dict[str, str]  # of packages
+    note: str  # of the task
+    formula: str  # of the objective
+    learning_rate_from: str  # in words
+
+
+def read_notes(directory: Path) -> Notes:
+    """What is said of a run; "" for what an older one did not record."""
     facts = read_facts(directory)
-    return (
+    return Notes(
         facts.get("versions", {}),
         facts.get("note", ""),
         facts.get("formula", ""),

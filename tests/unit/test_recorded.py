@@ -110,7 +110,7 @@ def test_a_resumed_run_keeps_its_learning_rate(begun, optimizer):
     assert rate.value == 0.5 and rate.source == "as the run began"
     now = FACTS | {"learning_rate_from": rate.source}
     record(claim(config, now), config, now)
-    assert read_notes(begun)[2] == "the default"
+    assert read_notes(begun).learning_rate_from == "the default"
     assert run_config(begun).optimizer.learning_rate == 0.5
 
 
