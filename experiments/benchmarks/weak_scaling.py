@@ -42,9 +42,9 @@ import grpo_jax as gj
 from grpo_jax.models.config import num_parameters
 from grpo_jax.models.policy import abstract_policy
 from grpo_jax.parallel.collectives import KINDS, bytes_sent, parse_collectives
+from grpo_jax.parallel.meshes import make_mesh
 from grpo_jax.parallel.sharding import (
     AXES,
-    make_mesh,
     on_mesh,
     tree_shardings,
     with_shardings,

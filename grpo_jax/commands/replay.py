@@ -21,8 +21,9 @@ import numpy as np
 
 from grpo_jax.commands._arguments import parse
 from grpo_jax.errors import ConfigError
+from grpo_jax.parallel.meshes import make_mesh
 from grpo_jax.parallel.processes import Processes
-from grpo_jax.parallel.sharding import make_mesh, on_mesh
+from grpo_jax.parallel.sharding import on_mesh
 from grpo_jax.planning.plan import make_plan
 from grpo_jax.rewards.pool import verifier_pool
 from grpo_jax.runs.checkpoints import Checkpoints

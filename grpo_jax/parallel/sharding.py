@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import (
     AbstractMesh,
-    AxisType,
     Mesh,
     NamedSharding,
     PartitionSpec,
@@ -74,28 +73,6 @@ class MeshShape(Protocol):
     def fsdp(self) -> int: ...
     @property
     def tensor(self) -> int: ...
-
-
-def make_mesh(shape: MeshShape) -> Mesh | None:
-    """A mesh of the first data * fsdp * tensor devices; None for one device.
-
-    Raises:
-        ValueError: fewer devices are visible.
-    """
-    sizes = tuple(getattr(shape, name) for name in AXES)
-    count, devices = math.prod(sizes), jax.devices()
-    if count == 1:
-        return None
-    if count > len(devices):
-        raise ValueError(
-            f"a mesh of data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} needs "
-            f"{count} devices, got {len(devices)}."
-        )
-    return _mesh(sizes, devices[:count])
-
-
-def _mesh(sizes: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 @contextlib.contextmanager
@@ -268,13 +245,6 @@ def put_on_mesh(tree: Any, mesh: Mesh | None) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
     return jax.tree.map(leaf, tree, tree_shardings(tree, mesh))
-
-
-def single_device_mesh(mesh: Mesh | None) -> Mesh | None:
-    """A mesh of one local device, for programs that other processes do not run."""
-    if mesh is None:
-        return None
-    return _mesh((1, 1, 1), jax.local_devices()[:1])
 
 
 def with_shardings(shapes: Any, mesh: Mesh | None) -> Any:

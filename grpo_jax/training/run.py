@@ -14,8 +14,9 @@ import optax
 from grpo_jax.errors import check_kind, first_line
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.objective import Objective
+from grpo_jax.parallel.meshes import make_mesh
 from grpo_jax.parallel.processes import LostProcessError, Processes, exit_at_once, join
-from grpo_jax.parallel.sharding import make_mesh, on_mesh
+from grpo_jax.parallel.sharding import on_mesh
 from grpo_jax.planning.plan import Plan, make_plan
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.records import as_type

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.parallel.meshes import single_device_mesh
 from grpo_jax.parallel.processes import UnwrittenError
-from grpo_jax.parallel.sharding import on_mesh, single_device_mesh
+from grpo_jax.parallel.sharding import on_mesh
 from grpo_jax.report.page import write_report
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.checkpoints import Checkpoints

@@ -21,10 +21,10 @@ import grpo_jax as gj
 from grpo_jax.commands.replay import replay
 from grpo_jax.objectives.loss import scale_weights
 from grpo_jax.parallel.collectives import parse_collectives
+from grpo_jax.parallel.meshes import make_mesh
 from grpo_jax.parallel.processes import LostProcessError, exit_at_once, gather_to_host
 from grpo_jax.parallel.sharding import (
     AXES,
-    make_mesh,
     on_mesh,
     put_on_mesh,
     tree_shardings,

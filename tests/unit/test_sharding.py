@@ -12,12 +12,12 @@ from jax.sharding import AbstractMesh
 import grpo_jax as gj
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.policy import abstract_policy
+from grpo_jax.parallel.meshes import make_mesh
 from grpo_jax.parallel.sharding import (
     AXES,
     batch_shards,
     constrain,
     flatten_rows,
-    make_mesh,
     tree_shardings,
 )
 from grpo_jax.planning.devices import check_mesh
