@@ -2,19 +2,16 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+from grpo_jax.parallel.hlo import Operation, arrays_of, bytes_of, operations
 
 KINDS = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
 )  # fmt: skip
-
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_ARRAY = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
-_CALLED = re.compile(r"(body|condition|to_apply|calls)=%?([\w.\-]+)")
-_TRIPS = re.compile(r'known_trip_count[^0-9]*"?n"?:"?([0-9]+)')
+_STARTED = "-start"
+_CHANNEL = re.compile(r"channel_id=([0-9]+)")
 
 
 class Collective(NamedTuple):
@@ -25,6 +22,8 @@ class Collective(NamedTuple):
     devices: int  # in its group
     place: str  # "entry", or "body" or "condition" of a loop
     times: int  # that it runs
+    # Other work may run meanwhile: it is started and awaited, or fused with the work
+    overlaps: bool = False
 
     @property
     def sent(self) -> float:
@@ -40,32 +39,42 @@ class Collective(NamedTuple):
         return share * self.nbytes * self.times
 
 
-def parse_collectives(text: str, *, trips: int = 1) -> list[Collective]:
+def parse_collectives(text: str, *, trips: int | Sequence[int] = 1) -> list[Collective]:
     """Collectives in a program's text, `jitted.lower(...).compile().as_text()`.
 
     Args:
         text: HLO.
-        trips: Iterations of loops whose count the compiler does not know (sampling's).
+        trips: As in `operations`.
     """
-    computations, entry = _computations(text)
+    return list(collectives_of(operations(text, trips=trips)))
 
-    def walk(name: str, place: str, times: int) -> Iterator[Collective]:
-        for line in computations.get(name, ()):
-            match = _COLLECTIVE.search(line)
-            if match:
-                shape, kind, started = match.groups()
-                nbytes = _nbytes(shape, kind if started else None)
-                yield Collective(kind, nbytes, _devices(line), place, times)
+
+def collectives_of(program: Iterable[Operation]) -> Iterator[Collective]:
+    """The collectives among the operations of a program.
+
+    One that runs beside several fusions is written in each of them, and counted once.
+    """
+    seen = set()
+    for operation in program:
+        kind = operation.kind.removesuffix(_STARTED)
+        if kind not in KINDS:
+            continue
+        channel = _CHANNEL.search(operation.line)
+        if operation.fused and channel:
+            sizes = tuple(arrays_of(operation.shape))
+            key = kind, channel.group(1), sizes, operation.loop
+            if key in seen:
                 continue
-            trip_count = _TRIPS.search(line)
-            n = int(trip_count.group(1)) if trip_count else trips
-            for role, called in _CALLED.findall(line):
-                loop = role in ("body", "condition")
-                yield from walk(
-                    called, role if loop else place, times * n if loop else times
-                )
-
-    return list(walk(entry, "entry", 1))
+            seen.add(key)
+        is_started = operation.kind.endswith(_STARTED)
+        yield Collective(
+            kind,
+            _nbytes(operation.shape, kind if is_started else None),
+            _devices(operation.line),
+            operation.place,
+            operation.times,
+            is_started or operation.overlaps,
+        )
 
 
 def bytes_sent(text: str, *, trips: int = 1) -> float:
@@ -74,31 +83,14 @@ def bytes_sent(text: str, *, trips: int = 1) -> float:
     return sum(x.sent for x in parse_collectives(text, trips=trips))
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """(lines of each computation by its name, name of the entry computation)."""
-    computations: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head:
-            lines = computations[head.group(2)] = []
-            entry = head.group(2) if head.group(1) else entry
-        else:
-            lines.append(line)
-    return computations, entry
-
-
 def _nbytes(shape: str, started: str | None) -> int:
     """Bytes of a result; that of a `started` operation may begin with its operands."""
-    arrays = _ARRAY.findall(shape)
+    arrays = arrays_of(shape)
     if started == "all-gather":
         arrays = arrays[len(arrays) // 2 :]
     if started == "collective-permute":
         arrays = arrays[1:2]
-    return sum(
-        _BYTES.get(dtype, 4) * math.prod(int(n) for n in sizes.split(",") if n)
-        for dtype, sizes in arrays
-    )
+    return sum(bytes_of(dtype, sizes) for dtype, sizes in arrays)
 
 
 def _devices(line: str) -> int:

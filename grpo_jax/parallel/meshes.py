@@ -19,14 +19,16 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.parallel.sharding import AXES, MeshShape
 
 
-def make_mesh(shape: MeshShape) -> Mesh | None:
-    """A mesh of data * fsdp * tensor of the visible devices; None for one device.
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """A mesh of data * fsdp * tensor of the devices, by default the visible ones; None
+    for one device.
 
     Raises:
-        ConfigError: fewer devices are visible, or their links do not fit the mesh.
+        ConfigError: there are fewer devices, or their links do not fit the mesh.
     """
     sizes = tuple(getattr(shape, name) for name in AXES)
-    count, devices = math.prod(sizes), jax.devices()
+    count = math.prod(sizes)
+    devices = jax.devices() if devices is None else devices
     if count == 1:
         return None
     if count > len(devices):
@@ -36,9 +38,12 @@ def make_mesh(shape: MeshShape) -> Mesh | None:
 
 def single_device_mesh(mesh: Mesh | None) -> Mesh | None:
     """A mesh of one local device, for programs that other processes do not run."""
-    if mesh is None:
-        return None
-    return _mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1))
+    return None if mesh is None else mesh_of_one(jax.local_devices()[0])
+
+
+def mesh_of_one(device: Any) -> Mesh:
+    """A mesh of one device."""
+    return _mesh(np.array([device]).reshape(1, 1, 1))
 
 
 def _mesh(devices: np.ndarray) -> Mesh:

@@ -33,6 +33,7 @@ def forecast(
     *,
     device_gib: float | None = None,
     pass_rates: str | None = None,
+    plan: Plan | None = None,
 ) -> dict[str, Any]:
     """What `grpo-jax plan` prints, as JSON types: bytes, tokens and shares.
 
@@ -40,6 +41,7 @@ def forecast(
         device_gib: Memory of the device planned for; None: of this machine's, if it has
             as many as the mesh needs.
         pass_rates: As `read_pass_rates`; None: a table of examples.
+        plan: The config's; None: it is made here.
 
     Raises:
         ConfigError: as `make_plan` and `read_pass_rates`.
@@ -49,7 +51,8 @@ def forecast(
     counted = None if pass_rates is None else read_pass_rates(pass_rates)
     devices = math.prod(dataclasses.astuple(config.mesh))
     local_devices = device_gib is None and devices <= len(jax.devices())
-    plan = make_plan(config, with_weights=False, local_devices=local_devices)
+    if plan is None:
+        plan = make_plan(config, with_weights=False, local_devices=local_devices)
     if device_gib is not None:
         limit = round(device_gib * _GIB)
     else:

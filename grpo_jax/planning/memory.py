@@ -228,6 +228,18 @@ class MemoryInputs:
         """Prompts of one update."""
         return max(1, self.history * self.prompts // self.parts)
 
+    @property
+    def micro(self) -> MicroBatch:
+        """The split of an update."""
+        return micro_batch(
+            self.updated,
+            self.group_size,
+            self.prompt_tokens,
+            self.max_new_tokens,
+            self.micro_batch_tokens,
+            batch_shards(self.updated, self.group_size, self.mesh),
+        )
+
     def estimate(self) -> Memory:
         """`estimate_memory`, with the micro-batches that the run will derive."""
         split = partial(
@@ -236,7 +248,6 @@ class MemoryInputs:
             max_tokens=self.max_new_tokens,
             budget=self.micro_batch_tokens,
         )
-        shards = batch_shards(self.updated, self.group_size, self.mesh)
         probe = None
         if self.probe_prompts:
             # One more sample of each prompt: the right answer, if there is only one.
@@ -253,7 +264,7 @@ class MemoryInputs:
             group_size=self.group_size,
             prompt_tokens=self.prompt_tokens,
             max_new_tokens=self.max_new_tokens,
-            micro=split(self.updated, self.group_size, shards=shards),
+            micro=self.micro,
             reference=self.reference,
             copies=self.copies + (probe is not None),
             probe=probe,

@@ -14,7 +14,7 @@ Batches of one shape give one result in both.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,51 @@ def sample(
     )
 
 
+def lower_sample(
+    policy: Policy,
+    prompts: int,
+    prompt_tokens: int,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    ends: int,
+) -> jax.stages.Lowered:
+    """The program of `sample` for an abstract policy with shardings, whose devices need
+    not be there; not compiled.
+
+    Args:
+        policy: Parameters are `jax.ShapeDtypeStruct`s.
+        prompts: P.
+        prompt_tokens: L.
+        group_size: G.
+        max_new_tokens: T.
+        ends: Number of tokens that end a completion.
+    """
+    shape: Any = jax.ShapeDtypeStruct
+    rows, number = shape((prompts, prompt_tokens), jnp.int32), shape((), jnp.int32)
+    # A `jit` of its own: a trace is kept by shapes, whatever it was made for.
+    program = jax.jit(
+        partial(
+            _traced,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            top_k=None,
+            top_p=None,
+        )
+    )
+    return program.lower(
+        policy,
+        rows,
+        rows,
+        shape((prompts,), jnp.int32),
+        shape((prompts,), bool),
+        jax.eval_shape(lambda: jax.random.key(0)),
+        shape((), jnp.float32),
+        shape((ends,), jnp.int32),
+        number,
+    )
+
+
 def check_arguments(
     policy: Policy,
     prompt_ids: jax.Array | np.ndarray,
@@ -187,8 +232,7 @@ def _check_settings(
         raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
 
 
-@partial(jax.jit, static_argnames=("group_size", "max_new_tokens", "top_k", "top_p"))
-def _sample(
+def _traced(
     policy: Policy,
     prompt_ids: jax.Array,
     prompt_mask: jax.Array,
@@ -232,6 +276,11 @@ def _sample(
     return Rollouts(
         prompt_ids, prompt_mask, state.completions, state.mask, state.logprobs
     )
+
+
+_sample = jax.jit(
+    _traced, static_argnames=("group_size", "max_new_tokens", "top_k", "top_p")
+)
 
 
 def sample_keys(key: jax.Array, prompts: jax.Array, group_size: int) -> jax.Array:

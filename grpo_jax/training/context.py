@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -43,3 +44,25 @@ class RunContext:
     def keys(self) -> RunKeys:
         """PRNG keys of the run's seed."""
         return run_keys(self.config.seed)
+
+
+def as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
+    """The config with the dtype to compute in, the batch, the learning rate and the
+    measurements that the run takes: config.json keeps them, so that a resumed run has
+    the same where the defaults have changed."""
+    rate, probe = plan.learning_rate, plan.probe
+    chosen: dict[str, Any] = {"every": 0}
+    if probe is not None:
+        chosen = {
+            name: getattr(probe, name)
+            for name in ("every", "at_start", "prompts", "group_size")
+        }
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, compute_dtype=plan.model.dtype),
+        sampling=dataclasses.replace(config.sampling, **config.batch._asdict()),
+        optimizer=dataclasses.replace(
+            config.optimizer, learning_rate=None if rate is None else rate.value
+        ),
+        instrument=dataclasses.replace(config.instrument, **chosen),
+    )

@@ -25,7 +25,7 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.loss import scale_weights
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import gather_to_host
-from grpo_jax.parallel.sharding import on_mesh, put_on_mesh
+from grpo_jax.parallel.sharding import on_mesh, put_on_mesh, with_shardings
 from grpo_jax.planning.resolve import check_updates
 from grpo_jax.preconditioner import PromptWeights, whole_ids
 from grpo_jax.rollouts.checks import check_rollouts
@@ -37,7 +37,12 @@ from grpo_jax.runs.objects import (
     check_policy,
     check_weights,
 )
-from grpo_jax.training.programs import Programs, UpdateSettings, compile_programs
+from grpo_jax.training.programs import (
+    Programs,
+    UpdateSettings,
+    compile_programs,
+    lower_programs,
+)
 from grpo_jax.training.state import Batch, TrainState, empty_history, init_state
 
 
@@ -255,6 +260,29 @@ class Learner:
             if stopping():
                 return
             self._programs_for(state, rollouts)
+
+    def lower(self, policy: Policy, rollouts: Rollouts, mesh: Mesh) -> Programs:
+        """The programs of this learner as `jax.stages.Lowered`, for a policy and
+        rollouts [P, G, T] that are shapes, and devices that need not be there.
+
+        Args:
+            policy: Abstract, with shardings.
+            rollouts: Abstract, with shardings.
+            mesh: Where everything lies: the learner's, or one of a single device.
+        """
+        s = UpdateSettings(
+            policy=policy.replace(None),
+            reference=policy if self._method["objective"].kl_coef else None,
+            **self._method,
+        )
+
+        def start(params: Any) -> TrainState:
+            history = empty_history(s.objective, rollouts)
+            return init_state(params, s.optimizer, s.rule, history)
+
+        with on_mesh(s.mesh):
+            state = with_shardings(jax.eval_shape(start, policy.params), mesh)
+            return lower_programs(s, state, rollouts)
 
     def weigh(
         self,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from grpo_jax.instrument.live import Instrument
 from grpo_jax.instrument.prompts import ProbePrompts
@@ -15,12 +16,14 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import gather_to_host
+from grpo_jax.planning.plan import Plan
 from grpo_jax.rollouts.checks import check_sampled
 from grpo_jax.rollouts.encoding import answer_rollouts
 from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.sampling import sample
 from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.runs.config import TrainConfig
 from grpo_jax.runs.objects import check_optimizer, made
 from grpo_jax.training.collector import Collector
 from grpo_jax.training.context import RunContext
@@ -68,12 +71,13 @@ def make_parts(context: RunContext, start: Policy) -> Parts:
     )
     picked = plan.evaluated.picked
     objective = _settled_objective(context, start, prompts, picked)
-    optimizer, schedule = _make_optimizer(context)
+    config, plan = context.config, context.plan
+    optimizer, schedule = make_optimizer_of(config, plan)
     return Parts(
         prompts,
         _make_collector(context, prompts, objective),
-        _make_learner(context, objective, optimizer),
-        _shapes_of_rollouts(context, objective),
+        make_learner(config, plan, objective, optimizer, context.mesh),
+        shapes_of_rollouts(config, plan, objective, context.mesh),
         _make_pass_rates(context, policy, sampler),
         schedule,
         picked,
@@ -103,11 +107,11 @@ def _checked(sampler: Callable[..., Rollouts], vocab_size: int) -> SampleFn:
     return checked
 
 
-def _make_optimizer(
-    context: RunContext,
+def make_optimizer_of(
+    config: TrainConfig, plan: Plan
 ) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
-    """The optimizer, and its learning rate's schedule where the config has it."""
-    config, own = context.config, context.plan.given.optimizer
+    """A run's optimizer, and its learning rate's schedule where the config has it."""
+    own = plan.given.optimizer
     if own is not None and not callable(own):
         return own, None
     updates = config.steps * config.updates_per_rollout
@@ -138,10 +142,14 @@ def _make_collector(
     )
 
 
-def _make_learner(
-    context: RunContext, objective: Objective, optimizer: optax.GradientTransformation
+def make_learner(
+    config: TrainConfig,
+    plan: Plan,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None,
 ) -> Learner:
-    config, plan = context.config, context.plan
+    """A run's learner; on a single device where `mesh` is None."""
     named = config.weights.name != "objective"
     return Learner(
         objective,
@@ -154,29 +162,30 @@ def _make_learner(
         micro_batch_tokens=config.micro_batch_tokens,
         skip_empty=config.optimizer.skip_empty,
         with_counterfactual=config.instrument.counterfactual_every > 0,
-        with_solving=_needs_solving(context, objective),
-        mesh=context.mesh,
+        with_solving=_needs_solving(config, plan, objective),
+        mesh=mesh,
     )
 
 
-def _shapes_of_rollouts(context: RunContext, objective: Objective) -> list[Rollouts]:
-    plan = context.plan
+def shapes_of_rollouts(
+    config: TrainConfig, plan: Plan, objective: Objective, mesh: Mesh | None
+) -> list[Rollouts]:
+    """The abstract rollouts [P, G, T] of a run's updates, of each bucket's T."""
     return [
         rollout_shapes(
-            *context.config.batch,
+            *config.batch,
             plan.train_prompt_length,
             tokens,
-            with_solving=_needs_solving(context, objective),
-            mesh=context.mesh,
+            with_solving=_needs_solving(config, plan, objective),
+            mesh=mesh,
         )
         for tokens in plan.buckets
     ]
 
 
-def _needs_solving(context: RunContext, objective: Objective) -> bool:
+def _needs_solving(config: TrainConfig, plan: Plan, objective: Objective) -> bool:
     """Whether a rule for pass rates meets rewards that are none."""
-    plan = context.plan
-    compares = context.config.instrument.counterfactual_every > 0
+    compares = config.instrument.counterfactual_every > 0
     changed = plan.task.graded or objective.overlong == "punish"
     return changed and (plan.weights.pass_rates or compares)
 

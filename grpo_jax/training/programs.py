@@ -137,19 +137,27 @@ def compile_programs(
     settings: UpdateSettings, state: TrainState, rollouts: Rollouts
 ) -> Programs:
     """Compiles the programs for rollouts [P, G, T], arrays or their abstract forms."""
+    lowered = lower_programs(settings, state, rollouts)
+    return Programs(*(x if x is None else x.compile() for x in lowered))  # pyright: ignore
+
+
+def lower_programs(
+    settings: UpdateSettings, state: TrainState, rollouts: Rollouts
+) -> Programs:
+    """The programs of `compile_programs` as `jax.stages.Lowered`, not yet compiled."""
     s, objective = settings, settings.objective
     prompts = rollouts.prompts.shape[0]
     logprobs = rollouts.behaviour_logprobs
     policy = s.policy.replace(state.params)
     micro = s.micro(prompts, rollouts)
-    compile_ = partial(_compile, mesh=s.mesh)
+    lower = partial(_lower, mesh=s.mesh)
 
     rescore = weights_of_tokens = compare = push = token_shapes = None
     if s.rescores:
         score = partial(batch_logprobs, temperature=s.temperature, micro=micro)
-        rescore, _ = compile_(score, policy, rollouts, out_shardings=_by_group)
+        rescore, _ = lower(score, policy, rollouts, out_shardings=_by_group)
     reference = None if s.reference is None else logprobs
-    weigh_program, weighed = compile_(
+    weigh_program, weighed = lower(
         partial(weigh, objective, s.rule, max_length=s.max_new_tokens),
         rollouts,
         reference,
@@ -161,7 +169,7 @@ def compile_programs(
         factors = partial(
             token_weights, objective, temperature=s.temperature, eos_id=s.stop_ids
         )
-        weights_of_tokens, token_shapes = compile_(
+        weights_of_tokens, token_shapes = lower(
             factors, policy, rollouts, out_shardings=_by_group
         )
     batch = Batch(
@@ -182,19 +190,19 @@ def compile_programs(
             temperature=s.temperature,
             max_length=s.max_new_tokens,
         )
-        compare, _ = compile_(compare_weights, s.policy, state, batch)
+        compare, _ = lower(compare_weights, s.policy, state, batch)
     if objective.history > 1:
-        push, (_, batch) = compile_(
+        push, (_, batch) = lower(
             partial(push_history, objective),
             state.history,
             batch,
             out_shardings=_of_history,
         )
-    update = _compile_update(settings, state, batch)
+    update = _lower_update(settings, state, batch)
     return Programs(weigh_program, update, rescore, weights_of_tokens, push, compare)
 
 
-def _compile_update(s: UpdateSettings, state: TrainState, batch: Batch) -> Program:
+def _lower_update(s: UpdateSettings, state: TrainState, batch: Batch) -> Any:
     prompts = batch.weights.shape[0] // s.parts
     step = make_train_step(
         dataclasses.replace(s.policy, frozen=None),
@@ -210,7 +218,7 @@ def _compile_update(s: UpdateSettings, state: TrainState, batch: Batch) -> Progr
         return step(state, part_of(batch, index, s.parts), at, frozen)
 
     at = state.params if s.freeze_gradient_point else None
-    program, _ = _compile(
+    program, _ = _lower(
         update,
         state,
         batch,
@@ -236,17 +244,17 @@ def _of_history(shapes: tuple[Any, Any], mesh: Mesh) -> tuple[Any, Any]:
     return named["history"], tree_shardings(batch, mesh)
 
 
-def _compile(
+def _lower(
     function: Callable,
     *arguments: Any,
     mesh: Mesh | None,
     donate: tuple[int, ...] = (),
     out_shardings: Callable[[Any, Mesh], Any] | None = None,
-) -> tuple[Program, Any]:
-    """(compiled program, its abstract outputs).
+) -> tuple[Any, Any]:
+    """(`jax.stages.Lowered`, its abstract outputs).
 
     Args:
-        function: What to compile.
+        function: What to lower.
         arguments: Arrays or their abstract forms.
         mesh: None for a single device, where nothing is sharded.
         donate: Arguments whose buffers the program may overwrite.
@@ -255,7 +263,7 @@ def _compile(
     """
     if mesh is None or out_shardings is None:
         lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
-        return lowered.compile(), lowered.out_info
+        return lowered, lowered.out_info
     shapes = jax.eval_shape(function, *arguments)
     shardings = out_shardings(shapes, mesh)
     jitted = jax.jit(function, donate_argnums=donate, out_shardings=shardings)
@@ -264,4 +272,4 @@ def _compile(
         shapes,
         shardings,
     )
-    return jitted.lower(*arguments).compile(), outputs
+    return jitted.lower(*arguments), outputs

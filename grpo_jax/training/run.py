@@ -17,7 +17,7 @@ from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.meshes import make_mesh
 from grpo_jax.parallel.processes import LostProcessError, Processes, exit_at_once, join
 from grpo_jax.parallel.sharding import on_mesh
-from grpo_jax.planning.plan import Plan, make_plan
+from grpo_jax.planning.plan import make_plan
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.records import as_type
 from grpo_jax.rewards.pool import VerifierPool, verifier_pool
@@ -40,7 +40,7 @@ from grpo_jax.runs.recorded import continued
 from grpo_jax.runs.sinks import SinkRun, Sinks, find_sinks
 from grpo_jax.tasks.types import Task, now
 from grpo_jax.training.console import Console
-from grpo_jax.training.context import RunContext
+from grpo_jax.training.context import RunContext, as_planned
 from grpo_jax.training.due import Due
 from grpo_jax.training.handle import OnStep, RunHandle, StepListener
 from grpo_jax.training.journal import Journal, RowMaker
@@ -151,7 +151,7 @@ def _train(
     plan = processes.together(
         lambda: make_plan(config, _task(config, task, date), date=date, given=own)
     )
-    config = _as_planned(config, plan)
+    config = as_planned(config, plan)
     mesh = processes.together(lambda: make_mesh(config.mesh))
     console = Console(config.log.lines_every, process=processes.index)
     with verifier_pool(plan.task.reward, config.scoring) as pool, on_mesh(mesh):
@@ -189,28 +189,6 @@ def _changed_objects(config: TrainConfig, facts: dict[str, Any]) -> str | None:
     return (
         f"{', '.join(changed)}: the code or its values changed since the run's last "
         "start (what it calls by name is not compared)."
-    )
-
-
-def _as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
-    """The config with the dtype to compute in, the batch, the learning rate and the
-    measurements that the run takes: config.json keeps them, so that a resumed run has
-    the same where the defaults have changed."""
-    rate, probe = plan.learning_rate, plan.probe
-    chosen: dict[str, Any] = {"every": 0}
-    if probe is not None:
-        chosen = {
-            name: getattr(probe, name)
-            for name in ("every", "at_start", "prompts", "group_size")
-        }
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, compute_dtype=plan.model.dtype),
-        sampling=dataclasses.replace(config.sampling, **config.batch._asdict()),
-        optimizer=dataclasses.replace(
-            config.optimizer, learning_rate=None if rate is None else rate.value
-        ),
-        instrument=dataclasses.replace(config.instrument, **chosen),
     )
 
 
