@@ -113,6 +113,10 @@ def _program_lines(name: str, program: dict[str, Any]) -> list[str]:
         seconds = program["seconds"]
         time = "time" if seconds is None else f"{seconds:.3g} s"
         lines.append(f"    {time} by the compiler's estimate: {parts}")
+    if program["kernels"]:
+        lines.append(
+            f"    without {program['kernels']} runs of kernels written by hand"
+        )
     for x in program["collectives"]:
         how = "beside other work" if x["overlaps"] else "waited for"
         sent = readable(x["sent"], "B")

@@ -41,6 +41,7 @@ PARTS: dict[str, dict[str, str]] = {
     "training/step.py": {"make_train_step": OPTIMIZER, "": ADDING},
 }
 _CYCLES = re.compile(r'"estimated_cycles":"([0-9]+)"')
+_KERNEL = 'custom_call_target="tpu_custom_call"'
 _ON_CHIP = re.compile(r"S\([1-9][0-9]*\)")  # a layout in a memory smaller than HBM
 _NO_ARRAYS = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
@@ -136,6 +137,9 @@ def _read(text: str, chip: Chip, trips: int | Sequence[int]) -> dict[str, Any]:
     sent = sum(x.sent for x in collectives)
     return {
         "seconds": total / chip.ghz / 1e9 if chip.ghz and total else None,
+        "kernels": sum(
+            x.times for x in program if _KERNEL in x.line and not _CYCLES.search(x.line)
+        ),
         "parts": {part: n / total for part, n in cycles.most_common() if n},
         "arrays": _largest(program, sources),
         "collectives": _summed(collectives),
@@ -153,6 +157,8 @@ def part_of(sources: Iterable[Source]) -> str:
         rules = PARTS.get(file.rpartition("/grpo_jax/")[2], {})
         name = function.partition(".<locals>")[0]
         part = rules.get(name, rules.get("", ""))
+        if not rules and "attention" in file.rpartition("/")[2]:
+            part = ATTENTION  # a kernel, of this package or of jax
         if part:
             return part
     return OTHER

@@ -77,6 +77,7 @@ def traced(*frames):
             PRODUCTS,
         ),
         ([("elsewhere.py", "f")], OTHER),
+        ([("models/flash_attention.py", "kernel")], ATTENTION),
         ([], OTHER),
     ],
 )
