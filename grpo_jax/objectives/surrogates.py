@@ -145,8 +145,8 @@ def relative_ratio(z: jax.Array, mixture: float) -> jax.Array:
     Phi = mixture p + (1 - mixture) q, p / Phi (arXiv:2405.05630), and PPO-RPE's
     relative ratio (arXiv:2010.03290).
     """
-    ratio = bounded_ratio(z)
-    return ratio / (mixture * ratio + 1 - mixture)
+    # In this form rounding keeps it monotone and below the bound.
+    return 1 / (mixture + (1 - mixture) / bounded_ratio(z))
 
 
 def relative_importance(
