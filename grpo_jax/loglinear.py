@@ -20,6 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.precision import float32_products
+
 
 class LogLinear(NamedTuple):
     """P prompts, K responses each, D parameters."""
@@ -38,6 +40,7 @@ class Exact(NamedTuple):
     gradients: jax.Array  # [P, D], of each expected reward
 
 
+@float32_products()
 def exact(policy: LogLinear, theta: jax.Array) -> Exact:
     """Exact pass rates and gradients at theta [D]."""
     logits = policy.features @ theta + policy.offsets
@@ -49,6 +52,7 @@ def exact(policy: LogLinear, theta: jax.Array) -> Exact:
     return Exact(probabilities, mean, jnp.sqrt(variance), gradients)
 
 
+@float32_products()
 def hessians(policy: LogLinear, theta: jax.Array) -> jax.Array:
     """[P, D, D] the Hessian of each J_x at theta [D]: E[(r - p) s s^T].
 
@@ -61,6 +65,7 @@ def hessians(policy: LogLinear, theta: jax.Array) -> jax.Array:
     return jnp.einsum("pk,pkd,pke->pde", now.probabilities * centred, scores, scores)
 
 
+@float32_products()
 def deltas(policy: LogLinear, theta: jax.Array) -> jax.Array:
     """[P, D] E[x | right] - E[x | wrong] at theta [D], for binary rewards."""
     p = exact(policy, theta).probabilities
@@ -145,6 +150,7 @@ def flow_time(power: int, start: float, end: float) -> float:
     return antiderivative(end) - antiderivative(start)
 
 
+@float32_products()
 def interference(policy: LogLinear) -> jax.Array:
     """chi in [1, P], a scalar: by how much prompts' curvatures can add up.
 
@@ -158,6 +164,7 @@ def interference(policy: LogLinear) -> jax.Array:
     return jnp.linalg.eigvalsh(jnp.einsum("pkd,pke->de", rows, rows))[-1]
 
 
+@float32_products()
 def ascend(
     policy: LogLinear, theta: jax.Array, power: float, step: jax.Array, steps: int
 ) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.precision import float32_products
+
 # At most so many float32 logits at once: a larger vocabulary means shorter chunks, so
 # that temporary memory does not grow with V.
 MAX_LOGITS = 2**24
@@ -90,11 +92,11 @@ def token_logprobs(
 
     @jax.checkpoint
     def one_chunk(hidden: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, ...]:
-        logits = jnp.matmul(
-            hidden.reshape(-1, width),
-            copy if copy.dtype == dtype else _with_gradient_of(copy, wide),
-            preferred_element_type=dtype,
-        ).reshape(*hidden.shape[:-1], -1)
+        columns = copy if copy.dtype == dtype else _with_gradient_of(copy, wide)
+        flat = hidden.reshape(-1, width)
+        with float32_products(hidden.dtype):
+            logits = jnp.matmul(flat, columns, preferred_element_type=dtype)
+        logits = logits.reshape(*hidden.shape[:-1], -1)
         logits = soft_capped(logits, softcap) / temperature
         log_total = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]

@@ -148,3 +148,13 @@ def one_update(policy, objective, batch: Batch, micro, optimizer=None, max_lengt
     """(new state, metrics) of one jitted train step."""
     step, init = train_step(policy, objective, micro, optimizer, max_length)
     return jax.jit(step)(init(policy.params), batch)
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, and of those within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)

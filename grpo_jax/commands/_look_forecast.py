@@ -19,6 +19,7 @@ from grpo_jax.instrument.plan import (
 from grpo_jax.models.config import num_parameters
 from grpo_jax.models.policy import Policy
 from grpo_jax.planning.memory import estimate_look, readable
+from grpo_jax.precision import float32_products
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.training.console import format_seconds
 
@@ -122,7 +123,7 @@ def _product_rate(width: int, dtype: str) -> float:
     """Floating-point operations a second in products of the model's width."""
     x = jnp.ones((512, width), dtype)
     w = jnp.ones((width, 4 * width), dtype)
-    product = jax.jit(lambda x, w: x @ w)
+    product = jax.jit(float32_products(dtype)(lambda x, w: x @ w))
     product(x, w).block_until_ready()
     began, repeats = time.monotonic(), 10
     for _ in range(repeats):

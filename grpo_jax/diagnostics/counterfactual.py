@@ -16,6 +16,7 @@ from grpo_jax.diagnostics.curvature import (
     prompt_curvature,
     prompt_slope,
 )
+from grpo_jax.precision import float32_products
 
 
 class Counterfactual(NamedTuple):
@@ -83,6 +84,7 @@ def counterfactual_updates(
     )
 
 
+@float32_products()
 def _norms_and_cosines(trees: Any) -> tuple[jax.Array, jax.Array]:
     """(norms [K], cosines [K, K]) of K pytrees, stacked on the leaves' first axis."""
     rows = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(trees)]

@@ -19,6 +19,7 @@ from grpo_jax.diagnostics.cosines import (
     debiased_statistics,
     pair_terms,
 )
+from grpo_jax.precision import float32_products
 
 MOST_UNEVEN = 2.5  # (see `_given_rewards`) where parts are more uneven, none is used
 
@@ -66,6 +67,7 @@ class PromptGeometry(NamedTuple):
         return jnp.sqrt(jnp.maximum(self.squared_norms, 0))
 
 
+@float32_products()
 def prompt_geometry(
     rewards: jax.Array, gram: jax.Array, *, num_directions: int | None = None
 ) -> PromptGeometry:
@@ -122,6 +124,7 @@ def prompt_geometry(
     )
 
 
+@float32_products()
 def parts_geometry(
     rewards: jax.Array, vectors: jax.Array, *, num_directions: int | None = None
 ) -> PromptGeometry:
@@ -172,6 +175,7 @@ def parts_geometry(
     )
 
 
+@float32_products()
 def first_order_changes(
     inner: jax.Array, squared_norms: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -315,6 +319,7 @@ def _given_rewards(length: jax.Array, product: jax.Array) -> jax.Array:
     return jnp.where(usable, length**2 / jnp.where(usable, product, 1.0), jnp.nan)
 
 
+@float32_products()
 def _noise_cosine(
     parts: jax.Array, lengths: jax.Array, expected: jax.Array, raw: jax.Array
 ) -> jax.Array:

@@ -150,7 +150,7 @@ def _part_gradients(
 
     def gradient(part: tuple[Any, jax.Array]) -> Any:
         samples, weights = part
-        return jax.grad(lambda params: weights @ log_prob_fn(params, samples))(params)
+        return jax.grad(lambda x: (weights * log_prob_fn(x, samples)).sum())(params)
 
     return jax.lax.map(gradient, (samples, weights))
 

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.precision import float32_products
+
 
 def gradient_sketch(
     log_prob_fn: Callable[[Any], jax.Array],
@@ -54,6 +56,7 @@ def gradient_sketch(
     return jnp.moveaxis(columns, 0, -1)
 
 
+@float32_products()
 def sketch_gram(sketch: jax.Array) -> jax.Array:
     """[P, G, P, G] estimated inner products of the scores, from a sketch [P, G, K]."""
     return jnp.einsum("pgk,qhk->pgqh", sketch, sketch) / sketch.shape[-1]
@@ -65,10 +68,11 @@ def exact_gram(log_prob_fn: Callable[[Any], jax.Array], params: Any) -> jax.Arra
     P * G gradients are in memory at once: a reference for small models.
     """
     scores = jax.jacrev(log_prob_fn)(params)  # leaves [P, G, *shape]
-    parts = [
-        jnp.einsum("pgn,qhn->pgqh", x, x)
-        for x in (y.reshape(*y.shape[:2], -1) for y in jax.tree.leaves(scores))
-    ]
+    with float32_products():
+        parts = [
+            jnp.einsum("pgn,qhn->pgqh", x, x)
+            for x in (y.reshape(*y.shape[:2], -1) for y in jax.tree.leaves(scores))
+        ]
     return sum(parts[1:], parts[0])
 
 

@@ -18,6 +18,7 @@ from grpo_jax.diagnostics.probe import Probe, probe_prompt
 from grpo_jax.diagnostics.sketch import gradient_hash
 from grpo_jax.models.forward import completion_hidden
 from grpo_jax.models.policy import Policy
+from grpo_jax.precision import float32_products
 from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
 from grpo_jax.rollouts.types import Rollouts
@@ -179,6 +180,7 @@ def mean_hidden_state(
     return jax.lax.map(total, parts).sum(0) / count
 
 
+@float32_products()
 def noise_vectors(vectors: jax.Array) -> jax.Array:
     """[P, K] alternating sums of the parts' gradients [P, H, K]: their noise alone."""
     parts = vectors.shape[1]
@@ -189,6 +191,7 @@ def noise_vectors(vectors: jax.Array) -> jax.Array:
     return jnp.where(complete[:, None], noise, 0.0)
 
 
+@float32_products()
 def cosines(vectors: jax.Array) -> jax.Array:
     """[P, P] cosines between vectors [P, K]; NaN where one of them is 0."""
     norms = jnp.linalg.norm(vectors, axis=1)

@@ -28,6 +28,7 @@ from grpo_jax.models.config import ModelConfig, linear_sizes
 from grpo_jax.models.linear import Linear
 from grpo_jax.models.lora import LoRALinear
 from grpo_jax.parallel.sharding import constrain_params, flatten_rows
+from grpo_jax.precision import float32_products
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -246,9 +247,10 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
-        logits = jnp.matmul(
-            hidden, self.unembedding_matrix(), preferred_element_type=jnp.float32
-        )
+        with float32_products(self.config.dtype):
+            logits = jnp.matmul(
+                hidden, self.unembedding_matrix(), preferred_element_type=jnp.float32
+            )
         return soft_capped(logits, self.config.logit_softcap)
 
     def scan(self, layer: Callable[..., tuple[Any, Any]], carry: Any) -> tuple:
@@ -279,7 +281,8 @@ class Decoder(nnx.Module):
         for stack in stacks:
             end = first + len(jax.tree.leaves(stack)[0])
             here = None if slides is None else slides[first:end]
-            carry, output = jax.lax.scan(body, carry, (stack, here))
+            with float32_products(c.dtype):
+                carry, output = jax.lax.scan(body, carry, (stack, here))
             outputs.append(output)
             first = end
         return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from grpo_jax.advantages import group_statistics
 from grpo_jax.logprobs import MAX_LOGITS, soft_capped
+from grpo_jax.precision import float32_products
 
 # Choices of `Objective.token_weight`, and the symbol that its formula writes.
 TOKEN_WEIGHTS = {"none": "", "conflict": "lambda", "nthr": "eta"}
@@ -70,6 +71,7 @@ def mean_entropy(entropy: jax.Array, completion_mask: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(total / jnp.maximum(mask.sum(-1), 1))
 
 
+@float32_products()
 def nthr_weights(
     hidden: jax.Array,
     unembedding: jax.Array,

@@ -24,6 +24,7 @@ from grpo_jax.parallel.sharding import (
     flatten_rows,
     splits_tensor,
 )
+from grpo_jax.precision import float32_products
 
 Caches = list[jax.Array]  # one per layer
 
@@ -61,23 +62,24 @@ class TokenDecoder(NamedTuple):
         keys, values = [*keys], [*values]
         x = model.embed(token, self.embedding)  # [P, G, D]
         x = constrain(x, "prompts", "samples")
-        for i, block in enumerate(self.blocks):
-            slides = i in model.config.sliding_layers
-            q, k, v = block.qkv(x, rotary.select(slides))
-            keys[i] = write(keys[i], k[..., None], t, axis=4)
-            values[i] = write(values[i], v[:, :, :, None], t, axis=3)
-            attended = shared_prefix_attention(
-                q[:, :, None],
-                self.prefix_keys[i],
-                self.prefix_values[i],
-                prefix_mask.select(slides),
-                keys[i],
-                values[i],
-                cache_mask.select(slides),
-                **model.scores,
-            )[:, :, 0]
-            x = constrain(block.output(x, attended), "prompts", "samples")
-        return self._unembed(x), keys, values
+        with float32_products(model.config.dtype):
+            for i, block in enumerate(self.blocks):
+                slides = i in model.config.sliding_layers
+                q, k, v = block.qkv(x, rotary.select(slides))
+                keys[i] = write(keys[i], k[..., None], t, axis=4)
+                values[i] = write(values[i], v[:, :, :, None], t, axis=3)
+                attended = shared_prefix_attention(
+                    q[:, :, None],
+                    self.prefix_keys[i],
+                    self.prefix_values[i],
+                    prefix_mask.select(slides),
+                    keys[i],
+                    values[i],
+                    cache_mask.select(slides),
+                    **model.scores,
+                )[:, :, 0]
+                x = constrain(block.output(x, attended), "prompts", "samples")
+            return self._unembed(x), keys, values
 
     def _unembed(self, x: jax.Array) -> jax.Array:
         """[P, G, D] -> [P, G, V] float32."""

@@ -168,8 +168,8 @@ def part_losses(
     )
     shares = sample.token_shares
     metrics["entropy/sampled"] = -(shares * jnp.where(shares > 0, logprobs, 0)).sum()
-    metrics["loss/policy"] = prompt.surrogate_cotangent @ surrogate
-    metrics["loss/penalty"] = prompt.penalty_cotangent @ penalty
+    metrics["loss/policy"] = (prompt.surrogate_cotangent * surrogate).sum()
+    metrics["loss/penalty"] = (prompt.penalty_cotangent * penalty).sum()
     trainers = logprobs if objective.history > 1 else old
     gaps = jnp.abs(trainers - sample.sampled_logprobs)
     gaps = jnp.where(sample.newest_shares > 0, gaps, 0)
