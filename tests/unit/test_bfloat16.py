@@ -14,8 +14,12 @@ from grpo_jax import ModelConfig, init_policy, token_logprobs
 from grpo_jax.models.forward import teacher_forced
 from grpo_jax.models.linear import Linear
 from grpo_jax.models.policy import Policy, abstract_policy
+from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.parallel.sharding import AXES
-from tests.helpers import BFLOAT16_MODELS, bfloat16_errors
+from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.rollouts.types import Rollouts
+from grpo_jax.training.state import Batch
+from tests.helpers import BFLOAT16_MODELS, bfloat16_errors, equations, train_step
 
 MESH = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
 # Sums of many terms; sums of two (`add_any`) are of branches of the residual stream.
@@ -27,16 +31,12 @@ SUMS = (
 
 def low_sums(jaxpr):
     """Sums in bfloat16 in a jaxpr, with those that its loops carry."""
-    for equation in jaxpr.eqns:
+    for equation in equations(jaxpr):
         name, outputs = equation.primitive.name, [v.aval for v in equation.outvars]
         if name == "scan":
             outputs = outputs[: equation.params["num_carry"]]
         if name in SUMS or name == "scan":
             yield from ((name, x.shape) for x in outputs if x.dtype == jnp.bfloat16)
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from low_sums(inner)
 
 
 def gradient_jaxpr(policy: Policy):
@@ -64,6 +64,25 @@ def test_no_gradient_is_summed_in_bfloat16(name, mesh):
             found, rows = set(low_sums(gradient_jaxpr(policy))), 1
     width = config.width
     assert found == {("scan", (rows, 6, width)), ("scan", (rows, 2, 16, width))}
+
+
+@pytest.mark.parametrize("name", BFLOAT16_MODELS)
+def test_no_update_sums_in_bfloat16(name):
+    """As above: nothing is added by parts of a batch, clipping or Adam."""
+    policy = abstract_policy(
+        ModelConfig(**BFLOAT16_MODELS[name], compute_dtype="bfloat16")
+    )
+    prompts, ids = np.ones((4, 6), np.int32), np.ones((4, 2, 16), np.int32)
+    logprobs, rewards = np.zeros(ids.shape, np.float32), np.eye(4, 2, dtype=np.float32)
+    rollouts = Rollouts(prompts, prompts, ids, ids, logprobs, rewards)
+    batch = Batch(rollouts, rewards, np.ones(4, np.float32), None, None)
+    step, init = train_step(policy, OBJECTIVES["grpo"], MicroBatch(2, 2), max_length=16)
+    state = jax.eval_shape(init, policy.params)
+    jaxpr = jax.make_jaxpr(step)(state, batch, None, policy.frozen).jaxpr
+    width = policy.config.width
+    assert set(low_sums(jaxpr)) == {
+        ("scan", (2, 6, width)), ("scan", (2, 2, 16, width)),
+    }  # fmt: skip
 
 
 # A sum of ones in bfloat16 stops at 256.
