@@ -12,8 +12,11 @@ Rollouts are [P, G, T] everywhere: the group is an axis.
 
 import importlib
 
+from grpo_jax.compiler_flags import set_compiler_flags as _set_compiler_flags
 from grpo_jax.errors import has_the_whole_install as _has_the_whole_install
 from grpo_jax.errors import needs_the_whole_install as _needs_the_whole_install
+
+_set_compiler_flags()
 
 # The modules that need jax, optax and numpy alone.
 _MATHS = (

@@ -11,7 +11,7 @@ import grpo_jax as gj
 
 ROOT = Path(gj.__file__).parent
 LAYERS = [  # an arrow goes to a lower line, or stays in its package
-    ["errors", "precision", "streams", "advantages", "intervals"],
+    ["compiler_flags", "errors", "precision", "streams", "advantages", "intervals"],
     ["logprobs", "loglinear", "preconditioner", "records", "user_code"],
     ["prompt_weights", "diagnostics", "parallel", "rewards"],
     ["models", "pull_back"],
