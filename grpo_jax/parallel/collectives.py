@@ -84,13 +84,23 @@ def bytes_sent(text: str, *, trips: int = 1) -> float:
 
 
 def _nbytes(shape: str, started: str | None) -> int:
-    """Bytes of a result; that of a `started` operation may begin with its operands."""
-    arrays = arrays_of(shape)
-    if started == "all-gather":
-        arrays = arrays[len(arrays) // 2 :]
-    if started == "collective-permute":
-        arrays = arrays[1:2]
-    return sum(bytes_of(dtype, sizes) for dtype, sizes in arrays)
+    """Bytes of a result. That of a `started` operation stands after its operands and
+    before its context, but for an all-reduce that is no wrapper's."""
+    if started and (started != "all-reduce" or shape.startswith("((")):
+        shape = _members(shape)[1]
+    return sum(bytes_of(dtype, sizes) for dtype, sizes in arrays_of(shape))
+
+
+def _members(shape: str) -> list[str]:
+    """The shapes in a tuple's, which may be tuples."""
+    depth, members = 0, [""]
+    for character in shape:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 1:
+            members.append("")
+        else:
+            members[-1] += character
+    return members
 
 
 def _devices(line: str) -> int:

@@ -55,3 +55,26 @@ def test_what_is_started_stands_with_its_operands():
     assert [(x.kind, x.nbytes) for x in parse_collectives(text)] == [
         ("all-gather", 128), ("collective-permute", 20), ("all-reduce", 24),
     ]  # fmt: skip
+
+
+# Results that stand beside operands of other sizes, in the forms of TPU and GPU. The
+# bytes are those of the result: f32 4 each, bf16 2.
+@pytest.mark.parametrize(
+    ("started", "nbytes"),
+    [
+        ("((f32[64]{0}), f32[16]{0}) reduce-scatter-start(%a)", 64),
+        ("((f32[8,2], f32[4]), (f32[2,2], f32[1])) reduce-scatter-start(%a, %b)", 20),
+        ("((bf16[8]), bf16[8]{0:T(256)}, s32[]{:S(2)}) all-to-all-start(%a)", 16),
+        ("((f32[1,8], bf16[3]), (f32[4,8], bf16[12])) all-gather-start(%a, %b)", 152),
+        ("(f32[1,8]{1,0}, f32[4,8]{1,0}, u32[], u32[]) all-gather-start(%a)", 128),
+        ("((f32[6]), f32[6], s32[]) all-reduce-start(%a)", 24),
+        ("(f32[6], f32[5]) all-reduce-start(%a, %b)", 44),
+    ],
+)
+def test_of_what_is_started_the_result_is_sent(started, nbytes):
+    text = f"""ENTRY %main (p: f32[4]) -> f32[4] {{
+  %s = {started}, replica_groups=[2,4]<=[8], dimensions={{0}}
+  %d = f32[4] all-gather-done(%s)
+}}
+"""
+    assert [x.nbytes for x in parse_collectives(text)] == [nbytes]
