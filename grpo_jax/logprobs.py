@@ -13,8 +13,15 @@ import jax.numpy as jnp
 from grpo_jax.precision import float32_products
 
 # At most so many float32 logits at once: a larger vocabulary means shorter chunks, so
-# that temporary memory does not grow with V.
-MAX_LOGITS = 2**24
+# that temporary memory does not grow with V. Accelerators need more, or the unembedding
+# is read, and its gradient added to, more often than it is multiplied with.
+MAX_LOGITS = {"cpu": 2**24, "gpu": 2**28, "tpu": 2**28}
+CHUNK = {"cpu": 512, "gpu": 4096, "tpu": 4096}  # tokens, at most
+
+
+def chunk_tokens(vocab_size: int, platform: str) -> int:
+    """Tokens of a chunk on a platform; one position of all rows is the least."""
+    return max(1, min(CHUNK[platform], MAX_LOGITS[platform] // vocab_size))
 
 
 def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
@@ -46,7 +53,7 @@ def token_logprobs(
     *,
     temperature: float | jax.Array = 1.0,
     softcap: float | None = None,
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
     with_entropy: bool = False,
 ) -> Any:
     """Log-probs of `token_ids` under softmax(hidden @ unembedding / temperature).
@@ -58,9 +65,9 @@ def token_logprobs(
         token_ids: [..., T] int32 in [0, V); the log-prob of another is NaN.
         temperature: The policy's, positive; the log-probs are of the tempered policy.
         softcap: The model's `logit_softcap`, applied before the temperature.
-        chunk_size: Tokens of a chunk, counted over all leading axes; fewer where V is
-            large, for at most `MAX_LOGITS` logits. The T axis is cut, so the smallest
-            chunk is one position of all rows.
+        chunk_size: Tokens of a chunk, counted over all leading axes; None: those of
+            `chunk_tokens` on a CPU. The T axis is cut, so the smallest chunk is one
+            position of all rows.
         with_entropy: Also return the entropy of each token's distribution.
 
     Returns:
@@ -78,7 +85,7 @@ def token_logprobs(
     # float32 even from bfloat16, float64 from float64.
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     rows = max(1, hidden.size // max(1, length * width))
-    tokens = min(chunk_size, max(1, MAX_LOGITS // unembedding.shape[1]))
+    tokens = chunk_size or chunk_tokens(unembedding.shape[1], "cpu")
     # Equal chunks of at most `tokens` tokens: T is padded by fewer than one per chunk.
     num_chunks = -(-length // max(1, tokens // rows))
     step = -(-length // num_chunks)
@@ -117,7 +124,10 @@ def token_logprobs(
 
 
 def _check(
-    hidden: jax.Array, unembedding: jax.Array, token_ids: jax.Array, chunk_size: int
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    token_ids: jax.Array,
+    chunk_size: int | None,
 ) -> None:
     """ValueError for shapes that do not fit together."""
     *lead, length, width = hidden.shape
@@ -133,5 +143,5 @@ def _check(
         )
     if length < 1:
         raise ValueError(f"hidden must hold at least one token, got {hidden.shape}.")
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")

@@ -159,7 +159,8 @@ def group_logprobs(
     ids, prompt_mask, completions, mask = (x[None] for x in batch)
     group = Rollouts(ids, prompt_mask, completions, mask, behaviour_logprobs=mask)
     micro = micro_batch(1, n, ids.shape[1], t, micro_batch_tokens)
-    return batch_logprobs(replaced(params), group, temperature, micro)[0].sum(-1)
+    policy = replaced(params).with_all_modes()
+    return batch_logprobs(policy, group, temperature, micro)[0].sum(-1)
 
 
 def mean_hidden_state(
@@ -231,7 +232,7 @@ def update_effect(
         temperature: Of sampling.
         micro: Split of [P, G] samples, of [P, G + 1] with answers.
     """
-    policy = _cast_once(policy)
+    policy = _cast_once(policy.with_all_modes())
     rewards = _rewards(rollouts)
     group = _with_answers(rollouts, answers)
 

@@ -1,15 +1,18 @@
 """Attention over a prompt's keys and values, stored once for all completions."""
 
 import math
-from functools import partial
+from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from grpo_jax.logprobs import soft_capped
 
+ATTENDED = "attended"  # the name of what a backward pass reads, for jax.checkpoint
 _MASKED = -1e30  # finite, so that a fully masked row stays finite too
 
 
@@ -91,120 +94,160 @@ def within_window(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array
     return queries[..., :, None] - keys[..., None, :] < window
 
 
-def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> jax.Array:
-    """Causal self-attention within rows, [B, L, H, d].
+class Part(NamedTuple):
+    """Keys and values of a part of the tree, and who may see which of them."""
 
-    Args:
-        q: [B, L, H, d].
-        k, v: [B, L, KV, d].
-        mask: [B, L], true on tokens, or [B, L, L], true where a query may attend to a
-            key; combined with the causal mask.
-        scale: Multiplies the scores; default 1/sqrt(d).
-        softcap: Caps the scaled scores.
-    """
-    mask = mask.astype(bool)
-    mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
-    if softcap is None:
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, is_causal=True
-        )
-    b, n, h, d = q.shape
-    kv = k.shape[2]
-    q = (q * (d**-0.5 if scale is None else scale)).astype(q.dtype)
-    q = q.reshape(b, n, kv, h // kv, d)
-    float32 = dict(preferred_element_type=jnp.float32)
-    scores = jnp.einsum("blkrd,bmkd->bkrlm", q, k, **float32)
-    seen = mask & jnp.tril(jnp.ones((n, n), bool))  # [B, 1, L, L]
-    scores = jnp.where(seen[:, None], soft_capped(scores, softcap), _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bkrlm,bmkd->blkrd", weights, v, **float32)
-    return mixed.astype(q.dtype).reshape(b, n, h, d)
+    k: jax.Array  # [P, KV, d, L] of the prompts, or [P, G, KV, d, U] of completions
+    v: jax.Array  # [P, KV, L, d], or [P, G, KV, U, d]
+    mask: jax.Array  # [P, L] or [P, S, L], or [S, U] or [P, S, U], bool
 
 
 def shared_prefix_attention(
     q: jax.Array,
-    prefix_k: jax.Array,
-    prefix_v: jax.Array,
-    prefix_mask: jax.Array,
-    suffix_k: jax.Array,
-    suffix_v: jax.Array,
-    suffix_mask: jax.Array,
+    parts: Sequence[Part],
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    keep: bool = False,
 ) -> jax.Array:
     """Attention of completions to their prompt (one copy per group) and to themselves.
 
-    One softmax runs over both parts; the two score matrices are never joined, so the
-    prompt's keys are read once per group and not copied per completion.
+    One softmax runs over all parts; their score matrices are never joined, so a
+    prompt's keys are read once per group and not copied per completion. Differentiated,
+    scores are computed again: nothing of their size is kept. All modes work, and modes
+    of modes.
 
     Args:
         q: [P, G, S, H, d] queries of S completion tokens.
-        prefix_k, prefix_v: [P, KV, d, L] and [P, KV, L, d], the prompt's. Keys are
-            transposed: the score product of one token is then 4 times faster on a CPU.
-        prefix_mask: [P, L], true on the prompt's tokens; or [P, S, L], true where query
-            s may attend to one.
-        suffix_k, suffix_v: [P, G, KV, d, U] and [P, G, KV, U, d], the completion's U
-            slots.
-        suffix_mask: [S, U], true where query s may attend to slot u.
+        parts: The prompts', the completions' own, or both. Keys are transposed: the
+            score product of one token is then 4 times faster on a CPU.
         scale: Multiplies the scores; default 1/sqrt(d).
         softcap: Caps the scaled scores.
+        keep: A rematerialised layer keeps the output for its backward pass.
 
     Returns:
-        [P, G, S, H, d], in q's dtype; scores and softmax are float32.
+        [P, G, S, H, d], in q's dtype; scores and softmax are float32 (float64 from it).
     """
     p, g, s, h, d = q.shape
-    kv, u = suffix_v.shape[2:4]
-    r = h // kv  # query heads per key/value head
+    kv = parts[0].v.shape[-3]
     q = (q * (d**-0.5 if scale is None else scale)).astype(q.dtype)
-    q = q.reshape(p, g, s, kv, r, d)
-    to_prefix = q.transpose(0, 3, 1, 4, 2, 5).reshape(p, kv, g * r * s, d)
-    to_suffix = q.transpose(0, 1, 3, 4, 2, 5).reshape(p, g, kv, r * s, d)
-    float32 = dict(preferred_element_type=jnp.float32)
+    rows = q.reshape(p, g, s, kv, h // kv, d).transpose(0, 1, 3, 4, 2, 5)
+    masks = [part.mask for part in parts]
+    pairs = [(part.k, part.v) for part in parts]
+    rows = rows.reshape(p, g, kv, -1, d)
+    attended, _ = _attend(softcap, keep, rows, pairs, masks)
+    attended = attended.reshape(p, g, kv, h // kv, s, d)
+    return attended.transpose(0, 1, 4, 2, 3, 5).reshape(p, g, s, h, d)
 
-    prefix_scores = jnp.einsum("pkmd,pkdl->pkml", to_prefix, prefix_k, **float32)
-    prefix_scores = soft_capped(prefix_scores, softcap)
-    if prefix_mask.ndim == 2:
-        prefix_scores = jnp.where(
-            prefix_mask[:, None, None, :].astype(bool), prefix_scores, _MASKED
-        )
-    else:
-        by_query = prefix_scores.reshape(p, kv, g * r, s, -1)
-        by_query = jnp.where(prefix_mask[:, None, None], by_query, _MASKED)
-        prefix_scores = by_query.reshape(prefix_scores.shape)
-    suffix_scores = jnp.einsum("pgkmd,pgkdu->pgkmu", to_suffix, suffix_k, **float32)
-    suffix_scores = soft_capped(suffix_scores, softcap)
-    suffix_scores = jnp.where(
-        suffix_mask, suffix_scores.reshape(p, g, kv, r, s, u), _MASKED
-    ).reshape(p, g, kv, r * s, u)
 
-    prefix_max = prefix_scores.max(-1).reshape(p, kv, g, r * s).swapaxes(1, 2)
-    top = jax.lax.stop_gradient(jnp.maximum(prefix_max, suffix_scores.max(-1)))
-    top_flat = top.swapaxes(1, 2).reshape(p, kv, g * r * s)
-    prefix_weights = jnp.exp(prefix_scores - top_flat[..., None])
-    suffix_weights = jnp.exp(suffix_scores - top[..., None])  # [P, G, KV, R*S, U]
-    total = prefix_weights.sum(-1).reshape(p, kv, g, r * s).swapaxes(
-        1, 2
-    ) + suffix_weights.sum(-1)
+Pairs = list[tuple[jax.Array, jax.Array]]  # keys and values of parts
 
-    from_prefix = jnp.einsum(
-        "pkml,pkld->pkmd", prefix_weights.astype(prefix_v.dtype), prefix_v, **float32
-    )
-    from_suffix = jnp.einsum(
-        "pgkmu,pgkud->pgkmd", suffix_weights.astype(suffix_v.dtype), suffix_v, **float32
-    )
-    mixed = from_prefix.reshape(p, kv, g, r * s, d).swapaxes(1, 2) + from_suffix
-    mixed = (mixed / total[..., None]).astype(q.dtype)
-    return (
-        mixed.reshape(p, g, kv, r, s, d)
-        .transpose(0, 1, 4, 2, 3, 5)
-        .reshape(p, g, s, h, d)
-    )
+
+class _Layout(NamedTuple):
+    """How the rows of P x G x KV products lie for a part: [P, G, KV, M, ...], or
+    [P, KV, G M, ...] where a group shares its keys."""
+
+    groups: int
+    shared: bool
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """x [P, G, KV, M, ...] as rows of the part's products."""
+        if not self.shared:
+            return x
+        p, g, kv, m = x.shape[:4]
+        return x.swapaxes(1, 2).reshape(p, kv, g * m, *x.shape[4:])
+
+    def back(self, x: jax.Array) -> jax.Array:
+        """[P, G, KV, M, ...] from rows x."""
+        if not self.shared:
+            return x
+        p, kv, n = x.shape[:3]
+        x = x.reshape(p, kv, self.groups, n // self.groups, *x.shape[3:])
+        return x.swapaxes(1, 2)
+
+    def masked(self, scores: jax.Array, mask: jax.Array) -> jax.Array:
+        """Scores of rows, a large negative number where the `Part`'s mask is false."""
+        if self.shared and mask.ndim == 2:
+            return jnp.where(mask[:, None, None], scores, _MASKED)
+        queries = mask.shape[-2]
+        by_query = scores.reshape(*scores.shape[:-2], -1, queries, scores.shape[-1])
+        if mask.ndim == 3:
+            mask = mask.reshape(len(mask), *(1,) * (by_query.ndim - 3), *mask.shape[1:])
+        return jnp.where(mask, by_query, _MASKED).reshape(scores.shape)
+
+
+def _layouts(q: jax.Array, pairs: Pairs) -> list[_Layout]:
+    """Of each part, for q [P, G, KV, M, d]."""
+    return [_Layout(q.shape[1], k.ndim == 4) for k, _ in pairs]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attend(
+    softcap: float | None,
+    keep: bool,
+    q: jax.Array,
+    pairs: Pairs,
+    masks: list[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """(attended [P, G, KV, M, d], logs of the softmax's sums [P, G, KV, M]).
+
+    Args:
+        softcap: Caps the scores.
+        keep: As in `shared_prefix_attention`.
+        q: [P, G, KV, M, d], scaled; M are the query heads of a key head, times S.
+        pairs, masks: Of `Part`s.
+    """
+    parts = list(zip(_layouts(q, pairs), pairs, masks, strict=True))
+    scores = [
+        at.masked(soft_capped(_product(at.rows(q), k), softcap), mask)
+        for at, (k, _), mask in parts
+    ]
+    highest = (at.back(s.max(-1)) for (at, _, _), s in zip(parts, scores, strict=True))
+    top = reduce(jnp.maximum, highest)
+    total, mixed = jnp.zeros_like(top), 0.0
+    for (at, (_, v), _), s in zip(parts, scores, strict=True):
+        weights = jnp.exp(s - at.rows(top)[..., None])
+        total += at.back(weights.sum(-1))
+        mixed += at.back(_product(weights.astype(v.dtype), v))
+    return (mixed / total[..., None]).astype(q.dtype), top + jnp.log(total)
+
+
+@_attend.defjvp
+def _attend_jvp(softcap, keep, primals, tangents):
+    q, pairs, masks = primals
+    dq, dpairs, _ = tangents
+    attended, log_total = _attend(softcap, keep, q, pairs, masks)
+    if keep:
+        attended = checkpoint_name(attended, ATTENDED)
+        log_total = checkpoint_name(log_total, ATTENDED)
+    # Linear in the tangents; transposed, it is the backward pass.
+    tangent = jax.checkpoint(partial(_tangent, softcap), prevent_cse=False)
+    changes = tangent(q, pairs, masks, attended, log_total, dq, dpairs)
+    return (attended, log_total), changes
+
+
+def _tangent(softcap, q, pairs, masks, attended, log_total, dq, dpairs):
+    """Derivatives of `_attend` along dq and dpairs: with weights w of scores s,
+    d(attended) = sum w dv + sum w ds (v - attended), d(log_total) = sum w ds."""
+    mixed, moved = 0.0, jnp.zeros_like(log_total)
+    parts = zip(_layouts(q, pairs), pairs, dpairs, masks, strict=True)
+    for at, (k, v), (dk, dv), mask in parts:
+        rows = at.rows(q)
+        s = soft_capped(_product(rows, k), softcap)
+        ds = _product(at.rows(dq), k) + _product(rows, dk)
+        if softcap is not None:
+            ds *= 1 - (s / softcap) ** 2
+        weights = jnp.exp(at.masked(s, mask) - at.rows(log_total)[..., None])
+        ds *= weights
+        mixed += at.back(_product(weights.astype(v.dtype), dv))
+        mixed += at.back(_product(ds.astype(v.dtype), v))
+        moved += at.back(ds.sum(-1))
+    change = mixed - attended.astype(moved.dtype) * moved[..., None]
+    return change.astype(attended.dtype), moved
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Matrix products [..., M, N] of x [..., M, K] and y [..., K, N], in float32, or
+    float64 from it."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x, y, preferred_element_type=wide)

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from grpo_jax.records import Dtype, Record
 
+# Fields of how a model is computed, not of what it is.
+COMPUTATION = ("compute_dtype", "remat", "attention")
 LINEAR_MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer
 
 
@@ -61,7 +63,12 @@ class ModelConfig(Record):
     # unless they were loaded as bfloat16. None: float32, but bfloat16 on accelerators
     # for a pretrained model that is stored in it
     compute_dtype: Annotated[Literal["float32", "bfloat16"], Dtype()] | None = None
-    # What a layer saves for its backward pass: everything, matmul results, nothing.
+    # How attention over long sequences is computed: all scores at once (dense), block
+    # by block (blocks), or by a kernel for TPUs and GPUs (flash; no forward mode). None
+    # of a short sequence's is; auto: flash where there is a kernel, else blocks
+    attention: Literal["auto", "dense", "blocks", "flash"] = "auto"
+    # What a layer saves for its backward pass: everything, matmul results, nothing (but
+    # attention's output where that was computed block by block).
     remat: Literal["none", "dots", "full"] = "full"
 
     def __post_init__(self):

@@ -17,6 +17,7 @@ from flax import nnx
 
 from grpo_jax.logprobs import soft_capped
 from grpo_jax.models.attention import (
+    ATTENDED,
     ByLayer,
     RotaryTable,
     rotary_stretch,
@@ -27,6 +28,7 @@ from grpo_jax.models.attention import (
 from grpo_jax.models.config import ModelConfig, linear_sizes
 from grpo_jax.models.linear import Linear
 from grpo_jax.models.lora import LoRALinear
+from grpo_jax.models.tree import Tree, TreeAttention
 from grpo_jax.parallel.sharding import constrain_params, flatten_rows
 from grpo_jax.precision import float32_products
 
@@ -239,11 +241,21 @@ class Decoder(nnx.Module):
         return ByLayer(jnp.broadcast_to(mask, near.shape), mask & near)
 
     @property
-    def scores(self) -> dict[str, float | None]:
+    def scores(self) -> dict[str, Any]:
         """Keyword arguments of the attention functions: scale and softcap."""
         c = self.config
         scale = None if c.query_scale is None else c.query_scale**-0.5
         return dict(scale=scale, softcap=c.attention_softcap)
+
+    def attention(self, tree: Tree) -> TreeAttention:
+        """Attention of a forward pass over prompts and completions."""
+        c = self.config
+        return TreeAttention(
+            tree=tree,
+            window=c.sliding_window if c.sliding_layers else None,
+            how=c.attention,
+            **self.scores,
+        )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
@@ -272,10 +284,11 @@ class Decoder(nnx.Module):
             return layer(nnx.merge(graph, params), carry, slides)
 
         if self.config.remat != "none":
-            policy = {
-                "full": None,
-                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            }[self.config.remat]
+            policies = jax.checkpoint_policies
+            policy = policies.save_only_these_names(ATTENDED)
+            if self.config.remat == "dots":
+                dots = policies.dots_with_no_batch_dims_saveable
+                policy = policies.save_from_both_policies(policy, dots)
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         outputs, first = [], 0
         for stack in stacks:

@@ -7,16 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from grpo_jax.logprobs import token_logprobs
-from grpo_jax.models.attention import causal_attention, shared_prefix_attention
+from grpo_jax.logprobs import chunk_tokens, token_logprobs
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.policy import Policy
+from grpo_jax.models.tree import Tree
+from grpo_jax.parallel.platform import platform
 from grpo_jax.parallel.sharding import constrain, per_device
 
 
 class PromptSplit(NamedTuple):
-    """Prompts cut before their last token, which is the first input of completions."""
+    """Prompts cut before their last token, which is the first input of completions; the
+    others are moved to the end of their row."""
 
+    tokens: jax.Array  # [P, L] int32
     prefix_mask: jax.Array  # [P, L] bool, the prompt's tokens without its last
     positions: jax.Array  # [P, L] int32
     last_token: jax.Array  # [P] int32
@@ -28,12 +31,27 @@ def split_prompts(prompts: jax.Array, prompt_mask: jax.Array) -> PromptSplit:
     mask = prompt_mask.astype(bool)
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # [P]
     prefix_mask = mask & (jnp.arange(mask.shape[1]) != last[:, None])
+    order = _to_the_end(prefix_mask)
+    last_token = jnp.take_along_axis(prompts, last[:, None], axis=1)[:, 0]
+    prompts = jnp.take_along_axis(prompts, order, axis=1)
+    prefix_mask = jnp.take_along_axis(prefix_mask, order, axis=1)
     return PromptSplit(
+        prompts,
         prefix_mask,
         _positions(prefix_mask),
-        jnp.take_along_axis(prompts, last[:, None], axis=1)[:, 0],
+        last_token,
         prefix_mask.sum(1),
     )
+
+
+def _to_the_end(mask: jax.Array) -> jax.Array:
+    """[B, L] indices that move the tokens of mask [B, L] to the end of their rows."""
+    return jnp.argsort(mask, axis=1, stable=True)
+
+
+def tree_of(prompts: PromptSplit) -> Tree:
+    """Where the tokens of prompts and their completions are."""
+    return Tree(prompts.prefix_mask, prompts.positions, prompts.length)
 
 
 def _positions(mask: jax.Array) -> jax.Array:
@@ -88,16 +106,20 @@ def next_token_logits(
     token_ids = jnp.asarray(token_ids)
     model = policy.module()
     mask = jnp.ones_like(token_ids) if attention_mask is None else attention_mask
-    positions = _positions(mask.astype(bool))
+    order = _to_the_end(mask.astype(bool))
+    mask = jnp.take_along_axis(mask.astype(bool), order, axis=1)
+    token_ids = jnp.take_along_axis(token_ids, order, axis=1)
+    positions = _positions(mask)
     rotary = model.rotary(positions)
-    masks = model.masks(mask.astype(bool), positions, positions)
+    attention = model.attention(Tree(mask, positions, mask.sum(1)))
 
     def layer(block, x, slides):
         q, k, v = block.qkv(x, rotary.select(slides))
-        attended = causal_attention(q, k, v, masks.select(slides), **model.scores)
+        attended = attention.prompts(q, k, v, slides)
         return constrain(block.output(x, attended), "prompts"), None
 
     x, _ = model.scan(layer, constrain(model.embed(token_ids), "prompts"))
+    x = jnp.take_along_axis(x, jnp.argsort(order, axis=1)[..., None], axis=1)
     return model.logits(model.final_norm(x))
 
 
@@ -120,34 +142,20 @@ def completion_hidden(
     inputs = jnp.concatenate((first, completions[..., :-1]), axis=-1)
     positions = split.length[:, None, None] + jnp.arange(t)  # [P, 1, T]
     rotary, prefix_rotary = model.rotary(positions), model.rotary(split.positions)
-    steps = jnp.arange(t)
-    causal = model.masks(jnp.tril(jnp.ones((t, t), bool)), steps, steps)
-    to_prefix = model.masks(split.prefix_mask, positions[:, 0], split.positions)
-    in_prefix = model.masks(split.prefix_mask, split.positions, split.positions)
+    attention = model.attention(tree_of(split))
 
     def layer(block, carry, slides):
         prefix, x = carry
         prefix_q, prefix_k, prefix_v = block.qkv(prefix, prefix_rotary.select(slides))
         q, k, v = block.qkv(x, rotary.select(slides))
-        attended = shared_prefix_attention(
-            q,
-            prefix_k.transpose(0, 2, 3, 1),
-            prefix_v.swapaxes(1, 2),
-            to_prefix.select(slides),
-            k.transpose(0, 1, 3, 4, 2),
-            v.swapaxes(2, 3),
-            causal.select(slides),
-            **model.scores,
-        )
-        prefix_attended = causal_attention(
-            prefix_q, prefix_k, prefix_v, in_prefix.select(slides), **model.scores
-        )
+        attended = attention.completions(q, (prefix_k, prefix_v), (k, v), slides)
+        prefix_attended = attention.prompts(prefix_q, prefix_k, prefix_v, slides)
         prefix = constrain(block.output(prefix, prefix_attended), "prompts")
         x = constrain(block.output(x, attended), "prompts", "samples")
         return (prefix, x), None
 
     carry = (
-        constrain(model.embed(constrain(prompts, "prompts")), "prompts"),
+        constrain(model.embed(constrain(split.tokens, "prompts")), "prompts"),
         constrain(
             model.embed(constrain(inputs, "prompts", "samples")), "prompts", "samples"
         ),
@@ -182,6 +190,7 @@ def teacher_forced(
             completions,
             temperature=temperature,
             softcap=policy.config.logit_softcap,
+            chunk_size=chunk_tokens(policy.config.vocab_size, platform()),
             with_entropy=entropy,
         )
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from grpo_jax.models.config import LINEAR_MAPS, ModelConfig
+from grpo_jax.models.config import COMPUTATION, LINEAR_MAPS, ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.lora import merge_factors, split_factors, without_lora
+from grpo_jax.models.tree import SHORT, chosen_attention
 from grpo_jax.parallel.sharding import constrain_params
 
 
@@ -50,11 +51,19 @@ class Policy:
         return dataclasses.replace(self, params=params)
 
     def reconfigured(self, **settings: Any) -> "Policy":
-        """The same parameters with other config fields of the computation:
-        compute_dtype, remat."""
+        """The same parameters with other config fields of COMPUTATION."""
         config = dataclasses.replace(self.config, **settings)
         other = abstract_policy(config)
         return dataclasses.replace(self, config=other.config, graphdef=other.graphdef)
+
+    def computed_as(self, config: ModelConfig) -> "Policy":
+        """The same parameters, computed as another config says."""
+        return self.reconfigured(**{n: getattr(config, n) for n in COMPUTATION})
+
+    def with_all_modes(self) -> "Policy":
+        """The policy with an attention that has forward mode too."""
+        how = chosen_attention(self.config.attention, SHORT + 1, self.config.head_dim)
+        return self.reconfigured(attention="blocks") if how == "flash" else self
 
 
 def combined_params(params: Any, frozen: Any) -> Any:

@@ -149,7 +149,7 @@ def _error_gram(
 ) -> jax.Array:
     """[N, N] <e, e'> of e = onehot - softmax, from hidden [N, D] and [D, V]."""
     rows, vocab = hidden.shape[0], unembedding.shape[1]
-    width = max(1, min(vocab, MAX_LOGITS // rows))
+    width = max(1, min(vocab, MAX_LOGITS["cpu"] // rows))
     chunks = -(-vocab // width)
     columns = jnp.pad(unembedding, [(0, 0), (0, chunks * width - vocab)])
     columns = columns.reshape(-1, chunks, width).swapaxes(0, 1)

@@ -6,8 +6,10 @@ and g samples of each.
 
 from typing import NamedTuple
 
-from grpo_jax.logprobs import MAX_LOGITS
+from grpo_jax.logprobs import chunk_tokens
 from grpo_jax.models.config import ModelConfig, num_factors, num_parameters
+from grpo_jax.models.tree import SHORT, block_queries, chosen_attention
+from grpo_jax.parallel.platform import platform
 from grpo_jax.parallel.sharding import MeshShape, batch_shards
 from grpo_jax.rollouts.micro_batches import MicroBatch
 
@@ -105,12 +107,19 @@ def tokens_of(micro: MicroBatch, lengths: Lengths) -> int:
     return micro.prompts * (lengths[0] + micro.samples * lengths[1])
 
 
-def of_scores(s: Sizes, micro: MicroBatch, lengths: Lengths) -> tuple[float, float]:
-    """float32 bytes of one layer's attention scores of completion tokens: (on their
-    completion, on their prompt)."""
+def of_scores(
+    c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths
+) -> tuple[float, float]:
+    """float32 bytes of one layer's attention scores of completion tokens that exist at
+    once: (on their completion, on their prompt)."""
     length, t = lengths
-    rows = 4 * micro.prompts * micro.samples * s.num_heads * t
-    return rows * t, rows * length
+    rows = s.num_heads * micro.prompts
+    queries = {
+        "dense": t * micro.samples,
+        "blocks": block_queries(round(rows * (length + t))),  # of one sample
+        "flash": 0,
+    }[chosen_attention(c.attention, t, c.head_dim)]
+    return 4 * rows * queries * t, 4 * rows * queries * length
 
 
 def of_saved(c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths) -> float:
@@ -120,11 +129,9 @@ def of_saved(c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths) -> f
         "dots": 2 * s.mlp + s.width + 2 * s.heads + 2 * s.kv,
         "none": 6 * s.mlp + 7 * s.width + 5 * s.heads + 2 * s.kv,
     }[c.remat]
-    layer = tokens_of(micro, lengths) * per_token * s.size
-    if c.remat == "none":
-        layer += sum(of_scores(s, micro, lengths))
-        layer += 8 * micro.prompts * s.num_heads * lengths[0] ** 2  # among prompts
-    return s.layers * layer
+    if c.remat != "none" and max(lengths) > SHORT:
+        per_token += s.heads  # attention's output
+    return s.layers * tokens_of(micro, lengths) * per_token * s.size
 
 
 def of_activations(
@@ -133,12 +140,15 @@ def of_activations(
     """Bytes at the peak of a micro-batch's backward pass through the layers: what all
     of them save, and one layer's arrays, in its MLP or in its attention."""
     tokens = tokens_of(micro, lengths)
-    completion, prompt = of_scores(s, micro, lengths)
+    completion, prompt = of_scores(c, s, micro, lengths)
     wide = (6 + (c.lora_rank > 0)) * s.mlp + 7 * s.width + 6 * s.heads + 2 * s.kv
     mlp = completion + prompt + tokens * wide * s.size
     attention = 3.25 * completion + 2.25 * prompt
     attention += tokens * (6 * s.width + 4 * s.heads) * s.size
     layer = attention if c.remat == "none" else max(mlp, attention)
+    if chosen_attention(c.attention, max(lengths), c.head_dim) == "blocks":
+        # Keys, values and their gradients once more in every stretch of blocks.
+        layer += tokens * (10 * s.kv + 4 * s.heads) * s.size
     return of_saved(c, s, micro, lengths) + layer
 
 
@@ -157,7 +167,7 @@ def of_logits(
 def of_chunk(c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths) -> float:
     """Bytes of one chunk's logits."""
     rows = micro.prompts * micro.samples
-    tokens = max(rows, min(512, MAX_LOGITS // c.vocab_size))
+    tokens = max(rows, chunk_tokens(c.vocab_size, platform()))
     return 4 * min(tokens, rows * lengths[1]) * s.vocab
 
 
@@ -201,6 +211,6 @@ def of_derivatives(
     more along the direction where it changes the table."""
     per_token = 3 * s.mlp + 2 * s.width + 2 * s.heads
     layer = tokens_of(micro, lengths) * per_token * s.size
-    layer += sum(of_scores(s, micro, lengths))
+    layer += sum(of_scores(c, s, micro, lengths))
     head = w.unembedding * (3 if table else 1)
     return head + 4 * max(layer, of_chunk(c, s, micro, lengths))

@@ -4,6 +4,7 @@ import dataclasses
 
 from grpo_jax.instrument.plan import ProbePlan
 from grpo_jax.models.config import ModelConfig, num_factors, num_parameters
+from grpo_jax.models.tree import SHORT, chosen_attention
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.planning.evaluated import EvaluatedPrompts, evaluation_text
 from grpo_jax.planning.learning_rate import LearningRate
@@ -45,6 +46,7 @@ def headline(
         f"micro-batch {micro.prompts} x {micro.samples}",
         f"ends at {named_tokens(task.tokenizer, task.ends)}",
         f"{_size(model)}, {_dtype_text(config, model.dtype, stored)}",
+        *_attention_text(model, shapes.train_prompt_length, lengths.max_new_tokens),
         *_optimizer_text(config, rate),
     ]
     if config.mesh != MeshConfig():
@@ -67,6 +69,20 @@ def _dtype_text(config: TrainConfig, dtype: str, stored: str) -> str:
     if dtype == stored:
         return f"{dtype}, as the model is stored"
     return f"{dtype}, the default on CPUs for a model stored in {stored}"
+
+
+def _attention_text(model: ModelConfig, *lengths: int) -> list[str]:
+    """How long sequences are attended; nothing of short ones."""
+    tokens = max(lengths)
+    how = chosen_attention(model.attention, tokens, model.head_dim)
+    if tokens <= SHORT:
+        return []
+    texts = {
+        "dense": "attention with all scores at once",
+        "blocks": "attention block by block",
+        "flash": "attention by a kernel",
+    }
+    return [texts[how]]
 
 
 def _optimizer_text(config: TrainConfig, rate: LearningRate | None) -> list[str]:

@@ -12,11 +12,11 @@ from flax import nnx
 from grpo_jax.logprobs import soft_capped
 from grpo_jax.models.attention import (
     ByLayer,
-    causal_attention,
+    Part,
     shared_prefix_attention,
 )
 from grpo_jax.models.decoder import Block, Decoder
-from grpo_jax.models.forward import PromptSplit
+from grpo_jax.models.forward import PromptSplit, tree_of
 from grpo_jax.models.lora import LoRALinear
 from grpo_jax.parallel.sharding import (
     constrain,
@@ -68,16 +68,13 @@ class TokenDecoder(NamedTuple):
                 q, k, v = block.qkv(x, rotary.select(slides))
                 keys[i] = write(keys[i], k[..., None], t, axis=4)
                 values[i] = write(values[i], v[:, :, :, None], t, axis=3)
-                attended = shared_prefix_attention(
-                    q[:, :, None],
-                    self.prefix_keys[i],
-                    self.prefix_values[i],
-                    prefix_mask.select(slides),
-                    keys[i],
-                    values[i],
-                    cache_mask.select(slides),
-                    **model.scores,
-                )[:, :, 0]
+                to_prompt = prefix_mask.select(slides)
+                parts = [
+                    Part(self.prefix_keys[i], self.prefix_values[i], to_prompt),
+                    Part(keys[i], values[i], cache_mask.select(slides)),
+                ]
+                q = q[:, :, None]
+                attended = shared_prefix_attention(q, parts, **model.scores)[:, :, 0]
                 x = constrain(block.output(x, attended), "prompts", "samples")
             return self._unembed(x), keys, values
 
@@ -93,18 +90,15 @@ class TokenDecoder(NamedTuple):
         return soft_capped(logits, self.model.config.logit_softcap)
 
 
-def prefill(
-    model: Decoder, prompt_ids: jax.Array, prompts: PromptSplit, max_new_tokens: int
-) -> TokenDecoder:
+def prefill(model: Decoder, prompts: PromptSplit, max_new_tokens: int) -> TokenDecoder:
     """Encodes every prompt once, for all completions of its group.
 
     Args:
         model: The policy's decoder.
-        prompt_ids: [P, L] int32.
-        prompts: `split_prompts` of them.
+        prompts: Of `split_prompts`.
         max_new_tokens: T, the steps to come.
     """
-    keys, values = _encode_prefixes(model, prompt_ids, prompts)
+    keys, values = _encode_prefixes(model, prompts)
     blocks = _unstack(model.layers, model.config.num_layers)
     # Computed outside the loop: inside, XLA repeats it for every layer and row.
     positions = prompts.length[:, None] + jnp.arange(max_new_tokens)[:, None, None]
@@ -125,23 +119,21 @@ def write(cache: jax.Array, x: jax.Array, t: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(cache, x, t, axis=axis)
 
 
-def _encode_prefixes(
-    model: Decoder, prompt_ids: jax.Array, prompts: PromptSplit
-) -> tuple[Caches, Caches]:
+def _encode_prefixes(model: Decoder, prompts: PromptSplit) -> tuple[Caches, Caches]:
     """Each layer's keys [P, KV, d, L] and values [P, KV, L, d] of the prefixes."""
     rotary = model.rotary(prompts.positions)
-    masks = model.masks(prompts.prefix_mask, prompts.positions, prompts.positions)
+    attention = model.attention(tree_of(prompts))
 
     def layer(block, x, slides):
         q, k, v = block.qkv(x, rotary.select(slides))
-        attended = causal_attention(q, k, v, masks.select(slides), **model.scores)
+        attended = attention.prompts(q, k, v, slides)
         x = constrain(block.output(x, attended), "prompts")
         return x, tuple(
             constrain(y, "prompts", "kv_heads")
             for y in (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
         )
 
-    x = constrain(model.embed(prompt_ids), "prompts")
+    x = constrain(model.embed(prompts.tokens), "prompts")
     _, (keys, values) = model.scan(layer, x)
     return list(keys), list(values)
 

@@ -254,7 +254,7 @@ def _traced(
         constrain(x, "prompts") for x in per_prompt
     )
     prompts = split_prompts(prompt_ids, prompt_mask)
-    decoder = prefill(policy.module(), prompt_ids, prompts, max_new_tokens)
+    decoder = prefill(policy.module(), prompts, max_new_tokens)
     token_keys = sample_keys(key, prompt_indices, group_size)  # [P, G]
 
     def step(state: _LoopState) -> _LoopState:

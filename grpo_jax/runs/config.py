@@ -335,7 +335,7 @@ class TrainConfig(Record):
 
     task: Annotated[TaskConfig, _TASK] = TaskConfig()
     # A directory of config.json, safetensors and tokenizer, or a Hub name; of `model`
-    # only compute_dtype, remat and lora_* may then be given
+    # only compute_dtype, remat, attention and lora_* may then be given
     pretrained: str | None = None
     # A Policy to start from, by module:name, or a function that makes one
     policy: Annotated[str, _POLICY] | None = None

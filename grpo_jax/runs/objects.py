@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.errors import ConfigError, a_kind, check_kind, summary, unknown_name
+from grpo_jax.models.config import COMPUTATION
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.presets import OBJECTIVES
@@ -176,7 +177,7 @@ def _with_policy(config: TrainConfig, policy: Policy) -> TrainConfig:
             "and model.lora_rank."
         )
     asked, plain = config.model, type(config.model)()
-    own = ("lora_rank", "lora_alpha", "lora_targets", "compute_dtype", "remat")
+    own = ("lora_rank", "lora_alpha", "lora_targets", *COMPUTATION)
     changed = {
         f.name: getattr(asked, f.name)
         for f in dataclasses.fields(asked)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.adapters import load_factors
-from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.config import COMPUTATION, ModelConfig
 from grpo_jax.models.hub import (
     ADAPTER_CONFIG,
     base_directory,
@@ -36,7 +36,7 @@ from grpo_jax.tasks.registry import load_task
 from grpo_jax.tasks.types import Task
 
 # Settings of `model` that may be given beside `pretrained`.
-FREE = ("compute_dtype", "remat", "lora_rank", "lora_alpha", "lora_targets")
+FREE = (*COMPUTATION, "lora_rank", "lora_alpha", "lora_targets")
 
 _BLOCK, _BLOCKS = 2**16, 256  # bytes of a block, and blocks, that a fingerprint reads
 
@@ -252,9 +252,7 @@ def pretrained_policy(
         shapes = abstract_policy(without_lora(settings)).params
         shardings = tree_shardings(shapes, mesh)
     policy = load_pretrained(directory, dtype=dtype, shardings=shardings)
-    return policy.reconfigured(
-        compute_dtype=settings.compute_dtype, remat=settings.remat
-    )
+    return policy.computed_as(settings)
 
 
 def with_factors(

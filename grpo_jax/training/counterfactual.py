@@ -55,7 +55,7 @@ def compare_weights(
     )
 
     def sequence_logprobs(params: Any) -> jax.Array:  # [P, G]
-        current = policy.replace(params)
+        current = policy.replace(params).with_all_modes()
         return batch_logprobs(current, rollouts, temperature, micro).sum(-1)
 
     return counterfactual_updates(

@@ -133,9 +133,7 @@ def _base_policy(context: RunContext) -> Policy | None:
     if plan.given.policy is not None:  # a copy: the first update donates it
         given = plan.given.policy.take()
         policy = given.replace(jax.tree.map(jnp.copy, given.params))
-        policy = policy.reconfigured(
-            compute_dtype=plan.model.compute_dtype, remat=plan.model.remat
-        )
+        policy = policy.computed_as(plan.model)
     else:
         policy = init_policy(without_lora(plan.model), context.keys.init)
     if plan.warm_starts:

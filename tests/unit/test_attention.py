@@ -7,7 +7,7 @@ import pytest
 
 from grpo_jax.models.attention import (
     ByLayer,
-    causal_attention,
+    Part,
     rotary_stretch,
     rotary_table,
     rotate,
@@ -45,15 +45,15 @@ def test_shared_prefix_attention_is_attention_over_concatenated_keys(by_query, s
     seen_prefix = np.repeat(prefix_mask[:, None], S, axis=1)  # [P, S, L]
     if by_query:
         seen_prefix &= np.arange(L) < L - np.arange(S)[:, None]
-    actual = jax.jit(partial(shared_prefix_attention, **scores))(
-        q,
-        prefix_k.transpose(0, 2, 3, 1),
-        prefix_v.swapaxes(1, 2),
-        seen_prefix if by_query else prefix_mask,
-        suffix_k.transpose(0, 1, 3, 4, 2),
-        suffix_v.swapaxes(2, 3),
-        suffix_mask,
-    )
+    parts = [
+        Part(
+            prefix_k.transpose(0, 2, 3, 1),
+            prefix_v.swapaxes(1, 2),
+            seen_prefix if by_query else prefix_mask,
+        ),
+        Part(suffix_k.transpose(0, 1, 3, 4, 2), suffix_v.swapaxes(2, 3), suffix_mask),
+    ]
+    actual = jax.jit(partial(shared_prefix_attention, **scores))(q, parts)
     chex.assert_shape(actual, (P, G, S, H, D))
     for p, g, s, h in np.ndindex(P, G, S, H):
         shared = h // (H // KV)  # consecutive query heads share a key/value head
@@ -66,34 +66,28 @@ def test_shared_prefix_attention_is_attention_over_concatenated_keys(by_query, s
 
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 def test_an_empty_prefix_leaves_self_attention(scale):
-    q = scale * random(0, P, S, H, D)
-    k, v = random(1, P, S, KV, D), random(2, P, S, KV, D)
-    actual = jax.jit(shared_prefix_attention)(
-        q[:, None],
-        np.zeros((P, KV, D, L), np.float32),
-        np.full((P, KV, L, D), 7, np.float32),
-        np.zeros((P, L), bool),
-        k.transpose(0, 2, 3, 1)[:, None],
-        v.swapaxes(1, 2)[:, None],
-        np.tril(np.ones((S, S), bool)),
-    )[:, 0]
-    expected = jax.jit(causal_attention)(q, k, v, np.ones((P, S), np.int32))
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    q = scale * random(0, P, 1, S, H, D)
+    k, v = random(1, P, 1, KV, D, S), random(2, P, 1, KV, S, D)
+    own = Part(k, v, np.tril(np.ones((S, S), bool)))
+    empty = np.zeros((P, KV, D, L), np.float32), np.full((P, KV, L, D), 7, np.float32)
+    attend = jax.jit(shared_prefix_attention)
+    actual = attend(q, [Part(*empty, np.zeros((P, L), bool)), own])
+    np.testing.assert_allclose(actual, attend(q, [own]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scores", SCORES, ids=["plain", "capped"])
-def test_causal_attention_skips_padding(scores):
-    q, k, v = random(0, 1, L, H, D), random(1, 1, L, KV, D), random(2, 1, L, KV, D)
-    mask = np.array([[0, 0, 1, 1, 1]], np.int32)
-    actual = jax.jit(partial(causal_attention, **scores))(q, k, v, mask)
-    square = np.repeat(mask[:, None], L, axis=1)
-    same = jax.jit(partial(causal_attention, **scores))(q, k, v, square)
-    np.testing.assert_allclose(same, actual, atol=1e-6)
-    for s, h in np.ndindex(3, H):
-        seen = slice(2, 3 + s)
-        args = q[0, 2 + s, h], k[0, seen, h // 2], v[0, seen, h // 2]
+def test_a_part_of_its_own_sees_what_its_mask_says(scores):
+    q, k, v = random(0, P, L, H, D), random(1, P, L, KV, D), random(2, P, L, KV, D)
+    mask = np.tril(np.ones((P, L, L), bool)) & np.array([0, 0, 1, 1, 1], bool)
+    mask[1, :, 3] = False
+    part = Part(k.transpose(0, 2, 3, 1)[:, None], v.swapaxes(1, 2)[:, None], mask)
+    attend = jax.jit(partial(shared_prefix_attention, **scores))
+    actual = attend(q[:, None], [part])[:, 0]
+    for p, s, h in np.ndindex(P, 3, H):
+        seen = np.flatnonzero(mask[p, 2 + s])
+        args = q[p, 2 + s, h], k[p, seen, h // 2], v[p, seen, h // 2]
         expected = softmax_attention(*args, **scores)
-        np.testing.assert_allclose(actual[0, 2 + s, h], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(actual[p, 2 + s, h], expected, rtol=1e-4, atol=1e-5)
 
 
 # cos(1) and sin(1) on the pair (0, 2) at frequency 1; the pair (1, 3) turns by

@@ -73,10 +73,10 @@ def test_split_prompts_finds_the_last_token_wherever_the_padding_is():
     split = jax.jit(split_prompts)(prompts, mask)
     np.testing.assert_array_equal(split.last_token, [7, 7, 8])
     np.testing.assert_array_equal(split.length, [2, 2, 0])
-    expected = [[0, 0, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
+    expected = [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(split.prefix_mask, expected)
-    np.testing.assert_array_equal(split.positions[0, 2:4], [0, 1])
-    np.testing.assert_array_equal(split.positions[1, :2], [0, 1])
+    np.testing.assert_array_equal(split.tokens[:2, 3:], [[5, 6], [5, 6]])
+    np.testing.assert_array_equal(split.positions[:2, 3:], [[0, 1], [0, 1]])
 
 
 def test_parameters_stay_float32_under_a_bfloat16_compute_dtype():

@@ -41,7 +41,7 @@ def test_more_devices_along_data_or_fsdp_do_not_help(mesh):
 
 
 def test_what_it_names_helps():
-    limit = round(needs(LONG) * 0.6)
+    limit = round(needs(LONG) * 0.7)
     text = too_long(LONG, limit)
     assert "mesh.tensor 2 or sampling.max_new_tokens 16384" in text
     wider = dataclasses.replace(LONG, mesh=MeshConfig(data=4, fsdp=2, tensor=2))

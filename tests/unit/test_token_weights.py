@@ -176,7 +176,7 @@ def nthr_batch():
 )
 def test_nthr_weights(beta, eta, temperature, max_logits, x64, monkeypatch):
     if max_logits is not None:
-        monkeypatch.setattr(token_weights, "MAX_LOGITS", max_logits)
+        monkeypatch.setitem(token_weights.MAX_LOGITS, "cpu", max_logits)
     batch = nthr_batch()
     settings = dict(beta=beta, eta=eta, temperature=temperature)
     actual = jax.jit(lambda *x: nthr_weights(*x, **settings))(*batch)

@@ -1,0 +1,450 @@
+"""Flash attention over the tree of a prompt and its completions, in Pallas.
+
+One set of kernels for TPUs and, through Triton, for NVIDIA GPUs. Scores exist block by
+block on the chip, forward and backward, and a prompt's keys and values are read where
+they are, once for all completions. Scores are held transposed, [keys, queries], so that
+what belongs to a query (its maximum, its sum) is a row.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+
+from grpo_jax.logprobs import soft_capped
+from grpo_jax.models.attention import ATTENDED
+from grpo_jax.parallel.kernels import shape_like, varying_alike
+
+HEAD_DIMS = (64, 128, 256)  # that the kernels are built for
+_MASKED = -1e30  # finite, so that a row that sees nothing stays finite
+ALL = 2**30  # a window that nothing is outside of
+_BLOCKS = {"tpu": (512, 256, 128), "gpu": (64,), "interpret": (16,)}
+_KEYS, _QUERIES = 0, 1  # axes of scores
+
+
+class Keys(NamedTuple):
+    """Keys and values of a part of the tree."""
+
+    k: jax.Array  # [B, KV, N, d]
+    v: jax.Array  # [B, KV, N, d]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What is fixed when the kernels are compiled.
+
+    Attributes:
+        backend: "tpu", "gpu", or "interpret" for any machine, slowly.
+        block: Queries, and keys, of a block.
+        softcap: Caps the scores; None: not.
+    """
+
+    backend: str
+    block: int
+    softcap: float | None = None
+
+    def blocks(self, tokens: int) -> int:
+        """How many blocks so many tokens are."""
+        return -(-tokens // self.block)
+
+    @staticmethod
+    def of(backend: str, tokens: int, softcap: float | None) -> "Kernel":
+        """Blocks as large as so many tokens fill to seven eighths."""
+        *larger, smallest = _BLOCKS[backend]
+        for block in larger:
+            if 7 * -(-tokens // block) * block <= 8 * tokens:
+                return Kernel(backend, block, softcap)
+        return Kernel(backend, smallest, softcap)
+
+
+def flash_attention(
+    kernel: Kernel,
+    q: jax.Array,
+    own: Keys,
+    prefix: Keys | None,
+    first: jax.Array,
+    window: jax.Array | int | None,
+) -> jax.Array:
+    """[B, H, T, d]: attention of queries to the keys up to them; reverse mode only.
+
+    Args:
+        kernel: Sizes and soft cap.
+        q: [B, H, T, d], scaled.
+        own: [B, KV, T, d] of the queries' own tokens; token t is seen from t on.
+        prefix: [P, KV, L, d] before them, seen by all; each is shared by B / P rows of
+            q that follow each other.
+        first: [B] int32, the first token that is there of all L + T.
+        window: A query sees so many tokens up to its own; scalar, None: all.
+    """
+    t = q.shape[2]
+    parts = [Keys(*(_filled(kernel, x, 0) for x in own))]
+    if prefix is not None:  # filled up in front, and counted from there
+        parts.append(Keys(*(_filled(kernel, x, 1) for x in prefix)))
+        first = first + parts[1].k.shape[2] - prefix.k.shape[2]
+    limit = ALL if window is None else window
+    bounds = jnp.stack([first, jnp.broadcast_to(limit, first.shape)]).astype(jnp.int32)
+    arrays: Any = varying_alike((bounds, _filled(kernel, q, 0), parts))
+    attended: jax.Array = _flash(kernel, *arrays)
+    return attended[:, :, :t]
+
+
+def _filled(kernel: Kernel, x: jax.Array, front: int) -> jax.Array:
+    """x [B, N, T, d] with zeros up to whole blocks, after T or in `front` of it."""
+    missing = kernel.blocks(x.shape[2]) * kernel.block - x.shape[2]
+    padding = (missing, 0) if front else (0, missing)
+    return jnp.pad(x, ((0, 0), (0, 0), padding, (0, 0)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(
+    kernel: Kernel, bounds: jax.Array, q: jax.Array, parts: list[Keys]
+) -> jax.Array:
+    """[B, H, T, d]; arguments as `_forward`."""
+    return _forward(kernel, bounds, q, parts)[0]
+
+
+def _flash_forward(kernel, bounds, q, parts):
+    attended, log_total = _forward(kernel, bounds, q, parts)
+    attended = checkpoint_name(attended, ATTENDED)
+    log_total = checkpoint_name(log_total, ATTENDED)
+    return attended, (bounds, q, parts, attended, log_total)
+
+
+def _flash_backward(kernel, residuals, cotangent):
+    bounds, q, parts, attended, log_total = residuals
+    wide = log_total.dtype
+    inner = (cotangent.astype(wide) * attended.astype(wide)).sum(-1)[:, :, None]
+    rows = (log_total, inner)  # [B, H, 1, T]
+    dq = _query_gradient(kernel, bounds, q, parts, cotangent, rows)
+    dparts = [
+        _key_gradients(kernel, bounds, q, parts, i, cotangent, rows)
+        for i in range(len(parts))
+    ]
+    return None, dq, dparts
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _forward(
+    kernel: Kernel, bounds: jax.Array, q: jax.Array, parts: list[Keys]
+) -> tuple[jax.Array, jax.Array]:
+    """(attended [B, H, T, d], logs of the softmax's sums [B, H, 1, T]).
+
+    Args:
+        kernel: Sizes and soft cap.
+        bounds: [2, B] int32, of each row the first token that is there, and its window.
+        q: [B, H, T, d] in whole blocks.
+        parts: Own keys, and those before them if there are any.
+    """
+    c, size = _Call(kernel, q, parts), kernel.block
+
+    def body(bounds, q, *refs):
+        *keys, out, log_total = refs
+        q = q[0, 0]
+
+        def add(carry, k, v, seen):
+            top, total, mixed = carry
+            s = jnp.where(seen, _scores(kernel, k, q), _MASKED)
+            new_top = jnp.maximum(top, s.max(_KEYS, keepdims=True))
+            kept, weights = jnp.exp(top - new_top), jnp.exp(s - new_top)
+            mixed = mixed * kept + _product(v, weights.astype(v.dtype), _KEYS, _KEYS)
+            return new_top, total * kept + weights.sum(_KEYS, keepdims=True), mixed
+
+        row = (1, size)
+        carry = (
+            jnp.full(row, _MASKED, c.wide),
+            jnp.zeros(row, c.wide),
+            jnp.zeros((q.shape[1], size), c.wide),
+        )
+        top, total, mixed = c.over_keys(bounds, keys, add, carry)
+        out[0, 0] = (mixed / total).T.astype(out.dtype)
+        log_total[0, 0] = top + jnp.log(total)
+
+    row = c.shape((*q.shape[:2], 1, q.shape[2]), c.wide)
+    specs = [c.query_block, *c.all_keys]
+    outs = [c.query_block, c.row_block]
+    call = c.call(body, specs, outs, [c.shape(q.shape, q.dtype), row], c.products(2))
+    return call(bounds, q, *c.flat)
+
+
+def _query_gradient(
+    kernel: Kernel,
+    bounds: jax.Array,
+    q: jax.Array,
+    parts: list[Keys],
+    cotangent: jax.Array,
+    rows: tuple[jax.Array, jax.Array],
+) -> jax.Array:
+    """[B, H, T, d]; `cotangent` [B, H, T, d], `rows` [B, H, 1, T] each."""
+    c = _Call(kernel, q, parts)
+
+    def body(bounds, q, cotangent, log_total, inner, *refs):
+        *keys, out = refs
+        q, cotangent = q[0, 0], cotangent[0, 0]
+        log_total, inner = log_total[0, 0], inner[0, 0]
+
+        def add(total, k, v, seen):
+            _, change = _weights_and_change(
+                kernel, k, v, q, cotangent, log_total, inner, seen
+            )
+            return total + _product(k, change.astype(k.dtype), _KEYS, _KEYS)
+
+        start = jnp.zeros((q.shape[1], kernel.block), c.wide)
+        out[0, 0] = c.over_keys(bounds, keys, add, start).T.astype(out.dtype)
+
+    specs = [c.query_block, c.query_block, c.row_block, c.row_block, *c.all_keys]
+    shape = c.shape(q.shape, q.dtype)
+    call = c.call(body, specs, [c.query_block], [shape], c.products(3))
+    return call(bounds, q, cotangent, *rows, *c.flat)[0]
+
+
+def _key_gradients(
+    kernel: Kernel,
+    bounds: jax.Array,
+    q: jax.Array,
+    parts: list[Keys],
+    which: int,
+    cotangent: jax.Array,
+    rows: tuple[jax.Array, jax.Array],
+) -> Keys:
+    """Gradients of part `which`, as its arrays; other arguments as `_query_gradient`.
+
+    Those of a prefix are written apart for every row that shares it and added
+    afterwards, so that all blocks are independent.
+    """
+    c, size, part = _Call(kernel, q, parts), kernel.block, parts[which]
+    shared, kv, n, d = len(q) // len(part.k), *part.k.shape[1:]
+    heads = q.shape[1] // kv  # of queries, for each of keys
+    ahead = c.prefix if which == 0 else 0  # tokens before this part
+
+    def body(bounds, q, cotangent, log_total, inner, k, v, dk, dv):
+        row, j = pl.program_id(0), pl.program_id(2)
+        first, window = bounds[0, row], bounds[1, row]
+        k, v = k[0, 0], v[0, 0]
+        start = ahead + j * size  # of these keys, among all tokens
+        # Queries from the first that sees one of them, to the last.
+        low = j if which == 0 else 0
+        last = jnp.clip(start + size - 1 + window - c.prefix, 0, c.tokens)
+        high = _divided(last + size - 1, size)
+        high = jnp.where(start + size <= first, low, high)
+
+        def add(head, i, carry):
+            dk, dv = carry
+            at = pl.ds(pl.multiple_of(i * size, size), size)
+            qs, cotangents = q[0, head, at, :], cotangent[0, head, at, :]
+            seen = c.seen(start, c.prefix + i * size, first, window)
+            weights, change = _weights_and_change(
+                kernel, k, v, qs, cotangents, log_total[0, head, :, at],
+                inner[0, head, :, at], seen,
+            )  # fmt: skip
+            dv += _product(weights.astype(qs.dtype), cotangents, _QUERIES, 0)
+            dk += _product(change.astype(qs.dtype), qs, _QUERIES, 0)
+            return dk, dv
+
+        def add_head(head, carry):
+            return jax.lax.fori_loop(low, high, partial(add, head), carry)
+
+        zeros = jnp.zeros((size, d), c.wide)
+        total = jax.lax.fori_loop(0, heads, add_head, (zeros, zeros))
+        dk[0, 0], dv[0, 0] = (x.astype(dk.dtype) for x in total)
+
+    keys = pl.BlockSpec((1, 1, size, d), lambda b, h, i: (_divided(b, shared), h, i, 0))
+    out = pl.BlockSpec((1, 1, size, d), lambda b, h, i: (b, h, i, 0))
+    queries = pl.BlockSpec((1, heads, c.tokens, d), lambda b, h, i: (b, h, 0, 0))
+    row = pl.BlockSpec((1, heads, 1, c.tokens), lambda b, h, i: (b, h, 0, 0))
+    shape = c.shape((len(q), kv, n, d), q.dtype if shared == 1 else c.wide)
+    call = c.call(
+        body,
+        [queries, queries, row, row, keys, keys],
+        [out, out],
+        [shape, shape],
+        c.products(4, keys=n if which else None),
+        (kv, n // size),
+    )
+    gradients = call(bounds, q, cotangent, *rows, *part)
+    if shared == 1:
+        return Keys(*gradients)
+    by_prefix = (x.reshape(-1, shared, *x.shape[1:]) for x in gradients)
+    return Keys(*(x.sum(1).astype(q.dtype) for x in by_prefix))
+
+
+class _Call:
+    """Block specs of one tree's arrays, and the loop over the keys of a query block.
+
+    A program is (row, head, block), of queries or of keys.
+    """
+
+    def __init__(self, kernel: Kernel, q: jax.Array, parts: Sequence[Keys]):
+        self.kernel, self.q = kernel, q
+        self.flat = [x for part in parts for x in part]
+        self.tokens, self.dim = q.shape[2:]
+        self.blocks = self.tokens // kernel.block
+        self.prefix = parts[1].k.shape[2] if len(parts) > 1 else 0
+        self.wide = jnp.promote_types(q.dtype, jnp.float32)
+        size, d = kernel.block, self.dim
+        self.query_block = pl.BlockSpec((1, 1, size, d), lambda b, h, i: (b, h, i, 0))
+        self.row_block = pl.BlockSpec((1, 1, 1, size), lambda b, h, i: (b, h, 0, i))
+        self.all_keys = [self._all(x) for x in self.flat]
+
+    def _all(self, x: jax.Array) -> pl.BlockSpec:
+        """All keys x [B or P, KV, N, d] of a program's query head."""
+        shared, heads = len(self.q) // len(x), self.q.shape[1] // x.shape[1]
+        return pl.BlockSpec(
+            (1, 1, *x.shape[2:]),
+            lambda b, h, i: (_divided(b, shared), _divided(h, heads), 0, 0),
+        )
+
+    def shape(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        """Of an output, which differs between devices as the queries do."""
+        return shape_like(self.q, shape, dtype)
+
+    def products(self, count: int, keys: int | None = None) -> pl.CostEstimate:
+        """The work of so many products of scores' size, for the compiler's schedule."""
+        rows, heads = self.q.shape[:2]
+        seen = self.prefix + self.tokens / 2 if keys is None else keys
+        pairs = int(rows * heads * self.tokens * seen)
+        read = sum(x.size * x.dtype.itemsize for x in (self.q, self.q, *self.flat))
+        return pl.CostEstimate(
+            flops=2 * count * pairs * self.dim,
+            transcendentals=pairs,
+            bytes_accessed=read,
+        )
+
+    def seen(self, keys: Any, queries: Any, first: Any, window: Any) -> jax.Array:
+        """[block, block] bool: which keys queries see, from the index of the first of
+        each among all tokens."""
+        shape = (self.kernel.block,) * 2
+        key = keys + jax.lax.broadcasted_iota(jnp.int32, shape, _KEYS)
+        query = queries + jax.lax.broadcasted_iota(jnp.int32, shape, _QUERIES)
+        return (key <= query) & (query - key < window) & (key >= first)
+
+    def over_keys(
+        self, bounds: Any, keys: Sequence[Any], add: Callable[..., Any], carry: Any
+    ) -> Any:
+        """The carry after add(carry, k, v, seen) for every block of keys that a query
+        block sees a part of."""
+        size, row, i = self.kernel.block, pl.program_id(0), pl.program_id(2)
+        first, window = bounds[0, row], bounds[1, row]
+        queries = self.prefix + i * size
+        lowest = jnp.maximum(jnp.maximum(first, queries - window + 1), 0)
+
+        def loop(part, ahead, low, high, carry):
+            k, v = part
+
+            def step(j, carry):
+                at = pl.ds(pl.multiple_of(j * size, size), size)
+                seen = self.seen(ahead + j * size, queries, first, window)
+                return add(carry, k[0, 0, at, :], v[0, 0, at, :], seen)
+
+            return jax.lax.fori_loop(low, high, step, carry)
+
+        if len(keys) > 2:
+            low = _divided(jnp.minimum(lowest, self.prefix), size)
+            carry = loop(keys[2:], 0, low, self.prefix // size, carry)
+        # A row that sees nothing still has its own block.
+        low = _divided(jnp.maximum(lowest - self.prefix, 0), size)
+        low = jnp.minimum(low, i)
+        return loop(keys[:2], self.prefix, low, i + 1, carry)
+
+    def call(
+        self,
+        body: Callable[..., None],
+        in_specs: list[pl.BlockSpec],
+        out_specs: list[pl.BlockSpec],
+        out_shapes: list[Any],
+        work: pl.CostEstimate,
+        programs: tuple[int, int] | None = None,
+    ) -> Callable[..., Any]:
+        """The kernel: `body` for every program; `bounds` are its first argument.
+
+        Args:
+            body: Of references.
+            in_specs, out_specs, out_shapes: Beside those of `bounds`.
+            work: In all.
+            programs: Heads and blocks, if not those of the queries.
+        """
+        programs = programs or (self.q.shape[1], self.blocks)
+        spec, params = _of_backend(self.kernel.backend)
+        return pl.pallas_call(
+            body,
+            grid=(len(self.q), *programs),
+            in_specs=[spec, *in_specs],
+            out_specs=out_specs,
+            out_shape=out_shapes,
+            interpret=self.kernel.backend == "interpret",
+            compiler_params=params,
+            cost_estimate=work,
+        )
+
+
+def _of_backend(backend: str) -> tuple[pl.BlockSpec, Any]:
+    """(where the bounds are, the compiler's parameters)."""
+    if backend == "tpu":
+        from jax.experimental.pallas import tpu
+
+        # Whole keys of a head lie in vector memory, twice.
+        params = tpu.CompilerParams(
+            dimension_semantics=("parallel",) * 3, vmem_limit_bytes=64 * 2**20
+        )
+        return pl.BlockSpec(memory_space=tpu.SMEM), params
+    if backend == "gpu":
+        from jax.experimental.pallas import triton
+
+        return pl.BlockSpec(), triton.CompilerParams(num_warps=4, num_stages=2)
+    return pl.BlockSpec(), None
+
+
+def _divided(x: Any, y: int) -> jax.Array:
+    """x / y rounded down, of a scalar of at least 0: `//` asks for its sign, which
+    Mosaic lowers for known devices only."""
+    return jax.lax.div(jnp.int32(x), jnp.int32(y))
+
+
+def _product(x: jax.Array, y: jax.Array, over_x: int, over_y: int) -> jax.Array:
+    """[block or d, ...] of two blocks [.., ..], summed over an axis of each."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    exact = jax.lax.Precision.HIGHEST if x.dtype == wide else None
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((over_x,), (over_y,)), ((), ())),
+        precision=exact,
+        preferred_element_type=wide,
+    )
+
+
+def _scores(kernel: Kernel, k: jax.Array, q: jax.Array) -> jax.Array:
+    """[keys, queries] of k and q [block, d]."""
+    return soft_capped(_product(k, q, 1, 1), kernel.softcap)
+
+
+def _weights_and_change(
+    kernel: Kernel,
+    k: jax.Array,
+    v: jax.Array,
+    q: jax.Array,
+    cotangent: jax.Array,
+    log_total: jax.Array,
+    inner: jax.Array,
+    seen: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """(softmax weights, the loss's derivatives by uncapped scores), [keys, queries].
+
+    Args:
+        kernel: Its soft cap.
+        k, v, q, cotangent: [block, d].
+        log_total, inner: [1, queries], the softmax's, and cotangent times output.
+        seen: [keys, queries] bool.
+    """
+    scores = _scores(kernel, k, q)
+    weights = jnp.exp(jnp.where(seen, scores, _MASKED) - log_total)
+    change = weights * (_product(v, cotangent, 1, 1) - inner)
+    if kernel.softcap is not None:
+        change *= 1 - (scores / kernel.softcap) ** 2
+    return weights, jnp.where(seen, change, 0.0)
