@@ -16,15 +16,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from grpo_jax.logprobs import soft_capped
 from grpo_jax.models.attention import ATTENDED
-from grpo_jax.parallel.kernels import shape_like, varying_alike
+from grpo_jax.models.block import (
+    KEYS,
+    MASKED,
+    QUERIES,
+    product,
+    scores_of,
+    weights_and_change,
+)
+from grpo_jax.parallel.kernels import per_head, shape_like, varying_alike
 
 HEAD_DIMS = (64, 128, 256)  # that the kernels are built for
-_MASKED = -1e30  # finite, so that a row that sees nothing stays finite
 ALL = 2**30  # a window that nothing is outside of
 _BLOCKS = {"tpu": (512, 256, 128), "gpu": (64,), "interpret": (16,)}
-_KEYS, _QUERIES = 0, 1  # axes of scores
 
 
 class Keys(NamedTuple):
@@ -87,7 +92,9 @@ def flash_attention(
         parts.append(Keys(*(_filled(kernel, x, 1) for x in prefix)))
         first = first + parts[1].k.shape[2] - prefix.k.shape[2]
     limit = ALL if window is None else window
-    bounds = jnp.stack([first, jnp.broadcast_to(limit, first.shape)]).astype(jnp.int32)
+    bounds = jnp.stack([first, jnp.broadcast_to(limit, first.shape)], axis=1)
+    by_head = (len(q), own.k.shape[1], 2)  # every device has some
+    bounds = jnp.broadcast_to(bounds.astype(jnp.int32)[:, None], by_head)
     arrays: Any = varying_alike((bounds, _filled(kernel, q, 0), parts))
     attended: jax.Array = _flash(kernel, *arrays)
     return attended[:, :, :t]
@@ -105,43 +112,35 @@ def _flash(
     kernel: Kernel, bounds: jax.Array, q: jax.Array, parts: list[Keys]
 ) -> jax.Array:
     """[B, H, T, d]; arguments as `_forward`."""
-    return _forward(kernel, bounds, q, parts)[0]
+    return per_head(partial(_forward, kernel), (bounds, q, parts))[0]
 
 
 def _flash_forward(kernel, bounds, q, parts):
-    attended, log_total = _forward(kernel, bounds, q, parts)
+    attended, log_total = per_head(partial(_forward, kernel), (bounds, q, parts))
     attended = checkpoint_name(attended, ATTENDED)
     log_total = checkpoint_name(log_total, ATTENDED)
     return attended, (bounds, q, parts, attended, log_total)
 
 
 def _flash_backward(kernel, residuals, cotangent):
-    bounds, q, parts, attended, log_total = residuals
-    wide = log_total.dtype
-    inner = (cotangent.astype(wide) * attended.astype(wide)).sum(-1)[:, :, None]
-    rows = (log_total, inner)  # [B, H, 1, T]
-    dq = _query_gradient(kernel, bounds, q, parts, cotangent, rows)
-    dparts = [
-        _key_gradients(kernel, bounds, q, parts, i, cotangent, rows)
-        for i in range(len(parts))
-    ]
-    return None, dq, dparts
+    return None, *per_head(partial(_backward, kernel), (*residuals, cotangent))
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _forward(
-    kernel: Kernel, bounds: jax.Array, q: jax.Array, parts: list[Keys]
+    kernel: Kernel, by_head: tuple[jax.Array, jax.Array, list[Keys]]
 ) -> tuple[jax.Array, jax.Array]:
     """(attended [B, H, T, d], logs of the softmax's sums [B, H, 1, T]).
 
     Args:
         kernel: Sizes and soft cap.
-        bounds: [2, B] int32, of each row the first token that is there, and its window.
-        q: [B, H, T, d] in whole blocks.
-        parts: Own keys, and those before them if there are any.
+        by_head: Bounds [B, KV, 2] int32, of each row the first token that is there and
+            its window; queries [B, H, T, d] in whole blocks; and parts: own keys, and
+            those before them if there are any.
     """
+    bounds, q, parts = by_head
     c, size = _Call(kernel, q, parts), kernel.block
 
     def body(bounds, q, *refs):
@@ -150,15 +149,15 @@ def _forward(
 
         def add(carry, k, v, seen):
             top, total, mixed = carry
-            s = jnp.where(seen, _scores(kernel, k, q), _MASKED)
-            new_top = jnp.maximum(top, s.max(_KEYS, keepdims=True))
+            s = jnp.where(seen, scores_of(kernel.softcap, k, q), MASKED)
+            new_top = jnp.maximum(top, s.max(KEYS, keepdims=True))
             kept, weights = jnp.exp(top - new_top), jnp.exp(s - new_top)
-            mixed = mixed * kept + _product(v, weights.astype(v.dtype), _KEYS, _KEYS)
-            return new_top, total * kept + weights.sum(_KEYS, keepdims=True), mixed
+            mixed = mixed * kept + product(v, weights.astype(v.dtype), KEYS, KEYS)
+            return new_top, total * kept + weights.sum(KEYS, keepdims=True), mixed
 
         row = (1, size)
         carry = (
-            jnp.full(row, _MASKED, c.wide),
+            jnp.full(row, MASKED, c.wide),
             jnp.zeros(row, c.wide),
             jnp.zeros((q.shape[1], size), c.wide),
         )
@@ -171,6 +170,25 @@ def _forward(
     outs = [c.query_block, c.row_block]
     call = c.call(body, specs, outs, [c.shape(q.shape, q.dtype), row], c.products(2))
     return call(bounds, q, *c.flat)
+
+
+def _backward(kernel: Kernel, by_head: tuple[Any, ...]) -> tuple[jax.Array, list[Keys]]:
+    """Gradients of queries [B, H, T, d] and of parts.
+
+    Args:
+        kernel: Sizes and soft cap.
+        by_head: Those of `_forward`, what it returned, and the cotangent.
+    """
+    bounds, q, parts, attended, log_total, cotangent = by_head
+    wide = log_total.dtype
+    inner = (cotangent.astype(wide) * attended.astype(wide)).sum(-1)[:, :, None]
+    rows = (log_total, inner)  # [B, H, 1, T]
+    dq = _query_gradient(kernel, bounds, q, parts, cotangent, rows)
+    dparts = [
+        _key_gradients(kernel, bounds, q, parts, i, cotangent, rows)
+        for i in range(len(parts))
+    ]
+    return dq, dparts
 
 
 def _query_gradient(
@@ -190,10 +208,10 @@ def _query_gradient(
         log_total, inner = log_total[0, 0], inner[0, 0]
 
         def add(total, k, v, seen):
-            _, change = _weights_and_change(
-                kernel, k, v, q, cotangent, log_total, inner, seen
+            _, change = weights_and_change(
+                kernel.softcap, k, v, q, cotangent, log_total, inner, seen
             )
-            return total + _product(k, change.astype(k.dtype), _KEYS, _KEYS)
+            return total + product(k, change.astype(k.dtype), KEYS, KEYS)
 
         start = jnp.zeros((q.shape[1], kernel.block), c.wide)
         out[0, 0] = c.over_keys(bounds, keys, add, start).T.astype(out.dtype)
@@ -225,7 +243,7 @@ def _key_gradients(
 
     def body(bounds, q, cotangent, log_total, inner, k, v, dk, dv):
         row, j = pl.program_id(0), pl.program_id(2)
-        first, window = bounds[0, row], bounds[1, row]
+        first, window = bounds[row, 0, 0], bounds[row, 0, 1]
         k, v = k[0, 0], v[0, 0]
         start = ahead + j * size  # of these keys, among all tokens
         # Queries from the first that sees one of them, to the last.
@@ -239,12 +257,12 @@ def _key_gradients(
             at = pl.ds(pl.multiple_of(i * size, size), size)
             qs, cotangents = q[0, head, at, :], cotangent[0, head, at, :]
             seen = c.seen(start, c.prefix + i * size, first, window)
-            weights, change = _weights_and_change(
-                kernel, k, v, qs, cotangents, log_total[0, head, :, at],
+            weights, change = weights_and_change(
+                kernel.softcap, k, v, qs, cotangents, log_total[0, head, :, at],
                 inner[0, head, :, at], seen,
             )  # fmt: skip
-            dv += _product(weights.astype(qs.dtype), cotangents, _QUERIES, 0)
-            dk += _product(change.astype(qs.dtype), qs, _QUERIES, 0)
+            dv += product(weights.astype(qs.dtype), cotangents, QUERIES, 0)
+            dk += product(change.astype(qs.dtype), qs, QUERIES, 0)
             return dk, dv
 
         def add_head(head, carry):
@@ -320,8 +338,8 @@ class _Call:
         """[block, block] bool: which keys queries see, from the index of the first of
         each among all tokens."""
         shape = (self.kernel.block,) * 2
-        key = keys + jax.lax.broadcasted_iota(jnp.int32, shape, _KEYS)
-        query = queries + jax.lax.broadcasted_iota(jnp.int32, shape, _QUERIES)
+        key = keys + jax.lax.broadcasted_iota(jnp.int32, shape, KEYS)
+        query = queries + jax.lax.broadcasted_iota(jnp.int32, shape, QUERIES)
         return (key <= query) & (query - key < window) & (key >= first)
 
     def over_keys(
@@ -330,7 +348,7 @@ class _Call:
         """The carry after add(carry, k, v, seen) for every block of keys that a query
         block sees a part of."""
         size, row, i = self.kernel.block, pl.program_id(0), pl.program_id(2)
-        first, window = bounds[0, row], bounds[1, row]
+        first, window = bounds[row, 0, 0], bounds[row, 0, 1]
         queries = self.prefix + i * size
         lowest = jnp.maximum(jnp.maximum(first, queries - window + 1), 0)
 
@@ -404,47 +422,3 @@ def _divided(x: Any, y: int) -> jax.Array:
     """x / y rounded down, of a scalar of at least 0: `//` asks for its sign, which
     Mosaic lowers for known devices only."""
     return jax.lax.div(jnp.int32(x), jnp.int32(y))
-
-
-def _product(x: jax.Array, y: jax.Array, over_x: int, over_y: int) -> jax.Array:
-    """[block or d, ...] of two blocks [.., ..], summed over an axis of each."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    exact = jax.lax.Precision.HIGHEST if x.dtype == wide else None
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((over_x,), (over_y,)), ((), ())),
-        precision=exact,
-        preferred_element_type=wide,
-    )
-
-
-def _scores(kernel: Kernel, k: jax.Array, q: jax.Array) -> jax.Array:
-    """[keys, queries] of k and q [block, d]."""
-    return soft_capped(_product(k, q, 1, 1), kernel.softcap)
-
-
-def _weights_and_change(
-    kernel: Kernel,
-    k: jax.Array,
-    v: jax.Array,
-    q: jax.Array,
-    cotangent: jax.Array,
-    log_total: jax.Array,
-    inner: jax.Array,
-    seen: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """(softmax weights, the loss's derivatives by uncapped scores), [keys, queries].
-
-    Args:
-        kernel: Its soft cap.
-        k, v, q, cotangent: [block, d].
-        log_total, inner: [1, queries], the softmax's, and cotangent times output.
-        seen: [keys, queries] bool.
-    """
-    scores = _scores(kernel, k, q)
-    weights = jnp.exp(jnp.where(seen, scores, _MASKED) - log_total)
-    change = weights * (_product(v, cotangent, 1, 1) - inner)
-    if kernel.softcap is not None:
-        change *= 1 - (scores / kernel.softcap) ** 2
-    return weights, jnp.where(seen, change, 0.0)

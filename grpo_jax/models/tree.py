@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from grpo_jax.models import flash
 from grpo_jax.models.attention import Part, shared_prefix_attention, within_window
-from grpo_jax.parallel.kernels import is_per_device, per_head
+from grpo_jax.parallel.kernels import is_per_device
 from grpo_jax.parallel.platform import platform
+from grpo_jax.parallel.sharding import current_mesh
 
 SHORT = 256  # tokens of which all scores are computed at once
 # Scores of a block, where MIN_BLOCK queries have fewer: what a CPU's cache holds; on
@@ -191,7 +192,16 @@ class TreeAttention:
     ) -> jax.Array:
         """[P, G, T, H, d] by the kernel; arguments as `completions`."""
         p, g, t, heads, d = q.shape
-        backend = platform() if platform() != "cpu" else "interpret"
+        backend = platform()
+        if backend == "cpu":  # for tests
+            backend = "interpret"
+            if current_mesh() is not None:
+                raise ValueError("flash attention on a CPU is for one device.")
+        elif d not in flash.HEAD_DIMS:
+            raise ValueError(
+                f"flash attention is built for heads of {flash.HEAD_DIMS}, got {d}; "
+                "choose attention='auto'."
+            )
         kernel = flash.Kernel.of(backend, t, self.softcap)
         q = (q * (d**-0.5 if self.scale is None else self.scale)).astype(q.dtype)
         # Rows are P x G; the first token that is there, in tokens of the whole tree.
@@ -208,10 +218,8 @@ class TreeAttention:
         if prefix is not None:
             before = flash.Keys(*(x.swapaxes(1, 2) for x in prefix))
 
-        def attend(by_head, bounds):
-            return flash.flash_attention(kernel, *by_head, *bounds)
-
-        attended = per_head(attend, (by_head(q), keys, before), (first, window))
+        rows = by_head(q)
+        attended = flash.flash_attention(kernel, rows, keys, before, first, window)
         return attended.swapaxes(1, 2).reshape(p, g, t, heads, d)
 
 

@@ -18,24 +18,24 @@ def is_per_device() -> bool:
     return all(n in mesh.manual_axes or mesh.shape[n] == 1 for n in BATCH_AXES)
 
 
-def per_head(function: Callable[[Any, Any], Any], by_head: Any, others: Any) -> Any:
-    """function(by_head, others), run by each device on its heads.
+def per_head(function: Callable[[Any], Any], by_head: Any) -> Any:
+    """function(by_head), run by each device on its heads.
 
-    For kernels, which the compiler cannot split.
+    For kernels, which the compiler cannot split. It is not to be differentiated: a
+    rematerialised layer could not keep what is inside.
 
     Args:
         function: Returns leaves [B, heads, ...].
         by_head: Leaves [B, heads, ...].
-        others: Leaves that all devices have.
     """
     mesh = current_mesh()
     left = set() if mesh is None else {*AXES} - {*mesh.manual_axes}
     if not left:
-        return function(by_head, others)
+        return function(by_head)
     spec = PartitionSpec(None, "tensor")
-    return jax.shard_map(
-        function, in_specs=(spec, PartitionSpec()), out_specs=spec, axis_names=left
-    )(by_head, others)
+    return jax.shard_map(function, in_specs=(spec,), out_specs=spec, axis_names=left)(
+        by_head
+    )
 
 
 def varying_alike(tree: Any) -> Any:

@@ -8,6 +8,8 @@ import jax
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.flash import HEAD_DIMS
+from grpo_jax.parallel.platform import platform
 from grpo_jax.parallel.sharding import batch_shards
 from grpo_jax.runs.config import MeshConfig, StepBatch
 
@@ -51,6 +53,23 @@ def check_mesh(
                 f"mesh.tensor must divide model.{name}={getattr(model, name)}, got "
                 f"{mesh.tensor}; lower it and raise mesh.fsdp."
             )
+
+
+def check_attention(model: ModelConfig) -> None:
+    """ConfigError where the model asks for a kernel that its devices do not have."""
+    if model.attention != "flash":
+        return
+    if platform() == "cpu":
+        raise ConfigError(
+            "model.attention flash is a kernel for TPUs and GPUs, and this machine has "
+            "neither; leave it out, and it is taken where it is there."
+        )
+    if model.head_dim not in HEAD_DIMS:
+        sizes = ", ".join(map(str, HEAD_DIMS))
+        raise ConfigError(
+            f"model.attention flash is built for a head_dim of {sizes}, and the model "
+            f"has {model.head_dim}; choose blocks."
+        )
 
 
 def _check_devices(count: int, text: str) -> None:

@@ -46,7 +46,7 @@ def headline(
         f"micro-batch {micro.prompts} x {micro.samples}",
         f"ends at {named_tokens(task.tokenizer, task.ends)}",
         f"{_size(model)}, {_dtype_text(config, model.dtype, stored)}",
-        *_attention_text(model, shapes.train_prompt_length, lengths.max_new_tokens),
+        *attention_text(model, shapes.train_prompt_length, lengths.max_new_tokens),
         *_optimizer_text(config, rate),
     ]
     if config.mesh != MeshConfig():
@@ -71,7 +71,7 @@ def _dtype_text(config: TrainConfig, dtype: str, stored: str) -> str:
     return f"{dtype}, the default on CPUs for a model stored in {stored}"
 
 
-def _attention_text(model: ModelConfig, *lengths: int) -> list[str]:
+def attention_text(model: ModelConfig, *lengths: int) -> list[str]:
     """How long sequences are attended; nothing of short ones."""
     tokens = max(lengths)
     how = chosen_attention(model.attention, tokens, model.head_dim)

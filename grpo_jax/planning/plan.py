@@ -17,7 +17,7 @@ from grpo_jax.models.config import ModelConfig, num_factors, num_parameters
 from grpo_jax.models.hub import local_directory
 from grpo_jax.models.pretrained import check_weights, read_config
 from grpo_jax.objectives.objective import Objective
-from grpo_jax.planning.devices import check_mesh, device_memory
+from grpo_jax.planning.devices import check_attention, check_mesh, device_memory
 from grpo_jax.planning.evaluated import (
     EvaluatedPrompts,
     evaluated_prompts,
@@ -330,6 +330,7 @@ def model_stage(
     vocab_size = model.vocab_size or len(task.tokenizer)
     model = dataclasses.replace(model, vocab_size=vocab_size, compute_dtype=model.dtype)
     check_mesh(config.mesh, config.batch, model, local_devices=local_devices)
+    check_attention(model)
     return ModelStage(model, base_bytes, stored)
 
 

@@ -8,9 +8,11 @@ import pytest
 
 import grpo_jax as gj
 from grpo_jax.errors import ConfigError
+from grpo_jax.parallel.platform import compiling_for
 from grpo_jax.planning import plan as stages
+from grpo_jax.planning.devices import check_attention
 from grpo_jax.planning.evaluated import evaluated_prompts
-from grpo_jax.planning.headline import headline
+from grpo_jax.planning.headline import attention_text, headline
 from grpo_jax.planning.learning_rate import learning_rate
 from grpo_jax.planning.plan import (
     ModelStage,
@@ -341,3 +343,20 @@ def test_warnings_are_in_the_order_of_the_stages(task):
     starts = ("left out", "will be punished", "the instrument is off")
     assert len(warnings) == 3
     assert all(start in text for start, text in zip(starts, warnings, strict=True))
+
+
+def test_a_kernel_is_refused_where_there_is_none():
+    with pytest.raises(ConfigError, match="flash is a kernel for TPUs and GPUs"):
+        check_attention(gj.ModelConfig(attention="flash", head_dim=64))
+    with compiling_for("tpu"):
+        check_attention(gj.ModelConfig(attention="flash", head_dim=64))
+        with pytest.raises(ConfigError, match="head_dim of 64, 128, 256, .* has 16"):
+            check_attention(gj.ModelConfig(attention="flash", head_dim=16))
+
+
+def test_the_headline_says_how_long_sequences_are_attended():
+    assert attention_text(gj.ModelConfig(), 64, 256) == []
+    assert attention_text(gj.ModelConfig(), 64, 257) == ["attention block by block"]
+    with compiling_for("gpu"):
+        text = attention_text(gj.ModelConfig(head_dim=64), 300, 8)
+        assert text == ["attention by a kernel"]
