@@ -10,10 +10,10 @@ import numpy as np
 import grpo_jax as gj
 from grpo_jax.objectives.loss import scale_weights
 from grpo_jax.parallel.sharding import on_mesh, put_on_mesh
+from grpo_jax.planning.optimizer import make_optimizer, make_schedule
 from grpo_jax.rollouts.micro_batches import micro_batch
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.config import OptimizerConfig
-from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.state import Batch, init_state
 from grpo_jax.training.step import make_gradients, make_train_step
 from grpo_jax.training.weighing import weigh

@@ -11,9 +11,9 @@ import numpy as np
 import grpo_jax as gj
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.loss import scale_weights
+from grpo_jax.planning.optimizer import make_optimizer, make_schedule
 from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
 from grpo_jax.runs.config import OptimizerConfig
-from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.state import Batch, TrainState, init_state
 from grpo_jax.training.step import make_train_step
 

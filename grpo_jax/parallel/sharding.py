@@ -179,9 +179,12 @@ def logical_axes(names: Sequence[str], rank: int) -> tuple[str | None, ...]:
         rank: Of the array; one more than a layer's means a leading axis of layers.
 
     Returns:
-        One name or None per axis; () for anything that is no parameter.
+        One name or None per axis; () for anything that is no parameter, and for
+        adafactor's means over an axis of one: they are small, and replicated.
     """
     axes: tuple[str | None, ...] = ()
+    if not {"v_row", "v_col"}.isdisjoint(names):
+        return axes
     last, parent = names[-1] if names else "", names[-2] if len(names) > 1 else ""
     if last == "embedding":
         axes = ("vocab", "embed")

@@ -154,7 +154,7 @@ _PHASES = {
         "gradients": "gradients",
         "activations": "activations of a micro-batch",
         "logits": "or logits of a chunk and the table's gradient",
-        "optimizing": "or gradient, moments and change, in the optimizer",
+        "optimizing": "or gradient, change, new moments and parameters",
     },
     "look": {},
     "counterfactual": {},

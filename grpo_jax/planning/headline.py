@@ -86,9 +86,11 @@ def attention_text(model: ModelConfig, *lengths: int) -> list[str]:
 
 
 def _optimizer_text(config: TrainConfig, rate: LearningRate | None) -> list[str]:
-    """The user's optimizer, if any, and the learning rate that the config has."""
-    own = config.optimizer.name != "adamw"
-    texts = [f"optimizer {config.optimizer.name}"] if own else []
+    """The optimizer where it is not the default, and the config's learning rate."""
+    optimizer = config.optimizer
+    texts = [f"optimizer {optimizer.name}"] if optimizer.name != "adamw" else []
+    if optimizer.mean_dtype != "float32":
+        texts.append(f"mean of gradients in {optimizer.mean_dtype}")
     return texts if rate is None else [*texts, rate.text()]
 
 

@@ -7,7 +7,9 @@ BUILD_NOTES.md has the measurements.
 from types import MappingProxyType
 from typing import NamedTuple
 
+from grpo_jax.errors import ConfigError
 from grpo_jax.runs.config import TrainConfig
+from grpo_jax.runs.optimizers import OPTIMIZERS
 
 
 class RateRule(NamedTuple):
@@ -27,11 +29,21 @@ RATES = MappingProxyType(
 )
 
 
+# What a learning rate is, of the optimizers without a default.
+_STEPS = MappingProxyType(
+    {
+        "adafactor": "it is the root mean square of an array's step, as about in adamw",
+        "lion": "it is the step of every parameter, for which arXiv:2302.06675 takes a "
+        "third to a tenth of adamw's",
+    }
+)
+
+
 class LearningRate(NamedTuple):
     """A run's learning rate, at its peak."""
 
     value: float
-    default: float  # of what is trained
+    default: float | None  # of what is trained; None: the optimizer has none
     source: str  # in words: a default and of what, or given
     warning: str | None  # where it is high for what is trained
 
@@ -50,14 +62,25 @@ def learning_rate(config: TrainConfig, *, lora: bool) -> LearningRate:
     Args:
         config: A resumed run's has the rate that it began with.
         lora: LoRA factors are trained (those of an adapter's directory too).
+
+    Raises:
+        ConfigError: none is given, and the optimizer has no default.
     """
+    given, name = config.optimizer.learning_rate, config.optimizer.name
+    source = "as the run began" if config.resume else "as given"
+    if name in OPTIMIZERS and name != "adamw":
+        if given is None:
+            raise ConfigError(
+                f"optimizer.learning_rate must be given with optimizer.name {name}, "
+                "got none: the default rates were measured with adamw alone; "
+                f"{_STEPS[name]}."
+            )
+        return LearningRate(given, None, source, None)
     trained_before = config.pretrained is not None or config.policy is not None
     rule = rate_rule(pretrained=trained_before, lora=lora)
-    given = config.optimizer.learning_rate
     if given is None:
         source = f"the default for {rule.trained}"
         return LearningRate(rule.default, rule.default, source, None)
-    source = "as the run began" if config.resume else "as given"
     warning = None
     if given > rule.high:
         warning = (

@@ -23,8 +23,10 @@ from grpo_jax.planning.arrays import (
     of_sampling,
     of_widened_base,
 )
+from grpo_jax.planning.optimizer import optimizer_bytes, optimizing_copies
 from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
 from grpo_jax.runs.config import MeshConfig
+from grpo_jax.runs.optimizers import OptimizerConfig
 
 
 class Memory(NamedTuple):
@@ -43,7 +45,7 @@ class Memory(NamedTuple):
 
     # State: allocated from the first step to the last.
     parameters: int  # trained ones, float32
-    optimizer: int  # Adam's two moments
+    optimizer: int  # its state: of AdamW two moments
     reference: int  # the reference policy
     frozen: int  # LoRA's base
     # Sampling.
@@ -57,7 +59,7 @@ class Memory(NamedTuple):
     gradients: int  # the sum, and one micro-batch's
     activations: int  # saved by all layers for one micro-batch, and one layer's arrays
     logits: int  # of one chunk, and the unembedding's copy and gradient
-    optimizing: int  # gradient, both new moments and the change
+    optimizing: int  # gradient, change, new moments and parameters
     # Instrument.
     look: int = 0  # a probe measurement: gradients, directions, sums, activations
     counterfactual: int = 0  # gradient and change under every weighting
@@ -100,7 +102,8 @@ class Memory(NamedTuple):
 
 
 _ADVICE = {
-    "state": "model.lora_rank trains factors of a frozen base",
+    "state": "model.lora_rank trains factors of a frozen base; optimizer.name lion "
+    "or adafactor keeps fewer moments",
     "sampling": "lower sampling.prompts, sampling.group_size or "
     "sampling.max_new_tokens",
     "evaluation": "lower sampling.prompts or sampling.group_size, whose "
@@ -129,6 +132,7 @@ def estimate_memory(
     updated: int | None = None,
     base_bytes: int = 4,
     widened: bool = False,
+    optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
     mesh: MeshShape = MeshConfig(),  # noqa: B008  (frozen)
 ) -> Memory:
     """Bytes on each device, from shapes alone; within 15 % of `memory_analysis` on the
@@ -182,7 +186,7 @@ def estimate_memory(
         counterfactual += widened_base
     return Memory(
         parameters=round(w.trained),
-        optimizer=round(2 * w.trained),
+        optimizer=optimizer_bytes(c, optimizer, mesh),
         reference=round(w.trained * reference),
         frozen=round(w.base * base_bytes if c.lora_rank else 0),
         cache=round(cache),
@@ -193,7 +197,7 @@ def estimate_memory(
         gradients=round(w.trained * (1 + is_split)),
         activations=round(activations + w.gathered + w.unembedding * w.is_cast_back),
         logits=round(of_logits(c, s, w, local, lengths)),
-        optimizing=round(4 * w.trained),
+        optimizing=round(optimizing_copies(optimizer) * w.trained),
         look=round(look),
         counterfactual=round(counterfactual),
     )
@@ -221,6 +225,7 @@ class MemoryInputs:
     evaluation_prompts: int = 0  # whose completions are sampled; 0: many
     base_bytes: int = 4
     widened: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
 
     @property
@@ -275,6 +280,7 @@ class MemoryInputs:
             updated=self.updated,
             base_bytes=self.base_bytes,
             widened=self.widened,
+            optimizer=self.optimizer,
             mesh=self.mesh,
         )
 

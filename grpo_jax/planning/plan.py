@@ -411,6 +411,7 @@ def memory_stage(
         evaluation_prompts=evaluation_prompts,
         base_bytes=model.base_bytes,
         widened=jax.default_backend() == "cpu" and local_devices,
+        optimizer=config.optimizer,
         mesh=config.mesh,
     )
     memory, warnings = inputs.estimate(), []

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from grpo_jax.parallel.sharding import batch_shards
 from grpo_jax.planning.memory import MemoryInputs, readable
+from grpo_jax.runs.optimizers import OPTIMIZERS
 
 
 class Change(NamedTuple):
@@ -38,6 +39,7 @@ def changes(x: MemoryInputs) -> dict[str, list[Change]]:
         "model.compute_dtype": _model(
             x, "compute_dtype", ["bfloat16"] * (x.model.dtype == "float32")
         ),
+        "optimizer.mean_dtype": _bfloat16_mean(x),
         "sampling.prompts": _sampling(x, "prompts", least=1),
         "sampling.group_size": _sampling(x, "group_size", least=2),
         "sampling.max_new_tokens": _inputs(
@@ -87,6 +89,17 @@ def _model(x: MemoryInputs, field: str, values: Sequence[Any]) -> list[Change]:
         Change(f"model.{field}", value, dataclasses.replace(x, model=model))
         for value, model in zip(values, models, strict=True)
     ]
+
+
+def _bfloat16_mean(x: MemoryInputs) -> list[Change]:
+    optimizer = x.optimizer
+    if "mean_dtype" not in OPTIMIZERS.get(optimizer.name, ()):
+        return []
+    optimizer = dataclasses.replace(optimizer, mean_dtype="bfloat16")
+    change = Change(
+        "optimizer.mean_dtype", "bfloat16", dataclasses.replace(x, optimizer=optimizer)
+    )
+    return [change] * (optimizer != x.optimizer)
 
 
 def _off(x: MemoryInputs, setting: str, field: str) -> list[Change]:

@@ -7,16 +7,13 @@ from grpo_jax.errors import UP_TO_ONE, ConfigError, at_least, positive
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.records import Dtype, Record
 from grpo_jax.runs.config import (
-    Count,
-    Natural,
-    SampleTemperature,
     ScoringConfig,
-    Seed,
     TaskConfig,
     WarmStartConfig,
     check_config,
     check_vocabulary,
 )
+from grpo_jax.runs.values import Count, Natural, SampleTemperature, Seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,45 +9,31 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
-from grpo_jax.errors import (
-    UP_TO_ONE,
-    Bound,
-    ConfigError,
-    at_least,
-    check_fields,
-    positive,
-)
+from grpo_jax.errors import UP_TO_ONE, ConfigError, at_least, check_fields
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.records import Own, Record
+from grpo_jax.runs.optimizers import (
+    OPTIMIZER,
+    OptimizerConfig,
+    check_optimizer_config,
+)
 from grpo_jax.runs.sinks import check_sinks
+from grpo_jax.runs.values import (
+    Count,
+    Ddof,
+    GroupSize,
+    Natural,
+    NotNegative,
+    PolicyTemperature,
+    Positive,
+    ProbePrompts,
+    Seed,
+    own,
+)
 
-# What the numbers of a field may be; `check_fields` reads it off the annotation.
-Natural = Annotated[int, at_least(0)]
-Count = Annotated[int, at_least(1)]
-NotNegative = Annotated[float, at_least(0)]
-Positive = Annotated[float, positive()]
-Decay = Annotated[float, Bound("be in [0, 1)", lambda x: 0 <= x < 1)]
-GroupSize = Annotated[int, at_least(2, "; a group of one has no baseline")]
-ProbePrompts = Annotated[int, at_least(2, "; one prompt has no angle to another")]
-PolicyTemperature = Annotated[
-    float, positive("; it is part of the policy that is trained")
-]
-SampleTemperature = Annotated[float, positive("; greedy decoding is --greedy")]
-Ddof = Annotated[int, Bound("be 0 or 1", lambda x: x in (0, 1))]
-Seed = Annotated[int, at_least(0), Bound("be below 2**63", lambda x: x < 2**63)]
-
-
-def _own(what: str, argument: str) -> Own:
-    """Of an object that `train` takes as an argument."""
-    return Own(
-        f"{what} of your own goes into gj.train(config, {argument}=...), or is named "
-        "as module:name"
-    )
-
-
-_TASK, _OBJECTIVE = _own("a Task", "task"), _own("an Objective", "objective")
-_WEIGHTS, _OPTIMIZER = _own("a rule", "weights"), _own("an optimizer", "optimizer")
-_POLICY, _ON_STEP = _own("a policy", "policy"), _own("a function", "on_step")
+_TASK, _OBJECTIVE = own("a Task", "task"), own("an Objective", "objective")
+_WEIGHTS = own("a rule", "weights")
+_POLICY, _ON_STEP = own("a policy", "policy"), own("a function", "on_step")
 _REWARD = Own("a function of your own is named as module:function")
 _SINK = Own(
     "a sink of your own is named as module:function, a function of the run that gives "
@@ -172,7 +158,7 @@ class SamplingConfig(Record):
     # With drafts: how the best one joins its prompt; default: the task's
     refine_template: str | None = None
     # A function, by module:name, that is called as gj.sample and samples elsewhere
-    sampler: Annotated[str, _own("a sampler", "sampler")] | None = None
+    sampler: Annotated[str, own("a sampler", "sampler")] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,27 +186,6 @@ class ScoringConfig(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(Record):
-    """AdamW behind a global-norm clip, or an optimizer of your own."""
-
-    # The name adamw, or module:name: an optax optimizer, or a function of the learning
-    # rate's schedule that makes one; what follows is AdamW's alone but for the learning
-    # rate (of a function) and skip_empty
-    name: Annotated[str, _OPTIMIZER] = "adamw"
-    learning_rate: Positive | None = None  # peak; default: by what is trained
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up
-    warmup_steps: Natural = 0  # optimizer updates of linear warm-up
-    weight_decay: NotNegative = 0.0  # decoupled, on matrices only
-    b1: Decay = 0.9  # Adam's decay of the mean
-    b2: Decay = 0.999  # Adam's decay of the square
-    eps: NotNegative = 1e-8  # Adam's
-    clip_norm: NotNegative = 1.0  # global gradient norm kept below this; 0: no clipping
-    # An update whose gradient is 0 everywhere, as where all groups tie, is left out;
-    # False: Adam's mean of past gradients and weight decay move the parameters on
-    skip_empty: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class WarmStartConfig(Record):
     """Supervised learning before step 0, stopped by a measured pass rate and cached."""
 
@@ -240,7 +205,7 @@ class MeshConfig(Record):
     """Devices along each axis of the mesh; a run may be continued on another mesh."""
 
     data: Count = 1  # prompts are split, parameters copied
-    fsdp: Count = 1  # prompts are split, and parameters with Adam's moments
+    fsdp: Count = 1  # prompts are split, and parameters with optimizer state
     tensor: Count = 1  # heads, MLP and vocabulary are split; prompts copied
 
 
@@ -345,7 +310,7 @@ class TrainConfig(Record):
     weights: Annotated[WeightsConfig, _WEIGHTS] = WeightsConfig()
     sampling: SamplingConfig = SamplingConfig()
     scoring: ScoringConfig = ScoringConfig()
-    optimizer: Annotated[OptimizerConfig, _OPTIMIZER] = OptimizerConfig()
+    optimizer: Annotated[OptimizerConfig, OPTIMIZER] = OptimizerConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     instrument: InstrumentConfig = InstrumentConfig()
@@ -375,6 +340,7 @@ class TrainConfig(Record):
         check_config(self)
         check_vocabulary(self.model)
         _check_lora(self.model)
+        check_optimizer_config(self.optimizer)
         _check_distributed(self.distributed)
         check_sinks(self.log.to)
         group = self.instrument.group_size

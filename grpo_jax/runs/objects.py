@@ -16,6 +16,7 @@ from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.presets import OBJECTIVES
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.runs.config import TrainConfig
+from grpo_jax.runs.optimizers import check_read
 from grpo_jax.user_code import (
     code_digest,
     digest,
@@ -102,7 +103,8 @@ def given_objects(
         if argument == "policy" and not starting:
             continue
         if value is None:
-            rows = argument in ("objective", "weights")  # others are named there
+            # Others are named there.
+            rows = argument in ("objective", "weights", "optimizer")
             own = ":" in named if rows else named != default
             value = find_object(named, field) if own else None
         else:
@@ -195,23 +197,16 @@ def _with_policy(config: TrainConfig, policy: Policy) -> TrainConfig:
 
 
 def _check_optimizer_settings(config: TrainConfig, optimizer: Any) -> None:
-    """ConfigError for a setting of AdamW beside another optimizer."""
-    given, plain = config.optimizer, type(config.optimizer)()
+    """ConfigError for a setting that an optimizer of the user's does not read."""
     makes = callable(optimizer)  # of the learning rate's schedule
     kept = ("name", "skip_empty")
     if makes:
         kept += ("learning_rate", "schedule", "warmup_steps")
     else:
         check_optimizer(optimizer)
-    for field in dataclasses.fields(given):
-        if field.name in kept:
-            continue
-        if getattr(given, field.name) != getattr(plain, field.name):
-            hint = "" if makes else ", or give a function of `schedule` that makes one"
-            raise ConfigError(
-                f"optimizer.{field.name} changes nothing in an optimizer of your own; "
-                f"set it there and leave it out here{hint}."
-            )
+    hint = "" if makes else ", or give a function of `schedule` that makes one"
+    fix = f"set it there and leave it out here{hint}"
+    check_read(config.optimizer, kept, "an optimizer of your own", fix)
 
 
 def _get(config: Any, path: tuple[str, ...]) -> Any:

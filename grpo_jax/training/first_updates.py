@@ -36,9 +36,9 @@ def too_far(step: int, metrics: Mapping[str, float], *, warmup: int = 0) -> str 
     return None
 
 
-def advice(rate: float, default: float) -> str:
-    """What to try instead of a learning rate."""
-    lower = default if rate > default else rate / 10
+def advice(rate: float, default: float | None) -> str:
+    """What to try instead of a learning rate; default None: a tenth of it."""
+    lower = rate / 10 if default is None or rate <= default else default
     return (
         f"The learning rate of {rate:g} is probably too high: try "
         f"--optimizer.learning-rate {lower:g}, or --optimizer.warmup-steps."

@@ -434,8 +434,8 @@ def effect_of_ties(empty: bool, objective: Objective, *, skips: bool) -> str:
         return "the gradient is 0 and the update is left out"
     if empty:
         return (
-            "the gradient is 0, and only Adam's mean of past ones and weight decay "
-            "move anything"
+            "the gradient is 0, and only the optimizer's mean of past ones and weight "
+            "decay move anything"
         )
     only_kl = objective.baseline != "none" and not objective.entropy_coef
     if objective.kl_coef and only_kl:

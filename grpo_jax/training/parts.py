@@ -16,6 +16,7 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.loss import needs_entropy
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.processes import gather_to_host
+from grpo_jax.planning.optimizer import make_optimizer, make_schedule
 from grpo_jax.planning.plan import Plan
 from grpo_jax.rollouts.checks import check_sampled
 from grpo_jax.rollouts.encoding import answer_rollouts
@@ -28,7 +29,6 @@ from grpo_jax.runs.objects import check_optimizer, made
 from grpo_jax.training.collector import Collector
 from grpo_jax.training.context import RunContext
 from grpo_jax.training.learner import Learner
-from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.pass_rates import PassRates
 from grpo_jax.training.programs import rollout_shapes
 from grpo_jax.training.prompts import SampleFn, TrainedPrompts

@@ -84,8 +84,8 @@ def train(
         objective: Instead of a row named in config.objective, whose overrides apply.
         weights: The prompt weights, instead of the objective's scale; or a function of
             `num_prompts`, the number of trained prompts, that makes them.
-        optimizer: Instead of AdamW; or a function of `schedule` that makes one, the
-            learning rate by optimizer update as config.optimizer has it.
+        optimizer: Instead of one by name; or a function of `schedule` that makes one,
+            the learning rate by optimizer update as config.optimizer has it.
         policy: Where to start, instead of a new model; or a function that makes it, of
             which the run keeps nothing. It is copied.
         sampler: Is called as `gj.sample` is, with all of its keywords but top_k and

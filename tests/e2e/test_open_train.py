@@ -448,7 +448,6 @@ def test_a_rule_of_negative_weights_is_named_once(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(optimizer=gj.OptimizerConfig(name="lion")), "optimizer.name of your own"),
         (dict(policy="mine"), "policy of your own must be module:name, got 'mine'"),
         (dict(log=gj.LogConfig(on_step="watch")), "log.on_step of your own"),
         (dict(sampling=gj.SamplingConfig(sampler="vllm")), "sampling.sampler of your"),

@@ -65,12 +65,12 @@ def test_the_sampler_lays_its_weights_out_once_more():
     assert estimate(untied).sampler_weights == 4 * (all_but_last_norm - table)
 
 
-# One micro-batch: its gradients; several: their sum too. AdamW makes four copies.
+# One micro-batch: its gradients; several: their sum too. AdamW holds five copies.
 def test_gradients_and_what_the_optimizer_makes_of_them():
     trained = 4 * num_parameters(SMALL)
     assert estimate().gradients == trained
     assert estimate(micro=(2, 8)).gradients == 2 * trained
-    assert estimate().optimizing == 4 * trained
+    assert estimate().optimizing == 5 * trained
     assert estimate(copies=2).update_copies == 2 * trained
 
 

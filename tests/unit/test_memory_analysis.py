@@ -16,12 +16,12 @@ from grpo_jax.models.config import num_factors, num_parameters
 from grpo_jax.models.policy import abstract_policy
 from grpo_jax.parallel.sharding import tree_shardings, with_shardings
 from grpo_jax.planning.memory import MemoryInputs, estimate_memory
+from grpo_jax.planning.optimizer import make_optimizer, make_schedule
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.sampling import _sample
 from grpo_jax.rollouts.types import Rollouts
 from grpo_jax.runs.config import MeshConfig, OptimizerConfig
 from grpo_jax.training import counterfactual
-from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.state import Batch, init_state, part_of
 from grpo_jax.training.step import make_train_step
 

@@ -21,11 +21,11 @@ from grpo_jax.parallel.sharding import (
     tree_shardings,
 )
 from grpo_jax.planning.devices import check_mesh
+from grpo_jax.planning.optimizer import make_optimizer, make_schedule
 from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch, split_batch
 from grpo_jax.runs.config import NEW_BATCH, MeshConfig, OptimizerConfig, StepBatch
 from grpo_jax.runs.config_files import from_dict
-from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.state import init_state
 from tests.helpers import TINY, random_rollouts, tiny_policy
 
