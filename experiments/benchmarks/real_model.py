@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
+from grpo_jax.rollouts.micro_batches import TOKENS
 from grpo_jax.runs.lines import read_lines
 
 Program = Literal["ours", "transformers", "trl"]
@@ -163,11 +164,10 @@ def ours(c: Config) -> Measured:
     from shape import Shape, make_step, one_step
 
     import grpo_jax as gj
-    from grpo_jax.runs.config import TrainConfig
 
     policy = gj.load_pretrained(c.model, dtype="float32")
     shape = Shape(c.prompts, c.group_size, c.prompt_tokens, c.new_tokens)
-    made = make_step(policy, "grpo", shape, TrainConfig().micro_batch_tokens)
+    made = make_step(policy, "grpo", shape, TOKENS)
     if (made.micro.prompts, made.micro.samples) != (c.prompts, c.group_size):
         raise ValueError(f"{shape} must be one micro-batch, got {made.micro}.")
     update = jax.jit(made.update, donate_argnums=0)

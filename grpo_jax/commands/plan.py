@@ -60,7 +60,9 @@ def _with_compiler(options: PlanOptions, name: str) -> int:
     from grpo_jax.training.ahead import lower_ahead
 
     at = topology(name)
-    plan = make_plan(options, with_weights=False, local_devices=False)
+    plan = make_plan(
+        options, with_weights=False, local_devices=False, device_bytes=at.chip.memory
+    )
     lowered = lower_ahead(options, plan, at.devices)
     result = forecast(
         options,

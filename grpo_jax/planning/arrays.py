@@ -103,8 +103,8 @@ def of_sampling(
 
 
 def tokens_of(micro: MicroBatch, lengths: Lengths) -> int:
-    """Tokens of a micro-batch: p (L + g T)."""
-    return micro.prompts * (lengths[0] + micro.samples * lengths[1])
+    """Tokens of a micro-batch on one device: p (L + g T)."""
+    return micro.tokens(*lengths)
 
 
 def of_scores(

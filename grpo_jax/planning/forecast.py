@@ -51,12 +51,14 @@ def forecast(
     counted = None if pass_rates is None else read_pass_rates(pass_rates)
     devices = math.prod(dataclasses.astuple(config.mesh))
     local_devices = device_gib is None and devices <= len(jax.devices())
-    if plan is None:
-        plan = make_plan(config, with_weights=False, local_devices=local_devices)
     if device_gib is not None:
         limit = round(device_gib * _GIB)
     else:
         limit = device_memory() if local_devices else None
+    if plan is None:
+        plan = make_plan(
+            config, with_weights=False, local_devices=local_devices, device_bytes=limit
+        )
     return {
         "run": plan.headline,
         # The memory section says it.
@@ -91,7 +93,7 @@ def _step(config: TrainConfig, plan: Plan) -> dict[str, Any]:
     updated, splits = plan.memory.updated, {}
     shards = batch_shards(updated, g, config.mesh)
     for t in plan.buckets:
-        split = micro_batch(updated, g, length, t, config.micro_batch_tokens, shards)
+        split = micro_batch(updated, g, length, t, plan.micro_batch_tokens, shards)
         splits[str(t)] = [split.prompts, split.samples]
     return {
         "prompts": p,

@@ -28,22 +28,23 @@ def headline(
     rate: LearningRate | None,
     probe: ProbePlan | None,
     evaluated: EvaluatedPrompts,
+    micro_batch: str,
     peak: int,
 ) -> str:
     """The first lines of a run: its loss written out, shapes, size and memory.
 
     Args:
         stored: Dtype of the pretrained model's files.
+        micro_batch: Its size, and why where it was chosen.
         peak: Bytes on one device.
     """
-    micro = shapes.micro
     parts = [
         f"{config.objective.name} on {task.name}: {objective.formula()}"
         f"{weights_text(config.weights)}",
         *objective.mechanisms(),
         f"{config.batch.prompts} prompts x {config.batch.group_size} samples, "
         f"{shapes.train_prompt_length} + {lengths.max_new_tokens} tokens, "
-        f"micro-batch {micro.prompts} x {micro.samples}",
+        f"{micro_batch}",
         f"ends at {named_tokens(task.tokenizer, task.ends)}",
         f"{_size(model)}, {_dtype_text(config, model.dtype, stored)}",
         *attention_text(model, shapes.train_prompt_length, lengths.max_new_tokens),

@@ -6,7 +6,6 @@ them. L prompt tokens and T completion tokens are padded lengths.
 
 import dataclasses
 import math
-from functools import partial
 from typing import NamedTuple
 
 from grpo_jax.diagnostics.probe import num_parts
@@ -235,30 +234,24 @@ class MemoryInputs:
 
     @property
     def micro(self) -> MicroBatch:
-        """The split of an update."""
-        return micro_batch(
-            self.updated,
-            self.group_size,
-            self.prompt_tokens,
-            self.max_new_tokens,
-            self.micro_batch_tokens,
-            batch_shards(self.updated, self.group_size, self.mesh),
-        )
+        """The micro-batch of an update at the longest completions."""
+        shards = batch_shards(self.updated, self.group_size, self.mesh)
+        return self._split(self.updated, self.group_size, shards)
+
+    def _split(
+        self, prompts: int, samples: int, shards: tuple[int, int] | None = None
+    ) -> MicroBatch:
+        sizes = self.prompt_tokens, self.max_new_tokens, self.micro_batch_tokens
+        return micro_batch(prompts, samples, *sizes, shards)
 
     def estimate(self) -> Memory:
         """`estimate_memory`, with the micro-batches that the run will derive."""
-        split = partial(
-            micro_batch,
-            prompt_tokens=self.prompt_tokens,
-            max_tokens=self.max_new_tokens,
-            budget=self.micro_batch_tokens,
-        )
         probe = None
         if self.probe_prompts:
             # One more sample of each prompt: the right answer, if there is only one.
             probe = (
-                split(1, self.probe_group // 2 + 1),
-                split(self.probe_prompts, self.probe_group + 1),
+                self._split(1, self.probe_group // 2 + 1),
+                self._split(self.probe_prompts, self.probe_group + 1),
             )
         completions = self.prompts * self.group_size
         samples = self.evaluation_samples

@@ -25,6 +25,7 @@ from grpo_jax.planning.evaluated import (
 from grpo_jax.planning.headline import headline
 from grpo_jax.planning.learning_rate import LearningRate, learning_rate
 from grpo_jax.planning.memory import MemoryInputs, readable
+from grpo_jax.planning.micro import choose_budget
 from grpo_jax.planning.resolve import (
     resolve_objective,
     resolve_weights,
@@ -35,7 +36,7 @@ from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.rollouts.demonstrations import Demonstrations
 from grpo_jax.rollouts.embedded import check_embedded
 from grpo_jax.rollouts.lengths import drop_long_prompts
-from grpo_jax.rollouts.micro_batches import MicroBatch
+from grpo_jax.rollouts.micro_batches import TOKENS
 from grpo_jax.rollouts.refine import Piece
 from grpo_jax.runs.config import InstrumentConfig, TrainConfig
 from grpo_jax.runs.objects import Given, given_objects
@@ -66,7 +67,7 @@ class Plan:
     max_new_tokens: int
     warm_starts: bool  # supervised learning comes first
     buckets: list[int]  # completion lengths of the update
-    micro: MicroBatch  # of the longest bucket
+    micro_batch_tokens: int  # as given, or chosen
     probe: ProbePlan | None  # None: no instrument
     evaluated: EvaluatedPrompts
     memory: MemoryInputs
@@ -103,6 +104,7 @@ class MemoryStage(NamedTuple):
 
     inputs: MemoryInputs
     peak: int
+    micro_batch: str  # in words
     warnings: list[str]
 
 
@@ -114,6 +116,7 @@ def make_plan(
     local_devices: bool = True,
     date: str | None = None,
     given: Given | None = None,
+    device_bytes: int | None = None,
 ) -> Plan:
     """Checks a config against its task and fixes every shape.
 
@@ -124,6 +127,7 @@ def make_plan(
             compute in bfloat16 itself, as many as its mesh has.
         date: Of a task that is made here, as in `load_task`.
         given: Objects of the user's own; None: those that the config names.
+        device_bytes: Memory of each device; None: of this machine's, if they are used.
 
     Raises:
         ConfigError: the run cannot work as configured.
@@ -166,6 +170,7 @@ def make_plan(
         probe.probe,
         evaluated.sampled(task),
         local_devices=local_devices,
+        device_bytes=device_bytes,
     )
     return Plan(
         task=task,
@@ -181,7 +186,7 @@ def make_plan(
         max_new_tokens=lengths.max_new_tokens,
         warm_starts=warm_starts,
         buckets=shapes.buckets,
-        micro=shapes.micro,
+        micro_batch_tokens=memory.inputs.micro_batch_tokens,
         probe=probe.probe,
         evaluated=evaluated,
         memory=memory.inputs,
@@ -196,6 +201,7 @@ def make_plan(
             rate=rate,
             probe=probe.probe,
             evaluated=evaluated,
+            micro_batch=memory.micro_batch,
             peak=memory.peak,
         ),
         warnings=[
@@ -385,12 +391,13 @@ def memory_stage(
     evaluation_prompts: int,
     *,
     local_devices: bool = True,
+    device_bytes: int | None = None,
 ) -> MemoryStage:
     """What memory depends on, with warnings where the model or the device is too small.
 
     Args:
         evaluation_prompts: How many have their answers sampled in an evaluation.
-        local_devices: As `make_plan`.
+        local_devices, device_bytes: As `make_plan`.
     """
     inputs = MemoryInputs(
         model=model.config,
@@ -398,7 +405,7 @@ def memory_stage(
         group_size=config.batch.group_size,
         prompt_tokens=shapes.train_prompt_length,
         max_new_tokens=lengths.max_new_tokens,
-        micro_batch_tokens=config.micro_batch_tokens,
+        micro_batch_tokens=config.micro_batch_tokens or TOKENS,
         history=objective.history,
         parts=config.updates_per_rollout if objective.disjoint else 1,
         reference=bool(objective.kl_coef),
@@ -414,6 +421,12 @@ def memory_stage(
         optimizer=config.optimizer,
         mesh=config.mesh,
     )
+    available, text = device_bytes, ""
+    if available is None and local_devices:
+        available = device_memory()
+    if config.micro_batch_tokens is None:
+        tokens, text = choose_budget(inputs, available)
+        inputs = dataclasses.replace(inputs, micro_batch_tokens=tokens)
     memory, warnings = inputs.estimate(), []
     positions = inputs.prompt_tokens + inputs.max_new_tokens
     if config.pretrained and positions > model.config.max_positions:
@@ -421,10 +434,11 @@ def memory_stage(
             f"prompts and completions have up to {positions} tokens, and the model was "
             f"made for {model.config.max_positions} (max_position_embeddings)."
         )
-    available = device_memory()
-    if local_devices and available is not None and memory.peak > available:
+    if available is not None and memory.peak > available:
         warnings.append(
             f"about {readable(memory.peak, 'B')} are needed, and the device has "
             f"{readable(available, 'B')}: {memory.advice()}."
         )
-    return MemoryStage(inputs, memory.peak, warnings)
+    micro = inputs.micro
+    said = f"micro-batch {micro.prompts} x {micro.samples}{text}"
+    return MemoryStage(inputs, memory.peak, said, warnings)

@@ -5,10 +5,8 @@ from typing import NamedTuple
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.objectives.objective import Objective
-from grpo_jax.parallel.sharding import batch_shards
 from grpo_jax.rollouts.encoding import encode_prompts
 from grpo_jax.rollouts.lengths import bucket, completion_buckets, completion_tokens
-from grpo_jax.rollouts.micro_batches import MicroBatch, micro_batch
 from grpo_jax.rollouts.refine import Piece, refined_length, template_pieces
 from grpo_jax.runs.config import TrainConfig
 from grpo_jax.tasks.types import Task
@@ -29,7 +27,6 @@ class Shapes(NamedTuple):
 
     refine: list[Piece]  # parts of a prompt with a draft in it; [] without drafts
     train_prompt_length: int  # padded; with drafts longer than in sampling
-    micro: MicroBatch  # of the longest completion bucket
     buckets: list[int]  # completion lengths
 
 
@@ -87,25 +84,16 @@ def _punished(objective: Objective, needed: int, max_new_tokens: int) -> list[st
 def shapes_stage(
     config: TrainConfig, objective: Objective, task: Task, lengths: Lengths
 ) -> Shapes:
-    """The update's prompt length, micro-batch and completion buckets.
+    """The update's prompt length and completion buckets.
 
     Raises:
         ConfigError: a refine template that is wrong, or that nothing uses.
     """
     refine, length = _refined(config, objective, task, lengths)
-    prompts, group_size = config.batch
-    updated, longest = objective.history * prompts, lengths.max_new_tokens
-    micro = micro_batch(
-        updated,
-        group_size,
-        length,
-        longest,
-        config.micro_batch_tokens,
-        batch_shards(updated, group_size, config.mesh),
-    )
+    longest = lengths.max_new_tokens
     # A history holds rollouts of many steps: one length for all.
     buckets = [longest] if objective.history > 1 else completion_buckets(longest)
-    return Shapes(refine, length, micro, buckets)
+    return Shapes(refine, length, buckets)
 
 
 def _refined(

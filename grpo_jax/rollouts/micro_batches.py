@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from grpo_jax.parallel.sharding import batch_shards, constrain
 
+TOKENS = 2**14  # of one backward pass on a device, where nothing asks for others
+
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
@@ -29,6 +31,11 @@ class MicroBatch:
         """(prompts, samples) of a micro-batch that one device works on."""
         return self.prompts // self.shards[0], self.samples // self.shards[1]
 
+    def tokens(self, prompt_tokens: int, max_tokens: int) -> int:
+        """Tokens on a device: p (L + g T)."""
+        p, g = self.on_device
+        return p * (prompt_tokens + g * max_tokens)
+
 
 def micro_batch(
     num_prompts: int,
@@ -40,8 +47,8 @@ def micro_batch(
 ) -> MicroBatch:
     """The largest micro-batch of at most `budget` tokens on a device (at least 1 x 1).
 
-    p prompts with g samples each have p * (prompt_tokens + g * max_tokens) tokens.
-    Complete groups are preferred: their prompt is encoded once.
+    Of those in budget it computes the fewest tokens: a group in k parts has
+    k prompt_tokens + group_size max_tokens, its prompt encoded k times.
 
     Args:
         num_prompts: P.
@@ -51,22 +58,23 @@ def micro_batch(
         budget: Tokens on one device.
         shards: Numbers of shards of P and of G; None: those of the mesh in context.
     """
+    options = splits(num_prompts, group_size, shards)
+    fitting = (x for x in options if x.tokens(prompt_tokens, max_tokens) <= budget)
+    return next(fitting, options[-1])
+
+
+def splits(
+    num_prompts: int, group_size: int, shards: tuple[int, int] | None = None
+) -> list[MicroBatch]:
+    """The micro-batches there are, largest first: whole groups, then parts of one.
+
+    Args:
+        num_prompts, group_size, shards: As `micro_batch`.
+    """
     shards = batch_shards(num_prompts, group_size) if shards is None else shards
-    num_prompts, group_size = num_prompts // shards[0], group_size // shards[1]
-
-    def fits(p, g):
-        return p * (prompt_tokens + g * max_tokens) <= budget
-
-    def make(p, g):
-        return MicroBatch(p * shards[0], g * shards[1], shards)
-
-    for p in _divisors(num_prompts):
-        if fits(p, group_size):
-            return make(p, group_size)
-    for g in _divisors(group_size):
-        if fits(1, g):
-            return make(1, g)
-    return make(1, 1)
+    p, g = num_prompts // shards[0], group_size // shards[1]
+    sizes = [(n, g) for n in _divisors(p)] + [(1, n) for n in _divisors(g)[1:]]
+    return [MicroBatch(a * shards[0], b * shards[1], shards) for a, b in sizes]
 
 
 def _divisors(n: int) -> list[int]:

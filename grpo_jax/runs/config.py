@@ -321,8 +321,9 @@ class TrainConfig(Record):
     run_dir: str | None = None  # default: runs/TASK-OBJECTIVE-seedN, numbered if taken
     steps: Count = 120  # rollouts; each is updates_per_rollout optimizer updates
     updates_per_rollout: Count = 1  # more than 1: behaviour log-probs recomputed once
-    # Tokens of one backward pass on one device; the split is derived
-    micro_batch_tokens: Count = 16384
+    # Tokens of one backward pass on one device; the split is derived. Default: 16384,
+    # fewer where memory does not suffice, up to twice as many for a whole group
+    micro_batch_tokens: Count | None = None
     seed: Seed = 0  # of parameters, order of prompts and sampling
     resume: bool = False  # continue the run in run_dir
 

@@ -75,6 +75,9 @@ def continued(config: TrainConfig) -> TrainConfig:
             chosen = {name: getattr(getattr(begun, part), name)}
             settings = dataclasses.replace(settings, **chosen)
             config = dataclasses.replace(config, **{part: settings})
+    if config.micro_batch_tokens is None:
+        tokens = begun.micro_batch_tokens
+        config = dataclasses.replace(config, micro_batch_tokens=tokens)
     return config
 
 

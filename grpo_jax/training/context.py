@@ -47,9 +47,9 @@ class RunContext:
 
 
 def as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
-    """The config with the dtype to compute in, the batch, the learning rate and the
-    measurements that the run takes: config.json keeps them, so that a resumed run has
-    the same where the defaults have changed."""
+    """The config with the dtype to compute in, the batch, how it is split, the learning
+    rate and the measurements that the run takes: config.json keeps them, so that a
+    resumed run has the same where the defaults, or the device, have changed."""
     rate, probe = plan.learning_rate, plan.probe
     chosen: dict[str, Any] = {"every": 0}
     if probe is not None:
@@ -65,4 +65,5 @@ def as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
             config.optimizer, learning_rate=None if rate is None else rate.value
         ),
         instrument=dataclasses.replace(config.instrument, **chosen),
+        micro_batch_tokens=plan.micro_batch_tokens,
     )

@@ -29,8 +29,8 @@ from grpo_jax.parallel.sharding import on_mesh, put_on_mesh, with_shardings
 from grpo_jax.planning.resolve import check_updates
 from grpo_jax.preconditioner import PromptWeights, whole_ids
 from grpo_jax.rollouts.checks import check_rollouts
+from grpo_jax.rollouts.micro_batches import TOKENS
 from grpo_jax.rollouts.types import Rollouts
-from grpo_jax.runs.config import TrainConfig
 from grpo_jax.runs.objects import (
     as_objective,
     check_optimizer,
@@ -93,7 +93,7 @@ class Learner:
         temperature: float = 1.0,
         max_new_tokens: int | None = None,
         eos_ids: int | Sequence[int] = (),
-        micro_batch_tokens: int = TrainConfig.micro_batch_tokens,
+        micro_batch_tokens: int = TOKENS,
         skip_empty: bool = True,
         with_counterfactual: bool = False,
         with_solving: bool = True,

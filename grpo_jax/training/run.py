@@ -17,6 +17,7 @@ from grpo_jax.objectives.objective import Objective
 from grpo_jax.parallel.meshes import make_mesh
 from grpo_jax.parallel.processes import LostProcessError, Processes, exit_at_once, join
 from grpo_jax.parallel.sharding import on_mesh
+from grpo_jax.planning.devices import device_memory
 from grpo_jax.planning.plan import make_plan
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.records import as_type
@@ -148,8 +149,16 @@ def _train(
     )
     processes.together(lambda: find_sinks(config.log.to))
     date = processes.first(now())  # one for all, where a template prints it
+    # Of the smallest device: all processes must split a batch alike.
+    memory = [x for x in processes.exchange(device_memory()) if x is not None]
     plan = processes.together(
-        lambda: make_plan(config, _task(config, task, date), date=date, given=own)
+        lambda: make_plan(
+            config,
+            _task(config, task, date),
+            date=date,
+            given=own,
+            device_bytes=min(memory, default=None),
+        )
     )
     config = as_planned(config, plan)
     mesh = processes.together(lambda: make_mesh(config.mesh))

@@ -160,6 +160,7 @@ def test_plan_that_does_not_fit_names_settings_that_would(capsys, tmp_path):
     file = tmp_path / "plan.json"
     argv = [*PLAN, "--model.remat", "none", "--instrument.every", "0"]
     argv += ["--model.num-layers", "8", "--json", str(file)]
+    argv += ["--micro-batch-tokens", "16384"]
 
     def planned(*more):
         code, text = answer(capsys, *argv, *more)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import pytest
@@ -8,6 +9,7 @@ from grpo_jax.models.config import num_factors, num_parameters
 from grpo_jax.models.policy import abstract_policy
 from grpo_jax.parallel.sharding import AXES
 from grpo_jax.planning.memory import Memory, MemoryInputs, estimate_memory, readable
+from grpo_jax.planning.micro import choose_budget
 from grpo_jax.planning.remedies import remedies
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.runs.config import MeshConfig
@@ -209,6 +211,42 @@ def test_inputs_derive_the_micro_batch():
     halved = dataclasses.replace(inputs, parts=2, micro_batch_tokens=10**6)
     assert halved.updated == 2
     assert halved.estimate().gradients == 4 * num_parameters(SMALL)
+
+
+# A group of 8 has 16 + 8 x 32 = 272 tokens, and all 4 of them 1,088.
+def test_the_largest_micro_batch_that_fits_is_chosen():
+    inputs = MemoryInputs(model=SMALL, micro_batch_tokens=1088, **SHAPE)
+
+    def limit(tokens):
+        memory = dataclasses.replace(inputs, micro_batch_tokens=tokens).estimate()
+        return math.ceil((memory.state + memory.phases()["update"]) / 0.9)
+
+    assert choose_budget(inputs, None) == (1088, "")
+    assert choose_budget(inputs, limit(1088)) == (1088, "")
+    for tokens in (544, 272, 144, 80, 48):
+        assert choose_budget(inputs, limit(tokens)).tokens == tokens
+    tight = math.ceil(0.9 * limit(48))  # all of the device for 1 x 1
+    assert choose_budget(inputs, tight).tokens == 48
+    assert choose_budget(inputs, tight - 9).tokens == 1088  # nothing fits
+
+
+# 8 samples of 100 tokens and a prompt of 500: 1,300 tokens, but 500 + 4 x 100 and the
+# prompt once more in two parts, 500 x 2 + 800; of a short prompt not worth it.
+def test_a_whole_group_is_taken_where_its_repeated_prompts_cost_more():
+    shape = dict(SHAPE, prompt_tokens=500, max_new_tokens=100)
+    inputs = MemoryInputs(model=SMALL, micro_batch_tokens=1000, **shape)
+    assert inputs.micro == MicroBatch(1, 4)
+    assert choose_budget(inputs, 10**12).tokens == 1300
+    assert choose_budget(inputs, None).tokens == 1000
+    memory = inputs.estimate()
+    tight = math.ceil((memory.state + memory.phases()["update"]) / 0.9)
+    assert choose_budget(inputs, tight).tokens == 1000
+    short = dataclasses.replace(inputs, prompt_tokens=210)
+    assert short.micro == MicroBatch(1, 4)
+    assert choose_budget(short, 10**12).tokens == 1000
+    # More than twice the budget is too much.
+    few = dataclasses.replace(inputs, micro_batch_tokens=640)
+    assert choose_budget(few, 10**12).tokens == 640
 
 
 def test_advice_is_what_train_would_take():

@@ -24,6 +24,7 @@ from grpo_jax.planning.plan import (
 )
 from grpo_jax.planning.shapes import Lengths, lengths_stage, shapes_stage
 from grpo_jax.rollouts.encoding import encode_prompts
+from grpo_jax.rollouts.micro_batches import TOKENS
 from grpo_jax.runs.config import (
     InstrumentConfig,
     MeshConfig,
@@ -212,11 +213,7 @@ def test_the_model_directory_is_resolved_once(directory, monkeypatch):
 def test_shapes_of_plain_prompts(task):
     shapes = shapes_stage(config(), GRPO, task, LENGTHS)
     assert shapes.refine == [] and shapes.train_prompt_length == 10
-    assert (shapes.micro.prompts, shapes.micro.samples) == (4, 4)
     assert shapes.buckets == [8]
-    small = config(micro_batch_tokens=10 + 2 * 8)
-    micro = shapes_stage(small, GRPO, task, LENGTHS).micro
-    assert (micro.prompts, micro.samples) == (1, 2)
 
 
 def test_drafts_lengthen_the_prompts_of_the_update(task):
@@ -234,7 +231,7 @@ def test_a_history_has_one_completion_length(task):
     assert shapes_stage(config(), GRPO, task, long).buckets == [64, 128, 256]
     history = objective("rt_pg", history=2)
     shapes = shapes_stage(config(), history, task, long)
-    assert shapes.buckets == [256] and shapes.micro.prompts == 8
+    assert shapes.buckets == [256]
 
 
 # ---- probe
@@ -284,6 +281,24 @@ def test_memory_stage_reads_objective_and_config(task):
     assert memory(task, counterfactual).inputs.weightings == 5
 
 
+def test_micro_batches_are_as_given_or_as_fit(task, monkeypatch):
+    stage = memory(task)
+    assert stage.inputs.micro_batch_tokens == TOKENS
+    assert stage.micro_batch == "micro-batch 4 x 4"
+    given = config(micro_batch_tokens=10 + 2 * 8)
+    assert memory(task, given).micro_batch == "micro-batch 1 x 2"
+    small = dataclasses.replace(stage.inputs, micro_batch_tokens=10 + 4 * 8).estimate()
+    limit = round((small.state + small.phases()["update"]) / 0.9) + 1
+    lowered = memory(task, device_bytes=limit)
+    words = "micro-batch 1 x 4 (lowered from 4 x 4 for the device's memory)"
+    assert lowered.micro_batch == words
+    assert lowered.inputs.micro_batch_tokens == 10 + 4 * 8
+    whole = config(micro_batch_tokens=TOKENS)  # is respected, with a warning
+    kept = memory(task, whole, device_bytes=limit)
+    assert kept.micro_batch == "micro-batch 4 x 4"
+    assert kept.warnings[0].startswith("about ") and "lower micro" in kept.warnings[0]
+
+
 def test_memory_stage_warns(task, monkeypatch):
     model = gj.ModelConfig(vocab_size=20, max_positions=17)
     (warning,) = memory(task, config(pretrained="x"), model=model).warnings
@@ -305,7 +320,8 @@ def test_headline_names_what_differs(task):
         rate = learning_rate(wanted, lora=False)
         return headline(
             wanted, row, task, model, LENGTHS, shapes,
-            stored=stored, rate=rate, probe=probe, peak=5000,
+            stored=stored, rate=rate, probe=probe, micro_batch="micro-batch 4 x 4",
+            peak=5000,
             evaluated=evaluated_prompts(wanted, task, LENGTHS),
         )  # fmt: skip
 

@@ -125,6 +125,16 @@ def test_a_resumed_run_keeps_its_batch(begun):
     assert config.batch == (16, 16)
 
 
+def test_a_resumed_run_splits_its_batches_alike(begun):
+    file = begun / "config.json"
+    content = json.loads(file.read_text())
+    content["config"]["micro_batch_tokens"] = 300
+    file.write_text(json.dumps(content))
+    for given in ({}, {"micro_batch_tokens": None}):
+        resumed = TrainConfig(run_dir=begun, resume=True, **given)
+        assert continued(resumed).micro_batch_tokens == 300
+
+
 def test_a_resumed_run_keeps_its_measurements(begun):
     chosen = {"every": 60, "at_start": False, "prompts": 9, "group_size": 16}
     file = begun / "config.json"
