@@ -185,7 +185,7 @@ def estimate_memory(
         counterfactual += widened_base
     return Memory(
         parameters=round(w.trained),
-        optimizer=optimizer_bytes(c, optimizer, mesh),
+        optimizer=round(optimizer_bytes(c, optimizer, mesh, w.trained)),
         reference=round(w.trained * reference),
         frozen=round(w.base * base_bytes if c.lora_rank else 0),
         cache=round(cache),

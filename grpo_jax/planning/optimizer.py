@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.policy import abstract_policy
 from grpo_jax.parallel.sharding import AXES, MeshShape, tree_shardings
-from grpo_jax.runs.optimizers import OPTIMIZERS, OptimizerConfig
+from grpo_jax.runs.optimizers import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
@@ -86,19 +86,22 @@ def _decayed(params):
     )
 
 
-def optimizer_bytes(c: ModelConfig, config: OptimizerConfig, mesh: MeshShape) -> int:
-    """Bytes of the optimizer's state on each device; of one of the user's own, those of
-    adamw."""
-    if config.name not in OPTIMIZERS:
-        config = OptimizerConfig()
-    return _optimizer_bytes(c, config, tuple(getattr(mesh, name) for name in AXES))
+def optimizer_bytes(
+    c: ModelConfig, config: OptimizerConfig, mesh: MeshShape, trained: float
+) -> float:
+    """Bytes of the optimizer's state on each device, of `trained` bytes of float32
+    parameters there; of one of the user's own, those of adamw."""
+    if config.name == "adafactor":
+        return _factored_bytes(c, tuple(getattr(mesh, name) for name in AXES))
+    mean = {"float32": 1.0, "bfloat16": 0.5}[config.mean_dtype]
+    return trained * (mean if config.name == "lion" else mean + 1)
 
 
 @functools.lru_cache(maxsize=64)
-def _optimizer_bytes(
-    c: ModelConfig, config: OptimizerConfig, sizes: tuple[int, ...]
-) -> int:
-    state = jax.eval_shape(step_direction(config).init, abstract_policy(c).params)
+def _factored_bytes(c: ModelConfig, sizes: tuple[int, ...]) -> int:
+    """Of adafactor's means of squares, from the shapes that they would have."""
+    init = optax.scale_by_factored_rms().init
+    state = jax.eval_shape(init, abstract_policy(c).params)
     shardings = tree_shardings(state, AbstractMesh(sizes, AXES))
     shares = jax.tree.map(
         lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,

