@@ -67,13 +67,17 @@ class Plan:
     max_new_tokens: int
     warm_starts: bool  # supervised learning comes first
     buckets: list[int]  # completion lengths of the update
-    micro_batch_tokens: int  # as given, or chosen
     probe: ProbePlan | None  # None: no instrument
     evaluated: EvaluatedPrompts
     memory: MemoryInputs
     headline: str
     warnings: list[str]
     given: Given  # the user's own objects
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Of one backward pass on a device, as given or chosen."""
+        return self.memory.micro_batch_tokens
 
 
 class TaskStage(NamedTuple):
@@ -186,7 +190,6 @@ def make_plan(
         max_new_tokens=lengths.max_new_tokens,
         warm_starts=warm_starts,
         buckets=shapes.buckets,
-        micro_batch_tokens=memory.inputs.micro_batch_tokens,
         probe=probe.probe,
         evaluated=evaluated,
         memory=memory.inputs,
