@@ -3,10 +3,10 @@
 import os
 from importlib import metadata
 
-# On a CPU, jaxlib 0.10.2 gives small products, fused with what follows them, to YNNPACK
-# and gets last rows of long arrays wrong (jax-ml/jax#39103). "" gives nothing to it.
+# On a CPU, jaxlib 0.10.2 gives sums, also of small products, to YNNPACK and gets last
+# rows of long arrays wrong (jax-ml/jax#39103). Products alone are right there, and fast.
 _BROKEN = "0.10.2"
-_NAME, _VALUE = "--xla_cpu_experimental_ynn_fusion_type", ""
+_NAME, _VALUE = "--xla_cpu_experimental_ynn_fusion_type", "individual_dot"
 
 
 def set_compiler_flags() -> None:
