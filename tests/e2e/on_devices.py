@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -62,9 +63,21 @@ from tests.helpers import (
 )
 
 PORT, COUNT, INDEX = map(int, os.environ.get("PROCESSES", "0 1 0").split())
+AS_RUN = ("programs", "memory")  # checks of programs as they are compiled outside tests
+if sys.argv[1] in AS_RUN:
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = flags.replace("--xla_cpu_use_fusion_emitters=false", "")
 chex.set_n_cpu_devices(8 // COUNT)  # raises if jax has been started
 
 OBJECTIVE = gj.OBJECTIVES["dr_grpo"]
+
+
+def keep_programs_of_every_process():
+    """Their keys tell processes apart, but jax writes the first's only."""
+    from jax._src import compiler
+
+    first = SimpleNamespace(process_id=0, client=None)
+    compiler.distributed = SimpleNamespace(global_state=first)
 
 
 def mesh_of(text):
@@ -272,11 +285,11 @@ def memory(text):
 if __name__ == "__main__":
     if COUNT > 1 and sys.argv[1] != "whole_run":  # which joins the others itself
         jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, INDEX)
-    if COUNT == 1:
-        use_compile_cache()
+    use_compile_cache()
+    keep_programs_of_every_process()
     checks = (same_step, programs, whole_run, replayed, bfloat16, memory)
     check = {function.__name__: function for function in checks}
-    if sys.argv[1] not in ("programs", "memory"):  # of programs as they are run
+    if sys.argv[1] not in AS_RUN:
         jax.config.update("jax_disable_most_optimizations", True)
     try:
         print(json.dumps(check[sys.argv[1]](*sys.argv[2:])))

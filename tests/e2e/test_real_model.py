@@ -49,7 +49,7 @@ TASK = TaskConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def optimized():
-    """Compiled as outside of the tests: most of the time here is computation."""
+    """With XLA's optimizations: most of the time here is computation."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -178,7 +178,8 @@ def test_the_readmes_command_runs(real_model_directory, tmp_path):
     output = subprocess.check_output(
         [sys.executable, "-m", "grpo_jax", *arguments, "--steps=1", "--run-dir", run],
         text=True, timeout=1200, stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ
+        | {"PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": ""},
     )  # fmt: skip
     assert "learning rate 0.0003, the default for LoRA on a pretrained model" in output
     start, step = read_lines(run / "metrics.jsonl")
