@@ -15,6 +15,18 @@ TINY_FLAGS = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def undrawn():
+    """Reports have empty figures: to draw them is a quarter of a short run's time."""
+
+    def empty(figure, file, **options):
+        file.write("<svg></svg>")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", empty)
+        yield
+
+
 @pytest.fixture
 def grpo_jax(tmp_path):
     """Starts `python -m grpo_jax ...`, `train` with TINY_FLAGS; killed at the end."""

@@ -35,7 +35,10 @@ from tests.e2e.test_cli import answer
 from tests.e2e.test_survival import numbers
 from tests.e2e.test_train import digits_task, small_config
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("undrawn"),
+]
 
 P, G = 4, 4
 MODEL = gj.ModelConfig(
