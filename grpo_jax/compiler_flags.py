@@ -3,8 +3,8 @@
 import os
 from importlib import metadata
 
-# On a CPU, jaxlib 0.10.2 gives sums, also of small products, to YNNPACK and gets last
-# rows of long arrays wrong (jax-ml/jax#39103). Products alone are right there, and fast.
+# On a CPU, jaxlib 0.10.2 gives sums, also of small products, to YNNPACK, and gets the
+# last rows of long arrays wrong (jax-ml/jax#39103). Products alone it gets right.
 _BROKEN = "0.10.2"
 _NAME, _VALUE = "--xla_cpu_experimental_ynn_fusion_type", "individual_dot"
 

@@ -82,7 +82,12 @@ Lengths = tuple[int, int]  # (L, T)
 
 
 def of_sampling(
-    s: Sizes, prompts: int, group_size: int, lengths: Lengths, mesh: MeshShape
+    c: ModelConfig,
+    s: Sizes,
+    prompts: int,
+    group_size: int,
+    lengths: Lengths,
+    mesh: MeshShape,
 ) -> tuple[float, float]:
     """(cache, work) bytes of p prompts and g samples of each on a device.
 
@@ -96,7 +101,10 @@ def of_sampling(
     cache = 2 * s.layers * s.kv * p * (length + g * t) * s.size
     decode = 4 * p * g * (2 * s.vocab + 2 * s.mlp + s.num_heads * (length + t))
     one_layer = 3 * s.mlp + 3 * s.width + 2 * s.heads
-    prefill = p * length * one_layer * s.size + 8 * p * s.num_heads * length**2
+    queries = length
+    if chosen_attention(c.attention, length, c.head_dim) != "dense":
+        queries = block_queries(round(p * s.num_heads * length))
+    prefill = p * length * one_layer * s.size + 8 * p * s.num_heads * length * queries
     # All layers' keys and values of the prompts, before they are split by layer.
     prefill += 2 * s.layers * s.kv * p * length * s.size
     return cache, max(decode, prefill - cache)
@@ -141,7 +149,7 @@ def of_activations(
     of them save, and one layer's arrays, in its MLP or in its attention."""
     tokens = tokens_of(micro, lengths)
     completion, prompt = of_scores(c, s, micro, lengths)
-    wide = (6 + (c.lora_rank > 0)) * s.mlp + 7 * s.width + 6 * s.heads + 2 * s.kv
+    wide = (6 + (c.lora_rank > 0)) * s.mlp + 5 * s.width + 4 * s.heads + 2 * s.kv
     mlp = completion + prompt + tokens * wide * s.size
     attention = 3.25 * completion + 2.25 * prompt
     attention += tokens * (6 * s.width + 4 * s.heads) * s.size

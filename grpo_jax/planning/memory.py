@@ -159,11 +159,11 @@ def estimate_memory(
     widened_base = of_widened_base(c, w, base_bytes, widened)
     lengths = prompt_tokens, max_new_tokens
     local = MicroBatch(*micro.on_device)
-    cache, sampler_logits = of_sampling(s, prompts, group_size, lengths, mesh)
+    cache, sampler_logits = of_sampling(c, s, prompts, group_size, lengths, mesh)
     sampler_weights = s.layers * w.layer * s.size + w.unembedding + widened_base
     evaluation = 0.0
     if evaluated is not None:
-        evaluation = sampler_weights + sum(of_sampling(s, *evaluated, lengths, mesh))
+        evaluation = sampler_weights + sum(of_sampling(c, s, *evaluated, lengths, mesh))
     activations = of_activations(c, s, local, lengths)
     is_split = (micro.prompts, micro.samples) != (updated or prompts, group_size)
     look = counterfactual = 0.0
