@@ -111,8 +111,12 @@ def _factored_bytes(c: ModelConfig, sizes: tuple[int, ...]) -> int:
     return sum(jax.tree.leaves(shares))
 
 
-def optimizing_copies(config: OptimizerConfig) -> int:
+def optimizing_copies(config: OptimizerConfig, is_split: bool) -> int:
     """Copies of the trained parameters at the peak of an optimizer's update, as XLA on
     a CPU keeps them: the gradient, the change, new moments and parameters; of one of
-    the user's own, those of adamw."""
-    return {"adafactor": 3, "lion": 3}.get(config.name, 5)
+    the user's own, those of adamw.
+
+    Args:
+        is_split: The gradient is a sum over micro-batches.
+    """
+    return {"adafactor": 3, "lion": 3 + is_split}.get(config.name, 5)

@@ -216,8 +216,9 @@ def test_other_shapes(config, changes, shape, micro):
         dict(name="lion", mean_dtype="bfloat16"),
     ],
 )  # fmt: skip
-def test_other_optimizers(settings):
-    config, micro = OptimizerConfig(learning_rate=3e-4, **settings), MicroBatch(1, 2)
+@pytest.mark.parametrize("micro", [MicroBatch(2, 2), MicroBatch(1, 2)])
+def test_other_optimizers(settings, micro):
+    config = OptimizerConfig(learning_rate=3e-4, **settings)
     memory = estimate_memory(
         DEEP, prompts=2, group_size=2, prompt_tokens=8, max_new_tokens=8, micro=micro,
         reference=False, widened=jax.default_backend() == "cpu", optimizer=config,
