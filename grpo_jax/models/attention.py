@@ -11,6 +11,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from grpo_jax.logprobs import soft_capped
+from grpo_jax.precision import float32_products
 
 ATTENDED = "attended"  # the name of what a backward pass reads, for jax.checkpoint
 _MASKED = -1e30  # finite, so that a fully masked row stays finite too
@@ -165,15 +166,17 @@ class _Layout(NamedTuple):
         x = x.reshape(p, kv, self.groups, n // self.groups, *x.shape[3:])
         return x.swapaxes(1, 2)
 
-    def masked(self, scores: jax.Array, mask: jax.Array) -> jax.Array:
-        """Scores of rows, a large negative number where the `Part`'s mask is false."""
+    def masked(
+        self, scores: jax.Array, mask: jax.Array, other: float = _MASKED
+    ) -> jax.Array:
+        """Scores of rows, another number where the `Part`'s mask is false."""
         if self.shared and mask.ndim == 2:
-            return jnp.where(mask[:, None, None], scores, _MASKED)
+            return jnp.where(mask[:, None, None], scores, other)
         queries = mask.shape[-2]
         by_query = scores.reshape(*scores.shape[:-2], -1, queries, scores.shape[-1])
         if mask.ndim == 3:
             mask = mask.reshape(len(mask), *(1,) * (by_query.ndim - 3), *mask.shape[1:])
-        return jnp.where(mask, by_query, _MASKED).reshape(scores.shape)
+        return jnp.where(mask, by_query, other).reshape(scores.shape)
 
 
 def _layouts(q: jax.Array, pairs: Pairs) -> list[_Layout]:
@@ -238,6 +241,7 @@ def _tangent(softcap, q, pairs, masks, attended, log_total, dq, dpairs):
         if softcap is not None:
             ds *= 1 - (s / softcap) ** 2
         weights = jnp.exp(at.masked(s, mask) - at.rows(log_total)[..., None])
+        weights = at.masked(weights, mask, 0.0)  # of a row that sees nothing too
         ds *= weights
         mixed += at.back(_product(weights.astype(v.dtype), dv))
         mixed += at.back(_product(ds.astype(v.dtype), v))
@@ -248,6 +252,7 @@ def _tangent(softcap, q, pairs, masks, attended, log_total, dq, dpairs):
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Matrix products [..., M, N] of x [..., M, K] and y [..., K, N], in float32, or
-    float64 from it."""
+    float64 from it; the rule of `_attend` is traced outside of the decoder."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.matmul(x, y, preferred_element_type=wide)
+    with float32_products(x.dtype):
+        return jnp.matmul(x, y, preferred_element_type=wide)

@@ -12,7 +12,8 @@ KEYS, QUERIES = 0, 1  # axes of scores
 def product(x: jax.Array, y: jax.Array, over_x: int, over_y: int) -> jax.Array:
     """[block or d, ...] of two blocks [.., ..], summed over an axis of each."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    exact = jax.lax.Precision.HIGHEST if x.dtype == wide else None
+    precisions = jax.lax.Precision  # whatever jax's default was set to
+    exact = precisions.HIGHEST if x.dtype == wide else precisions.DEFAULT
     return jax.lax.dot_general(
         x,
         y,
@@ -47,6 +48,7 @@ def weights_and_change(
     """
     scores = scores_of(softcap, k, q)
     weights = jnp.exp(jnp.where(seen, scores, MASKED) - log_total)
+    weights = jnp.where(seen, weights, 0.0)  # of a row that sees nothing too
     change = weights * (product(v, cotangent, 1, 1) - inner)
     if softcap is not None:
         change *= 1 - (scores / softcap) ** 2

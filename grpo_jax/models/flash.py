@@ -28,6 +28,8 @@ from grpo_jax.models.block import (
 from grpo_jax.parallel.kernels import per_head, shape_like, varying_alike
 
 HEAD_DIMS = (64, 128, 256)  # that the kernels are built for
+_LONG_ROW = 512  # bytes
+_TOGETHER = 32 * 2**20  # bytes of queries, beside their cotangents, of a program
 ALL = 2**30  # a window that nothing is outside of
 _BLOCKS = {"tpu": (512, 256, 128), "gpu": (64,), "interpret": (16,)}
 
@@ -58,8 +60,13 @@ class Kernel:
         return -(-tokens // self.block)
 
     @staticmethod
-    def of(backend: str, tokens: int, softcap: float | None) -> "Kernel":
-        """Blocks as large as so many tokens fill to seven eighths."""
+    def of(
+        backend: str, tokens: int, softcap: float | None, row_bytes: int
+    ) -> "Kernel":
+        """Blocks as large as so many tokens fill to seven eighths, on a GPU half as
+        large for rows of queries of 512 bytes or more."""
+        if backend == "gpu" and row_bytes >= _LONG_ROW:
+            return Kernel(backend, 32, softcap)
         *larger, smallest = _BLOCKS[backend]
         for block in larger:
             if 7 * -(-tokens // block) * block <= 8 * tokens:
@@ -92,9 +99,9 @@ def flash_attention(
         parts.append(Keys(*(_filled(kernel, x, 1) for x in prefix)))
         first = first + parts[1].k.shape[2] - prefix.k.shape[2]
     limit = ALL if window is None else window
-    bounds = jnp.stack([first, jnp.broadcast_to(limit, first.shape)], axis=1)
-    by_head = (len(q), own.k.shape[1], 2)  # every device has some
-    bounds = jnp.broadcast_to(bounds.astype(jnp.int32)[:, None], by_head)
+    bounds = jnp.concatenate([first, jnp.broadcast_to(limit, first.shape)])
+    by_head = (1, own.k.shape[1], bounds.size)  # every device has some
+    bounds = jnp.broadcast_to(bounds.astype(jnp.int32), by_head)
     arrays: Any = varying_alike((bounds, _filled(kernel, q, 0), parts))
     attended: jax.Array = _flash(kernel, *arrays)
     return attended[:, :, :t]
@@ -136,9 +143,9 @@ def _forward(
 
     Args:
         kernel: Sizes and soft cap.
-        by_head: Bounds [B, KV, 2] int32, of each row the first token that is there and
-            its window; queries [B, H, T, d] in whole blocks; and parts: own keys, and
-            those before them if there are any.
+        by_head: Bounds [1, KV, 2 B] int32, of each row the first token that is there,
+            then the windows; queries [B, H, T, d] in whole blocks; and parts: own keys,
+            and those before them if there are any.
     """
     bounds, q, parts = by_head
     c, size = _Call(kernel, q, parts), kernel.block
@@ -233,17 +240,21 @@ def _key_gradients(
 ) -> Keys:
     """Gradients of part `which`, as its arrays; other arguments as `_query_gradient`.
 
-    Those of a prefix are written apart for every row that shares it and added
-    afterwards, so that all blocks are independent.
+    Those of a prefix are written apart for every row that shares it, and those of long
+    sequences for every query head; they are added afterwards, so that all blocks are
+    independent.
     """
     c, size, part = _Call(kernel, q, parts), kernel.block, parts[which]
     shared, kv, n, d = len(q) // len(part.k), *part.k.shape[1:]
-    heads = q.shape[1] // kv  # of queries, for each of keys
+    heads = q.shape[1] // kv  # of queries, for each of keys: together, if they fit
+    large = 4 * heads * c.tokens * d * q.dtype.itemsize > _TOGETHER
+    apart = heads if large else 1
+    heads, alone = heads // apart, apart == shared == 1
     ahead = c.prefix if which == 0 else 0  # tokens before this part
 
     def body(bounds, q, cotangent, log_total, inner, k, v, dk, dv):
         row, j = pl.program_id(0), pl.program_id(2)
-        first, window = bounds[row, 0, 0], bounds[row, 0, 1]
+        first, window = c.bounds(bounds, row)
         k, v = k[0, 0], v[0, 0]
         start = ahead + j * size  # of these keys, among all tokens
         # Queries from the first that sees one of them, to the last.
@@ -272,24 +283,27 @@ def _key_gradients(
         total = jax.lax.fori_loop(0, heads, add_head, (zeros, zeros))
         dk[0, 0], dv[0, 0] = (x.astype(dk.dtype) for x in total)
 
-    keys = pl.BlockSpec((1, 1, size, d), lambda b, h, i: (_divided(b, shared), h, i, 0))
+    keys = pl.BlockSpec(
+        (1, 1, size, d),
+        lambda b, h, i: (_divided(b, shared), _divided(h, apart), i, 0),
+    )
     out = pl.BlockSpec((1, 1, size, d), lambda b, h, i: (b, h, i, 0))
     queries = pl.BlockSpec((1, heads, c.tokens, d), lambda b, h, i: (b, h, 0, 0))
     row = pl.BlockSpec((1, heads, 1, c.tokens), lambda b, h, i: (b, h, 0, 0))
-    shape = c.shape((len(q), kv, n, d), q.dtype if shared == 1 else c.wide)
+    shape = c.shape((len(q), kv * apart, n, d), q.dtype if alone else c.wide)
     call = c.call(
         body,
         [queries, queries, row, row, keys, keys],
         [out, out],
         [shape, shape],
-        c.products(4, keys=n if which else None),
-        (kv, n // size),
+        c.products(4, keys=n if which else n // 2),
+        (kv * apart, n // size),
     )
     gradients = call(bounds, q, cotangent, *rows, *part)
-    if shared == 1:
+    if alone:
         return Keys(*gradients)
-    by_prefix = (x.reshape(-1, shared, *x.shape[1:]) for x in gradients)
-    return Keys(*(x.sum(1).astype(q.dtype) for x in by_prefix))
+    sums = (x.reshape(-1, shared, kv, apart, n, d).sum((1, 3)) for x in gradients)
+    return Keys(*(x.astype(q.dtype) for x in sums))
 
 
 class _Call:
@@ -317,6 +331,10 @@ class _Call:
             (1, 1, *x.shape[2:]),
             lambda b, h, i: (_divided(b, shared), _divided(h, heads), 0, 0),
         )
+
+    def bounds(self, bounds: Any, row: Any) -> tuple[jax.Array, jax.Array]:
+        """(first token, window) of a row."""
+        return bounds[0, 0, row], bounds[0, 0, len(self.q) + row]
 
     def shape(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
         """Of an output, which differs between devices as the queries do."""
@@ -348,7 +366,7 @@ class _Call:
         """The carry after add(carry, k, v, seen) for every block of keys that a query
         block sees a part of."""
         size, row, i = self.kernel.block, pl.program_id(0), pl.program_id(2)
-        first, window = bounds[row, 0, 0], bounds[row, 0, 1]
+        first, window = self.bounds(bounds, row)
         queries = self.prefix + i * size
         lowest = jnp.maximum(jnp.maximum(first, queries - window + 1), 0)
 

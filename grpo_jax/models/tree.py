@@ -15,7 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.models import flash
-from grpo_jax.models.attention import Part, shared_prefix_attention, within_window
+from grpo_jax.models.attention import (
+    ATTENDED,
+    Part,
+    shared_prefix_attention,
+    within_window,
+)
 from grpo_jax.parallel.kernels import is_per_device
 from grpo_jax.parallel.platform import platform
 from grpo_jax.parallel.sharding import current_mesh
@@ -202,7 +207,7 @@ class TreeAttention:
                 f"flash attention is built for heads of {flash.HEAD_DIMS}, got {d}; "
                 "choose attention='auto'."
             )
-        kernel = flash.Kernel.of(backend, t, self.softcap)
+        kernel = flash.Kernel.of(backend, t, self.softcap, d * q.dtype.itemsize)
         q = (q * (d**-0.5 if self.scale is None else self.scale)).astype(q.dtype)
         # Rows are P x G; the first token that is there, in tokens of the whole tree.
         first = jnp.repeat((~self.tree.mask).sum(1), g)
@@ -236,11 +241,13 @@ def _by_blocks(
     padding = [(0, 0)] * len(lead) + [(0, blocks * size - n), (0, 0), (0, 0)]
     parts = jnp.pad(q, padding).reshape(*lead, blocks, size, heads, d)
     parts = jnp.moveaxis(parts, len(lead), 0)
+    kept = jax.checkpoint_policies.save_only_these_names(ATTENDED)
     stretch, attended = math.ceil(blocks / STRETCHES), []
     for first in range(0, blocks, stretch):
         some = parts[first : first + stretch]
         keys = min(n, (first + len(some)) * size)
-        one = partial(attend, keys=keys)
+        # Without it, the masks of all blocks would be kept.
+        one = jax.checkpoint(partial(attend, keys=keys), policy=kept, prevent_cse=False)
         starts = (first + jnp.arange(len(some))) * size
         attended.append(jax.lax.map(lambda x, one=one: one(*x), (some, starts)))
     joined = jnp.moveaxis(jnp.concatenate(attended), 0, len(lead))

@@ -121,13 +121,16 @@ def of_scores(
     """float32 bytes of one layer's attention scores of completion tokens that exist at
     once: (on their completion, on their prompt)."""
     length, t = lengths
-    rows = s.num_heads * micro.prompts
+    rows, heads = s.num_heads * micro.prompts, c.num_heads * micro.prompts
     queries = {
         "dense": t * micro.samples,
-        "blocks": block_queries(round(rows * (length + t))),  # of one sample
+        "blocks": block_queries(heads * (length + t)),  # of one sample
         "flash": 0,
     }[chosen_attention(c.attention, t, c.head_dim)]
-    return 4 * rows * queries * t, 4 * rows * queries * length
+    of_prompts = {
+        "dense": length, "blocks": block_queries(heads * length), "flash": 0,
+    }[chosen_attention(c.attention, length, c.head_dim)]  # fmt: skip
+    return 4 * rows * queries * t, 4 * rows * max(queries, of_prompts) * length
 
 
 def of_saved(c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths) -> float:
@@ -157,6 +160,9 @@ def of_activations(
     if chosen_attention(c.attention, max(lengths), c.head_dim) == "blocks":
         # Keys, values and their gradients once more in every stretch of blocks.
         layer += tokens * (10 * s.kv + 4 * s.heads) * s.size
+    if chosen_attention(c.attention, lengths[1], c.head_dim) == "flash":
+        # The prompt's gradients of every completion, float32.
+        layer += 8 * micro.prompts * micro.samples * s.kv * lengths[0]
     return of_saved(c, s, micro, lengths) + layer
 
 

@@ -282,7 +282,8 @@ def test_memory_stage_reads_objective_and_config(task):
 
 
 def test_micro_batches_are_as_given_or_as_fit(task):
-    model = gj.ModelConfig(vocab_size=20, num_layers=8, width=8, mlp_width=8)
+    # Of one small layer, so that activations decide.
+    model = gj.ModelConfig(vocab_size=20, num_layers=1, width=8, mlp_width=8)
     stage = memory(task, model=model)
     assert stage.inputs.micro_batch_tokens == TOKENS
     assert stage.micro_batch == "micro-batch 4 x 4"

@@ -34,7 +34,7 @@ def test_nothing_to_say_where_the_parameters_do_not_fit():
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(fsdp=8)])
 def test_more_devices_along_data_or_fsdp_do_not_help(mesh):
-    limit = needs(LONG) // 2
+    limit = round(needs(LONG) * 0.6)
     text = too_long(dataclasses.replace(LONG, mesh=mesh), limit)
     assert "one completion of 32,768 tokens needs" in text
     assert "no mesh.data or mesh.fsdp splits a completion" in text
