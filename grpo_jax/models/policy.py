@@ -12,7 +12,7 @@ from flax import nnx
 from grpo_jax.models.config import COMPUTATION, LINEAR_MAPS, ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.lora import merge_factors, split_factors, without_lora
-from grpo_jax.models.tree import SHORT, chosen_attention
+from grpo_jax.models.tree import of_all_modes
 from grpo_jax.parallel.sharding import constrain_params
 
 
@@ -62,8 +62,9 @@ class Policy:
 
     def with_all_modes(self) -> "Policy":
         """The policy with an attention that has forward mode too."""
-        how = chosen_attention(self.config.attention, SHORT + 1, self.config.head_dim)
-        return self.reconfigured(attention="blocks") if how == "flash" else self
+        c = self.config
+        how = of_all_modes(c.attention, c.head_dim)
+        return self if how == c.attention else self.reconfigured(attention=how)
 
 
 def combined_params(params: Any, frozen: Any) -> Any:

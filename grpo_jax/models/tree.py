@@ -53,6 +53,12 @@ def chosen_attention(how: str, tokens: int, head_dim: int) -> str:
     return how
 
 
+def of_all_modes(how: str, head_dim: int) -> str:
+    """`how`, or what has forward mode too where that would be a kernel."""
+    kernel = chosen_attention(how, SHORT + 1, head_dim) == "flash"
+    return "blocks" if kernel else how
+
+
 def block_queries(scores: int) -> int:
     """Queries of a block, a power of 2, of which each has so many scores."""
     most = max(MIN_BLOCK, MAX_SCORES[platform()] // max(1, scores))

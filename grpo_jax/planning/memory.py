@@ -11,6 +11,7 @@ from typing import NamedTuple
 from grpo_jax.diagnostics.probe import num_parts
 from grpo_jax.evaluation.sampled import prompts_at_a_time
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.tree import of_all_modes
 from grpo_jax.parallel.sharding import MeshShape, batch_shards
 from grpo_jax.planning.arrays import (
     Sizes,
@@ -154,6 +155,8 @@ def estimate_memory(
             by layer; prompts, or the samples of each, over data and fsdp; heads, the
             MLP and the vocabulary over tensor.
     """
+    how = of_all_modes(c.attention, c.head_dim)
+    modes = dataclasses.replace(c, attention=how)  # the instrument's
     s = Sizes.of(c, mesh.tensor, widened)
     w = Weights.of(c, s, mesh)
     widened_base = of_widened_base(c, w, base_bytes, widened)
@@ -170,16 +173,16 @@ def estimate_memory(
     if probe is not None:
         half, everything = probe
         look = widened_base + max(
-            of_look(c, s, w, half, lengths, probe_parts, probe_bytes),
+            of_look(modes, s, w, half, lengths, probe_parts, probe_bytes),
             w.gathered
             + 2 * w.trained
-            + of_derivatives(c, s, w, everything, lengths, not c.lora_rank),
+            + of_derivatives(modes, s, w, everything, lengths, not c.lora_rank),
         )
     if weightings:
         # Per weighting its gradient and its change; then one of them is followed.
         beside = (
             2 * w.trained + activations,
-            w.trained + of_derivatives(c, s, w, local, lengths, not c.lora_rank),
+            w.trained + of_derivatives(modes, s, w, local, lengths, not c.lora_rank),
         )
         counterfactual = 2 * weightings * w.trained + max(beside) + w.gathered
         counterfactual += widened_base
@@ -298,6 +301,8 @@ def estimate_look(
         layers: Gradients are those of so many last layers; None: of all trained
             parameters.
     """
+    how = of_all_modes(c.attention, c.head_dim)
+    modes = dataclasses.replace(c, attention=how)  # the instrument's
     s = Sizes.of(c, 1, widened)
     w = Weights.of(c, s, MeshConfig())
     half = micro_batch(
@@ -306,7 +311,9 @@ def estimate_look(
     widened_base = of_widened_base(c, w, base_bytes, widened)
     lengths = prompt_tokens, max_new_tokens
     parts = num_parts(group_size)
-    return round(widened_base + of_look(c, s, w, half, lengths, parts, sums, layers))
+    return round(
+        widened_base + of_look(modes, s, w, half, lengths, parts, sums, layers)
+    )
 
 
 def readable(count: float, unit: str = "") -> str:
