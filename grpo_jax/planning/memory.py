@@ -199,7 +199,7 @@ def estimate_memory(
         gradients=round(w.trained * (1 + is_split)),
         activations=round(activations + w.gathered + w.unembedding * w.is_cast_back),
         logits=round(of_logits(c, s, w, local, lengths)),
-        optimizing=round(optimizing_copies(optimizer, is_split) * w.trained),
+        optimizing=round(optimizing_copies(optimizer) * w.trained),
         look=round(look),
         counterfactual=round(counterfactual),
     )

@@ -111,12 +111,9 @@ def _factored_bytes(c: ModelConfig, sizes: tuple[int, ...]) -> int:
     return sum(jax.tree.leaves(shares))
 
 
-def optimizing_copies(config: OptimizerConfig, is_split: bool) -> int:
+def optimizing_copies(config: OptimizerConfig) -> int:
     """Copies of the trained parameters at the peak of an optimizer's update, as XLA on
-    a CPU keeps them: the gradient, the change, new moments and parameters; of one of
-    the user's own, those of adamw.
-
-    Args:
-        is_split: The gradient is a sum over micro-batches.
-    """
-    return {"adafactor": 3, "lion": 3 + is_split}.get(config.name, 5)
+    a CPU keeps them: the gradient, the change, new moments and parameters, and of adamw
+    a mean before it is rounded; of one of the user's own, those of adamw."""
+    rounded = config.mean_dtype == "bfloat16"
+    return {"adafactor": 3, "lion": 4}.get(config.name, 5 + rounded)
