@@ -14,7 +14,7 @@ from grpo_jax.logprobs import soft_capped
 from grpo_jax.precision import float32_products
 
 ATTENDED = "attended"  # the name of what a backward pass reads, for jax.checkpoint
-_MASKED = -1e30  # finite, so that a fully masked row stays finite too
+MASKED = -1e30  # finite, so that a fully masked row stays finite too
 
 
 RotaryTable = tuple[jax.Array, jax.Array]  # cos and sin
@@ -95,6 +95,11 @@ def within_window(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array
     return queries[..., :, None] - keys[..., None, :] < window
 
 
+def scaled(q: jax.Array, scale: float | None) -> jax.Array:
+    """Queries [..., d] times the scale of scores, by default 1/sqrt(d)."""
+    return (q * (q.shape[-1] ** -0.5 if scale is None else scale)).astype(q.dtype)
+
+
 class Part(NamedTuple):
     """Keys and values of a part of the tree, and who may see which of them."""
 
@@ -131,7 +136,7 @@ def shared_prefix_attention(
     """
     p, g, s, h, d = q.shape
     kv = parts[0].v.shape[-3]
-    q = (q * (d**-0.5 if scale is None else scale)).astype(q.dtype)
+    q = scaled(q, scale)
     rows = q.reshape(p, g, s, kv, h // kv, d).transpose(0, 1, 3, 4, 2, 5)
     masks = [part.mask for part in parts]
     pairs = [(part.k, part.v) for part in parts]
@@ -167,7 +172,7 @@ class _Layout(NamedTuple):
         return x.swapaxes(1, 2)
 
     def masked(
-        self, scores: jax.Array, mask: jax.Array, other: float = _MASKED
+        self, scores: jax.Array, mask: jax.Array, other: float = MASKED
     ) -> jax.Array:
         """Scores of rows, another number where the `Part`'s mask is false."""
         if self.shared and mask.ndim == 2:

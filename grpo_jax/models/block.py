@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.logprobs import soft_capped
+from grpo_jax.models.attention import MASKED
 
-MASKED = -1e30  # finite, so that a row that sees nothing stays finite
 KEYS, QUERIES = 0, 1  # axes of scores
 
 

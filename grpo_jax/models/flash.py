@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from grpo_jax.models.attention import ATTENDED
+from grpo_jax.models.attention import ATTENDED, MASKED
 from grpo_jax.models.block import (
     KEYS,
-    MASKED,
     QUERIES,
     product,
     scores_of,
@@ -87,7 +86,7 @@ def flash_attention(
     Args:
         kernel: Sizes and soft cap.
         q: [B, H, T, d], scaled.
-        own: [B, KV, T, d] of the queries' own tokens; token t is seen from t on.
+        own: [B, KV, T, d], of the queries' own tokens; query t attends to keys 0 to t.
         prefix: [P, KV, L, d] before them, seen by all; each is shared by B / P rows of
             q that follow each other.
         first: [B] int32, the first token that is there of all L + T.
@@ -424,7 +423,7 @@ def _of_backend(backend: str) -> tuple[pl.BlockSpec, Any]:
     if backend == "tpu":
         from jax.experimental.pallas import tpu
 
-        # Whole keys of a head lie in vector memory, twice.
+        # A program holds all keys and values of a head, and loads the next ones.
         params = tpu.CompilerParams(
             dimension_semantics=("parallel",) * 3, vmem_limit_bytes=64 * 2**20
         )

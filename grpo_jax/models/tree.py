@@ -18,6 +18,7 @@ from grpo_jax.models import flash
 from grpo_jax.models.attention import (
     ATTENDED,
     Part,
+    scaled,
     shared_prefix_attention,
     within_window,
 )
@@ -214,8 +215,8 @@ class TreeAttention:
                 "choose attention='auto'."
             )
         kernel = flash.Kernel.of(backend, t, self.softcap, d * q.dtype.itemsize)
-        q = (q * (d**-0.5 if self.scale is None else self.scale)).astype(q.dtype)
-        # Rows are P x G; the first token that is there, in tokens of the whole tree.
+        q = scaled(q, self.scale)
+        # For each of the P G completions: how much padding its prompt begins with.
         first = jnp.repeat((~self.tree.mask).sum(1), g)
         window = None
         if self.window is not None:

@@ -110,11 +110,6 @@ def of_sampling(
     return cache, max(decode, prefill - cache)
 
 
-def tokens_of(micro: MicroBatch, lengths: Lengths) -> int:
-    """Tokens of a micro-batch on one device: p (L + g T)."""
-    return micro.tokens(*lengths)
-
-
 def of_scores(
     c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths
 ) -> tuple[float, float]:
@@ -142,7 +137,7 @@ def of_saved(c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths) -> f
     }[c.remat]
     if c.remat != "none" and max(lengths) > SHORT:
         per_token += s.heads  # attention's output
-    return s.layers * tokens_of(micro, lengths) * per_token * s.size
+    return s.layers * micro.tokens(*lengths) * per_token * s.size
 
 
 def of_activations(
@@ -150,7 +145,7 @@ def of_activations(
 ) -> float:
     """Bytes at the peak of a micro-batch's backward pass through the layers: what all
     of them save, and one layer's arrays, in its MLP or in its attention."""
-    tokens = tokens_of(micro, lengths)
+    tokens = micro.tokens(*lengths)
     completion, prompt = of_scores(c, s, micro, lengths)
     wide = (6 + (c.lora_rank > 0)) * s.mlp + 5 * s.width + 4 * s.heads + 2 * s.kv
     mlp = completion + prompt + tokens * wide * s.size
@@ -224,7 +219,7 @@ def of_derivatives(
     each array of one layer, or of one chunk's logits; beside the unembedding, with two
     more along the direction where it changes the table."""
     per_token = 3 * s.mlp + 2 * s.width + 2 * s.heads
-    layer = tokens_of(micro, lengths) * per_token * s.size
+    layer = micro.tokens(*lengths) * per_token * s.size
     layer += sum(of_scores(c, s, micro, lengths))
     head = w.unembedding * (3 if table else 1)
     return head + 4 * max(layer, of_chunk(c, s, micro, lengths))

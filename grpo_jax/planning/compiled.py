@@ -22,6 +22,7 @@ DRAWING, OTHER = "rest of sampling", "other"
 PARTS: dict[str, dict[str, str]] = {
     "logprobs.py": {"soft_capped": "", "": VOCABULARY},
     "models/attention.py": {"rotate": LAYERS, "rotary_table": LAYERS, "": ATTENTION},
+    **{f"models/{name}.py": {"": ATTENTION} for name in ("tree", "flash", "block")},
     "models/linear.py": {"": PRODUCTS},
     "models/lora.py": {"": PRODUCTS},
     "models/decoder.py": {

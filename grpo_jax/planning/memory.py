@@ -155,8 +155,7 @@ def estimate_memory(
             by layer; prompts, or the samples of each, over data and fsdp; heads, the
             MLP and the vocabulary over tensor.
     """
-    how = of_all_modes(c.attention, c.head_dim)
-    modes = dataclasses.replace(c, attention=how)  # the instrument's
+    modes = _of_instrument(c)
     s = Sizes.of(c, mesh.tensor, widened)
     w = Weights.of(c, s, mesh)
     widened_base = of_widened_base(c, w, base_bytes, widened)
@@ -203,6 +202,11 @@ def estimate_memory(
         look=round(look),
         counterfactual=round(counterfactual),
     )
+
+
+def _of_instrument(c: ModelConfig) -> ModelConfig:
+    """As the instrument computes it, which needs forward mode."""
+    return dataclasses.replace(c, attention=of_all_modes(c.attention, c.head_dim))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,8 +305,7 @@ def estimate_look(
         layers: Gradients are those of so many last layers; None: of all trained
             parameters.
     """
-    how = of_all_modes(c.attention, c.head_dim)
-    modes = dataclasses.replace(c, attention=how)  # the instrument's
+    modes = _of_instrument(c)
     s = Sizes.of(c, 1, widened)
     w = Weights.of(c, s, MeshConfig())
     half = micro_batch(
