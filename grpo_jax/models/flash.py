@@ -142,9 +142,10 @@ def _forward(
 
     Args:
         kernel: Sizes and soft cap.
-        by_head: Bounds [1, KV, 2 B] int32, of each row the first token that is there,
-            then the windows; queries [B, H, T, d] in whole blocks; and parts: own keys,
-            and those before them if there are any.
+        by_head: Bounds [1, KV, 2 B] int32: for each of B sequences how many tokens of
+            padding it begins with, then for each its window; queries [B, H, T, d], T a
+            multiple of the block; and the keys and values of the queries' own tokens,
+            then of the prefix if there is one.
     """
     bounds, q, parts = by_head
     c, size = _Call(kernel, q, parts), kernel.block

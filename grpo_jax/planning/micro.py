@@ -23,17 +23,15 @@ def choose_budget(inputs: MemoryInputs, limit: int | None) -> Budget:
     """The most tokens, up to those of `inputs`, whose update fits in 90 % of a device.
 
     Where these would cut a group, and its repeated prompts cost a quarter more tokens,
-    they are those of a whole group, up to twice as many. If nothing fits in 90 %, the
-    whole device is taken; if nothing fits there, nothing is changed.
+    they are those of a whole group, up to twice as many. If no micro-batch fits in
+    90 %, the largest that fits in 100 % is taken; if none does, `inputs` stay.
 
     Args:
         inputs: With the tokens to begin at.
         limit: Bytes of a device; None: not known, and nothing is changed.
     """
-    most, sizes = (
-        inputs.micro_batch_tokens,
-        (inputs.prompt_tokens, inputs.max_new_tokens),
-    )
+    most = inputs.micro_batch_tokens
+    sizes = inputs.prompt_tokens, inputs.max_new_tokens
     if limit is None:
         return Budget(most)
     first = inputs.micro

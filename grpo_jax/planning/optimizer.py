@@ -89,8 +89,8 @@ def _decayed(params):
 def optimizer_bytes(
     c: ModelConfig, config: OptimizerConfig, mesh: MeshShape, trained: float
 ) -> float:
-    """Bytes of the optimizer's state on each device, of `trained` bytes of float32
-    parameters there; of one of the user's own, those of adamw."""
+    """Bytes of the optimizer's state on each device, which holds `trained` bytes of
+    float32 parameters; a user's own optimizer is taken to hold what adamw does."""
     if config.name == "adafactor":
         return _factored_bytes(c, tuple(getattr(mesh, name) for name in AXES))
     mean = {"float32": 1.0, "bfloat16": 0.5}[config.mean_dtype]
@@ -114,6 +114,6 @@ def _factored_bytes(c: ModelConfig, sizes: tuple[int, ...]) -> int:
 def optimizing_copies(config: OptimizerConfig) -> int:
     """Copies of the trained parameters at the peak of an optimizer's update, as XLA on
     a CPU keeps them: the gradient, the change, new moments and parameters, and of adamw
-    a mean before it is rounded; of one of the user's own, those of adamw."""
+    a mean before it is rounded; a user's own optimizer counts as adamw."""
     rounded = config.mean_dtype == "bfloat16"
     return {"adafactor": 3, "lion": 4}.get(config.name, 5 + rounded)
