@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,6 +149,13 @@ def one_update(policy, objective, batch: Batch, micro, optimizer=None, max_lengt
     """(new state, metrics) of one jitted train step."""
     step, init = train_step(policy, objective, micro, optimizer, max_length)
     return jax.jit(step)(init(policy.params), batch)
+
+
+def assert_gradients_close(actual, expected):
+    """Asserts equality to float32's rounding, relative to the largest entry."""
+    scale = max(abs(x).max() for x in jax.tree.leaves(expected))
+    assert scale > 1e-3  # the gradient is not zero
+    chex.assert_trees_all_close(actual, expected, rtol=0, atol=1e-5 * scale)
 
 
 def equations(jaxpr):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import warnings
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +25,7 @@ from grpo_jax.instrument.prompts import ProbePrompts
 from grpo_jax.rollouts.encoding import encode_prompts, pad_left
 from grpo_jax.runs.lines import read_lines, without_nan
 
-from ..helpers import random_rollouts, tiny_policy
+from ..helpers import assert_gradients_close, random_rollouts, tiny_policy
 from .test_train import digits_task, small_config
 
 P, G = 6, 8
@@ -97,7 +96,7 @@ def test_the_last_layers_gradients_are_slices_of_the_whole():
 
     some, everything = gradient(last, replaced), gradient(whole, same)
     expected = jax.tree.map(lambda x: x[-layers:], everything["layers"])
-    chex.assert_trees_all_close(some, expected, rtol=1e-5, atol=1e-6)
+    assert_gradients_close(some, expected)
     row = gj.look(policy, rollouts, parameters="last-layers", layers=layers).row
     norms = np.array(row["geometry"]["raw_squared_norms"], float)
     full = gj.look(policy, rollouts).row["geometry"]["raw_squared_norms"]
