@@ -180,6 +180,18 @@ def of_chunk(c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths) -> f
     return 4 * min(tokens, rows * lengths[1]) * s.vocab
 
 
+def of_scoring(
+    c: ModelConfig, s: Sizes, w: Weights, micro: MicroBatch, lengths: Lengths,
+    mesh: MeshShape,
+) -> float:  # fmt: skip
+    """Bytes of log-probs of completions, without gradients: a forward pass, what is
+    gathered, the unembedding, and all layers cast to bfloat16 where that is what is
+    computed in."""
+    head = 2 * w.table if w.is_cast_back else w.unembedding
+    cast = 2 * s.layers * w.layer / mesh.fsdp if s.size == 2 else 0
+    return cast + w.gathered + head + of_forward(c, s, micro, lengths)
+
+
 def of_look(
     c: ModelConfig, s: Sizes, w: Weights, half: MicroBatch, lengths: Lengths,
     parts: int, sums: int, layers: int | None = None,
@@ -218,8 +230,13 @@ def of_derivatives(
     """Bytes of a forward pass with first and second directional derivatives: four of
     each array of one layer, or of one chunk's logits; beside the unembedding, with two
     more along the direction where it changes the table."""
+    head = w.unembedding * (3 if table else 1)
+    return head + 4 * of_forward(c, s, micro, lengths)
+
+
+def of_forward(c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths) -> float:
+    """Bytes of a forward pass: the arrays of one layer, or one chunk's logits."""
     per_token = 3 * s.mlp + 2 * s.width + 2 * s.heads
     layer = micro.tokens(*lengths) * per_token * s.size
     layer += sum(of_scores(c, s, micro, lengths))
-    head = w.unembedding * (3 if table else 1)
-    return head + 4 * max(layer, of_chunk(c, s, micro, lengths))
+    return max(layer, of_chunk(c, s, micro, lengths))

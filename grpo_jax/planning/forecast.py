@@ -151,6 +151,7 @@ _PHASES = {
         "sampler_logits": "logits and one layer's arrays",
     },
     "evaluation": {},
+    "scoring": {},
     "update": {
         "update_copies": "copies of the parameters",
         "gradients": "gradients",
@@ -168,6 +169,7 @@ _PHASE_NAMES = {
         "evaluation, as many prompts as a step has completions",
         "evaluation",
     ),
+    "scoring": ("scoring by the reference policy, from the host", "scoring"),
     "update": ("update", "an update"),
     "look": ("probe measurement of the instrument", "a probe measurement"),
     "counterfactual": ("counterfactual step", "a counterfactual step"),
@@ -208,6 +210,9 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
             ]
     peak = f"peak, in {_PHASE_NAMES[memory['peak_in']][1]}"
     lines.append(_line(peak, memory["peak"]))
+    if sizes["host"]:
+        host = "in the host's memory, of each device: reference policy"
+        lines.append(_line(host, sizes["host"]))
     if memory["device"] is None:
         lines.append("  the device's memory is not known; give --device-gib N")
     else:

@@ -21,6 +21,7 @@ from grpo_jax.planning.arrays import (
     of_logits,
     of_look,
     of_sampling,
+    of_scoring,
     of_widened_base,
 )
 from grpo_jax.planning.optimizer import optimizer_bytes, optimizing_copies
@@ -35,6 +36,8 @@ class Memory(NamedTuple):
         peak      = state + max(phases)
         state     = parameters + optimizer + reference + frozen
         sampling  = cache + sampler_weights + sampler_logits
+        scoring   = reference, from the host, and a forward pass; 0 where it is in
+                    the state
         update    = update_copies
                     + max(optimizing, gradients + max(activations, logits))
 
@@ -46,7 +49,7 @@ class Memory(NamedTuple):
     # State: allocated from the first step to the last.
     parameters: int  # trained ones, float32
     optimizer: int  # its state: of AdamW two moments
-    reference: int  # the reference policy
+    reference: int  # the reference policy; 0 if on the host
     frozen: int  # LoRA's base
     # Sampling.
     cache: int  # keys and values of prompts and completions
@@ -63,6 +66,9 @@ class Memory(NamedTuple):
     # Instrument.
     look: int = 0  # a probe measurement: gradients, directions, sums, activations
     counterfactual: int = 0  # gradient and change under every weighting
+    # A reference policy on the host.
+    scoring: int = 0  # its copy on the device while it scores, and a forward pass
+    host: int = 0  # of the host's memory, for each device; in no sum
 
     @property
     def state(self) -> int:
@@ -75,6 +81,7 @@ class Memory(NamedTuple):
         return {
             "sampling": self.cache + self.sampler_weights + self.sampler_logits,
             "evaluation": self.evaluation,
+            "scoring": self.scoring,
             "update": self.update_copies + max(self.optimizing, backward),
             "look": self.look,
             "counterfactual": self.counterfactual,
@@ -108,6 +115,7 @@ _ADVICE = {
     "sampling.max_new_tokens",
     "evaluation": "lower sampling.prompts or sampling.group_size, whose "
     "product is evaluated at a time",
+    "scoring": "lower micro_batch_tokens",
     "update": "lower micro_batch_tokens",
     "look": "lower instrument.prompts, or switch it off with instrument.every 0",
     "counterfactual": "switch it off with instrument.counterfactual_every 0",
@@ -123,6 +131,7 @@ def estimate_memory(
     max_new_tokens: int,
     micro: MicroBatch,
     reference: bool,
+    reference_memory: str = "device",
     copies: int = 0,
     probe: tuple[MicroBatch, MicroBatch] | None = None,
     probe_bytes: int = 0,
@@ -141,6 +150,7 @@ def estimate_memory(
     Args:
         micro: The split of an update over all devices together, with its shards.
         reference: A reference policy is kept.
+        reference_memory: Where: one of `MEMORIES`.
         copies: Further copies of the trained parameters during an update.
         probe: Micro-batches of a probe measurement: of half a group of one prompt, and
             of all probe prompts along an update; None: no instrument.
@@ -185,10 +195,15 @@ def estimate_memory(
         )
         counterfactual = 2 * weightings * w.trained + max(beside) + w.gathered
         counterfactual += widened_base
+    kept = round(w.trained * reference)
+    on_host = reference_memory == "host"
+    scoring = 0.0
+    if kept and on_host:
+        scoring = kept + of_scoring(c, s, w, local, lengths, mesh)
     return Memory(
         parameters=round(w.trained),
         optimizer=round(optimizer_bytes(c, optimizer, mesh, w.trained)),
-        reference=round(w.trained * reference),
+        reference=0 if on_host else kept,
         frozen=round(w.base * base_bytes if c.lora_rank else 0),
         cache=round(cache),
         sampler_weights=round(sampler_weights),
@@ -201,6 +216,8 @@ def estimate_memory(
         optimizing=round(optimizing_copies(optimizer) * w.trained),
         look=round(look),
         counterfactual=round(counterfactual),
+        scoring=round(scoring),
+        host=kept if on_host else 0,
     )
 
 
@@ -222,6 +239,7 @@ class MemoryInputs:
     history: int = 1  # rollouts in an update
     parts: int = 1  # updates of a rollout, each with other prompts
     reference: bool = False
+    reference_memory: str = "device"
     copies: int = 0  # as `estimate_memory`
     probe_prompts: int = 0  # 0: no instrument
     probe_group: int = 0
@@ -271,6 +289,7 @@ class MemoryInputs:
             max_new_tokens=self.max_new_tokens,
             micro=self.micro,
             reference=self.reference,
+            reference_memory=self.reference_memory,
             copies=self.copies + (probe is not None),
             probe=probe,
             probe_bytes=self.probe_bytes if probe else 0,

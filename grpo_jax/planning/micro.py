@@ -10,6 +10,8 @@ from grpo_jax.rollouts.micro_batches import MicroBatch, splits
 _SHARE = 0.9  # of a device's memory that is planned for
 _WORTH = 1.25  # tokens computed over those of whole groups, from which these are taken
 _LARGEST = 2  # times as many tokens at most, for a whole group
+# Phases whose bytes depend on it.
+_PHASES = "scoring", "update", "look", "counterfactual"
 
 
 class Budget(NamedTuple):
@@ -73,4 +75,4 @@ def _needed(inputs: MemoryInputs, tokens: int) -> int:
     """Bytes at the peak of what the micro-batch changes."""
     memory = dataclasses.replace(inputs, micro_batch_tokens=tokens).estimate()
     phases = memory.phases()
-    return memory.state + max(phases[x] for x in ("update", "look", "counterfactual"))
+    return memory.state + max(phases[x] for x in _PHASES)

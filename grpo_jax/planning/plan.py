@@ -18,15 +18,13 @@ from grpo_jax.models.hub import local_directory
 from grpo_jax.models.pretrained import check_weights, read_config
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.planning.devices import check_attention, check_mesh, device_memory
-from grpo_jax.planning.evaluated import (
-    EvaluatedPrompts,
-    evaluated_prompts,
-)
+from grpo_jax.planning.evaluated import EvaluatedPrompts, evaluated_prompts
 from grpo_jax.planning.headline import headline
 from grpo_jax.planning.learning_rate import LearningRate, learning_rate
 from grpo_jax.planning.memory import MemoryInputs, readable
 from grpo_jax.planning.micro import choose_budget
 from grpo_jax.planning.resolve import (
+    check_reference_memory,
     resolve_objective,
     resolve_weights,
     warm_start_settings,
@@ -147,11 +145,7 @@ def make_plan(
     )
     lengths = lengths_stage(config, objective, task, warm_starts=warm_starts)
     model = model_stage(
-        config,
-        task,
-        directory,
-        with_weights=with_weights,
-        local_devices=local_devices,
+        config, task, directory, with_weights=with_weights, local_devices=local_devices
     )
     shapes = shapes_stage(config, objective, task, lengths)
     check_embedded(task, model.config.vocab_size, refine=shapes.refine)
@@ -401,7 +395,13 @@ def memory_stage(
     Args:
         evaluation_prompts: How many have their answers sampled in an evaluation.
         local_devices, device_bytes: As `make_plan`.
+
+    Raises:
+        ConfigError: a reference policy should be on the host and cannot.
     """
+    check_reference_memory(
+        config.reference_memory, objective, lora=bool(model.config.lora_rank)
+    )
     inputs = MemoryInputs(
         model=model.config,
         prompts=config.batch.prompts,
@@ -412,6 +412,7 @@ def memory_stage(
         history=objective.history,
         parts=config.updates_per_rollout if objective.disjoint else 1,
         reference=bool(objective.kl_coef),
+        reference_memory=config.reference_memory,
         copies=config.updates_per_rollout > 1 and not objective.has_ratio(),
         probe_prompts=probe.prompts if probe else 0,
         probe_group=probe.group_size if probe else 0,

@@ -27,11 +27,18 @@ def changes(x: MemoryInputs) -> dict[str, list[Change]]:
     Settings that change no result come first. Empty lists are settings that cannot be
     lowered further.
     """
+    on_host = x.reference_memory == "host"
     return {
         "micro_batch_tokens": _inputs(
             x, "micro_batch_tokens", "micro_batch_tokens", _halves(x.micro_batch_tokens)
         ),
         "model.remat": _model(x, "remat", ["full"] * (x.model.remat != "full")),
+        "reference_memory": _inputs(
+            x,
+            "reference_memory",
+            "reference_memory",
+            ["host"] * (x.reference and not on_host and not x.model.lora_rank),
+        ),
         "instrument.every": _off(x, "instrument.every", "probe_prompts"),
         "instrument.counterfactual_every": _off(
             x, "instrument.counterfactual_every", "weightings"
@@ -48,9 +55,12 @@ def changes(x: MemoryInputs) -> dict[str, list[Change]]:
             "max_new_tokens",
             _halves(x.max_new_tokens, least=16),
         ),
-        "objective.kl_coef": _off(x, "objective.kl_coef", "reference"),
+        # `train` has no reference on the host without a KL term, or with LoRA.
+        "objective.kl_coef": (
+            [] if on_host else _off(x, "objective.kl_coef", "reference")
+        ),
         "model.lora_rank": _model(
-            x, "lora_rank", [] if x.model.lora_rank else [64, 16, 4]
+            x, "lora_rank", [] if x.model.lora_rank or on_host else [64, 16, 4]
         ),
     }
 

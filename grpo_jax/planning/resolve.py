@@ -9,6 +9,7 @@ from grpo_jax.errors import ConfigError, unknown_name
 from grpo_jax.objectives.loss import scale_weights
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.presets import OBJECTIVES
+from grpo_jax.parallel.memories import MEMORIES
 from grpo_jax.preconditioner import PromptWeights
 from grpo_jax.prompt_weights import WEIGHTS
 from grpo_jax.runs.config import (
@@ -109,6 +110,30 @@ def _check_history(objective: Objective) -> None:
                 f"history {objective.history}: past iterates' rollouts are kept "
                 "with their sampler's log-probs alone, and used together."
             )
+
+
+def check_reference_memory(memory: str, objective: Objective, *, lora: bool) -> None:
+    """ConfigError where a reference policy on the host is asked for that is not there.
+
+    Args:
+        memory: One of `MEMORIES`.
+        objective: Whose KL term has a reference policy, if any.
+        lora: Factors of a frozen base are trained.
+    """
+    if memory not in MEMORIES:
+        raise unknown_name("reference_memory", memory, MEMORIES)
+    if memory == "device":
+        return
+    if not objective.kl_coef:
+        raise ConfigError(
+            "reference_memory host changes nothing with kl_coef 0, which has no "
+            "reference policy; leave it out."
+        )
+    if lora:
+        raise ConfigError(
+            "reference_memory host changes nothing with LoRA: the reference policy is "
+            "the frozen base, which the policy needs on the devices; leave it out."
+        )
 
 
 def resolve_weights(

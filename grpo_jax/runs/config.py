@@ -324,6 +324,9 @@ class TrainConfig(Record):
     # Tokens of one backward pass on one device; the split is derived. Default: 16384,
     # fewer where memory does not suffice, up to twice as many for a whole group
     micro_batch_tokens: Count | None = None
+    # Where the reference policy of a KL term lies: on the devices, or in the memory of
+    # their host, from where every step brings it to score and frees it again
+    reference_memory: Literal["device", "host"] = "device"
     seed: Seed = 0  # of parameters, order of prompts and sampling
     resume: bool = False  # continue the run in run_dir
 

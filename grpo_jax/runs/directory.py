@@ -19,7 +19,7 @@ from grpo_jax.runs.lines import read_lines
 FREE_ON_RESUME = (
     "run_dir", "resume", "checkpoint.every", "checkpoint.minutes", "checkpoint.keep",
     "log.", "task.path", "task.heldout_path", "pretrained", "scoring.workers",
-    "scoring.environment", "mesh",
+    "scoring.environment", "mesh", "reference_memory",
 )  # fmt: skip
 
 _SHOWN = 40  # characters around the place where two prompts differ

@@ -24,9 +24,10 @@ from grpo_jax.errors import ConfigError
 from grpo_jax.models.policy import Policy
 from grpo_jax.objectives.loss import scale_weights
 from grpo_jax.objectives.objective import Objective
+from grpo_jax.parallel.memories import on_device, on_host
 from grpo_jax.parallel.processes import gather_to_host
 from grpo_jax.parallel.sharding import on_mesh, put_on_mesh, with_shardings
-from grpo_jax.planning.resolve import check_updates
+from grpo_jax.planning.resolve import check_reference_memory, check_updates
 from grpo_jax.preconditioner import PromptWeights, whole_ids
 from grpo_jax.rollouts.checks import check_rollouts
 from grpo_jax.rollouts.micro_batches import TOKENS
@@ -73,6 +74,8 @@ class Learner:
             were cut off.
         micro_batch_tokens: Tokens of a backward pass on a device; how a batch is split
             changes nothing but memory and rounding.
+        reference_memory: "device", or "host": the reference lies in the memory of the
+            devices' host, and on the devices only while it scores.
         skip_empty: Leave out updates whose gradient is 0 everywhere.
         with_counterfactual: Compile `compare_weights` too.
         with_solving: Use `Rollouts.solving` where it is there.
@@ -94,6 +97,7 @@ class Learner:
         max_new_tokens: int | None = None,
         eos_ids: int | Sequence[int] = (),
         micro_batch_tokens: int = TOKENS,
+        reference_memory: str = "device",
         skip_empty: bool = True,
         with_counterfactual: bool = False,
         with_solving: bool = True,
@@ -109,7 +113,8 @@ class Learner:
         ends = (eos_ids,) if isinstance(eos_ids, int) else tuple(eos_ids)
         _check_needs(objective, max_new_tokens, ends)
         check_updates(objective, updates, None, "this objective")
-        self._reference = reference
+        check_reference_memory(reference_memory, objective, lora=False)
+        self._reference, self._reference_memory = reference, reference_memory
         self._settings: UpdateSettings | None = None
         self._programs: dict[Any, Programs] = {}
         # The policy is that of `init`.
@@ -155,6 +160,9 @@ class Learner:
             rollouts: [P, G, T] of the shapes to come, for an objective with a history.
             donate: Take the policy's parameters instead of a copy; it cannot be used
                 afterwards.
+
+        Raises:
+            ConfigError: the policy does not go with the learner's arguments.
         """
         check_policy(policy)
         objective = self._method["objective"]
@@ -165,11 +173,14 @@ class Learner:
             )
         if rollouts is not None:
             _ = rollouts.scored_rewards  # raises where there are none
+        lora = policy.frozen is not None
+        check_reference_memory(self._reference_memory, objective, lora=lora)
         policy = put_on_mesh(policy, self._method["mesh"])
         kept = trained = policy.params
+        is_reference = objective.kl_coef and self._reference is None
         if not donate:
             trained = jax.tree.map(jnp.copy, trained)
-        elif objective.kl_coef and self._reference is None:
+        elif is_reference and self._reference_memory == "device":
             kept = jax.tree.map(jnp.copy, kept)
         self._settings = UpdateSettings(
             policy=policy.replace(None),
@@ -195,7 +206,8 @@ class Learner:
                 "(with LoRA: with factors too, as they are at the start), got another; "
                 "leave it out for the policy of `init` itself."
             )
-        return put_on_mesh(given, self._method["mesh"])
+        given = put_on_mesh(given, self._method["mesh"])
+        return on_host(given) if self._reference_memory == "host" else given
 
     def policy(self, state: TrainState) -> Policy:
         """The policy with a state's parameters; the next step donates them."""
@@ -308,7 +320,7 @@ class Learner:
             if programs.rescore is not None and s.rescore_old:
                 old = programs.rescore(policy, rollouts)
             if programs.rescore is not None and s.reference is not None:
-                reference = programs.rescore(s.reference, rollouts)
+                reference = programs.rescore(on_device(s.reference), rollouts)
             ids = jnp.asarray(prompt_ids, jnp.int32)
             weighed = programs.weigh(rollouts, reference, ids, state.weights_state)
             if programs.token_weights is not None:

@@ -160,6 +160,7 @@ def make_learner(
         max_new_tokens=plan.max_new_tokens,
         eos_ids=tuple(plan.task.ends),
         micro_batch_tokens=plan.micro_batch_tokens,
+        reference_memory=config.reference_memory,
         skip_empty=config.optimizer.skip_empty,
         with_counterfactual=config.instrument.counterfactual_every > 0,
         with_solving=_needs_solving(config, plan, objective),

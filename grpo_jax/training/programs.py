@@ -33,7 +33,8 @@ class UpdateSettings:
     Attributes:
         rule: From rewards to prompt weights.
         policy: Config and graph, with frozen parameters but without trained ones.
-        reference: The policy at step 0, where the objective has a KL term.
+        reference: The policy at step 0, where the objective has a KL term; on the
+            devices or on the host.
         max_new_tokens: Tokens that a completion may have, T or more; None where the
             objective does not read it.
         stop_ids: Tokens that end a completion.

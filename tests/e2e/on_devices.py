@@ -113,6 +113,33 @@ def same_step(text, p, g, tied, name="adamw"):
     }
 
 
+def offloaded(text):
+    """Two steps of a mesh with the reference on the devices and on the host: whether
+    all numbers are equal, and where the host's lies."""
+    mesh, policy = mesh_of(text), tiny_policy()
+    rollouts = random_rollouts(policy, 8, 4)
+    kl, ends = dataclasses.replace(gj.OBJECTIVES["grpo"], kl_coef=1.0), {}
+    for memory in ("device", "host"):
+        learner = gj.Learner(kl, optax.sgd(0.1), reference_memory=memory, mesh=mesh)
+        state = learner.init(policy)
+        for _ in range(2):
+            state, metrics = learner.step(state, rollouts)
+        reference = learner.settings.reference
+        ends[memory] = gather_to_host((state.params, metrics))
+    host, device = jax.tree.leaves(ends["host"]), jax.tree.leaves(ends["device"])
+    lies = jax.tree.map(lambda x: x.sharding, reference.params)
+    placed = tree_shardings(reference.params, mesh)
+    return {
+        "equal": all((a == b).all() for a, b in zip(host, device, strict=True)),
+        "kl": float(ends["host"][1]["kl/mean"]),
+        "kinds": sorted({x.memory_kind for x in jax.tree.leaves(lies)}),
+        "as_placed": all(
+            x.spec == y.spec
+            for x, y in zip(jax.tree.leaves(lies), jax.tree.leaves(placed), strict=True)
+        ),
+    }
+
+
 def programs(text):
     """Collectives of sampling, of the weights and of the update, P = 8 and G = 4."""
     mesh, p, g = mesh_of(text), 8, 4
@@ -157,9 +184,10 @@ def programs(text):
 def whole_run(directory, text, steps, *options):
     """A run, or its continuation; its samples by step and prompt.
 
-    Options: "resume"; a method of `OBJECTIVES`; "binary" rewards; "lora"; "look"; what
-    becomes of the last process, "hang", "die" or "signal"; "full-3": the first's disk
-    is, from the third step's line on; "unsaved": its second checkpoint fails.
+    Options: "resume"; a method of `OBJECTIVES`; "host", where its reference lies;
+    "binary" rewards; "lora"; "look"; what becomes of the last process, "hang", "die"
+    or "signal"; "full-3": the first's disk is, from the third step's line on;
+    "unsaved": its second checkpoint fails.
     """
     from tests.e2e.test_train import digits_task, small_config
 
@@ -179,6 +207,7 @@ def whole_run(directory, text, steps, *options):
         directory,
         steps=int(steps),
         resume="resume" in options,
+        reference_memory="host" if "host" in options else "device",
         mesh=MeshConfig(**sizes),
         distributed=where,
         model=gj.ModelConfig(width=16, mlp_width=24, head_dim=4, **lora),
@@ -287,7 +316,7 @@ if __name__ == "__main__":
         jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, INDEX)
     use_compile_cache()
     keep_programs_of_every_process()
-    checks = (same_step, programs, whole_run, replayed, bfloat16, memory)
+    checks = (same_step, offloaded, programs, whole_run, replayed, bfloat16, memory)
     check = {function.__name__: function for function in checks}
     if sys.argv[1] not in AS_RUN:
         jax.config.update("jax_disable_most_optimizations", True)

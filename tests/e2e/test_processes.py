@@ -104,7 +104,7 @@ def test_a_run_goes_on_by_other_processes(tmp_path, half, alone, processes, mesh
 
 @pytest.mark.parametrize(
     "options",
-    [("dapo", "binary"), ("grpo", "look"), ("dr_grpo", "lora")],
+    [("dapo", "binary"), ("grpo", "look", "host"), ("dr_grpo", "lora")],
 )
 def test_methods_and_looks_are_the_same(tmp_path, options):
     expected = on_devices("whole_run", tmp_path / "one", "1x1x1", 3, *options)

@@ -46,6 +46,13 @@ def test_a_mesh_keeps_the_same_moments(name):
     assert name == "lion" or gaps["params"] < 1e-4
 
 
+@pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2"])
+def test_a_mesh_scores_the_same_with_the_reference_on_the_host(mesh):
+    result = on_devices("offloaded", mesh)
+    assert result["equal"] and result["kl"] > 0
+    assert result["kinds"] == ["pinned_host"] and result["as_placed"]
+
+
 def collectives_of(results, name):
     return [Collective(*row) for row in results[name]]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -96,6 +97,49 @@ def test_the_reference_is_the_start_or_the_one_given():
     lora = gj.add_lora(policy, rank=2, alpha=4.0, key=jax.random.key(1))
     with pytest.raises(ConfigError, match="same config"):
         gj.Learner(kl, optax.sgd(0.1), reference=lora).init(policy)
+
+
+def on_devices():
+    """Bytes of arrays on the devices."""
+    arrays = [x for x in jax.live_arrays() if x.sharding.memory_kind == "device"]
+    return sum(x.nbytes for x in arrays)
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_a_reference_on_the_host_scores_the_same_and_leaves_the_device(donate):
+    policy, rollouts = scored()
+    size = sum(x.nbytes for x in jax.tree.leaves(policy.params))
+    far = policy.replace(jax.tree.map(lambda x: 1.5 * x, policy.params))
+    last, held = {}, {}
+    for memory in ("device", "host"):
+        learner = gj.Learner("grpo", optax.adam(1e-2), reference_memory=memory)
+        start = far.replace(jax.tree.map(jnp.copy, far.params))
+        state = learner.init(start, donate=donate)
+        del start
+        for _ in range(2):  # the first one donates what the reference was copied from
+            state, metrics = learner.step(state, rollouts)
+        kinds = {
+            x.sharding.memory_kind for x in jax.tree.leaves(learner.settings.reference)
+        }
+        assert kinds == {"device": {"device"}, "host": {"pinned_host"}}[memory]
+        last[memory] = jax.device_get((state, metrics))
+        held[memory] = on_devices()
+        del learner, state, metrics
+    chex.assert_trees_all_equal(*last.values())
+    assert float(last["host"][1]["kl/mean"]) > 0
+    assert held["device"] - held["host"] == size
+
+
+def test_a_reference_on_the_host_needs_one_that_is_kept_apart():
+    host = dict(reference_memory="host")
+    with pytest.raises(ConfigError, match="nothing with kl_coef 0"):
+        gj.Learner("reinforce", optax.sgd(0.1), **host)
+    with pytest.raises(ConfigError, match="unknown reference_memory 'hots'"):
+        gj.Learner("grpo", optax.sgd(0.1), reference_memory="hots")
+    policy, _ = scored()
+    lora = gj.add_lora(policy, rank=2, alpha=4.0, key=jax.random.key(1))
+    with pytest.raises(ConfigError, match="nothing with LoRA"):
+        gj.Learner("grpo", optax.sgd(0.1), **host).init(lora)
 
 
 def test_several_updates_of_a_rollout_and_new_shapes():

@@ -50,6 +50,17 @@ def test_state_is_parameters_two_moments_and_perhaps_a_reference():
     assert estimate(reference=True).state == 4 * 4 * num_parameters(SMALL)
 
 
+def test_a_reference_on_the_host_is_on_the_device_while_it_scores_alone():
+    without, device = estimate(), estimate(reference=True)
+    host = estimate(reference=True, reference_memory="host")
+    size = 4 * num_parameters(SMALL)
+    assert host.state == without.state == device.state - size
+    assert host.host == size and device.host == without.host == 0
+    phases = host.phases()
+    assert phases.pop("scoring") > size and device.phases()["scoring"] == 0
+    assert phases == {k: v for k, v in without.phases().items() if k != "scoring"}
+
+
 # Keys and values: 4 prompts * (16 + 8 * 32) tokens * 3 layers * 2 heads * 6 * 4 bytes.
 def test_the_cache_holds_each_prompt_once_per_group():
     assert estimate().cache == 2 * 4 * (16 + 8 * 32) * 3 * 2 * 6 * 4
@@ -152,6 +163,8 @@ def test_a_bfloat16_base_computed_in_float32_is_held_in_both():
     held = estimate(low, base_bytes=2, widened=True, weightings=5, **shapes)
     wide = estimate(low, base_bytes=4, widened=True, weightings=5, **shapes)
     for phase, size in held.phases().items():
+        if phase == "scoring":  # no reference on the host goes with LoRA
+            continue
         assert size == wide.phases()[phase] + 4 * num_parameters(SMALL)
     assert held.frozen == wide.frozen / 2
 

@@ -17,6 +17,7 @@ from grpo_jax.models.policy import abstract_policy
 from grpo_jax.parallel.sharding import tree_shardings, with_shardings
 from grpo_jax.planning.memory import MemoryInputs, estimate_memory
 from grpo_jax.planning.optimizer import make_optimizer, make_schedule
+from grpo_jax.rollouts.logprobs import batch_logprobs
 from grpo_jax.rollouts.micro_batches import MicroBatch
 from grpo_jax.rollouts.sampling import _sample
 from grpo_jax.rollouts.types import Rollouts
@@ -111,6 +112,12 @@ def peak(program):
     return arguments + m.temp_size_in_bytes
 
 
+def scoring_program(c, micro, p, g, length, t):
+    """Of log-probs by the reference policy, brought to the device."""
+    score = partial(batch_logprobs, temperature=1.0, micro=micro)
+    return jax.jit(score).lower(abstract(c), rollout_shapes(p, g, length, t)).compile()
+
+
 def memory_of(c, p, g, length, t, micro, reference=False, mesh=None):
     """name -> (predicted, XLA's), of an update and of sampling, on each device."""
     sizes = {} if mesh is None else {"mesh": MeshConfig(**mesh.shape)}
@@ -150,6 +157,21 @@ def check(c, p, g, length, t, micro, reference=False):
 @pytest.mark.slow
 def test_the_default_model():
     check(ModelConfig(vocab_size=32), 16, 16, 10, 8, (16, 16), reference=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, dict(num_layers=6, compute_dtype="bfloat16")])
+def test_scoring_by_a_reference_on_the_host(changes):
+    c = dataclasses.replace(HALF_B, **changes)
+    p, g, length, t, micro = 8, 8, 128, 256, MicroBatch(2, 8)
+    memory = estimate_memory(
+        c, prompts=p, group_size=g, prompt_tokens=length, max_new_tokens=t,
+        micro=micro, reference=True, reference_memory="host",
+        widened=jax.default_backend() == "cpu",
+    )  # fmt: skip
+    actual = peak(scoring_program(c, micro, p, g, length, t))
+    print(f"scoring: {memory.scoring / 1e6:.1f} MB, XLA {actual / 1e6:.1f} MB")
+    assert memory.scoring == pytest.approx(actual, rel=0.15)
 
 
 HALF_B = ModelConfig(

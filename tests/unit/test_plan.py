@@ -277,6 +277,12 @@ def test_memory_stage_reads_objective_and_config(task):
     inputs = memory(task, two, objective("tic_grpo")).inputs
     assert inputs.parts == 2 and not inputs.reference and not inputs.probe_prompts
     assert memory(task, two, objective(ratio="none", surrogate="logp")).inputs.copies
+    host = config(reference_memory="host")
+    assert memory(task, host).inputs.reference_memory == "host"
+    with pytest.raises(ConfigError, match="nothing with kl_coef 0"):
+        memory(task, host, objective("reinforce"))
+    with pytest.raises(ConfigError, match="nothing with LoRA"):
+        memory(task, host, model=gj.ModelConfig(vocab_size=20, lora_rank=2))
     counterfactual = config(instrument=InstrumentConfig(counterfactual_every=3))
     assert memory(task, counterfactual).inputs.weightings == 5
 

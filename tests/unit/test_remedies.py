@@ -7,7 +7,7 @@ import pytest
 from grpo_jax import ModelConfig
 from grpo_jax.planning.forecast import forecast_text
 from grpo_jax.planning.memory import MemoryInputs
-from grpo_jax.planning.remedies import remedies, too_long
+from grpo_jax.planning.remedies import changes, remedies, too_long
 from grpo_jax.runs.config import MeshConfig
 
 MODEL = ModelConfig(
@@ -49,6 +49,20 @@ def test_what_it_names_helps():
     assert needs(wider) <= limit and needs(shorter) <= limit
     # A smaller micro-batch is no remedy: it is one completion already.
     assert not any("micro_batch_tokens" in text for text in remedies(LONG, limit))
+
+
+def test_a_reference_may_move_to_the_host():
+    """If there is one, on the devices, and apart from the base of LoRA's factors."""
+    inputs = dataclasses.replace(LONG, reference=True)
+    host = dataclasses.replace(inputs, reference_memory="host")
+    limit = host.estimate().peak
+    assert limit < inputs.estimate().peak
+    assert "reference_memory host" in remedies(inputs, limit)
+    lora = dataclasses.replace(inputs, model=dataclasses.replace(MODEL, lora_rank=4))
+    for others in (LONG, host, lora):
+        assert not changes(others)["reference_memory"]
+    # What `train` refuses together with it is no remedy.
+    assert not changes(host)["objective.kl_coef"] + changes(host)["model.lora_rank"]
 
 
 def test_it_names_recomputation_where_that_is_off():
