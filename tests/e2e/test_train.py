@@ -135,6 +135,20 @@ def test_checkpoints_are_also_saved_by_time(tmp_path):
     assert saved_steps(tmp_path / "run") == [0, 1, 2, 3, 5]
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_reference_on_the_host(tmp_path):
+    """To the same numbers, bit for bit."""
+    method = dict(updates_per_rollout=2, objective=ObjectiveConfig(kl_coef=1.0))
+    expected = gj.train(small_config(tmp_path / "whole", steps=4, **method)).history
+    gj.train(small_config(tmp_path / "run", steps=2, **method))
+    host = dict(resume=True, reference_memory="host")
+    moved = small_config(tmp_path / "run", steps=4, **method, **host)
+    actual = gj.train(moved).history
+    for name in ("kl/mean", "gradient/norm", "reward/mean"):
+        np.testing.assert_array_equal(actual[name], expected[name])
+    assert expected["kl/mean"][-1] > 0
+
+
 def test_measurements_of_the_instrument_are_in_their_file(finished):
     rows = read_lines(finished.run_dir / "instrument.jsonl")
     assert [row["step"] for row in rows] == [0, 3, 6]
