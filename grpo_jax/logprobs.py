@@ -34,7 +34,8 @@ def _with_gradient_of(copy: jax.Array, original: jax.Array) -> jax.Array:
     """`copy`, the original rounded to another dtype, with derivatives of the original.
 
     In a loop, the gradients of all its rounds are then added up in the dtype of the
-    original, and nothing but the copy is read.
+    original, and nothing but the copy is read. Second derivatives that are taken
+    backwards through a forward mode add up in the copy's.
     """
     del original
     return copy
@@ -42,8 +43,9 @@ def _with_gradient_of(copy: jax.Array, original: jax.Array) -> jax.Array:
 
 @_with_gradient_of.defjvp
 def _derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    copy, original = primals
-    return _with_gradient_of(copy, original), tangents[1].astype(copy.dtype)
+    # Were the rule applied to it again, a loop's backward pass would hold the original.
+    copy, _ = primals
+    return copy, tangents[1].astype(copy.dtype)
 
 
 def token_logprobs(

@@ -140,6 +140,23 @@ def test_a_large_vocabulary_shortens_the_chunks(monkeypatch):
     assert f"f32[2,3,2,{V}]" in jaxpr and f"f32[2,3,{T},{V}]" not in jaxpr
 
 
+def test_the_loop_over_chunks_holds_one_float32_table():
+    """The sum of gradients; beside a bfloat16 copy, not the parameters themselves."""
+    hidden, unembedding, token_ids = inputs()
+
+    def loss(hidden, unembedding):
+        return token_logprobs(hidden, unembedding, token_ids, chunk_size=6).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(
+        hidden.astype(jnp.bfloat16), unembedding
+    )
+    loops = [x for x in jaxpr.eqns if x.primitive.name == "scan"]
+    tables = [
+        [str(v.aval.dtype) for v in x.invars if v.aval.shape == (D, V)] for x in loops
+    ]
+    assert tables == [["bfloat16"], ["bfloat16", "float32"]]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
