@@ -43,7 +43,8 @@ def compiled(plan: Plan, at: Topology, lowered: dict[str, Any]) -> dict[str, Any
 def _advice(
     inputs: MemoryInputs, limit: int, programs: dict[str, dict[str, Any]]
 ) -> list[str]:
-    """What to change first: so that it fits, and then so that it is faster.
+    """What to change first: so that it fits, and then, where the compiler estimates
+    times, so that it is faster.
 
     The formulas are corrected by how far they are off for the program that needs most.
     """
@@ -52,10 +53,12 @@ def _advice(
     corrected = round(least / (1 + largest["off"]))
     if not all(program["fits"] for program in programs.values()):
         return remedies(inputs, corrected)
+    if any(program["seconds"] is None for program in programs.values()):
+        return []
     times: Counter[str] = Counter()
     for program in programs.values():
         for part, share in program["parts"].items():
-            times[part] += share * (program["seconds"] or 0)
+            times[part] += share * program["seconds"]
         waited = [x["sent"] for x in program["collectives"] if not x["overlaps"]]
         sent = sum(x["sent"] for x in program["collectives"])
         if sent:
@@ -69,7 +72,7 @@ def _advice(
 def compiled_text(result: dict[str, Any]) -> str:
     """`compiled` as a person reads it."""
     count, memory = result["devices"], readable(result["memory"], "B")
-    devices = "1 chip" if count == 1 else f"{count} chips"
+    devices = "1 device" if count == 1 else f"{count} devices"
     lines = [f"compiled for {devices} of {result['topology']} with {memory} each"]
     for name, program in result["programs"].items():
         lines += _program_lines(name, program)
@@ -113,6 +116,8 @@ def _program_lines(name: str, program: dict[str, Any]) -> list[str]:
         seconds = program["seconds"]
         time = "time" if seconds is None else f"{seconds:.3g} s"
         lines.append(f"    {time} by the compiler's estimate: {parts}")
+    else:
+        lines.append("    the compiler estimates no time for these devices")
     if program["kernels"]:
         lines.append(
             f"    without {program['kernels']} runs of kernels written by hand"

@@ -20,8 +20,8 @@ class PlanOptions(TrainConfig):
 
     json: str | None = None  # also write the plan to this file
     device_gib: float | None = None  # memory planned for; default: this device's
-    # Compile for TPUs that need not be there, such as v5e:1, v5e:2x4 or v5p:4x4x4:
-    # takes minutes, and needs grpo-jax[aot]
+    # Compile for devices that need not be there, such as v5e:1, v5e:2x4, v5p:4x4x4 or
+    # h100:8: takes minutes, and needs grpo-jax[aot], for GPUs grpo-jax[aot-cuda]
     topology: str | None = None
     # Pass rates to count informative groups by: a directory of `grpo-jax eval --samples
     # K`, its samples.jsonl, or a JSON list; default: a table of examples
@@ -55,23 +55,26 @@ def _with_compiler(options: PlanOptions, name: str) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # no device is looked for
     from grpo_jax.commands._topology import compiled, compiled_text
+    from grpo_jax.parallel.platform import compiling_for
     from grpo_jax.planning.forecast import forecast, forecast_text
     from grpo_jax.planning.plan import make_plan
     from grpo_jax.training.ahead import lower_ahead
 
     at = topology(name)
-    plan = make_plan(
-        options, with_weights=False, local_devices=False, device_bytes=at.chip.memory
-    )
-    lowered = lower_ahead(options, plan, at.devices)
-    result = forecast(
-        options,
-        device_gib=at.chip.memory / 2**30,
-        pass_rates=options.pass_rates,
-        plan=plan,
-    )
-    print(forecast_text(result), flush=True)
-    result["compiled"] = compiled(plan, at, lowered)
+    memory = at.chip.memory
+    with compiling_for(at.chip.platform):  # the formulas too are of these devices
+        plan = make_plan(
+            options, with_weights=False, local_devices=False, device_bytes=memory
+        )
+        lowered = lower_ahead(options, plan, at.devices)
+        result = forecast(
+            options,
+            device_gib=memory / 2**30,
+            pass_rates=options.pass_rates,
+            plan=plan,
+        )
+        print(forecast_text(result), flush=True)
+        result["compiled"] = compiled(plan, at, lowered)
     print(f"\n{compiled_text(result['compiled'])}")
     _write(options, result)
     return 0

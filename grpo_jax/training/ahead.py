@@ -39,7 +39,7 @@ def lower_ahead(
     learner = make_learner(config, plan, objective, optimizer, mesh)
     rollouts = shapes_of_rollouts(config, plan, objective, mesh)[-1]
     rollouts = with_shardings(rollouts, placed)
-    with compiling_for("tpu"):
+    with compiling_for(devices[0].platform):
         lowered: dict[str, Any] = {
             "update": learner.lower(policy, rollouts, placed).update
         }

@@ -208,7 +208,7 @@ def test_plan_says_one_peak(capsys, tmp_path):
         (["--device-gib", "0"], "--device-gib must be positive, got 0"),
         (["--device-gib", "much"], "--device-gib must be a number, got 'much'"),
         (["--device-gib"], "--device-gib needs a value"),
-        (["--topology", "h100:8"], "--topology must be a chip and the shape"),
+        (["--topology", "a100:8"], "--topology must be a chip and the shape"),
         (["--topology", "v5e:1", "--device-gib", "16"], "leave one out"),
         (["--json", "--steps", "3"], "--json needs a value"),
         (["--pass-rates", "nowhere.json"], "cannot read --pass-rates nowhere.json"),

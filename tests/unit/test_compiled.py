@@ -15,7 +15,7 @@ from grpo_jax import ModelConfig
 from grpo_jax.commands._topology import compiled_text
 from grpo_jax.errors import ConfigError
 from grpo_jax.parallel.hlo import Source, Sources, operations
-from grpo_jax.parallel.topology import CHIPS, topology
+from grpo_jax.parallel.topology import CHIPS, hosts_of_gpus, topology
 from grpo_jax.planning.compiled import (
     ATTENTION,
     LAYERS,
@@ -190,16 +190,31 @@ def test_what_makes_it_faster_fits_and_differs():
     assert speedups(INPUTS, 1, shares) == []
 
 
-@pytest.mark.parametrize("name", ["v5e", "h100:8", "v5e:2x", "v5e:2x2x2x2", "x v5e:1"])
+@pytest.mark.parametrize("name", ["v5e", "a100:8", "v5e:2x", "v5e:2x2x2x2", "x v5e:1"])
 def test_names_that_are_no_topology(name):
     with pytest.raises(ConfigError, match="--topology must be a chip and the shape"):
         topology(name)
 
 
-def test_without_the_compiler(monkeypatch):
+@pytest.mark.parametrize("name", ["h100:0", "h100:9", "h100:2x4", "h200:12"])
+def test_numbers_of_gpus_that_are_no_hosts(name):
+    with pytest.raises(ConfigError, match="1 to 8 GPUs or a multiple of 8"):
+        topology(name)
+
+
+def test_gpus_stand_in_hosts_of_8():
+    assert [hosts_of_gpus("h100", n) for n in ("1", "6", "8", "32")] == [
+        (1, 1), (1, 6), (1, 8), (4, 8),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("v5e:1", r"\[aot\]"), ("h100:8", r"\[aot-cuda\]")]
+)
+def test_without_the_compiler(monkeypatch, name, extra):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'grpo-jax\[aot\]'"):
-        topology("v5e:1")
+    with pytest.raises(ConfigError, match=f"pip install 'grpo-jax{extra}'"):
+        topology(name)
 
 
 def test_where_the_compiler_does_not_run(monkeypatch):
