@@ -24,6 +24,13 @@ def chunk_tokens(vocab_size: int, platform: str) -> int:
     return max(1, min(CHUNK[platform], MAX_LOGITS[platform] // vocab_size))
 
 
+def chunk_length(length: int, rows: int, tokens: int) -> int:
+    """Positions of a chunk of at most so many tokens: of the fewest chunks that
+    `length` positions of all rows are cut into, all alike."""
+    num_chunks = -(-length // max(1, tokens // rows))
+    return -(-length // num_chunks)
+
+
 def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
     """[...] cap * tanh(x / cap) of x [...]: within +-cap; x if cap is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
@@ -88,9 +95,8 @@ def token_logprobs(
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     rows = max(1, hidden.size // max(1, length * width))
     tokens = chunk_size or chunk_tokens(unembedding.shape[1], "cpu")
-    # Equal chunks of at most `tokens` tokens: T is padded by fewer than one per chunk.
-    num_chunks = -(-length // max(1, tokens // rows))
-    step = -(-length // num_chunks)
+    step = chunk_length(length, rows, tokens)
+    num_chunks = -(-length // step)  # T is padded by fewer than one per chunk
     padding = [(0, 0)] * len(lead) + [(0, num_chunks * step - length)]
     copy, wide = unembedding.astype(hidden.dtype), unembedding.astype(dtype)
 

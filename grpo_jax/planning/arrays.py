@@ -6,7 +6,7 @@ and g samples of each.
 
 from typing import NamedTuple
 
-from grpo_jax.logprobs import chunk_tokens
+from grpo_jax.logprobs import chunk_length, chunk_tokens
 from grpo_jax.models.config import ModelConfig, num_factors, num_parameters
 from grpo_jax.models.tree import SHORT, block_queries, chosen_attention
 from grpo_jax.parallel.platform import platform
@@ -50,10 +50,12 @@ class Weights(NamedTuple):
     unembedding: float  # bytes of the copy that logits are computed with
     gathered: float  # bytes of two layers and the embedding table under fsdp
     is_cast_back: bool  # bfloat16 computed in float32: both copies exist
+    layers_copy: float  # bytes of all layers in bfloat16, which a TPU makes beforehand
+    turned: float  # bytes of the embedding transposed, which a GPU keeps in an update
 
     @staticmethod
     def of(c: ModelConfig, s: Sizes, mesh: MeshShape) -> "Weights":
-        shards = mesh.fsdp * mesh.tensor
+        shards, on, narrow = mesh.fsdp * mesh.tensor, platform(), s.size == 2
         parameters = num_parameters(c)
         table = s.vocab * c.width
         embeddings = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
@@ -68,6 +70,8 @@ class Weights(NamedTuple):
             unembedding=table * (6 if is_cast_back else s.size * is_copied),
             gathered=(2 * layer + table) * s.size if mesh.fsdp > 1 else 0,
             is_cast_back=is_cast_back,
+            layers_copy=2 * layer * c.num_layers / mesh.fsdp * (on == "tpu" and narrow),
+            turned=4 * table / mesh.fsdp * (on == "gpu" and c.tie_embeddings),
         )
 
 
@@ -165,10 +169,13 @@ def of_logits(
     c: ModelConfig, s: Sizes, w: Weights, micro: MicroBatch, lengths: Lengths
 ) -> float:
     """Bytes at the peak of the loss, beyond the gradients: what the layers save, one
-    chunk's logits and their gradient, and of the unembedding its copy, its gradient and
-    one chunk's."""
-    head = w.unembedding + 2 * of_chunk(c, s, micro, lengths)
-    head += 2 * 4 * w.table * (not c.lora_rank)
+    chunk's logits and their gradient, and of the unembedding its copy and its gradient;
+    on a CPU also one chunk's. A TPU has a third array of a chunk's logits where tensor
+    splits them."""
+    chunks = 3 if platform() == "tpu" and s.vocab < c.vocab_size else 2
+    head = w.unembedding + w.turned + chunks * of_chunk(c, s, micro, lengths)
+    tables = 2 if platform() == "cpu" else 1
+    head += tables * 4 * w.table * (not c.lora_rank)
     # The layers' gradients do not exist yet, and the table's is counted above.
     return max(0, of_saved(c, s, micro, lengths) + head - w.trained)
 
@@ -176,8 +183,8 @@ def of_logits(
 def of_chunk(c: ModelConfig, s: Sizes, micro: MicroBatch, lengths: Lengths) -> float:
     """Bytes of one chunk's logits."""
     rows = micro.prompts * micro.samples
-    tokens = max(rows, chunk_tokens(c.vocab_size, platform()))
-    return 4 * min(tokens, rows * lengths[1]) * s.vocab
+    step = chunk_length(lengths[1], rows, chunk_tokens(c.vocab_size, platform()))
+    return 4 * rows * step * s.vocab
 
 
 def of_scoring(

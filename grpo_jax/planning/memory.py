@@ -1,7 +1,8 @@
 """What a run will hold in memory, estimated from shapes before anything is allocated.
 
-The formulas count the arrays that are alive at a program's peak, as XLA on a CPU keeps
-them. L prompt tokens and T completion tokens are padded lengths.
+The formulas count the arrays that are alive at a program's peak, as XLA keeps them on a
+CPU or on what `compiling_for` names. L prompt tokens and T completion tokens are padded
+lengths.
 """
 
 import dataclasses
@@ -177,6 +178,7 @@ def estimate_memory(
     if evaluated is not None:
         evaluation = sampler_weights + sum(of_sampling(c, s, *evaluated, lengths, mesh))
     activations = of_activations(c, s, local, lengths)
+    activations += w.layers_copy * (base_bytes == 4)
     is_split = (micro.prompts, micro.samples) != (updated or prompts, group_size)
     look = counterfactual = 0.0
     if probe is not None:

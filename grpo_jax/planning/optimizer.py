@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.policy import abstract_policy
+from grpo_jax.parallel.platform import platform
 from grpo_jax.parallel.sharding import AXES, MeshShape, tree_shardings
 from grpo_jax.runs.optimizers import OptimizerConfig
 
@@ -112,8 +113,13 @@ def _factored_bytes(c: ModelConfig, sizes: tuple[int, ...]) -> int:
 
 
 def optimizing_copies(config: OptimizerConfig) -> int:
-    """Copies of the trained parameters at the peak of an optimizer's update, as XLA on
-    a CPU keeps them: the gradient, the change, new moments and parameters, and of adamw
-    a mean before it is rounded; a user's own optimizer counts as adamw."""
+    """Copies of the trained parameters at the peak of an optimizer's update.
+
+    The gradient and the change: accelerators write new moments and parameters over
+    the old ones. XLA on a CPU keeps both, and of adamw a mean before it is rounded; a
+    user's own optimizer counts as adamw.
+    """
+    if platform() != "cpu":
+        return 2
     rounded = config.mean_dtype == "bfloat16"
     return {"adafactor": 3, "lion": 4}.get(config.name, 5 + rounded)
