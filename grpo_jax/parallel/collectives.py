@@ -11,6 +11,7 @@ KINDS = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
 )  # fmt: skip
 _STARTED = "-start"
+_AWAITED = '"is_sync":true'  # of a GPU's: started, and awaited at once
 _CHANNEL = re.compile(r"channel_id=([0-9]+)")
 
 
@@ -73,7 +74,7 @@ def collectives_of(program: Iterable[Operation]) -> Iterator[Collective]:
             _devices(operation.line),
             operation.place,
             operation.times,
-            is_started or operation.overlaps,
+            (is_started and _AWAITED not in operation.line) or operation.overlaps,
         )
 
 

@@ -78,3 +78,12 @@ def test_of_what_is_started_the_result_is_sent(started, nbytes):
 }}
 """
     assert [x.nbytes for x in parse_collectives(text)] == [nbytes]
+
+
+def test_what_a_gpu_awaits_at_once_is_waited_for():
+    text = """ENTRY %main (p: f32[4]) -> f32[4] {
+  %r = f32[6] all-reduce-start(%c), replica_groups={{0,1}}, backend_config={"collective_backend_config":{"is_sync":true}}
+  %s = f32[6] all-reduce-start(%c), replica_groups={{0,1}}, backend_config={"collective_backend_config":{"is_sync":false}}
+}
+"""  # noqa: E501
+    assert [x.overlaps for x in parse_collectives(text)] == [False, True]

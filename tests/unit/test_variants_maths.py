@@ -34,6 +34,7 @@ ON_THE_HOST = {
     *(f"advantages.{n}" for n in ("check_number", "not_negative", "whole_number")),
     "advantages.as_array", "preconditioner.check_rule", "preconditioner.axis_names",
     "preconditioner.whole_ids", "logprobs.chunk_tokens",
+    "logprobs.chunk_length",
 }  # fmt: skip
 
 P, G, T, V, D, K = 3, 4, 5, 7, 3, 6  # K: responses to a prompt of a log-linear policy
