@@ -1,5 +1,6 @@
 """What `grpo-jax plan` says of a run: memory, shapes and informative groups."""
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 
 from grpo_jax.errors import ConfigError
 from grpo_jax.intervals import rate_interval
+from grpo_jax.parallel.platform import compiling_for, platform
 from grpo_jax.parallel.sharding import batch_shards
 from grpo_jax.planning.devices import device_memory
 from grpo_jax.planning.informative import (
@@ -55,19 +57,25 @@ def forecast(
         limit = round(device_gib * _GIB)
     else:
         limit = device_memory() if local_devices else None
-    if plan is None:
-        plan = make_plan(
-            config, with_weights=False, local_devices=local_devices, device_bytes=limit
-        )
-    return {
-        "run": plan.headline,
-        # The memory section says it.
-        "warnings": [w for w in plan.warnings if not w.startswith("about ")],
-        "memory": _memory(plan.memory, limit),
-        "step": _step(config, plan),
-        "instrument": None if plan.probe is None else told_by(plan.probe),
-        "informative": _informative(config, counted),
-    }
+    # Devices elsewhere are accelerators; what holds for both kinds is a GPU's.
+    elsewhere = not local_devices and platform() == "cpu"
+    with compiling_for("gpu") if elsewhere else contextlib.nullcontext():
+        if plan is None:
+            plan = make_plan(
+                config,
+                with_weights=False,
+                local_devices=local_devices,
+                device_bytes=limit,
+            )
+        return {
+            "run": plan.headline,
+            # The memory section says it.
+            "warnings": [w for w in plan.warnings if not w.startswith("about ")],
+            "memory": _memory(plan.memory, limit),
+            "step": _step(config, plan),
+            "instrument": None if plan.probe is None else told_by(plan.probe),
+            "informative": _informative(config, counted),
+        }
 
 
 def _memory(inputs: MemoryInputs, limit: int | None) -> dict[str, Any]:

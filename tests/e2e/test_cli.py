@@ -194,6 +194,14 @@ def test_plan_of_more_devices_than_there_are(capsys, tmp_path):
     assert code == 2 and "needs 8 devices, and there are 1" in text
 
 
+def test_a_device_elsewhere_is_planned_as_an_accelerator(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    code, _ = answer(capsys, *PLAN, "--device-gib", "16", "--json", str(file))
+    sizes = json.loads(file.read_text())["memory"]["bytes"]
+    # The gradient and the change; of a CPU, 5 copies.
+    assert code == 0 and sizes["optimizing"] == 2 * sizes["parameters"]
+
+
 def test_plan_says_one_peak(capsys, tmp_path):
     """bfloat16 is widened on the CPU that plans, not on the device planned for."""
     argv = [*PLAN, "--model.compute-dtype", "bfloat16", "--device-gib", "16"]
