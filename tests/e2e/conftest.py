@@ -1,9 +1,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.e2e.experiments import ENVIRONMENT
+from tests.e2e.undrawn import savefig
 
 # A model that compiles and warm-starts in seconds, with some groups that are not tied.
 TINY_FLAGS = [
@@ -15,41 +17,35 @@ TINY_FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def undrawn():
-    """Reports have empty figures: to draw them is a quarter of a short run's time."""
-
-    def empty(figure, file, **options):
-        file.write("<svg></svg>")
-
+@pytest.fixture(scope="module", autouse=True)
+def undrawn(request):
+    """Reports have empty figures, but in modules with DRAWN = True."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", empty)
+        if not getattr(request.module, "DRAWN", False):
+            patch.setattr("matplotlib.figure.Figure.savefig", savefig)
         yield
 
 
 @pytest.fixture
 def grpo_jax(tmp_path):
-    """Starts `python -m grpo_jax ...`, `train` with TINY_FLAGS; killed at the end."""
+    """Starts `python -m grpo_jax ...`, `train` with TINY_FLAGS and without drawing
+    unless `bare`; killed at the end."""
     started = []
 
     def start(*arguments, code=None, bare=False, **options):
-        command = [sys.executable, "-m", "grpo_jax", *map(str, arguments)]
+        module = "grpo_jax" if bare else "tests.e2e.undrawn"
+        command = [sys.executable, "-m", module, *map(str, arguments)]
         if arguments[:1] == ("train",) and not bare:
             command += TINY_FLAGS
         if code is not None:
             command = [sys.executable, "-c", code, *map(str, arguments)]
-        # Programs are compiled as they are in the tests' own process.
-        environment = os.environ | {
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=tmp_path,
-            env=environment,
+            env=os.environ | ENVIRONMENT,
             **options,
         )
         started.append(process)

@@ -10,6 +10,8 @@ from types import ModuleType
 import tyro
 
 ROOT = Path(__file__).parents[2]
+# Of a process whose programs are compiled as they are in the tests' own.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def run_smoke(experiment: ModuleType, results: Path, *flags: str) -> Path:
@@ -19,14 +21,15 @@ def run_smoke(experiment: ModuleType, results: Path, *flags: str) -> Path:
     return results
 
 
-def run_script(name: str, directory: Path, *flags: str) -> Path:
+def run_script(name: str, directory: Path, *flags: str, **environment: str) -> Path:
     """Runs experiments/NAME.py in a process of its own; returns its results."""
+    plain = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
     process = subprocess.run(
         [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--smoke", *flags],
         capture_output=True,
         text=True,
         cwd=directory,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"},
+        env=os.environ | plain | environment,
         timeout=600,
     )
     assert process.returncode == 0, process.stdout + process.stderr

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 
 import grpo_jax as gj
 from grpo_jax.commands.replay import replay
@@ -52,6 +53,7 @@ from grpo_jax.runs.paths import use_compile_cache
 from grpo_jax.training import journal
 from grpo_jax.training.state import Batch
 from grpo_jax.training.weighing import weigh
+from tests.e2e.undrawn import savefig
 from tests.helpers import (
     bfloat16_errors,
     one_update,
@@ -320,6 +322,7 @@ if __name__ == "__main__":
     check = {function.__name__: function for function in checks}
     if sys.argv[1] not in AS_RUN:
         jax.config.update("jax_disable_most_optimizations", True)
+    Figure.savefig = savefig
     try:
         print(json.dumps(check[sys.argv[1]](*sys.argv[2:])))
     except LostProcessError as error:

@@ -37,7 +37,6 @@ from tests.e2e.test_train import digits_task, small_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.usefixtures("undrawn"),
 ]
 
 P, G = 4, 4

@@ -22,8 +22,6 @@ from grpo_jax.training.saving import NonFiniteGradientsError, SamplerFailedError
 
 from .test_train import digits_task, small_config
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 MODULE = """
 import dataclasses
 

@@ -22,7 +22,6 @@ from tests.e2e.test_train import digits_task, small_config
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("undrawn"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 

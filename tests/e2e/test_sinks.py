@@ -121,7 +121,7 @@ def test_every_line_goes_everywhere_and_a_resumed_run_goes_on(
 # SIGINT as in the foreground: a background job has it ignored.
 FOREGROUND = """
 import signal, sys
-from grpo_jax.cli import main
+from tests.e2e.undrawn import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main(sys.argv[1:]))

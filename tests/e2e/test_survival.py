@@ -1,14 +1,10 @@
 """Killed, interrupted, out of disk: what a run leaves behind, and that it goes on."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import chex
 import numpy as np
@@ -16,6 +12,7 @@ import pytest
 
 from grpo_jax.runs.lines import read_lines
 from tests.e2e.conftest import TINY_FLAGS
+from tests.e2e.experiments import ENVIRONMENT, run_script
 
 STEPS = 14
 FLAGS = ("--steps", STEPS, "--checkpoint.every", 3, "--evaluation.every", 4)
@@ -54,15 +51,14 @@ def wait_for_step(process, directory, step, seconds=120):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [(6,), (1, 3, 6, 9, 12)], ids=len)
-def test_kills_leave_the_same_parameters(grpo_jax, run, tmp_path, steps):
+def test_five_kills_leave_the_same_parameters(grpo_jax, run, tmp_path):
     straight = tmp_path / "straight"
     code, output = run("train", "--run-dir", straight, *FLAGS)
     assert code == 0, output
     rows = numbers(straight)
     assert max(row.get("group/informative", 0) for row in rows) > 0
     killed, rng = tmp_path / "killed", random.Random(0)
-    for i, step in enumerate(steps):
+    for i, step in enumerate((1, 3, 6, 9, 12)):
         resume = ["--resume"] if i else []
         process = grpo_jax("train", "--run-dir", killed, *resume, *FLAGS)
         wait_for_step(process, killed, step)
@@ -160,7 +156,7 @@ def test_stray_directory_is_no_checkpoint(run, tmp_path):
 
 LIMITED = """
 import resource, sys
-from grpo_jax.cli import main
+from tests.e2e.undrawn import main
 from grpo_jax.runs.checkpoints import Checkpoints
 
 save = Checkpoints.save
@@ -202,17 +198,8 @@ def test_full_disk_loses_checkpoints_and_not_the_run(run, tmp_path):
 @pytest.mark.slow
 def test_soak_in_short(tmp_path):
     """Seven faults of seven kinds; its own checks decide."""
-    root = Path(__file__).parents[2]
-    process = subprocess.run(
-        [sys.executable, root / "experiments/benchmarks/soak.py", "--smoke"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    summary = json.loads((tmp_path / "results/soak/summary.json").read_text())
+    results = run_script("benchmarks/soak", tmp_path, **ENVIRONMENT)
+    summary = json.loads((results / "summary.json").read_text())
     assert summary["faults"] == summary["as_expected"] == 7
     assert summary["exact"]["arrays_bit_identical"]
     assert summary["exact"]["metrics_identical"]

@@ -29,6 +29,7 @@ from grpo_jax.training import programs
 from grpo_jax.training.saving import NonFiniteGradientsError
 from grpo_jax.training.step import make_train_step
 
+DRAWN = True  # the reports, here alone
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
