@@ -427,7 +427,7 @@ def plot(c: Config) -> None:
 
 def main(c: Config) -> None:
     if c.smoke:
-        few = dict(seeds=(0,), run_steps=2, every=2, steps=(0, 2), prompts=6)
+        few = dict(seeds=(0,), run_steps=4, every=2, steps=(0, 2), prompts=6)
         c = dataclasses.replace(c, **few, group_sizes=(8, 16))
     directory = c.results / c.task
     if not c.plot_only:

@@ -3,23 +3,35 @@
 import numpy as np
 import pytest
 
-from tests.e2e.experiments import check_config, check_plot, rows_of, run_script
+from experiments import local_curvature, relaxed_assumptions
+from tests.e2e.experiments import check_config, check_plot, rows_of, run_smoke
 
-pytestmark = pytest.mark.slow
+# Of few prompts a mean may be of none, which as a script they only warn of.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 
 
-def smoke(name, directory):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where both find the same run."""
+    return str(tmp_path_factory.mktemp("runs"))
+
+
+def smoke(experiment, directory, runs):
     """(results, rows of metrics.jsonl); a second call only draws the plot again."""
     for flags in ([], ["--plot-only"]):
-        results = run_script(name, directory, *flags) / "chains"
+        flags += ["--runs", runs]
+        results = run_smoke(experiment, directory / "results", *flags) / "chains"
         check_plot(results)
         (results / "plot.png").unlink()
     check_config(results)
     return results, rows_of(results)
 
 
-def test_local_curvature(tmp_path):
-    results, rows = smoke("local_curvature", tmp_path)
+def test_local_curvature(tmp_path, runs):
+    results, rows = smoke(local_curvature, tmp_path, runs)
     assert [(row["seed"], row["step"]) for row in rows] == [(0, 0), (0, 2)]
     for row in rows:
         x = {k: np.array(v, float) for k, v in row.items() if k not in ("seed", "step")}
@@ -32,8 +44,8 @@ def test_local_curvature(tmp_path):
     assert "Correlations of |curvature|" in (results / "table.md").read_text()
 
 
-def test_relaxed_assumptions(tmp_path):
-    results, rows = smoke("relaxed_assumptions", tmp_path)
+def test_relaxed_assumptions(tmp_path, runs):
+    results, rows = smoke(relaxed_assumptions, tmp_path, runs)
     kinds = [(row["step"], row["group_size"]) for row in rows if "step" in row]
     assert kinds == [(step, g) for step in (0, 2) for g in (None, 8, 16)]
     for row in rows:
