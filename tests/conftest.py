@@ -63,6 +63,14 @@ def few_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def optimized():
+    """With XLA's optimizations, where most of a module's time is computation."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def x64():
     """Everything in float64, for identities that must be exact."""

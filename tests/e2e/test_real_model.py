@@ -33,7 +33,7 @@ from grpo_jax.runs.snapshots import load_policy
 from tests.e2e.test_survival import numbers
 from tests.unit.test_memory_analysis import peak, sampling_program
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 README = (Path(__file__).parents[2] / "README.md").read_text()
 # Settings of the model, and the learning rate that is the default for it.
 KINDS = {"full": ({}, 1e-5), "lora": ({"lora_rank": 16, "lora_alpha": 32.0}, 3e-4)}
@@ -47,14 +47,6 @@ TASK = TaskConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def optimized():
-    """With XLA's optimizations: most of the time here is computation."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 class Trained(NamedTuple):
     kind: str
     config: gj.TrainConfig
@@ -64,7 +56,7 @@ class Trained(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def trained(request, real_model_directory, tmp_path_factory):
+def trained(request, optimized, real_model_directory, tmp_path_factory):
     """A run of three steps."""
     directory = tmp_path_factory.mktemp("runs") / request.param
     config = gj.TrainConfig(

@@ -136,7 +136,7 @@ def test_a_dialogue_depends_on_no_other_and_on_no_padding(
 
 
 @pytest.mark.slow
-def test_a_policy_learns_to_use_the_answers(talk, monkeypatch):
+def test_a_policy_learns_to_use_the_answers(talk, monkeypatch, optimized):
     compiled, play = count_compiles(), talk.play
     counts = []
 
@@ -145,7 +145,7 @@ def test_a_policy_learns_to_use_the_answers(talk, monkeypatch):
         return play(*args)
 
     monkeypatch.setattr(talk, "play", counted)
-    policy, rates = talk.train(talk.SECRETS, talk.game)
+    policy, rates = talk.train(talk.SECRETS, talk.game, steps=120)
     assert counts[1] == counts[-1], "compiled after the first step"
     # Four guesses find four of ten numbers, whatever the policy, if it hears nothing.
     assert rates[0] < 0.1 and np.mean(rates[-20:]) > 0.7
@@ -157,7 +157,7 @@ def test_a_policy_learns_to_use_the_answers(talk, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_deaf_policy_finds_four_of_ten(talk):
+def test_a_deaf_policy_finds_four_of_ten(talk, optimized):
     _, rates = talk.train(talk.SECRETS, talk.deaf, steps=60)
     assert 0.2 < np.mean(rates[-20:]) < 0.42
 
