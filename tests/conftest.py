@@ -1,3 +1,4 @@
+import ctypes
 import importlib.util
 import mmap
 import os
@@ -51,16 +52,23 @@ def pytest_configure(config):
 
 
 MOST_MAPS = 25_000  # of memory; Linux ends a process at 65,530 by default
+MOST_PAGES = 500_000  # in memory, of 4 kB
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
     """Drops compiled programs after a module where there are many: each keeps maps of
-    memory, and a worker of the slow suite was aborted for having too many."""
+    memory, and a worker of the slow suite was aborted for having too many. What is
+    free goes back to the system: glibc would keep much of it."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
-        jax.clear_caches()
+    process = Path("/proc/self")
+    if process.exists():
+        maps = len((process / "maps").read_bytes().splitlines())
+        pages = int((process / "statm").read_text().split()[1])
+        if maps > MOST_MAPS or pages > MOST_PAGES:
+            jax.clear_caches()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="module")
