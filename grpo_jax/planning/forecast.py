@@ -219,7 +219,7 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
     peak = f"peak, in {_PHASE_NAMES[memory['peak_in']][1]}"
     lines.append(_line(peak, memory["peak"]))
     if sizes["host"]:
-        host = "in the host's memory, of each device: reference policy"
+        host = "in the host's memory, for each device: reference policy"
         lines.append(_line(host, sizes["host"]))
     if memory["device"] is None:
         lines.append("  the device's memory is not known; give --device-gib N")

@@ -140,11 +140,12 @@ def test_checkpoints_are_also_saved_by_time(tmp_path):
 def test_a_run_goes_on_with_its_reference_on_the_host(tmp_path):
     """To the same numbers, bit for bit."""
     method = dict(updates_per_rollout=2, objective=ObjectiveConfig(kl_coef=1.0))
-    expected = gj.train(small_config(tmp_path / "whole", steps=4, **method)).history
-    gj.train(small_config(tmp_path / "run", steps=2, **method))
+    whole = small_config(tmp_path / "whole", steps=4, **method)
+    expected = gj.train(whole, task=digits_task()).history
+    gj.train(small_config(tmp_path / "run", steps=2, **method), task=digits_task())
     host = dict(resume=True, reference_memory="host")
     moved = small_config(tmp_path / "run", steps=4, **method, **host)
-    actual = gj.train(moved).history
+    actual = gj.train(moved, task=digits_task()).history
     for name in ("kl/mean", "gradient/norm", "reward/mean"):
         np.testing.assert_array_equal(actual[name], expected[name])
     assert expected["kl/mean"][-1] > 0
