@@ -1,8 +1,9 @@
 """Log-probabilities and entropy of tokens from hidden states, chunk by chunk.
 
 Logits of shape [..., T, V] never exist: each chunk's are made, reduced and dropped,
-and made again in the backward pass. The one custom derivative rule is linear, so
-reverse mode, forward mode and forward-over-forward all work.
+and made again in the backward pass. The one custom derivative rule, of
+`with_derivatives_of`, is linear, so reverse mode, forward mode and forward-over-forward
+all work.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.precision import float32_products
+from grpo_jax.precision import float32_products, with_derivatives_of
 
 # At most so many float32 logits at once: a larger vocabulary means shorter chunks, so
 # that temporary memory does not grow with V. Accelerators need more, or the unembedding
@@ -34,25 +35,6 @@ def chunk_length(length: int, rows: int, tokens: int) -> int:
 def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
     """[...] cap * tanh(x / cap) of x [...]: within +-cap; x if cap is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-@jax.custom_jvp
-def _with_gradient_of(copy: jax.Array, original: jax.Array) -> jax.Array:
-    """`copy`, the original rounded to another dtype, with derivatives of the original.
-
-    In a loop, the gradients of all its rounds are then added up in the dtype of the
-    original, and nothing but the copy is read. Second derivatives that are taken
-    backwards through a forward mode add up in the copy's.
-    """
-    del original
-    return copy
-
-
-@_with_gradient_of.defjvp
-def _derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    # Were the rule applied to it again, a loop's backward pass would hold the original.
-    copy, _ = primals
-    return copy, tangents[1].astype(copy.dtype)
 
 
 def token_logprobs(
@@ -107,7 +89,7 @@ def token_logprobs(
 
     @jax.checkpoint
     def one_chunk(hidden: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, ...]:
-        columns = copy if copy.dtype == dtype else _with_gradient_of(copy, wide)
+        columns = copy if copy.dtype == dtype else with_derivatives_of(copy, wide)
         flat = hidden.reshape(-1, width)
         with float32_products(hidden.dtype):
             logits = jnp.matmul(flat, columns, preferred_element_type=dtype)

@@ -280,7 +280,7 @@ class Decoder(nnx.Module):
 
         def body(carry, x):
             params, slides = x
-            params = constrain_params(params, gathered=True)
+            params = constrain_params(params, gathered_as=c.dtype)
             return layer(nnx.merge(graph, params), carry, slides)
 
         if self.config.remat != "none":

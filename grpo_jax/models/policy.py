@@ -40,7 +40,7 @@ class Policy:
         """The decoder, its parameters outside the layers gathered over fsdp."""
         params = combined_params(self.params, self.frozen)
         outer = {k: v for k, v in params.items() if k != "layers"}  # gathered by `scan`
-        params = params | constrain_params(outer, gathered=True)
+        params = params | constrain_params(outer, gathered_as=self.config.dtype)
         model = nnx.merge(self.graphdef, params)
         if self.tail is not None:
             model.tail = nnx.data(self.tail)

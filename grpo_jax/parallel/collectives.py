@@ -12,6 +12,9 @@ KINDS = (
 )  # fmt: skip
 _STARTED = "-start"
 _AWAITED = '"is_sync":true'  # of a GPU's: started, and awaited at once
+# A TPU's program may write a reduce-scatter as a computation with this name: an
+# all-reduce, and the device's slice of it.
+SCATTERED = "all-reduce-scatter"
 _CHANNEL = re.compile(r"channel_id=([0-9]+)")
 
 
@@ -68,14 +71,14 @@ def collectives_of(program: Iterable[Operation]) -> Iterator[Collective]:
                 continue
             seen.add(key)
         is_started = operation.kind.endswith(_STARTED)
-        yield Collective(
-            kind,
-            _nbytes(operation.shape, kind if is_started else None),
-            _devices(operation.line),
-            operation.place,
-            operation.times,
-            (is_started and _AWAITED not in operation.line) or operation.overlaps,
-        )
+        nbytes = _nbytes(operation.shape, kind if is_started else None)
+        devices = _devices(operation.line)
+        is_beside = is_started and _AWAITED not in operation.line
+        overlaps = is_beside or operation.overlaps
+        if kind == "all-reduce" and operation.computation.startswith(SCATTERED):
+            kind, nbytes, overlaps = "reduce-scatter", nbytes // devices, False
+        place, times = operation.place, operation.times
+        yield Collective(kind, nbytes, devices, place, times, overlaps)
 
 
 def bytes_sent(text: str, *, trips: int = 1) -> float:

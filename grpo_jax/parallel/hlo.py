@@ -26,6 +26,7 @@ class Operation(NamedTuple):
     line: str
     place: str  # "entry", or "body" or "condition" of a loop
     loop: str  # name of that body or condition, "" of the entry
+    computation: str  # name of the lines that it is one of
     times: int  # that it runs
     fused: bool  # part of another operation
     overlaps: bool  # with other work: started and awaited later, or fused with it
@@ -61,7 +62,9 @@ def operations(text: str, *, trips: int | Sequence[int] = 1) -> Iterator[Operati
             if match is None:
                 continue
             shape, kind = match.groups()
-            yield Operation(kind, shape, line, place, loop, times, fused, overlaps)
+            yield Operation(
+                kind, shape, line, place, loop, name, times, fused, overlaps
+            )
             runs = times * trips_of(line) if kind == "while" else times
             inside = fused or kind not in _CALLS
             beside = overlaps or kind in ("async-start", "fusion")

@@ -11,16 +11,20 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import (
     AbstractMesh,
     Mesh,
     NamedSharding,
     PartitionSpec,
 )
+
+from grpo_jax.parallel.platform import platform
+from grpo_jax.precision import with_derivatives_of
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -33,6 +37,10 @@ RULES = {
     "mlp": "tensor",
     "embed": "fsdp",  # of parameters; gathered for each use
 }
+
+# libtpu 0.0.42 sends a reduce-scatter in spans of tiles, and all-reduces an array in
+# which it finds none, as in one of 1187 x 128 columns. It does in multiples of:
+_SPANS = 4096
 
 # (inputs, outputs) of each linear map.
 _LINEAR = {
@@ -240,7 +248,7 @@ def put_on_mesh(tree: Any, mesh: Mesh | None) -> Any:
     From an array on the host each process reads only the shards of its devices.
     """
     if mesh is None:
-        return jax.tree.map(jax.numpy.asarray, tree)
+        return jax.tree.map(jnp.asarray, tree)
 
     def leaf(x, sharding):
         if isinstance(x, jax.Array):
@@ -273,29 +281,47 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def constrain_params(tree: Any, *, gathered: bool = False) -> Any:
+def constrain_params(tree: Any, *, gathered_as: Any = None) -> Any:
     """Parameters, or gradients of them, with sharding constraints by `RULES`.
 
     Args:
         tree: Parameters.
-        gathered: All-gathered over fsdp, still sharded over tensor: as layers use them.
+        gathered_as: The dtype that layers compute in: all-gathered over fsdp, still
+            sharded over tensor, as they use them. What is gathered is rounded to that
+            dtype where it has fewer bits, but keeps its own; gradients are not rounded.
     """
     mesh = current_mesh()
     if mesh is None:
         return tree
     manual = mesh.manual_axes
-    left_out = {*manual, *(("fsdp",) if gathered else ())}
+    left_out = {*manual, *(() if gathered_as is None else ("fsdp",))}
     rules = {k: v for k, v in RULES.items() if v not in left_out}
     sizes = _sizes(mesh)
 
     def leaf(path, x):
         logical = logical_axes(_names(path), x.ndim)
         spec = _spec(x.shape, logical, sizes, rules)
-        if manual and gathered:
-            x = _gathered(x, logical, manual, spec)
+        if gathered_as is not None and manual:
+            x = _gathered(x, logical, manual, spec, gathered_as)
+        elif gathered_as is not None:
+            split = _spec(x.shape, logical, sizes)
+            if split != spec:
+                return _moved(x, split, spec, gathered_as)
         return jax.lax.with_sharding_constraint(x, spec)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _moved(
+    x: jax.Array, split: PartitionSpec, whole: PartitionSpec, dtype: Any
+) -> jax.Array:
+    """A parameter gathered by the compiler."""
+
+    def move(x):  # the first keeps it from gathering what is to be rounded
+        x = jax.lax.with_sharding_constraint(x, split)
+        return jax.lax.with_sharding_constraint(x, whole)
+
+    return _rounded(move, x, dtype, move)
 
 
 def _gathered(
@@ -303,6 +329,7 @@ def _gathered(
     logical: Sequence[str | None],
     manual: Collection[Any],
     spec: PartitionSpec,
+    dtype: Any,
 ) -> jax.Array:
     """A parameter gathered over the manual axes inside `per_device`.
 
@@ -317,14 +344,41 @@ def _gathered(
     if "fsdp" not in varying:  # replicated over fsdp
         return x
     axis = [RULES.get(name or "") for name in logical].index("fsdp")
-    gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True)
-    if not splits_tensor() or "tensor" not in spec:
-        return gather(x)
-    # Manual over tensor too, or the compiler would gather that axis as well.
-    over_tensor = jax.shard_map(
-        gather, in_specs=spec, out_specs=spec, axis_names={"tensor"}
-    )
-    return over_tensor(x)
+
+    def gather(x, axis=axis):
+        return jax.lax.all_gather(x, axis_name="fsdp", axis=axis, tiled=True)
+
+    def with_gradient(x):
+        more = -x.shape[1 - axis] % _SPANS if "vocab" in logical else 0
+        if platform() != "tpu" or not 0 < 8 * more <= x.shape[1 - axis]:
+            return gather(x)
+        y = jnp.pad(x if axis == 0 else x.T, ((0, 0), (0, more)))  # [D / F, V + more]
+        y = with_layout_constraint(gather(y, 0), Layout(major_to_minor=(0, 1)))
+        y = y[:, : x.shape[1 - axis]]
+        return y if axis == 0 else y.T
+
+    def on_tensor(function):
+        if not splits_tensor() or "tensor" not in spec:
+            return function
+        # Manual over tensor too, or the compiler would gather that axis as well.
+        return jax.shard_map(
+            function, in_specs=spec, out_specs=spec, axis_names={"tensor"}
+        )
+
+    return _rounded(on_tensor(gather), x, dtype, on_tensor(with_gradient))
+
+
+def _rounded(
+    move: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    dtype: Any,
+    with_gradient: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """move(x), of x [...] rounded to a dtype of fewer bits, with the derivatives of
+    with_gradient(x), which is not rounded."""
+    is_smaller = jnp.dtype(dtype).itemsize < x.dtype.itemsize
+    copy = move(x.astype(dtype)).astype(x.dtype) if is_smaller else move(x)
+    return with_derivatives_of(copy, with_gradient(x))
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """How many tokens a backward pass takes on a device, where that is left open."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from grpo_jax.parallel.sharding import batch_shards
@@ -51,6 +52,17 @@ def choose_budget(inputs: MemoryInputs, limit: int | None) -> Budget:
         return Budget(chosen, " (a whole group, its prompt encoded once)")
     before = f"{first.prompts} x {first.samples}"
     return Budget(chosen, f" (lowered from {before} for the device's memory)")
+
+
+def reductions_text(inputs: MemoryInputs) -> str:
+    """How often an update adds up its gradients over devices; nothing of one device."""
+    micro = inputs.micro
+    if math.prod(micro.shards) == 1:
+        return ""
+    samples = inputs.updated * inputs.group_size
+    parts = samples // (micro.prompts * micro.samples)
+    often = "once an update" if parts == 1 else f"after each of {parts} in an update"
+    return f", gradients added up over devices {often}"
 
 
 def _splits(inputs: MemoryInputs) -> list[MicroBatch]:

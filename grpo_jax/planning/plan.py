@@ -22,7 +22,7 @@ from grpo_jax.planning.evaluated import EvaluatedPrompts, evaluated_prompts
 from grpo_jax.planning.headline import headline
 from grpo_jax.planning.learning_rate import LearningRate, learning_rate
 from grpo_jax.planning.memory import MemoryInputs, readable
-from grpo_jax.planning.micro import choose_budget
+from grpo_jax.planning.micro import choose_budget, reductions_text
 from grpo_jax.planning.resolve import (
     check_reference_memory,
     resolve_objective,
@@ -444,5 +444,6 @@ def memory_stage(
             f"{readable(available, 'B')}: {memory.advice()}."
         )
     micro = inputs.micro
+    text += reductions_text(inputs)
     said = f"micro-batch {micro.prompts} x {micro.samples}{text}"
     return MemoryStage(inputs, memory.peak, said, warnings)

@@ -1,9 +1,9 @@
 """What a step over many devices holds, sends and takes, by formulas.
 
 Parameters, moments and gradients are split fsdp x tensor ways and gathered layer by
-layer in float32; prompts are split data x fsdp ways; heads, the MLP and the vocabulary
-tensor ways. Traffic and memory were compared with programs for 8 virtual devices; times
-were compared with nothing.
+layer in the compute dtype; prompts are split data x fsdp ways; heads, the MLP and the
+vocabulary tensor ways. Traffic and memory were compared with programs for 8 virtual
+devices; times with nothing.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def traffic(c: ModelConfig, step: Step, mesh: MeshShape) -> Traffic:
     With N parameters, b bytes of the compute dtype, M micro-batches, and of a ring over
     n devices a gather or scatter of X bytes (n - 1) / n X, an all-reduce twice that:
 
-        gathers  = 2 M (F - 1) / F  4 N / tensor        F: fsdp
+        gathers  = 2 M (F - 1) / F  b N / tensor        F: fsdp
         scatters = M (F - 1) / F  4 N / tensor
         data     = M 2 (D - 1) / D  4 N / (F tensor)    D: data
         tensor   = layers r 2 (S - 1) / S  tokens width b    S: tensor
@@ -79,7 +79,7 @@ def traffic(c: ModelConfig, step: Step, mesh: MeshShape) -> Traffic:
     size = _compute_bytes(c)
     n, parts = num_parameters(c) / mesh.tensor, micro_batches(step, mesh)
     tokens = step.tokens / prompt_shards(mesh)
-    gathered = _ring_share(mesh.fsdp) * n * 4  # cast after the gather
+    gathered = _ring_share(mesh.fsdp) * n * size
     reduces = 5 if c.remat == "full" else 4
     stream = c.num_layers * 2 * _ring_share(mesh.tensor) * c.width * size
     return Traffic(

@@ -99,7 +99,7 @@ def prefill(model: Decoder, prompts: PromptSplit, max_new_tokens: int) -> TokenD
         max_new_tokens: T, the steps to come.
     """
     keys, values = _encode_prefixes(model, prompts)
-    blocks = _unstack(model.layers, model.config.num_layers)
+    blocks = _unstack(model)
     # Computed outside the loop: inside, XLA repeats it for every layer and row.
     positions = prompts.length[:, None] + jnp.arange(max_new_tokens)[:, None, None]
     return TokenDecoder(
@@ -138,23 +138,24 @@ def _encode_prefixes(model: Decoder, prompts: PromptSplit) -> tuple[Caches, Cach
     return list(keys), list(values)
 
 
-def _unstack(layers: nnx.Module, num_layers: int) -> list[Any]:
+def _unstack(model: Decoder) -> list[Any]:
     """One module per layer, its parameters gathered over fsdp.
 
     Outside the loop over tokens, which should neither slice nor gather the stack at
     every step. Layer by layer, so that no gathered copy of the stack is alive.
     """
-    graph, stacked = nnx.split(layers)
+    graph, stacked = nnx.split(model.layers)
+    dtype = model.config.dtype
 
     def layer(i):
         sharded = jax.tree.map(lambda x: x[i], stacked)
-        block = nnx.merge(graph, constrain_params(sharded, gathered=True))
+        block = nnx.merge(graph, constrain_params(sharded, gathered_as=dtype))
         # Over tensor, fusing would mix the columns of different devices.
         if splits_tensor():
             return block
         return _FusedBlock(block, nnx.merge(graph, sharded))
 
-    return [layer(i) for i in range(num_layers)]
+    return [layer(i) for i in range(model.config.num_layers)]
 
 
 class _FusedBlock:
@@ -183,9 +184,11 @@ def _fuse(
 ) -> Callable[[jax.Array], list[jax.Array]]:
     """Linear maps of one input as one: x [N, D] -> the output of each."""
     linears = [getattr(block, name) for name in names]
-    kernels = [getattr(sharded, name).kernel[...] for name in names]
     dtype = linears[0].dtype
-    kernel = constrain(jnp.concatenate(kernels, axis=1).astype(dtype))
+    kernels = [getattr(sharded, name).kernel[...].astype(dtype) for name in names]
+    # Rounded where they are, then gathered.
+    kernel = constrain(jnp.concatenate(kernels, axis=1), "embed")
+    kernel = constrain(kernel)
     ends = np.cumsum([x.kernel.shape[1] for x in linears])[:-1]
     biases = [x.bias[...] for x in linears if x.bias is not None]
     bias = jnp.concatenate(biases).astype(dtype) if biases else None

@@ -11,7 +11,8 @@ import jax
 import pytest
 
 from grpo_jax import ModelConfig
-from grpo_jax.parallel.hlo import arrays_of, operations
+from grpo_jax.parallel.collectives import KINDS, SCATTERED
+from grpo_jax.parallel.hlo import arrays_of, bytes_of, operations
 from grpo_jax.parallel.meshes import make_mesh
 from grpo_jax.parallel.platform import compiling_for
 from grpo_jax.parallel.topology import topology
@@ -75,16 +76,16 @@ class Kept:
         return program
 
 
-def update(name, mesh, prompts):
+def update(name, mesh, prompts, model=MODEL, samples=2):
     """(figures, text) of an update in several micro-batches, and of several chunks of
     logits each, compiled for a topology."""
     config = TrainConfig(
-        model=MODEL,
+        model=model,
         mesh=mesh,
         sampling=SamplingConfig(prompts=prompts, group_size=4, max_new_tokens=T),
         objective=ObjectiveConfig(kl_coef=0.0),
         instrument=InstrumentConfig(every=0),
-        micro_batch_tokens=2 * T + 64,
+        micro_batch_tokens=samples * T + 64,
     )
     at = topology(name)
     with compiling_for(at.chip.platform):
@@ -134,6 +135,23 @@ def test_an_update_compiled_for_devices_that_are_not_there(name, mesh, prompts):
 @tpus
 def test_a_number_of_chips_is_the_squarest_slice():
     assert [len(topology(f"v5e:{n}").devices) for n in (1, 4, 8, 16)] == [1, 4, 8, 16]
+
+
+@tpus
+# A vocabulary whose 1187 x 16 columns the compiler cannot cut by itself.
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_an_update_sends_over_fsdp(tied):
+    """Parameters rounded to bfloat16, and gradients in float32, scattered."""
+    model = dataclasses.replace(MODEL, vocab_size=18992, tie_embeddings=tied)
+    _, text = update("v5e:2x2", MeshConfig(fsdp=4), 4, model, 4)
+    large = [
+        (x.kind.removesuffix("-start"), dtype)
+        for x in operations(text)
+        if x.kind.removesuffix("-start") in KINDS
+        for dtype, sizes in arrays_of(x.shape)
+        if bytes_of(dtype, sizes) > 100_000 and not x.computation.startswith(SCATTERED)
+    ]
+    assert set(large) == {("all-gather", "bf16"), ("reduce-scatter", "f32")}
 
 
 @tpus

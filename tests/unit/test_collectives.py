@@ -87,3 +87,19 @@ def test_what_a_gpu_awaits_at_once_is_waited_for():
 }
 """  # noqa: E501
     assert [x.overlaps for x in parse_collectives(text)] == [False, True]
+
+
+# As libtpu writes it: 4480 x 4096 x 4 bytes, of which each of 16 devices keeps a part.
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    text = """%all-reduce-scatter.clone.1 (input.2: f32[4480,4096]) -> f32[280,4096] {
+  %all-reduce.69 = f32[4480,4096] all-reduce(%input.2), channel_id=77, replica_groups=[4,16]<=[64]
+  ROOT %dynamic-slice.21 = f32[280,4096] dynamic-slice(%all-reduce.69, %at, %zero)
+}
+
+ENTRY %main (p: f32[4480,4096]) -> f32[280,4096] {
+  ROOT %f = f32[280,4096] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.clone.1
+}
+"""  # noqa: E501
+    (found,) = parse_collectives(text)
+    assert found == Collective("reduce-scatter", 280 * 4096 * 4, 16, "entry", 1)
+    assert found.sent == 15 * 280 * 4096 * 4

@@ -307,6 +307,20 @@ def test_micro_batches_are_as_given_or_as_fit(task):
     assert kept.warnings[0].startswith("about ")
 
 
+# 4 prompts x 4 samples, one prompt at a time on each device.
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        (2, "2 x 4, gradients added up over devices after each of 2 in an update"),
+        (4, "4 x 4, gradients added up over devices once an update"),
+    ],
+)
+def test_how_often_gradients_are_added_up_over_devices(task, devices, expected):
+    mesh = MeshConfig(fsdp=devices)
+    stage = memory(task, config(mesh=mesh, micro_batch_tokens=10 + 4 * 8))
+    assert stage.micro_batch == f"micro-batch {expected}"
+
+
 def test_memory_stage_warns(task, monkeypatch):
     model = gj.ModelConfig(vocab_size=20, max_positions=17)
     (warning,) = memory(task, config(pretrained="x"), model=model).warnings

@@ -34,13 +34,13 @@ def test_one_device_sends_nothing():
 
 
 # 8 prompts a device, 4 micro-batches; 3/4 of what is gathered comes from the others:
-# twice (forward, backward; prompts, tokens), and the gradients, all in 4 bytes.
+# twice (forward, backward; prompts, tokens) in 2 bytes, and the gradients in 4.
 def test_traffic_over_fsdp():
     n = num_parameters(MODEL)
     sent = traffic(MODEL, STEP, MeshConfig(fsdp=4))
-    assert sent.gathers == 2 * 4 * 3 / 4 * n * 4
+    assert sent.gathers == 2 * 4 * 3 / 4 * n * 2
     assert sent.scatters == 4 * 3 / 4 * n * 4
-    assert sent.sampling == 2 * 3 / 4 * n * 4 and sent.data == sent.tensor == 0
+    assert sent.sampling == 2 * 3 / 4 * n * 2 and sent.data == sent.tensor == 0
     assert sent.update == sent.gathers + sent.scatters
 
 
