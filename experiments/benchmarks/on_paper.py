@@ -4,8 +4,8 @@ Claim:     none; formulas of grpo_jax/planning/traffic.py with numbers put in
 Command:   python experiments/benchmarks/on_paper.py [--plan 70b]
 Hardware:  none; nothing here was run on such chips
 Expected:  fits in a chip's memory; most of the time not in communication
-Got:       8 B on 64: peak 65.1 of 80 GB, communication 9 % of an update and 3 % of a
-           step; 70 B on 512: 66.8 of 80 GB, 45 % and 31 %, most of it gathers over
+Got:       8 B on 64: peak 49.6 of 80 GB, communication 8 % of an update and 3 % of a
+           step; 70 B on 512: 65.6 of 80 GB, 38 % and 26 %, most of it gathers over
            the network
 Writes:    nothing; --json prints one line
 

@@ -11,11 +11,11 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import (
     AbstractMesh,
     Mesh,
@@ -23,8 +23,7 @@ from jax.sharding import (
     PartitionSpec,
 )
 
-from grpo_jax.parallel.platform import platform
-from grpo_jax.precision import with_derivatives_of
+from grpo_jax.parallel.gathers import gathered, gathered_table, rounded
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -37,10 +36,6 @@ RULES = {
     "mlp": "tensor",
     "embed": "fsdp",  # of parameters; gathered for each use
 }
-
-# libtpu 0.0.42 sends a reduce-scatter in spans of tiles, and all-reduces an array in
-# which it finds none, as in one of 1187 x 128 columns. It does in multiples of:
-_SPANS = 4096
 
 # (inputs, outputs) of each linear map.
 _LINEAR = {
@@ -321,7 +316,7 @@ def _moved(
         x = jax.lax.with_sharding_constraint(x, split)
         return jax.lax.with_sharding_constraint(x, whole)
 
-    return _rounded(move, x, dtype, move)
+    return rounded(move, x, dtype, move)
 
 
 def _gathered(
@@ -345,17 +340,10 @@ def _gathered(
         return x
     axis = [RULES.get(name or "") for name in logical].index("fsdp")
 
-    def gather(x, axis=axis):
-        return jax.lax.all_gather(x, axis_name="fsdp", axis=axis, tiled=True)
-
-    def with_gradient(x):
-        more = -x.shape[1 - axis] % _SPANS if "vocab" in logical else 0
-        if platform() != "tpu" or not 0 < 8 * more <= x.shape[1 - axis]:
-            return gather(x)
-        y = jnp.pad(x if axis == 0 else x.T, ((0, 0), (0, more)))  # [D / F, V + more]
-        y = with_layout_constraint(gather(y, 0), Layout(major_to_minor=(0, 1)))
-        y = y[:, : x.shape[1 - axis]]
-        return y if axis == 0 else y.T
+    gather = partial(gathered, axis=axis)
+    by_gradient = gather
+    if "vocab" in logical:
+        by_gradient = partial(gathered_table, axis=axis)
 
     def on_tensor(function):
         if not splits_tensor() or "tensor" not in spec:
@@ -365,20 +353,7 @@ def _gathered(
             function, in_specs=spec, out_specs=spec, axis_names={"tensor"}
         )
 
-    return _rounded(on_tensor(gather), x, dtype, on_tensor(with_gradient))
-
-
-def _rounded(
-    move: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
-    dtype: Any,
-    with_gradient: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
-    """move(x), of x [...] rounded to a dtype of fewer bits, with the derivatives of
-    with_gradient(x), which is not rounded."""
-    is_smaller = jnp.dtype(dtype).itemsize < x.dtype.itemsize
-    copy = move(x.astype(dtype)).astype(x.dtype) if is_smaller else move(x)
-    return with_derivatives_of(copy, with_gradient(x))
+    return rounded(on_tensor(gather), x, dtype, on_tensor(by_gradient))
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

@@ -27,6 +27,7 @@ from grpo_jax.objectives.loss import (
 )
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.token_weights import truncated_importance_weights
+from grpo_jax.parallel.gathers import in_one_part
 from grpo_jax.parallel.sharding import constrain_params
 from grpo_jax.rollouts.micro_batches import MicroBatch, repeat_parts, split_batch
 from grpo_jax.training.state import Batch, TrainState
@@ -212,7 +213,8 @@ def make_gradients(
         parts = _split(whole, micro)
         first = jax.tree.map(lambda x: x[0], parts)
         if batch.rollouts.completions.shape[:2] == (micro.prompts, micro.samples):
-            grads, metrics, gaps = part_gradients(policy, first)
+            with in_one_part():
+                grads, metrics, gaps = part_gradients(policy, first)
         else:
 
             def add_part(total: Any, part: Part):
