@@ -137,8 +137,8 @@ def test_a_number_of_chips_is_the_squarest_slice():
     assert [len(topology(f"v5e:{n}").devices) for n in (1, 4, 8, 16)] == [1, 4, 8, 16]
 
 
-@tpus
 # A vocabulary whose 1187 x 16 columns the compiler cannot cut by itself.
+@tpus
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_an_update_sends_over_fsdp(tied):
     """Parameters rounded to bfloat16, and gradients in float32, scattered."""
