@@ -1,8 +1,7 @@
 import ctypes
-import importlib.util
-import mmap
 import os
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 # Before jax and transformers are imported anywhere.
@@ -18,21 +17,10 @@ for name in ("WANDB_PROJECT", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
     os.environ.pop(name, None)
 
 
-def xla_knows(flag: str) -> bool:
-    """XLA ends the process over a flag that it does not know, as of another version."""
-    directory = Path(importlib.util.find_spec("jaxlib").origin).parent
-    for file in directory.glob("libjax_common*"):
-        with (
-            file.open("rb") as library,
-            mmap.mmap(library.fileno(), 0, access=mmap.ACCESS_READ) as text,
-        ):
-            return text.find(flag.encode()) >= 0
-    return False
-
-
-# The older emitters of fusions compile small programs in a quarter of the time.
+# The older emitters of fusions compile small programs in a quarter of the time. jaxlib
+# 0.10 still has them; a later one ends the process over the flag.
 EMITTERS, given = "xla_cpu_use_fusion_emitters", os.environ.get("XLA_FLAGS", "")
-if EMITTERS not in given and xla_knows(EMITTERS):
+if EMITTERS not in given and metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{given} --{EMITTERS}=false".strip()
 
 import jax  # noqa: E402
