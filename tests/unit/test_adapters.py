@@ -44,8 +44,10 @@ def adapted(base):
 
 
 @pytest.fixture
-def saved(tmp_path, base, adapted):
-    """tmp_path/base and tmp_path/adapter, whose config names ../base."""
+def saved(tmp_path, monkeypatch, base, adapted):
+    """tmp_path/base and tmp_path/adapter, whose config names ../base: no folder of the
+    one the tests run in."""
+    monkeypatch.chdir(tmp_path)
     gj.save_pretrained(base, tmp_path / "base")
     folder = tmp_path / "adapter"
     gj.save_adapter(adapted.params, adapted.config, folder, base="../base")

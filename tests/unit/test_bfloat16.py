@@ -34,7 +34,11 @@ def low_sums(jaxpr):
     for equation in equations(jaxpr):
         name, outputs = equation.primitive.name, [v.aval for v in equation.outvars]
         if name == "scan":
-            outputs = outputs[: equation.params["num_carry"]]
+            body = equation.params["jaxpr"]
+            inner = getattr(body, "jaxpr", body).outvars
+            # What is not carried is stacked: an axis more than in the body.
+            pairs = zip(outputs, inner, strict=True)
+            outputs = [x for x, v in pairs if x.ndim == v.aval.ndim]
         if name in SUMS or name == "scan":
             yield from ((name, x.shape) for x in outputs if x.dtype == jnp.bfloat16)
 

@@ -122,10 +122,10 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 def test_a_program_s_memory_is_what_it_holds():
     x = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
-    lowered = jax.jit(lambda x: jnp.sin(x @ x).sum()).lower(x)
+    lowered = jax.jit(lambda x: jnp.sort(x, axis=0).sum()).lower(x)
     chip = CHIPS["v5e"]._replace(memory=10**7)
     result = measured(lowered, Planned(4_000_000, 4_000_000, 1_000_000), chip)
-    assert result["arguments"] == 4_000_000  # the product is 4 MB more
+    assert result["arguments"] == 4_000_000  # what is sorted is 4 MB more
     assert 8_000_000 <= result["arguments"] + result["temporary"] < 8_100_000
     assert result["peak"] == result["arguments"] + result["temporary"] + 1_000_000
     assert result["fits"] and abs(result["off"]) < 0.02
