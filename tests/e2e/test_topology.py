@@ -54,7 +54,7 @@ def quiet():
 
 @pytest.fixture(autouse=True)
 def cheap():
-    """A tenth of the compiler's time; it changes no array that is counted here."""
+    """With little of the compiler's time; its memory at full effort may be another."""
     names = ("jax_exec_time_optimization_effort", "jax_memory_fitting_effort")
     before = [getattr(jax.config, name) for name in names]
     for name in names:
